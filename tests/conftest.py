@@ -1,0 +1,26 @@
+"""Fixtures all tests share. No test touches the network: the Hub is off before anything is imported."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import pytest
+import tiny
+from hypothesis import settings
+
+settings.register_profile("dev", deadline=None, max_examples=50)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(params=tiny.KINDS, scope="session")
+def kind(request: pytest.FixtureRequest) -> tiny.Kind:
+    """The name of each model class that this TransformerLens has."""
+    return request.param
+
+
+@pytest.fixture(params=[(kind, arch) for arch in ("gpt2", "llama") for kind in tiny.KINDS], ids="-".join)
+def model(request: pytest.FixtureRequest):
+    """A fresh tiny model of each class: LayerNorm, biases, Conv1D (gpt2); RMSNorm, a gated MLP (llama)."""
+    return tiny.model(*request.param)

@@ -1,0 +1,147 @@
+"""A Fact says what is wrong with its text at once, and never changes afterwards."""
+
+import dataclasses
+import warnings
+
+import pytest
+
+from tl_factedit.facts import Fact
+
+EIFFEL = ("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
+
+
+@pytest.fixture
+def fact() -> Fact:
+    return Fact(*EIFFEL, paraphrases=["Where is {}? In"], neighbours=["The Louvre is in"], id=7)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("prompt", "slots"), [("It is in", 0), ("{} and {} are in", 2), ("", 0), ("{0} is in", 0), ("{ } is in", 0)]
+)
+def test_a_prompt_without_exactly_one_slot_is_refused_with_its_number_of_slots(prompt, slots):
+    with pytest.raises(ValueError, match=f'holds {slots} "{{}}", needed exactly one') as error:
+        Fact("Rome", prompt, " Italy")
+    assert repr(prompt) in str(error.value)
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n\t", "\u3000"])
+def test_an_empty_subject_is_refused(empty):
+    with pytest.raises(ValueError, match="^subject is .*give the subject's name"):
+        Fact(empty, "{} is in", " Italy")
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+@pytest.mark.parametrize("name", ["target_true", "target_new"])
+def test_an_empty_target_is_refused_by_name(name, empty):
+    targets = {"target_true": " Italy", "target_new": " Spain"} | {name: empty}
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        Fact("Rome", "{} is in", **targets)
+
+
+def test_a_missing_new_target_is_no_empty_one():
+    assert Fact("Rome", "{} is in", " Italy").target_new is None
+
+
+@pytest.mark.parametrize("name", ["paraphrases", "neighbours", "neighbour_targets", "controls"])
+def test_one_string_where_several_are_meant_is_refused_and_not_split_into_letters(name):
+    with pytest.raises(ValueError, match=rf"^{name} is the string 'Rome'.*write \['Rome'\]"):
+        Fact("Rome", "{} is in", " Italy", **{name: "Rome"})
+
+
+def test_a_paraphrase_with_two_slots_is_refused_and_one_with_none_is_a_whole_text():
+    with pytest.raises(ValueError, match='paraphrase .* holds 2 "{}"'):
+        Fact(*EIFFEL, paraphrases=["{} and {} are in"])
+    assert Fact(*EIFFEL, paraphrases=["That tower is in"]).paraphrases == ("That tower is in",)
+
+
+def test_neighbour_targets_are_as_many_as_neighbours_or_none():
+    neighbours = ["The Louvre is in", "The Colosseum is in"]
+    assert Fact(*EIFFEL, neighbours=neighbours).neighbour_targets == ()
+    one_each = Fact(*EIFFEL, neighbours=neighbours, neighbour_targets=[" Paris", " Rome"])
+    assert one_each.neighbour_targets == (" Paris", " Rome")
+    with pytest.raises(ValueError, match="1 neighbour_targets for 2 neighbours"):
+        Fact(*EIFFEL, neighbours=neighbours, neighbour_targets=[" Paris"])
+    with pytest.raises(ValueError, match="1 neighbour_targets for 0 neighbours"):
+        Fact(*EIFFEL, neighbour_targets=[" Paris"])
+
+
+# ---------------------------------------------------------------------------------------- glued words
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [("{} is in the city of", "Paris"), ("{} was built in 18", "89"), ("He likes {}", "s")],
+    ids=["word", "number", "subject at the end"],
+)
+def test_a_target_glued_to_the_prompts_last_word_is_warned_of(prompt, target):
+    with pytest.warns(UserWarning, match=f"target {target!r} goes on inside .*begin it with a space"):
+        Fact("Eiffel", prompt, target)
+    with pytest.warns(UserWarning, match=f"target {target!r} goes on inside .*begin it with a space"):
+        Fact("Eiffel", prompt, " a", target)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [("{} is in the city of", " Paris"), ("{} is (in", ")"), ("{} is in ", "Paris"), ("{}位于", "巴黎"), ("{}", "'s")],
+)
+def test_targets_that_begin_a_word_of_their_own_are_not_warned_of(prompt, target):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Fact("Eiffel", prompt, target)
+
+
+# ---------------------------------------------------------------------------------------- a value
+
+
+def test_a_fact_is_frozen_and_so_are_its_lists(fact):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fact.subject = "Rome"
+    given = ["Where is {}? In"]
+    kept = Fact(*EIFFEL, paraphrases=given)
+    given.append("{} is in")
+    assert kept.paraphrases == ("Where is {}? In",)
+
+
+def test_equal_facts_are_equal_keys(fact):
+    assert {fact: 1}[Fact(*EIFFEL, paraphrases=("Where is {}? In",), neighbours=("The Louvre is in",), id=7)]
+    assert fact != fact.but(id=8)
+
+
+def test_text_and_fill_put_the_subject_into_the_slot(fact):
+    assert fact.text == "The Eiffel Tower is located in the city of"
+    assert fact.fill("Where is {}? In") == "Where is The Eiffel Tower? In"
+    assert fact.fill("No slot") == "No slot"
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt", "text"),
+    [
+        ("a{}b", "{} is in", "a{}b is in"),
+        ("{}", "The set {} is", "The set {} is"),
+        ("{0} %s {name}", "see {} in", "see {0} %s {name} in"),
+        ("Rome", "{ {} } is in", "{ Rome } is in"),
+        ("Rome", "{{}", "{Rome"),
+        ("Rome", "{}} is in", "Rome} is in"),
+        ("Rome\\1", r"\1 {} is in", r"\1 Rome\1 is in"),
+    ],
+)
+def test_braces_and_escapes_are_text(subject, prompt, text):
+    assert Fact(subject, prompt, " Italy").text == text
+
+
+def test_but_changes_only_what_is_named_and_checks_it(fact):
+    other = fact.but(target_new=" Berlin")
+    assert other.target_new == " Berlin"
+    assert other.but(target_new=fact.target_new) == fact
+    with pytest.raises(ValueError, match="^target_new is"):
+        fact.but(target_new="")
+    with pytest.raises(TypeError, match="object"):
+        fact.but(object=" Berlin")
+
+
+@pytest.mark.parametrize(("given", "name"), [(7, "7"), ("x1", "x1"), (0, "0"), (None, "The Eiffel Tower")])
+def test_tables_call_a_fact_by_its_id_or_else_its_subject(given, name):
+    assert Fact(*EIFFEL, id=given).name == name

@@ -1,0 +1,65 @@
+"""tl_factedit: locate facts in a language model, edit them in its weights, and audit what the edit did.
+
+``import tl_factedit as fe`` beside TransformerLens; every call takes a HookedTransformer or a
+TransformerBridge. Importing it runs, seeds, logs and downloads nothing.
+"""
+
+from tl_factedit import data, models, show
+from tl_factedit.audit import Verdict, audit
+from tl_factedit.contexts import SampledContexts, sample_texts
+from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise
+from tl_factedit.edit import Delta, Diagnostics, Edit, Editor
+from tl_factedit.editors.rome import Rome
+from tl_factedit.estimate import Estimate
+from tl_factedit.evaluate import Scores, evaluate
+from tl_factedit.facts import Fact
+from tl_factedit.gain import Dose, Gains, dose_curve, gains
+from tl_factedit.hooks import noise_hook, restore_hook
+from tl_factedit.model import Model, UnsupportedModelError
+from tl_factedit.probe import Comparison, Probe, Reading, compare
+from tl_factedit.probes.lens import LogitLens
+from tl_factedit.provenance import Provenance
+from tl_factedit.stats import KeyStats, key_stats
+from tl_factedit.trace import Trace, causal_trace
+from tl_factedit.values import ValueFit
+
+__all__ = [
+    "Fact",
+    "noise_hook",
+    "restore_hook",
+    "causal_trace",
+    "Trace",
+    "Corruption",
+    "GaussianNoise",
+    "GivenNoise",
+    "key_stats",
+    "KeyStats",
+    "sample_texts",
+    "SampledContexts",
+    "Rome",
+    "ValueFit",
+    "Edit",
+    "Editor",
+    "Delta",
+    "Diagnostics",
+    "gains",
+    "Gains",
+    "dose_curve",
+    "Dose",
+    "LogitLens",
+    "Probe",
+    "Reading",
+    "Comparison",
+    "compare",
+    "audit",
+    "Verdict",
+    "evaluate",
+    "Scores",
+    "Estimate",
+    "Provenance",
+    "Model",
+    "UnsupportedModelError",
+    "data",
+    "models",
+    "show",
+]

@@ -1,0 +1,119 @@
+"""Text sampled from the model itself: prefixes that an edit is made to hold under, and corpora."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_factedit.model import Model, Runner, device, gather, quiet
+
+
+@dataclass(frozen=True)
+class SampledContexts:
+    """Prefixes x_j drawn from the model, so that a key and a value don't hang on one wording.
+
+    As in Meng et al. 2022 (app. E.5): short samples, each followed by a full stop and the prompt.
+    The bare prompt is always the first context.
+
+    Attributes:
+        lengths: (how many, how many tokens each), as drawn one after another.
+        top_k: Sample among this many likeliest tokens.
+        seed: Of the draw; nothing else is random.
+    """
+
+    lengths: Sequence[tuple[int, int]] = ((10, 5), (10, 10))
+    top_k: int = 5
+    seed: int = 0
+
+    def draw(self, model: Model) -> tuple[str, ...]:
+        """The prefixes, the bare (empty) one first."""
+        prefixes = [""]
+        generator = torch.Generator().manual_seed(self.seed)
+        with quiet(model), torch.no_grad():
+            runner = Runner(model)
+            for count, length in self.lengths:
+                rows = _sample(runner, count, length, self.top_k, generator)
+                prefixes += [text.strip() + ". " for text in _decode(model, rows)]
+        return tuple(prefixes)
+
+
+def sample_texts(
+    model: Model,
+    n_tokens: int,
+    *,
+    length: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch: int = 64,
+    progress: bool = True,
+) -> list[str]:
+    """Texts drawn from the model itself: a corpus for `key_stats` that needs no download.
+
+    Args:
+        model: Either class.
+        n_tokens: About how many tokens to draw in all.
+        length: Tokens a text.
+        temperature: Of the draw; 1 is the model's own distribution.
+        seed: Of the draw; torch's global generator is left as it was.
+        batch: Texts drawn at once.
+        progress: Whether to show a bar on what takes longer than a second.
+
+    Returns:
+        ``ceil(n_tokens / length)`` texts.
+    """
+    texts: list[str] = []
+    wanted = -(-n_tokens // length)
+    start = _start_token(model)
+    with (
+        quiet(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        tqdm(total=wanted, unit="text", desc="sampling text", delay=1, disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        while len(texts) < wanted:
+            count = min(batch, wanted - len(texts))
+            begin = torch.full((count, 1), start, device=device(model))
+            made: Any = model.generate(  # type: ignore[attr-defined]
+                begin,
+                max_new_tokens=length,
+                stop_at_eos=False,
+                do_sample=True,
+                temperature=temperature,
+                prepend_bos=False,
+                return_type="tokens",
+                verbose=False,
+            )
+            texts += _decode(model, made[:, 1:])
+            bar.update(count)
+    return texts
+
+
+def _sample(runner: Runner, count: int, length: int, top_k: int, generator: torch.Generator) -> Tensor:
+    rows = torch.full((count, 1), _start_token(runner.model))
+    for _ in range(length):
+        at = torch.full((count, 1), rows.shape[1] - 1)
+        likely = runner.logits(rows, at=at)[:, 0].float().cpu().topk(top_k)
+        # One uniform number a row: both classes then draw the same tokens, as their logits agree.
+        ladder = likely.values.softmax(-1).cumsum(-1)
+        dice = torch.rand(count, 1, generator=generator) * ladder[:, -1:]
+        choice = (dice > ladder).sum(-1, keepdim=True).clamp(max=top_k - 1)
+        rows = torch.cat([rows, gather(likely.indices, choice)], dim=1)
+    return rows[:, 1:]
+
+
+def _start_token(model: Model) -> int:
+    tokenizer = model.tokenizer
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("the tokenizer has neither BOS nor EOS to begin a sample with: give your own contexts")
+    return int(start)
+
+
+def _decode(model: Model, rows: Tensor) -> list[str]:
+    return [model.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows]

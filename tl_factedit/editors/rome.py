@@ -1,0 +1,190 @@
+"""ROME: one fact, one layer, a rank-one update of ``W_out``.
+
+    W += u ⊗ r / (uᵀ k*),   u = C⁻¹ k*,   r = v* − (k* W + b)
+
+Meng et al. 2022 (arXiv:2202.05262, eq. 2). By default one key k* is used throughout, as in R-ROME
+(Gupta et al. 2024, arXiv:2403.07175): the mean over contexts. ``variant="original"`` is Meng et al.'s
+own code, which averages the key in u but divides by, and starts from, the bare prompt's key.
+With `KeyStats.identity` the update is the plain ``k* ⊗ r / k*ᵀk*``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_factedit.contexts import SampledContexts
+from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose
+from tl_factedit.facts import Fact
+from tl_factedit.model import Model, bos_policy, down_proj, quiet
+from tl_factedit.provenance import Provenance
+from tl_factedit.solve import NotPositiveDefiniteError, rank_one, whiten_key
+from tl_factedit.stats import TOKENS_PER_DIMENSION, KeyStats
+from tl_factedit.values import Fitted, ValueFit, fit_value
+
+
+@dataclass(frozen=True)
+class Rome:
+    """The editor; call it with a model and one fact.
+
+    Note:
+        R-ROME's code adds δ to the *bare* prompt's value and subtracts the *mean* output. Here
+        r = δ (``target_ref="mean"``), since δ is what was optimised in every context;
+        ``target_ref="bare"`` is their way.
+
+    Attributes:
+        stats: Second moment of the keys of the layer to edit (or what `key_stats` returned for one).
+        variant: ``"consistent"`` (one key, R-ROME) or ``"original"`` (Meng et al.).
+        target_ref: To which value δ is added in the consistent variant.
+        fit: How v* is optimised.
+        contexts: Prefixes to average over: how to sample them, or the texts themselves (the bare
+            prompt is always the first).
+        ridge: Added to C, as a share of its mean eigenvalue; 0 asks for ten tokens a dimension.
+        prepend_bos: BOS policy; None for that of the statistics, or else the model's.
+        progress: Whether to show a bar on what takes longer than a second.
+
+    Example:
+        >>> edit = fe.Rome(stats[8])(model, [fact])               # doctest: +SKIP
+        >>> edit.apply_(model)                                    # doctest: +SKIP
+        >>> edit.undo_(model)                                     # doctest: +SKIP
+    """
+
+    stats: KeyStats | Mapping[int, KeyStats]
+    variant: Literal["consistent", "original"] = "consistent"
+    target_ref: Literal["mean", "bare"] = "mean"
+    fit: ValueFit = field(default_factory=ValueFit)
+    contexts: SampledContexts | Sequence[str] = field(default_factory=SampledContexts)
+    ridge: float = 0.0
+    prepend_bos: bool | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Take the one layer out of a mapping, and check the choices."""
+        if isinstance(self.stats, Mapping):
+            if len(self.stats) != 1:
+                raise ValueError(f"stats holds layers {sorted(self.stats)}, needed one: give Rome(stats[layer])")
+            object.__setattr__(self, "stats", next(iter(self.stats.values())))
+        if self.variant not in ("consistent", "original"):
+            raise ValueError(f"variant {self.variant!r} is unknown, needed 'consistent' or 'original'")
+        if self.target_ref not in ("mean", "bare"):
+            raise ValueError(f"target_ref {self.target_ref!r} is unknown, needed 'mean' or 'bare'")
+
+    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+        """Make the edit of one fact; the weights are as before when it returns.
+
+        Raises:
+            ValueError: Not exactly one fact, no ``target_new``, a layer outside the model, statistics
+                of other weights, or a second moment that can't be inverted.
+            RuntimeError: The optimisation is not finite.
+        """
+        fact = _one(facts)
+        stats = self._stats
+        site = down_proj(model, stats.layer)
+        base = base_fingerprint(model)
+        stats.check(model, base)
+        if stats.provenance is not None and self.ridge == 0 and stats.n_tokens < stats.wanted_tokens:
+            raise ValueError(_too_few(stats, "too few tokens to invert"))
+        prepend_bos = self._bos(model)
+        contexts = self.contexts.draw(model) if isinstance(self.contexts, SampledContexts) else _own(self.contexts)
+        with quiet(model):
+            fitted = fit_value(
+                model, fact, stats.layer, contexts, fit=self.fit, prepend_bos=prepend_bos, progress=self.progress
+            )
+            direction = self._whiten(stats, fitted.keys.mean(0))
+            key, value, residual = self._write_at(fitted)
+            factors = rank_one(direction, key, residual)
+            delta = Delta(stats.layer, factors.left, factors.right)
+            return Edit(
+                facts=(fact,),
+                deltas=(delta,),
+                keys={stats.layer: key[None]},
+                values={stats.layer: value[None]},
+                editor=self.describe(),
+                contexts=tuple(contexts),
+                diagnostics=(diagnose(site, delta, direction, key, value),),
+                fits=(_record(fitted),),
+                provenance=Provenance.of(model, prepend_bos, weights=base),
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Name and hyperparameters, as plain data."""
+        stats = self._stats
+        sampled = isinstance(self.contexts, SampledContexts)
+        return {
+            "name": "Rome",
+            "variant": self.variant,
+            "target_ref": self.target_ref,
+            "layer": stats.layer,
+            "n_tokens": stats.n_tokens,
+            "corpus": stats.corpus,
+            "ridge": self.ridge,
+            "fit": asdict(self.fit),
+            "contexts": asdict(self.contexts) if sampled else "given",  # type: ignore[arg-type]
+        }
+
+    @property
+    def _stats(self) -> KeyStats:
+        assert isinstance(self.stats, KeyStats)
+        return self.stats
+
+    def _bos(self, model: Model) -> bool:
+        theirs = None if self._stats.provenance is None else self._stats.provenance.prepend_bos
+        if self.prepend_bos is not None and theirs is not None and self.prepend_bos != theirs:
+            raise ValueError(
+                f"prepend_bos={self.prepend_bos}, but the key statistics were collected with {theirs}: "
+                "collect them with the same policy"
+            )
+        return bos_policy(model, self.prepend_bos if self.prepend_bos is not None else theirs)
+
+    def _whiten(self, stats: KeyStats, key: Float[Tensor, "d_mlp"]) -> Float[Tensor, "d_mlp"]:
+        if stats.provenance is None:
+            return key
+        try:
+            return whiten_key(stats.moment, key, ridge=self.ridge)
+        except NotPositiveDefiniteError as error:
+            raise ValueError(_too_few(stats, str(error))) from error
+
+    def _write_at(self, fitted: Fitted) -> tuple[Tensor, Tensor, Tensor]:
+        """Key, value and residual of the update."""
+        if self.variant == "original":
+            key, now = fitted.keys[0], fitted.outputs[0]
+            return key, now + fitted.delta, fitted.delta
+        key, now = fitted.keys.mean(0), fitted.outputs.mean(0)
+        ref = now if self.target_ref == "mean" else fitted.outputs[0]
+        value = ref + fitted.delta
+        return key, value, value - now
+
+
+def _one(facts: Sequence[Fact]) -> Fact:
+    if isinstance(facts, Fact):
+        raise ValueError("facts is one Fact, needed a list of them: write [fact]")
+    if len(facts) != 1:
+        raise ValueError(f"Rome writes one fact, got {len(facts)}: make an edit of each and apply them one by one")
+    if facts[0].target_new is None:
+        raise ValueError(f"fact {facts[0].name!r} has no target_new, needed one to write: fact.but(target_new=...)")
+    return facts[0]
+
+
+def _own(contexts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(contexts) if contexts and contexts[0] == "" else ("", *contexts)
+
+
+def _too_few(stats: KeyStats, why: str) -> str:
+    return (
+        f"the second moment of layer {stats.layer} is over {stats.n_tokens:,} tokens: {why}; wanted "
+        f"{TOKENS_PER_DIMENSION} tokens for each of {len(stats.moment)} dimensions = {stats.wanted_tokens:,} or more: "
+        "collect more text, or pass ridge=1e-4"
+    )
+
+
+def _record(fitted: Fitted) -> dict[str, Any]:
+    return {
+        "losses": list(fitted.losses),
+        "target_prob": list(fitted.target_prob),
+        "stopped": fitted.stopped,
+        "clamped": fitted.clamped,
+    }

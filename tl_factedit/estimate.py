@@ -1,0 +1,74 @@
+"""A number with its uncertainty: bootstrap over facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over facts with its 95 % bootstrap interval.
+
+    Attributes:
+        mean: The estimate; NaN if no fact could be scored.
+        low: Lower end; NaN below two facts, which say nothing of the spread between facts.
+        high: Upper end; NaN below two facts.
+        n: Facts it is over.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __format__(self, spec: str) -> str:
+        """``f"{estimate:.2f}"`` gives the mean with its interval and n."""
+        spec = spec or ".3f"
+        if self.n == 0:
+            return "not measured"
+        if self.n < 2:
+            return f"{self.mean:{spec}} (n = {self.n}: no interval)"
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}] (n = {self.n})"
+
+    def __str__(self) -> str:
+        """The mean with its interval and n."""
+        return format(self, ".3f")
+
+
+DRAWS = 10_000
+
+
+def over_facts(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Mean and percentile-bootstrap interval; facts without a value (NaN) don't count."""
+    return jointly([values], lambda means: means[0], seed=seed)
+
+
+def jointly(
+    columns: Sequence[Sequence[float]], combine: Callable[[Sequence[Tensor]], Tensor], *, seed: int = 0
+) -> Estimate:
+    """A function of the means of several per-fact scores, with facts resampled together.
+
+    Args:
+        columns: Scores by kind, each with one value a fact (NaN: this fact has none).
+        combine: From the means (one tensor a column, of any shape) to the estimate.
+        seed: Of the resampling.
+
+    Returns:
+        The estimate; n counts the facts that have every score.
+    """
+    table = torch.tensor([list(column) for column in columns], dtype=torch.float64)
+    n = int((~table.isnan()).all(0).sum()) if table.numel() else 0
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    mean = float(combine([row.nanmean() for row in table]))
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, n)
+    draw = torch.randint(table.shape[1], (DRAWS, table.shape[1]), generator=torch.Generator().manual_seed(seed))
+    means = combine([row[draw].nanmean(-1) for row in table])
+    low, high = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return Estimate(mean, low, high, n)

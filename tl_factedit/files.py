@@ -1,0 +1,71 @@
+"""Tensors with a JSON header in one safetensors file, whose damage is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "1"
+
+
+def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a file in one move: a kill leaves either the old file or the new one.
+
+    Args:
+        path: The file.
+        what: The kind of content, checked again by `read`.
+        header: Plain data.
+        tensors: Named tensors.
+    """
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(header)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(
+            kept,
+            draft,
+            metadata={"format": FORMAT, "what": what, "header": text, "sha256": _digest(what, text, kept)},
+        )
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file made by `write`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is cut short, changed, or of another kind. It is left as it is.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} doesn't exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is cut short or no safetensors file ({error}): make it again") from error
+    if meta.get("format") != FORMAT or meta.get("what") != what:
+        raise ValueError(f"{path} holds {meta.get('what', 'something else')!r}, needed {what!r} of format {FORMAT}")
+    if meta.get("sha256") != _digest(what, meta["header"], tensors):
+        raise ValueError(f"{path} was changed since it was written (its checksum differs): make it again")
+    return json.loads(meta["header"]), tensors
+
+
+def _digest(what: str, header: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{what}\n{header}\n".encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""Noising and restoration: the two hook factories of causal tracing.
+
+Both return plain TransformerLens hook functions, for ``model.run_with_hooks`` or ``model.hooks``::
+
+    model.run_with_hooks(tokens, fwd_hooks=[
+        ("hook_embed", fe.noise_hook(noise, [1, 2, 3])),
+        ("blocks.5.hook_resid_post", fe.restore_hook(clean_resid, [3])),
+    ])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Positions = int | Sequence[int] | slice | Int[Tensor, "position"]
+
+
+def noise_hook(noise: Float[Tensor, "batch position d_model"], positions: Positions) -> Callable[..., Tensor]:
+    """A hook that adds noise to the activations at some positions.
+
+    At ``hook_embed`` this is the corruption of causal tracing (Meng et al. 2022, arXiv:2202.05262,
+    sec. 2.1): the subject's token embeddings are noised before positions are added.
+
+    Args:
+        noise: What to add, [batch position d_model]; a batch of 1 serves every row.
+        positions: The token positions, in the order of `noise`'s second axis.
+
+    Returns:
+        A hook function; it leaves its input as it is and returns a new tensor.
+
+    Raises:
+        ValueError: The noise has another number of positions, or (when the hook fires) the
+            activations have another batch size or end before a position.
+    """
+    where = _index(positions)
+    if isinstance(where, Tensor) and noise.shape[1] != len(where):
+        raise ValueError(
+            f"noise is for {noise.shape[1]} positions, but {len(where)} were given: {where.tolist()}"
+        )
+
+    def hook_fn(value: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Tensor:
+        _check_reach(value, where)
+        if len(noise) not in (1, len(value)):
+            raise ValueError(f"noise is for a batch of {len(noise)}, the activations are {len(value)}: needed 1 or equal")
+        noised = value.clone()
+        noised[:, where] += noise.to(value)
+        return noised
+
+    return hook_fn
+
+
+def restore_hook(clean: Float[Tensor, "#batch pos d_model"], positions: Positions) -> Callable[..., Tensor]:
+    """A hook that sets the activations at some positions to those of another (clean) run.
+
+    Args:
+        clean: Activations of the clean run at the same hook, all positions, [#batch pos …];
+            a batch of 1 serves every row.
+        positions: The token positions to restore.
+
+    Returns:
+        A hook function; it leaves its input as it is and returns a new tensor.
+
+    Raises:
+        ValueError: When the hook fires: shapes differ, or the activations end before a position.
+    """
+    where = _index(positions)
+
+    def hook_fn(value: Float[Tensor, "batch pos ..."], hook: Any = None) -> Tensor:
+        _check_reach(value, where)
+        if clean.shape[1:] != value.shape[1:] or len(clean) not in (1, len(value)):
+            raise ValueError(
+                f"clean activations are {tuple(clean.shape)}, those at the hook {tuple(value.shape)}: "
+                "needed the same hook and the same tokens, with a batch of 1 or an equal one"
+            )
+        restored = value.clone()
+        restored[:, where] = clean[:, where].to(value)
+        return restored
+
+    return hook_fn
+
+
+def _index(positions: Positions) -> Tensor | slice:
+    if isinstance(positions, slice):
+        return positions
+    return torch.as_tensor(positions, dtype=torch.long).reshape(-1)
+
+
+def _check_reach(value: Tensor, where: Tensor | slice) -> None:
+    if isinstance(where, slice) or not len(where):
+        return
+    low, high = int(where.min()), int(where.max())
+    if high >= value.shape[1] or low < -value.shape[1]:
+        raise ValueError(f"position {high if high >= value.shape[1] else low} is outside the {value.shape[1]} tokens")

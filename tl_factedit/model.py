@@ -1,0 +1,611 @@
+"""The one file that knows TransformerLens: weights, hook names and partial forwards on both classes.
+
+`HookedTransformer` (TransformerLens 3.x, "hooked") and `TransformerBridge` (3.x and 4.x, "bridge")
+differ in where ``W_out`` lives, in which hook sees its output and in whether a forward can begin
+in the middle. Every other module asks here, by TransformerLens' own hook names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix  # noqa: F401  (the type of Delta.matrix)
+
+Kind: TypeAlias = Literal["hooked", "bridge"]
+Component: TypeAlias = Literal["resid", "mlp", "attn"]
+HookFn: TypeAlias = Callable[..., Any]
+Place: TypeAlias = str | nn.Module  # a TransformerLens hook name, or a module whose output is meant
+Hook: TypeAlias = tuple[Place, HookFn]
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What is asked of a model: a HookedTransformer or a TransformerBridge."""
+
+    cfg: Any
+    tokenizer: Any
+
+    def hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Add hooks for the length of a ``with`` block."""
+        ...
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokenise text."""
+        ...
+
+
+class UnsupportedModelError(ValueError):
+    """A model, or one of its modules, that can't be traced or edited here; the message names it."""
+
+
+# ------------------------------------------------------------------------------------ what a model is
+
+
+def kind(model: Model) -> Kind:
+    """Which of TransformerLens' two classes a model is."""
+    if hasattr(model, "original_model") and hasattr(model, "adapter"):
+        return "bridge"
+    if hasattr(model, "blocks") and hasattr(model, "unembed"):
+        return "hooked"
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is neither a HookedTransformer nor a TransformerBridge: "
+        "load it with TransformerBridge.boot_transformers(...)"
+    )
+
+
+def n_layers(model: Model) -> int:
+    """How many blocks the model has."""
+    return len(model.blocks)  # type: ignore[attr-defined]
+
+
+def check_layer(model: Model, layer: int) -> int:
+    """The layer itself; ValueError if the model has no such block."""
+    if not 0 <= layer < n_layers(model):
+        raise ValueError(
+            f"layer {layer} is outside the model: {model_name(model)} has layers 0 to {n_layers(model) - 1}"
+        )
+    return layer
+
+
+def model_name(model: Model) -> str:
+    """The name the model was loaded under, for records and messages."""
+    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def bos_policy(model: Model, prepend_bos: bool | None = None) -> bool:
+    """Whether to put BOS in front: as asked, or (None) as the model does by default."""
+    return bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
+
+
+def layout(model: Model) -> str:
+    """Class and weight processing in a word, e.g. ``"bridge"`` or ``"hooked"``, for records."""
+    processed = bool(getattr(model, "compatibility_mode", False))
+    return kind(model) + ("+compat" if processed else "")
+
+
+def device(model: Model) -> torch.device:
+    """Where the model's inputs go."""
+    return torch.device(model.cfg.device or "cpu")
+
+
+def resid_post(layer: int) -> str:
+    """Hook name of the residual stream after a block, h^(l)."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def resid_pre(layer: int) -> str:
+    """Hook name of the residual stream before a block."""
+    return f"blocks.{layer}.hook_resid_pre"
+
+
+def component_hook(component: Component, layer: int) -> str:
+    """Hook name of what a component hands to the residual stream (for ``resid``: the stream after the block)."""
+    names = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+    if component not in names:
+        raise ValueError(f"component {component!r} is unknown, needed one of {sorted(names)}")
+    return f"blocks.{layer}.{names[component]}"
+
+
+EMBED = "hook_embed"
+"""Hook name of the token embeddings, before any positional embedding."""
+
+
+# ------------------------------------------------------------------------------------ W_out
+
+
+@dataclass(frozen=True)
+class DownProj:
+    """The output matrix of one MLP, live: ``value = key @ W + bias``.
+
+    Attributes:
+        layer: The block.
+        param: The parameter itself, in the orientation it is stored in.
+        transposed: Whether it is stored as [d_model, d_mlp] (an ``nn.Linear``).
+        bias: [d_model], or None.
+        key_hook: Hook name of its input (the key).
+        value_at: Where its output (the value) can be hooked: a hook name, or the module that
+            returns it where no hook sees it (a HookedTransformer with norms after the MLP).
+    """
+
+    layer: int
+    param: nn.Parameter
+    transposed: bool
+    bias: Tensor | None
+    key_hook: str
+    value_at: Place
+
+    @property
+    def W(self) -> Float[Tensor, "d_mlp d_model"]:
+        """A live view of the weight, rows = d_mlp; writing to it writes to the model."""
+        data = self.param.detach()
+        return data.T if self.transposed else data
+
+    def write_(self, weight: Float[Tensor, "d_mlp d_model"]) -> None:
+        """Overwrite the weight in place."""
+        with torch.no_grad():
+            self.W.copy_(weight)
+
+    def value(self, key: Float[Tensor, "*row d_mlp"]) -> Float[Tensor, "*row d_model"]:
+        """What the matrix answers to a key, in float64."""
+        out = key.double() @ self.W.double()
+        return out if self.bias is None else out + self.bias.detach().double()
+
+
+def down_proj(model: Model, layer: int) -> DownProj:
+    """The live ``W_out`` of a block (never ``model.W_out[layer]``, which is a copy).
+
+    Raises:
+        ValueError: No such layer.
+        UnsupportedModelError: Mixture of experts, no MLP, quantised or offloaded weights, or a
+            parameter made inside ``torch.inference_mode``.
+    """
+    check_layer(model, layer)
+    block = model.blocks[layer]  # type: ignore[attr-defined]
+    where = f"blocks.{layer}.mlp"
+    mlp = getattr(block, "mlp", None)
+    if mlp is None:
+        raise UnsupportedModelError(f"{where}: this block has no MLP, needed one with a W_out")
+    if kind(model) == "bridge":
+        out = getattr(mlp, "out", None)
+        inner = getattr(out, "original_component", None)
+        if inner is None:
+            raise UnsupportedModelError(_no_single_w_out(where, mlp))
+        param, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
+        transposed = type(inner).__name__ != "Conv1D"  # GPT-2 stores Conv1D weights as [d_mlp, d_model]
+        value_at: Place = f"{where}.out.hook_out"
+    else:
+        param, bias = mlp._parameters.get("W_out"), mlp._parameters.get("b_out")
+        if param is None:
+            raise UnsupportedModelError(_no_single_w_out(where, mlp))
+        transposed = False
+        post_norm = bool(getattr(model.cfg, "use_normalization_before_and_after", False))
+        value_at = mlp if post_norm else f"blocks.{layer}.hook_mlp_out"
+    _check_weight(param, where, model.cfg.d_model, transposed)
+    return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at)  # type: ignore[arg-type]
+
+
+def _no_single_w_out(where: str, mlp: nn.Module) -> str:
+    return (
+        f"{where} ({type(mlp).__name__}) has no single W_out: mixture-of-experts layers have one for each "
+        "expert, and a token has no single key; choose a dense layer or model"
+    )
+
+
+def _check_weight(param: Tensor | None, where: str, d_model: int, transposed: bool) -> None:
+    if not isinstance(param, nn.Parameter) or not param.is_floating_point() or param.ndim != 2:
+        given = type(param).__name__ if not isinstance(param, Tensor) else f"{param.dtype} {tuple(param.shape)}"
+        raise UnsupportedModelError(
+            f"{where}: W_out is {given}, needed a two-dimensional floating-point parameter "
+            "(quantised weights can't be edited in place: load the model unquantised)"
+        )
+    if param.is_meta:
+        raise UnsupportedModelError(
+            f"{where}: W_out is on the meta device (offloaded), needed weights in memory: load without offloading"
+        )
+    if param.is_inference():
+        raise UnsupportedModelError(
+            f"{where}: W_out was made inside torch.inference_mode(), needed an ordinary parameter: "
+            "load the model outside of it"
+        )
+    # Not cfg.d_mlp: TransformerLens takes 4 * d_model for OPT and Falcon, whatever the weights are.
+    if param.shape[0 if transposed else 1] != d_model:
+        needed = f"[{d_model}, d_mlp]" if transposed else f"[d_mlp, {d_model}]"
+        raise UnsupportedModelError(f"{where}: W_out is {tuple(param.shape)}, needed {needed}")
+
+
+# ------------------------------------------------------------------------------------ fingerprint
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which weights a model has, as hashes.
+
+    Attributes:
+        w_out: One hash a layer, of ``W_out`` as [d_mlp, d_model] (the same on both classes).
+        rest: One hash of all other parameters, in the order of this layout.
+        layout: Class and processing (see `layout`); `rest` can only be compared within one layout.
+    """
+
+    w_out: tuple[str, ...]
+    rest: str
+    layout: str
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether these are the same weights.
+
+        Across the two classes only the ``W_out`` of all layers are compared, as the other
+        parameters are stored differently there.
+        """
+        return self.w_out == other.w_out and (self.layout != other.layout or self.rest == other.rest)
+
+    def __str__(self) -> str:
+        """A short form for messages."""
+        return hashlib.sha256("".join((*self.w_out, self.rest)).encode()).hexdigest()[:12]
+
+
+def fingerprint(model: Model) -> Fingerprint:
+    """Hash every parameter of a model (about 0.3 s for 135 M parameters)."""
+    w_out, seen = [], set()
+    for layer in range(n_layers(model)):
+        try:
+            site = down_proj(model, layer)
+        except UnsupportedModelError:
+            w_out.append("none")  # a block that can't be edited; its parameters count in `rest`
+            continue
+        seen.add(id(site.param))
+        w_out.append(hash_weight(site.W))
+    rest = hashlib.sha256()
+    for param in model.parameters():  # type: ignore[attr-defined]
+        # Zeros (biases that one release of TransformerLens adds and the next does not) say nothing.
+        if id(param) not in seen and not param.is_meta and bool(param.detach().any()):
+            _update(rest, param.detach())
+    return Fingerprint(tuple(w_out), rest.hexdigest()[:16], layout(model))
+
+
+def hash_weight(weight: Float[Tensor, "d_mlp d_model"]) -> str:
+    """Hash of one weight's dtype, shape and bits."""
+    digest = hashlib.sha256()
+    _update(digest, weight)
+    return digest.hexdigest()[:16]
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    raw = tensor.contiguous().cpu().reshape(-1)
+    digest.update(raw.view(torch.uint8).numpy().data if raw.numel() else b"")
+
+
+# ------------------------------------------------------------------------------------ running
+
+
+@contextmanager
+def quiet(model: Model) -> Iterator[None]:
+    """Evaluation mode and frozen parameters for the length of a block, then everything as it was.
+
+    Dropout would make a trace random and gradients would be kept for weights nobody asks for;
+    a user's training mode and ``requires_grad`` flags are put back, module by module. A caller's
+    ``torch.inference_mode()`` becomes ``torch.no_grad()``, in which an optimisation can enable gradients.
+    """
+    modules: list[nn.Module] = list(model.modules())  # type: ignore[attr-defined]
+    params: list[nn.Parameter] = list(model.parameters())  # type: ignore[attr-defined]
+    training = [m.training for m in modules]
+    wanted = [p.requires_grad for p in params]
+    try:
+        for m in modules:
+            m.training = False
+        for p in params:
+            p.requires_grad_(False)
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+            yield
+    finally:
+        for m, flag in zip(modules, training, strict=True):
+            m.training = flag
+        for p, flag in zip(params, wanted, strict=True):
+            p.requires_grad_(flag)
+
+
+class Runner:
+    """Forward passes of one model: whole, from a layer on, up to a layer, logits only where wanted.
+
+    Rows of unequal length are padded on the right, which is exact for a causal model; ask for
+    logits at each row's own positions. Gradients flow if they are enabled.
+
+    Args:
+        model: Either class. It is used as it is: call inside `quiet`.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.kind = kind(model)
+        self.n_layers = n_layers(model)
+        self._arity = self._probe_arity() if self.kind == "bridge" else 0
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        *,
+        at: Int[Tensor, "row k"] | None = None,
+        start: tuple[int, Tensor] | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> Float[Tensor, "row k vocab"]:
+        """Logits of a batch.
+
+        Args:
+            tokens: Token ids, padded on the right.
+            at: Positions whose logits are wanted, k for each row; None for all.
+            start: (layer, residual [row pos d_model]): begin before that block with this residual
+                stream instead of running the blocks below; ``n_layers`` runs the head alone.
+            hooks: (place, function) pairs, active during this pass only.
+        """
+        tokens = tokens.to(device(self.model))
+        if at is not None:
+            at = at.to(tokens.device)
+        with self._hooked(hooks):
+            run = self._bridge_logits if self.kind == "bridge" else self._hooked_logits
+            return run(tokens, at, start)
+
+    def capture(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        places: Sequence[str],
+        *,
+        start: tuple[int, Tensor] | None = None,
+        stop: int | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> dict[str, Tensor]:
+        """Activations at hook names, [row pos …] each, detached.
+
+        Args:
+            tokens: Token ids, padded on the right.
+            places: TransformerLens hook names.
+            start: As in `logits`.
+            stop: Run only the blocks below this one; None for all of them.
+            hooks: Active during this pass; they run before the capture.
+        """
+        kept: dict[str, Tensor] = {}
+
+        def keep(name: str) -> HookFn:
+            def hook_fn(value: Tensor, hook: Any = None) -> None:
+                kept[name] = value.detach().clone()
+
+            return hook_fn
+
+        tokens = tokens.to(device(self.model))
+        last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+        with self._hooked([*hooks, *((name, keep(name)) for name in places)]):
+            if self.kind == "bridge":
+                if stop is None or stop >= self.n_layers:
+                    self._bridge_logits(tokens, last, start)
+                else:
+                    with self._from(start):
+                        self.model(tokens, stop_at_layer=stop)  # type: ignore[operator]
+            else:
+                stop = self.n_layers if stop is None else stop
+                resid = self._hooked_resid(tokens, start, stop)
+                if resid_pre(stop) in places:  # fires on a bridge that stops there, but not here
+                    kept[resid_pre(stop)] = resid.detach()
+        missing = [name for name in places if name not in kept]
+        if missing:
+            raise UnsupportedModelError(f"hooks {missing} never fired in {model_name(self.model)}")
+        return kept
+
+    # -- hooks
+
+    @contextmanager
+    def _hooked(self, hooks: Sequence[Hook]) -> Iterator[None]:
+        named = [(place, fn) for place, fn in hooks if isinstance(place, str)]
+        with ExitStack() as stack:
+            for place, fn in hooks:
+                if not isinstance(place, str):
+                    handle = place.register_forward_hook(lambda _m, _a, out, fn=fn: fn(out, hook=None))
+                    stack.callback(handle.remove)
+            if named:
+                stack.enter_context(self.model.hooks(fwd_hooks=named))
+            yield
+
+    # -- HookedTransformer
+
+    def _hooked_resid(self, tokens: Tensor, start: tuple[int, Tensor] | None, stop: int) -> Tensor:
+        model: Any = self.model
+        # The mask is all ones: rows are padded on the right, whatever side the tokenizer pads on.
+        mask = torch.ones_like(tokens)
+        if start is None:
+            return model(tokens, stop_at_layer=stop, attention_mask=mask)
+        layer, resid = start
+        if layer >= self.n_layers:
+            return resid
+        return model(resid, start_at_layer=layer, stop_at_layer=stop, tokens=tokens, attention_mask=mask)
+
+    def _hooked_logits(self, tokens: Tensor, at: Tensor | None, start: tuple[int, Tensor] | None) -> Tensor:
+        model: Any = self.model
+        resid = self._hooked_resid(tokens, start, self.n_layers)
+        if at is not None:
+            resid = gather(resid, at)
+        if model.cfg.normalization_type is not None:
+            resid = model.ln_final(resid)
+        logits = model.unembed(resid)
+        cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    # -- TransformerBridge
+
+    def _bridge_logits(self, tokens: Tensor, at: Tensor | None, start: tuple[int, Tensor] | None) -> Tensor:
+        model: Any = self.model
+        with self._from(start), ExitStack() as stack:
+            if at is not None:
+                # At the unembedding and not at ln_final, after which GPT-2, GPT-J and NeoX reshape.
+                pick = [("unembed.hook_in", lambda resid, hook: gather(resid, at))]
+                stack.enter_context(model.hooks(fwd_hooks=pick))
+            return model(tokens)
+
+    @contextmanager
+    def _from(self, start: tuple[int, Tensor] | None) -> Iterator[None]:
+        """Let the blocks below `layer` pass through, and the block before it return the residual.
+
+        The token ids are still given, so that masks and positions are made as always.
+        """
+        if start is None:
+            yield
+            return
+        layer, resid = start
+        blocks: Any = self.model.blocks  # type: ignore[attr-defined]
+        skipped = list(blocks)[:layer]
+        handle = None
+        try:
+            if layer == 0:
+                handle = blocks[0].register_forward_pre_hook(
+                    lambda _m, args, kw: _swap_input(resid, args, kw), with_kwargs=True
+                )
+            for block in skipped:
+                given = resid if block is skipped[-1] else None
+                object.__setattr__(block, "forward", self._pass_through(given))
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            for block in skipped:
+                block.__dict__.pop("forward", None)
+
+    def _pass_through(self, given: Tensor | None) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            out = hidden_states if given is None else given
+            return out if self._arity == 0 else (out,) + (None,) * (self._arity - 1)
+
+        return forward
+
+    def _probe_arity(self) -> int:
+        """Whether this model's blocks return a tensor (0) or a tuple (its length)."""
+        model: Any = self.model
+        seen: list[int] = []
+        handle = model.blocks[0].register_forward_hook(
+            lambda _m, _a, out: seen.append(len(out) if isinstance(out, tuple) else 0)
+        )
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long, device=device(model)), stop_at_layer=1)
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def gather(values: Float[Tensor, "row pos *rest"], at: Int[Tensor, "row k"]) -> Float[Tensor, "row k *rest"]:
+    """The values at each row's own positions."""
+    return values[torch.arange(len(values), device=values.device)[:, None], at]
+
+
+def _swap_input(resid: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if args and torch.is_tensor(args[0]):
+        return (resid, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": resid}
+
+
+# ------------------------------------------------------------------------------------ making models
+
+
+def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str | None = None) -> Model:
+    """A transformers model in memory as a TransformerLens model with raw weights; no hub is asked.
+
+    A bridge *wraps* `hf_model` (edits show in both); a HookedTransformer holds copies.
+
+    Args:
+        hf_model: A causal language model of transformers.
+        tokenizer: Its fast tokenizer.
+        kind: ``"bridge"`` or ``"hooked"``.
+        name: What to call it in records; None for the config's own name.
+
+    Raises:
+        ValueError: ``kind="hooked"`` where TransformerLens has no HookedTransformer.
+    """
+    name = name or hf_model.config._name_or_path or type(hf_model).__name__
+    if hf_model.config.architectures is None:
+        hf_model.config.architectures = [type(hf_model).__name__]
+    tokenizer.init_kwargs.setdefault("name_or_path", name)
+    if kind == "bridge":
+        model = _boot_bridge(hf_model, tokenizer, name)
+    elif kind == "hooked":
+        model = _boot_hooked(hf_model, tokenizer)
+    else:
+        raise ValueError(f"kind {kind!r} is unknown, needed 'bridge' or 'hooked'")
+    model.cfg.model_name = name
+    return model
+
+
+def from_hub(name: str, *, kind: Kind = "bridge") -> Model:
+    """A hub's model by name, with raw weights.
+
+    Raises:
+        OSError: The hub can't be reached, or has no such model.
+    """
+    try:
+        if kind == "hooked":
+            return _hooked_transformer().from_pretrained_no_processing(name)
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(name)
+    except OSError as error:
+        raise OSError(
+            f"{name!r} could not be had from the model hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}): check the name and the network, or take 'smollm2', which needs no hub"
+        ) from error
+
+
+def _hooked_transformer() -> Any:
+    # TransformerLens 4 raises an ImportError of its own for this name, also from hasattr.
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError as error:
+        raise ValueError(
+            "kind='hooked' needs HookedTransformer, which TransformerLens 4 no longer has: "
+            "take kind='bridge', or install 'transformer-lens<4'"
+        ) from error
+    return HookedTransformer
+
+
+def _boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    dtype = next(hf_model.parameters()).dtype
+    where = str(next(hf_model.parameters()).device)
+    # TransformerLens re-reads a tokenizer from its path unless it adds BOS itself; ours has no path.
+    tokenizer.init_kwargs["add_bos_token"] = True
+    return TransformerBridge.boot_transformers(
+        name, hf_model=hf_model, tokenizer=tokenizer, device=where, dtype=dtype
+    )
+
+
+def _boot_hooked(hf_model: Any, tokenizer: Any) -> Any:
+    import json
+    import tempfile
+    from pathlib import Path
+
+    hooked_transformer = _hooked_transformer()
+    from transformer_lens import loading_from_pretrained as loading
+
+    dtype = next(hf_model.parameters()).dtype
+    # from_pretrained takes hub names only; the two loaders below it also take a folder with a config.
+    with tempfile.TemporaryDirectory(prefix="tl_") as folder:
+        hf_model.config.save_pretrained(folder)
+        file = Path(folder) / "config.json"
+        config = json.loads(file.read_text())
+        config.setdefault("n_ctx", config.get("n_positions"))
+        file.write_text(json.dumps(config))
+        where = str(next(hf_model.parameters()).device)
+        cfg = loading.get_pretrained_model_config(
+            folder, hf_cfg=hf_model.config.to_dict(), fold_ln=False, device=where, dtype=dtype
+        )
+        weights = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
+    model = hooked_transformer(cfg, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    return model.to(where, print_details=False).eval()
