@@ -29,7 +29,7 @@ def test_a_prompt_without_exactly_one_slot_is_refused_with_its_number_of_slots(p
 
 @pytest.mark.parametrize("empty", ["", " ", "\n\t", "\u3000"])
 def test_an_empty_subject_is_refused(empty):
-    with pytest.raises(ValueError, match="^subject is .*give the subject's name"):
+    with pytest.raises(ValueError, match=r"^subject is .*give the subject's name"):
         Fact(empty, "{} is in", " Italy")
 
 
@@ -52,7 +52,7 @@ def test_one_string_where_several_are_meant_is_refused_and_not_split_into_letter
 
 
 def test_a_paraphrase_with_two_slots_is_refused_and_one_with_none_is_a_whole_text():
-    with pytest.raises(ValueError, match='paraphrase .* holds 2 "{}"'):
+    with pytest.raises(ValueError, match=r'paraphrase .* holds 2 "{}"'):
         Fact(*EIFFEL, paraphrases=["{} and {} are in"])
     assert Fact(*EIFFEL, paraphrases=["That tower is in"]).paraphrases == ("That tower is in",)
 
@@ -136,7 +136,7 @@ def test_but_changes_only_what_is_named_and_checks_it(fact):
     other = fact.but(target_new=" Berlin")
     assert other.target_new == " Berlin"
     assert other.but(target_new=fact.target_new) == fact
-    with pytest.raises(ValueError, match="^target_new is"):
+    with pytest.raises(ValueError, match=r"^target_new is"):
         fact.but(target_new="")
     with pytest.raises(TypeError, match="object"):
         fact.but(object=" Berlin")

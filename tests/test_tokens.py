@@ -35,13 +35,15 @@ def model(kind: str, name: str, adds_bos: bool = True):
 
 # Any characters, with those that tokenizers are known to trip over drawn more often than by chance.
 HARD = "éßŁЖΑ東京パ리مدينةहि́̈👨‍👩‍👧👍🏽🇫🇷\u200b\u200f\u00a0\u3000\ufeff\ufffd▁Ġ \n\t'.,{}<>"
-WORDS = st.sampled_from("The Eiffel Tower in Paris Rome's café 東京タワー القاهرة 👨‍👩‍👧 isn't 1987".split())
+WORDS = st.sampled_from(["The Eiffel", " Tower", "Paris", "Rome's", "café", "東京タワー", "القاهرة", "👨‍👩‍👧", "isn't"])
 CHARS = st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(HARD), WORDS, st.just(" "))
 TEXTS = st.lists(CHARS, max_size=12).map("".join).filter(lambda text: "{}" not in text)
 SUBJECTS = st.lists(CHARS, min_size=1, max_size=6).map("".join).map(str.strip).filter(bool)
 
 
-PARTS = st.tuples(TEXTS, SUBJECTS, TEXTS)
+# Some are words cut in two, to see subjects that end inside a token.
+CUT_WORDS = st.sampled_from([("", "Eif", "fel"), ("The ", "Par", "is"), ("in ", "Tow", "er"), ("", "Ro", "me")])
+PARTS = st.one_of(*3 * [st.tuples(TEXTS, SUBJECTS, TEXTS)], CUT_WORDS)
 
 
 def fact_of(parts: tuple[str, str, str]) -> Fact:
@@ -169,7 +171,7 @@ def test_subjects_that_end_inside_a_token_do_occur_among_the_generated(name):
             return "ends inside token" in str(error)
         return False
 
-    assert ends_inside(find(PARTS, ends_inside, settings=settings(phases=[Phase.generate], max_examples=500)))
+    assert ends_inside(find(PARTS, ends_inside, settings=settings(phases=[Phase.generate])))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_a_subject_that_begins_inside_a_token_is_refused_with_token_and_position
 
 @pytest.mark.parametrize("name", SUBWORD)
 def test_a_subject_with_a_space_behind_it_is_refused_if_the_space_belongs_to_the_next_word(name):
-    with pytest.raises(ValueError, match="'Paris ' ends inside token ' ?is'"):
+    with pytest.raises(ValueError, match=r"'Paris ' ends inside token ' ?is'"):
         align(tokenizer(name), Fact("Paris ", "{}is in", " France"), prepend_bos=True)
 
 
@@ -278,8 +280,10 @@ def test_an_object_of_several_tokens_keeps_them_all(name):
     aligned = align(tokenizer(name), fact, prepend_bos=True)
     assert len(aligned.true_ids) > 3
     for ids, target in ((aligned.true_ids, fact.target_true), (aligned.new_ids, fact.target_new)):
-        assert tokenizer(name).decode([*aligned.ids.tolist(), *ids.tolist()], skip_special_tokens=True).endswith(
-            target.replace(",", " ,") if name == "wordlevel" else target
+        assert (
+            tokenizer(name)
+            .decode([*aligned.ids.tolist(), *ids.tolist()], skip_special_tokens=True)
+            .endswith(target.replace(",", " ,") if name == "wordlevel" else target)
         )
 
 

@@ -22,7 +22,7 @@ from tl_factedit.estimate import Estimate, over_facts
 from tl_factedit.evaluate import Scores, evaluate
 from tl_factedit.facts import Fact
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
-from tl_factedit.model import Model, Runner, component_hook, down_proj, quiet, resid_pre
+from tl_factedit.model import Model, Runner, bos_policy, component_hook, down_proj, quiet, resid_pre
 from tl_factedit.probe import Comparison
 from tl_factedit.probes.lens import LogitLens
 from tl_factedit.tokens import align
@@ -178,7 +178,13 @@ def audit(
         >>> verdict.label, verdict.table()                        # doctest: +SKIP
     """
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
-    bos = changed.provenance.prepend_bos if prepend_bos is None and isinstance(changed, Edit) else prepend_bos
+    if isinstance(changed, Edit):
+        changed.check(model)
+        bos = changed.provenance.prepend_bos if prepend_bos is None else prepend_bos
+    else:
+        bos = bos_policy(model, prepend_bos)
+    for fact in facts:
+        align(model.tokenizer, fact, prepend_bos=bos)
     lens = LogitLens(prepend_bos=bos)
     before, lens_before = evaluate(model, facts, prepend_bos=bos), lens(model, facts)
     if isinstance(changed, Edit):

@@ -51,8 +51,10 @@ class GaussianNoise:
         """Check the numbers."""
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}, needed at least 1")
-        if self.scale < 0:
+        if not self.scale >= 0:  # also refuses NaN
             raise ValueError(f"scale is {self.scale}, needed 0 or more (in standard deviations of the embeddings)")
+        if self.sigma is not None and not self.sigma >= 0:
+            raise ValueError(f"sigma is {self.sigma}, needed 0 or more, or None to measure it")
 
     def calibrated(self, embeddings: Float[Tensor, "token d_model"]) -> GaussianNoise:
         """With `sigma` measured, unless it is given."""

@@ -14,7 +14,7 @@ from typing import Any
 from tl_factedit.facts import Fact
 from tl_factedit.world import world
 
-__all__ = ["counterfact", "counterfact_brief", "known_facts", "world", "zsre"]
+__all__ = ["counterfact", "counterfact_brief", "known_facts", "python_manual", "world", "zsre"]
 
 
 def counterfact(path: str | Path) -> list[Fact]:
@@ -22,10 +22,15 @@ def counterfact(path: str | Path) -> list[Fact]:
 
     Control objects of a fact are the other objects that the file has for its relation.
     """
-    records = _records(path, "requested_rewrite")
+    records = _records(path, "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
     objects: dict[str, dict[str, None]] = {}
     for record in records:
         rewrite = record["requested_rewrite"]
+        if not isinstance(rewrite, dict):
+            raise ValueError(
+                f"record {record.get('case_id')} of {path}: requested_rewrite is a {type(rewrite).__name__}, "
+                "needed one rewrite: is it of another layout (MQuAKE)?"
+            )
         for target in ("target_true", "target_new"):
             objects.setdefault(rewrite["relation_id"], {})[_continue(rewrite[target]["str"])] = None
     facts = []
@@ -61,7 +66,9 @@ def counterfact_brief(path: str | Path) -> list[Fact]:
             neighbour_targets=[_continue(record["locality_ground_truth"])],
             id=record.get("case_id"),
         )
-        for record in _records(path, "rephrase_prompt")
+        for record in _records(
+            path, "rephrase_prompt", "prompt", "ground_truth", "target_new", "locality_prompt", "locality_ground_truth"
+        )
     ]
 
 
@@ -75,7 +82,7 @@ def known_facts(path: str | Path) -> list[Fact]:
             relation=record.get("relation_id"),
             id=record.get("known_id"),
         )
-        for record in _records(path, "attribute")
+        for record in _records(path, "attribute", "prompt")
     ]
 
 
@@ -86,7 +93,8 @@ def zsre(path: str | Path) -> list[Fact]:
     empty have no ``target_new``.
     """
     facts = []
-    for i, record in enumerate(_records(path, "loc_ans")):
+    records = _records(path, "loc_ans", "src", "rephrase", "answers", "alt", "loc")
+    for i, record in enumerate(records):
         facts.append(
             Fact(
                 record["subject"],
@@ -102,10 +110,25 @@ def zsre(path: str | Path) -> list[Fact]:
     return facts
 
 
-def _records(path: str | Path, field: str) -> list[Mapping[str, Any]]:
-    records = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(records, list) or not all(isinstance(record, dict) and field in record for record in records):
-        raise ValueError(f"{path} holds no list of records with {field!r}: is it of another layout?")
+def python_manual() -> list[str]:
+    """English prose that every Python has: the topics of its own manual, some 100,000 tokens.
+
+    Texts for `key_stats` where nothing can be downloaded. Their domain is narrow: for results that
+    are to be published, give texts of the kind the model was trained on.
+    """
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def _records(path: str | Path, *fields: str) -> list[Mapping[str, Any]]:
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    for field in fields:
+        if not isinstance(records, list) or not all(isinstance(record, dict) and field in record for record in records):
+            raise ValueError(f"{path} holds no list of records with {field!r}: is it of another layout?")
     return records
 
 

@@ -133,17 +133,18 @@ class Edit:
                 seen.update(factor.detach().double().cpu().contiguous().numpy().tobytes())
         return seen.hexdigest()[:16]
 
-    def apply_(self, model: Model) -> None:
-        """Write the edit into the model's ``W_out``, in place.
+    def check(self, model: Model) -> None:
+        """See that the edit can be applied to this model as it is now; nothing is run or written.
 
         Raises:
             ValueError: It is applied already, the model has other weights than it was made for, or
-                its weights were changed since by something else. Nothing is written then.
+                its weights were changed since by something else.
         """
         ledger = _ledger(model)
         if any(edit.digest == self.digest for edit in ledger.edits):
             raise ValueError(f"{self._name} is applied to {model_name(model)} already: undo_ it first")
-        sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
+        for delta in self.deltas:
+            down_proj(model, delta.layer)
         ledger.check_unchanged(model)
         now = base_fingerprint(model)
         if not self.provenance.weights.matches(now):
@@ -151,13 +152,27 @@ class Edit:
                 f"{self._name} was made for weights {self.provenance.weights} of {self.provenance.model!r}, but "
                 f"{model_name(model)} has weights {now}: apply it to the model it was made on"
             )
-        base = {layer: ledger.base.get(layer, site.W.clone()) for layer, site in sites.items()}
-        written = {delta.layer: delta.on(sites[delta.layer].W) for delta in self.deltas}
-        _write_all(sites, written)
-        ledger.base.update(base)
-        ledger.edits.append(self)
-        ledger.note(sites)
-        ledger.keep(model)
+
+    def apply_(self, model: Model) -> None:
+        """Write the edit into the model's ``W_out``, in place.
+
+        Raises:
+            ValueError: It is applied already, the model has other weights than it was made for, or
+                its weights were changed since by something else; or the edited weights would not be
+                finite in their type. Nothing is written then.
+        """
+        self.check(model)
+        ledger = _ledger(model)
+        sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
+        weights = {delta.layer: delta.on(sites[delta.layer].W) for delta in self.deltas}
+        for layer, weight in weights.items():
+            if not bool(weight.isfinite().all()):
+                raise ValueError(
+                    f"{self._name} makes W_out of layer {layer} overflow {weight.dtype}: nothing was written; "
+                    "load the model in float32 or bfloat16"
+                )
+        base = {**{layer: site.W.clone() for layer, site in sites.items()}, **ledger.base}
+        _commit(model, sites, weights, _Ledger.of(base, (*ledger.edits, self), {**ledger.written, **_hashes(weights)}))
 
     def undo_(self, model: Model) -> None:
         """Take the edit back, bit for bit; edits applied before or after it stay.
@@ -171,16 +186,13 @@ class Edit:
             raise ValueError(f"{self._name} isn't applied to {model_name(model)}: apply_ it first")
         sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
         ledger.check_unchanged(model)
-        left = [edit for edit in ledger.edits if edit.digest != self.digest]
+        left = tuple(edit for edit in ledger.edits if edit.digest != self.digest)
         weights = {layer: ledger.base[layer].clone() for layer in sites}
         for edit in left:
             for delta in edit.deltas:
                 if delta.layer in weights:
                     weights[delta.layer] = delta.on(weights[delta.layer])
-        _write_all(sites, weights)
-        ledger.edits[:] = left
-        ledger.note(sites)
-        ledger.keep(model)
+        _commit(model, sites, weights, _Ledger.of(ledger.base, left, {**ledger.written, **_hashes(weights)}))
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
@@ -270,12 +282,13 @@ def diagnose(site: DownProj, delta: Delta, direction: Tensor, key: Tensor, value
     changed = delta.on(weight)
     residual = value.double().cpu() - site.value(key.to(site.W.device)).cpu()
     moved = k @ (changed.double() - weight.double())
+    something = bool(residual.norm() > 1e-12 * value.norm())  # else it's the rounding of two equal values
     return Diagnostics(
         layer=delta.layer,
         division_factor=float(u @ k / (u.norm() * k.norm())),
         update_norm=float(delta.dense.norm()),
         weight_norm=float(weight.double().norm()),
-        exactness=float((moved - residual).norm() / residual.norm()),
+        exactness=float((moved - residual).norm() / residual.norm()) if something else 0.0,
         value_norm=float(value.double().cpu().norm() / site.value(key.to(site.W.device)).cpu().norm()),
     )
 
@@ -283,13 +296,23 @@ def diagnose(site: DownProj, delta: Delta, direction: Tensor, key: Tensor, value
 # ------------------------------------------------------------------------------------ the ledger
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Ledger:
     """What is applied to one model. Lives on the model, so that a copy of the model has its own."""
 
-    base: dict[int, Tensor] = field(default_factory=dict)
-    edits: list[Edit] = field(default_factory=list)
-    written: dict[int, str] = field(default_factory=dict)
+    base: Mapping[int, Tensor] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
+    written: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, base: Mapping[int, Tensor], edits: tuple[Edit, ...], written: Mapping[int, str]) -> _Ledger:
+        """With the layers only that these edits touch."""
+        touched = {delta.layer for edit in edits for delta in edit.deltas}
+        return cls(
+            {layer: weight for layer, weight in base.items() if layer in touched},
+            edits,
+            {layer: digest for layer, digest in written.items() if layer in touched},
+        )
 
     def check_unchanged(self, model: Model) -> None:
         for layer, expected in self.written.items():
@@ -299,22 +322,6 @@ class _Ledger:
                     "loading or weight processing): nothing was written; reload the model"
                 )
 
-    def note(self, sites: Mapping[int, DownProj]) -> None:
-        touched = {delta.layer for edit in self.edits for delta in edit.deltas}
-        for layer, site in sites.items():
-            if layer in touched:
-                self.written[layer] = hash_weight(site.W)
-            else:
-                self.base.pop(layer, None)
-                self.written.pop(layer, None)
-
-    def keep(self, model: Model) -> None:
-        # Straight into __dict__: a bridge hands other attributes on to the model it wraps.
-        if self.edits:
-            model.__dict__[_LEDGER] = self
-        else:
-            model.__dict__.pop(_LEDGER, None)
-
 
 _LEDGER = "_tl_factedit_ledger"
 
@@ -323,13 +330,27 @@ def _ledger(model: Model) -> _Ledger:
     return model.__dict__.get(_LEDGER) or _Ledger()
 
 
-def _write_all(sites: Mapping[int, DownProj], weights: Mapping[int, Tensor]) -> None:
-    """All layers or none, whatever interrupts it."""
-    before = {layer: site.W.clone() for layer, site in sites.items()}
+def _keep(model: Model, ledger: _Ledger) -> None:
+    # Straight into __dict__: a bridge hands other attributes on to the model it wraps.
+    if ledger.edits:
+        model.__dict__[_LEDGER] = ledger
+    else:
+        model.__dict__.pop(_LEDGER, None)
+
+
+def _hashes(weights: Mapping[int, Tensor]) -> dict[int, str]:
+    return {layer: hash_weight(weight) for layer, weight in weights.items()}
+
+
+def _commit(model: Model, sites: Mapping[int, DownProj], weights: Mapping[int, Tensor], ledger: _Ledger) -> None:
+    """All layers and the ledger, or none of it, whatever interrupts it."""
+    before, was = {layer: site.W.clone() for layer, site in sites.items()}, _ledger(model)
     try:
         for layer, site in sites.items():
             site.write_(weights[layer])
+        _keep(model, ledger)
     except BaseException:
         for layer, site in sites.items():
             site.write_(before[layer])
+        _keep(model, was)
         raise

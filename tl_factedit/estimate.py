@@ -41,6 +41,8 @@ class Estimate:
 
 
 DRAWS = 10_000
+AT_ONCE = 5_000_000
+"""Most numbers resampled at a time: with all 21,919 facts of CounterFact a whole table of draws is 1.8 GB."""
 
 
 def over_facts(values: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -68,7 +70,14 @@ def jointly(
     mean = float(combine([row.nanmean() for row in table]))
     if n < 2:
         return Estimate(mean, math.nan, math.nan, n)
-    draw = torch.randint(table.shape[1], (DRAWS, table.shape[1]), generator=torch.Generator().manual_seed(seed))
-    means = combine([row[draw].nanmean(-1) for row in table])
+    means = combine(list(_resampled_means(table, torch.Generator().manual_seed(seed))))
     low, high = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return Estimate(mean, low, high, n)
+
+
+def _resampled_means(table: Tensor, generator: torch.Generator) -> Tensor:
+    """The mean of each row over columns drawn with replacement, [row draw]."""
+    n = table.shape[1]
+    pieces = torch.arange(DRAWS).split(max(1, AT_ONCE // n))
+    draws = (torch.randint(n, (len(piece), n), generator=generator) for piece in pieces)
+    return torch.cat([torch.stack([row[draw].nanmean(-1) for row in table]) for draw in draws], dim=1)

@@ -73,7 +73,7 @@ class Scores:
         efficacy: ES over facts.
         paraphrase: PS over the facts that have paraphrases.
         neighbourhood: NS over the facts that have neighbours.
-        score: S, over the facts that have all three; 0 if one of them is 0.
+        score: S, of the three means above; 0 if one of them is 0. Its n counts the facts that have all three.
         p_new: Probability of the new object on the rewrite prompt (per-token geometric mean).
         p_old: The same of the old object.
         answers: Every prompt's own numbers.
@@ -125,13 +125,13 @@ class Scores:
 
 
 def evaluate(
-    model: Model, facts: Sequence[Fact], *, prepend_bos: bool | None = None, batch_tokens: int = 4096
+    model: Model, facts: Fact | Sequence[Fact], *, prepend_bos: bool | None = None, batch_tokens: int = 4096
 ) -> Scores:
     """Score a model as it is now on some facts.
 
     Args:
         model: Either class, edited or not.
-        facts: Each with a ``target_new``; paraphrases and neighbours are scored where given.
+        facts: One or several, each with a ``target_new``; paraphrases and neighbours are scored where given.
         prepend_bos: Whether prompts begin with BOS; None for the model's default.
         batch_tokens: Most tokens in one forward pass.
 
@@ -149,8 +149,11 @@ def evaluate(
     ]
     requests: list[tuple[Int[Tensor, "pos"], Int[Tensor, "target"]]] = []
     for _, _, prompt, true, new in asked:
-        ids, _ = encode(model.tokenizer, prompt, prepend_bos=provenance.prepend_bos)
-        requests += [(ids, continuation(model.tokenizer, prompt, target)) for target in (true, new)]
+        bos = provenance.prepend_bos
+        ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
+        requests += [
+            (ids, continuation(model.tokenizer, prompt, target, prepend_bos=bos)) for target in (true, new)
+        ]
     with quiet(model), torch.no_grad():
         found = log_probs(Runner(model), requests, batch_tokens=batch_tokens)
     answers = tuple(
@@ -165,7 +168,7 @@ def evaluate(
     return _score(facts, answers, provenance)
 
 
-def _checked(facts: Sequence[Fact]) -> tuple[Fact, ...]:
+def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
     if not facts:
         raise ValueError("facts is empty, needed at least one")

@@ -62,6 +62,7 @@ def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = Non
     """
     bos = edit.provenance.prepend_bos if prepend_bos is None else prepend_bos
     ids, _ = encode(model.tokenizer, text, prepend_bos=bos)
+    edit.check(model)
     sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
     first = min(edit.deltas, key=lambda delta: delta.layer)
     with quiet(model), torch.no_grad():
@@ -77,7 +78,7 @@ def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = Non
         tokens=spell(model.tokenizer, ids),
         gain=torch.stack([g.cpu() for g in found]),
         layers=tuple(delta.layer for delta in edit.deltas),
-        predicted_error=float((predicted - measured).abs().max() / predicted.abs().max()),
+        predicted_error=float((predicted - measured).abs().max() / predicted.abs().max().clamp(min=1e-300)),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Positions = int | Sequence[int] | slice | Int[Tensor, "position"]
+Positions = int | Sequence[int] | slice | Int[Tensor, "*position"]
 
 
 def noise_hook(noise: Float[Tensor, "batch position d_model"], positions: Positions) -> Callable[..., Tensor]:
@@ -35,7 +35,7 @@ def noise_hook(noise: Float[Tensor, "batch position d_model"], positions: Positi
 
     Raises:
         ValueError: The noise has another number of positions, or (when the hook fires) the
-            activations have another batch size or end before a position.
+            activations have another batch size or width, or end before a position.
     """
     where = _index(positions)
     if isinstance(where, Tensor) and noise.shape[1] != len(where):
@@ -46,15 +46,24 @@ def noise_hook(noise: Float[Tensor, "batch position d_model"], positions: Positi
     def hook_fn(value: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Tensor:
         _check_reach(value, where)
         if len(noise) not in (1, len(value)):
-            raise ValueError(f"noise is for a batch of {len(noise)}, the activations are {len(value)}: needed 1 or equal")
+            raise ValueError(
+                f"noise is for a batch of {len(noise)}, the activations are {len(value)}: needed 1 or equal"
+            )
+        if noise.shape[2] != value.shape[2]:
+            raise ValueError(
+                f"noise is {noise.shape[2]} wide, the activations are {value.shape[2]}: needed equal widths"
+            )
         noised = value.clone()
+        if noise.shape[1] != noised[:, where].shape[1]:
+            held = noised[:, where].shape[1]
+            raise ValueError(f"noise is for {noise.shape[1]} positions, but the slice holds {held}: needed as many")
         noised[:, where] += noise.to(value)
         return noised
 
     return hook_fn
 
 
-def restore_hook(clean: Float[Tensor, "#batch pos d_model"], positions: Positions) -> Callable[..., Tensor]:
+def restore_hook(clean: Float[Tensor, "#batch pos *rest"], positions: Positions) -> Callable[..., Tensor]:
     """A hook that sets the activations at some positions to those of another (clean) run.
 
     Args:

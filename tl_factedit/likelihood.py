@@ -11,12 +11,13 @@ from torch import Tensor
 from tl_factedit.model import Hook, Runner
 from tl_factedit.tokens import pad
 
-Request = tuple[Int[Tensor, "pos"], Int[Tensor, "target"]]
+# The lengths go without a name: they differ from request to request.
+Request = tuple[Int[Tensor, "_"], Int[Tensor, "_"]]
 
 
 def log_probs(
     runner: Runner, requests: Sequence[Request], *, hooks: Sequence[Hook] = (), batch_tokens: int = 4096
-) -> list[Float[Tensor, "target"]]:
+) -> list[Float[Tensor, "_"]]:
     """Log-probability of each token of each target after its prompt, teacher-forced.
 
     Args:

@@ -293,8 +293,10 @@ def quiet(model: Model) -> Iterator[None]:
     a user's training mode and ``requires_grad`` flags are put back, module by module. A caller's
     ``torch.inference_mode()`` becomes ``torch.no_grad()``, in which an optimisation can enable gradients.
     """
-    modules: list[nn.Module] = list(model.modules())  # type: ignore[attr-defined]
-    params: list[nn.Parameter] = list(model.parameters())  # type: ignore[attr-defined]
+    # A bridge's own modules() leaves out what it didn't wrap, such as GPT-2's dropout of the embeddings.
+    roots: list[Any] = [model, *([model.original_model] if kind(model) == "bridge" else [])]  # type: ignore[attr-defined]
+    modules: list[nn.Module] = list(dict.fromkeys(m for root in roots for m in root.modules()))
+    params: list[nn.Parameter] = list({id(p): p for root in roots for p in root.parameters()}.values())
     training = [m.training for m in modules]
     wanted = [p.requires_grad for p in params]
     try:

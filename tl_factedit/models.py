@@ -41,10 +41,10 @@ def smollm2_hf(*, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
     file = _smollm2_file()
     read = {"gguf_file": file.name, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=dtype, **read)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=dtype, **read)
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **read)
     # A model read from GGUF refuses to be saved; the same weights in a plain model don't.
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = ["LlamaForCausalLM"]

@@ -24,8 +24,8 @@ class NotPositiveDefiniteError(ValueError):
     """A second moment that can't be inverted with meaning."""
 
 
-MAX_CONDITION = 1e14
-"""Above this condition number a float64 solve has no digit left to trust."""
+MAX_CONDITION = 1e12
+"""Above this a second moment counts as singular: rounding alone leaves one with pivots of 1e-14 of the largest."""
 
 
 def whiten_key(
@@ -41,6 +41,20 @@ def whiten_key(
     Raises:
         NotPositiveDefiniteError: C is singular, or too ill-conditioned for float64.
     """
+    return whiten(cholesky(moment, ridge=ridge), key)
+
+
+def whiten(lower: Float[Tensor, "d_mlp d_mlp"], key: Float[Tensor, "d_mlp"]) -> Float[Tensor, "d_mlp"]:
+    """``C⁻¹ k`` from the Cholesky factor of C (see `cholesky`)."""
+    return torch.cholesky_solve(key.double()[:, None], lower)[:, 0]
+
+
+def cholesky(moment: Float[Tensor, "d_mlp d_mlp"], *, ridge: float = 0.0) -> Float[Tensor, "d_mlp d_mlp"]:
+    """The lower factor L of ``C + ridge · tr(C)/m · I = L Lᵀ``, float64.
+
+    Raises:
+        NotPositiveDefiniteError: C is singular, or too ill-conditioned for float64.
+    """
     c = moment.double()
     if ridge:
         c = c + ridge * torch.trace(c) / len(c) * torch.eye(len(c), dtype=c.dtype, device=c.device)
@@ -52,7 +66,7 @@ def whiten_key(
     condition = float((pivots.max() / pivots.min()) ** 2)
     if condition > MAX_CONDITION:
         raise NotPositiveDefiniteError(f"condition number at least {condition:.1e}, at most {MAX_CONDITION:.0e} allowed")
-    return torch.cholesky_solve(key.double()[:, None], factor)[:, 0]
+    return factor
 
 
 def rank_one(

@@ -7,7 +7,8 @@ arXiv:2202.05262, eq. 2 and app. E.2), summed in float64.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,27 +166,36 @@ def key_stats(
     sites = {layer: down_proj(model, layer) for layer in wanted}
     if n_tokens <= 0:
         raise ValueError(f"n_tokens is {n_tokens}, needed at least 1")
+    if context < 2:
+        raise ValueError(f"context is {context}, needed at least 2 tokens")
     if isinstance(texts, str):
         raise ValueError("texts is one string, needed an iterable of strings: write [text]")
     provenance = Provenance.of(model, prepend_bos)
     bos = provenance.prepend_bos
     asked = {"n_asked": n_tokens, "context": context}
-    paths = _paths(None if path is None else Path(path), wanted)
-    if paths and all(p.exists() for p in paths):
-        return _reuse(paths, wanted, texts, provenance, asked)
+    places = _places(None if path is None else Path(path), wanted)
+    there = {file: held for file, held in places.items() if file.exists()}
+    texts, again = itertools.tee(texts) if there else (texts, texts)
+    kept = _reuse(there, again, provenance, asked)
+    sites = {layer: site for layer, site in sites.items() if layer not in kept}
+    if not sites:
+        return {layer: kept[layer] for layer in wanted}
 
     reader = _Reader(texts)
-    sums = {layer: torch.zeros(len(site.W), len(site.W), dtype=torch.float64) for layer, site in sites.items()}
     counted = 0
     with quiet(model), torch.no_grad(), tqdm(
         total=n_tokens, unit="token", desc="key statistics", delay=1, disable=not progress
     ) as bar:
         runner = Runner(model)
-        sums = {layer: total.to(device(model)) for layer, total in sums.items()}
+        # Made inside `quiet`: a caller's inference_mode would make tensors that can't be added to in it.
+        sums = {
+            layer: torch.zeros(len(site.W), len(site.W), dtype=torch.float64, device=device(model))
+            for layer, site in sites.items()
+        }
         for rows in _batches(_pieces(model, reader, bos, context), n_tokens, batch_tokens):
             ids = pad(rows, fill=0)
             real = (torch.arange(ids.shape[1])[None] < torch.tensor([len(r) for r in rows])[:, None]).to(device(model))
-            caught = runner.capture(ids, [s.key_hook for s in sites.values()], stop=max(wanted) + 1)
+            caught = runner.capture(ids, [s.key_hook for s in sites.values()], stop=max(sites) + 1)
             for layer, site in sites.items():
                 keys = caught[site.key_hook][real].double()
                 sums[layer] += keys.T @ keys
@@ -199,12 +209,10 @@ def key_stats(
         layer: KeyStats(layer, ((total + total.T) / (2 * counted)).cpu(), counted, reader.digest, provenance)
         for layer, total in sums.items()
     }
-    for file in paths:
-        if file.exists():
-            continue
-        kept = [s for s in found.values() if len(paths) == 1 or file.stem == f"layer_{s.layer}"]
-        _write(kept, file, {**asked, "n_texts": reader.count})
-    return found
+    for file, held in places.items():
+        if file not in there:
+            _write([found[layer] for layer in held], file, {**asked, "n_texts": reader.count})
+    return {layer: {**kept, **found}[layer] for layer in wanted}
 
 
 # ------------------------------------------------------------------------------------ reading text
@@ -260,10 +268,13 @@ def _batches(
 # ------------------------------------------------------------------------------------ files
 
 
-def _paths(path: Path | None, layers: Sequence[int]) -> list[Path]:
+def _places(path: Path | None, layers: Sequence[int]) -> dict[Path, list[int]]:
+    """Which file is to hold which layers."""
     if path is None:
-        return []
-    return [path] if path.suffix else [path / f"layer_{layer}.safetensors" for layer in layers]
+        return {}
+    if path.suffix == ".safetensors":
+        return {path: list(layers)}
+    return {path / f"layer_{layer}.safetensors": [layer] for layer in layers}
 
 
 def _write(stats: Sequence[KeyStats], path: Path, asked: dict[str, Any]) -> None:
@@ -298,36 +309,40 @@ def _read(path: Path) -> tuple[dict[str, Any], list[KeyStats]]:
 
 
 def _reuse(
-    paths: Sequence[Path], layers: Sequence[int], texts: Iterable[str], now: Provenance, asked: dict[str, Any]
+    there: Mapping[Path, Sequence[int]], texts: Iterable[str], now: Provenance, asked: dict[str, Any]
 ) -> dict[int, KeyStats]:
     """What is on disk, if it is the collection that was asked for."""
     found: dict[int, KeyStats] = {}
     source = iter(texts)
     digest: str | None = None
-    for path in paths:
+    for path, layers in there.items():
         then, stats = _read(path)
         given = {key: then.get(key) for key in asked}
         if given != asked:
             raise ValueError(f"{path} was collected with {given}, asked for {asked}: name another path or delete it")
         if digest is None:
             digest = _digest_of(source, then["n_texts"])
-        for s in stats:
+            if stats[0].n_tokens < asked["n_asked"] and next(source, None) is not None:
+                digest = None  # those texts ended before the tokens that were asked for; these go on
+        held = {s.layer: s for s in stats}
+        missing = sorted(set(layers) - set(held))
+        if missing:
+            raise ValueError(f"{path} holds layers {sorted(held)}, not {missing}: name another path or delete it")
+        for layer in layers:
+            s = held[layer]
             if s.provenance is None or not s.provenance.weights.matches(now.weights):
                 raise ValueError(f"{path} is of other weights than the model's ({now.weights}): name another path")
             if s.provenance.prepend_bos != now.prepend_bos:
                 raise ValueError(f"{path} was collected with prepend_bos={s.provenance.prepend_bos}: name another path")
             if s.corpus != digest:
                 raise ValueError(f"{path} was collected on other texts: name another path or delete it")
-            found[s.layer] = s
-    missing = sorted(set(layers) - set(found))
-    if missing:
-        raise ValueError(f"{paths[0]} holds layers {sorted(found)}, not {missing}: name another path or delete it")
-    return {layer: found[layer] for layer in layers}
+            found[layer] = s
+    return found
 
 
 def _digest_of(texts: Iterator[str], count: int) -> str:
-    reader = _Reader(texts)
-    for _ in zip(range(count), reader, strict=False):
+    reader = _Reader(itertools.islice(texts, count))
+    for _ in reader:
         pass
     return reader.digest
 

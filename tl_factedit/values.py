@@ -47,6 +47,15 @@ class ValueFit:
     kl_prompts: Sequence[str] = ("{} is a",)
     kl_at: Literal["subject", "end"] = "subject"
 
+    def __post_init__(self) -> None:
+        """Check the numbers and choices."""
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, needed at least 1 (which only reads the loss)")
+        if self.kl_at not in ("subject", "end"):
+            raise ValueError(f"kl_at {self.kl_at!r} is unknown, needed 'subject' or 'end'")
+        if isinstance(self.kl_prompts, str):
+            raise ValueError(f"kl_prompts is the string {self.kl_prompts!r}, needed a list: write [{self.kl_prompts!r}]")
+
 
 @dataclass(frozen=True)
 class Fitted:

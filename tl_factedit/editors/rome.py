@@ -22,8 +22,9 @@ from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model, bos_policy, down_proj, quiet
 from tl_factedit.provenance import Provenance
-from tl_factedit.solve import NotPositiveDefiniteError, rank_one, whiten_key
+from tl_factedit.solve import Factors, NotPositiveDefiniteError, cholesky, rank_one, whiten
 from tl_factedit.stats import TOKENS_PER_DIMENSION, KeyStats
+from tl_factedit.tokens import align
 from tl_factedit.values import Fitted, ValueFit, fit_value
 
 
@@ -67,11 +68,18 @@ class Rome:
         if isinstance(self.stats, Mapping):
             if len(self.stats) != 1:
                 raise ValueError(f"stats holds layers {sorted(self.stats)}, needed one: give Rome(stats[layer])")
-            object.__setattr__(self, "stats", next(iter(self.stats.values())))
+            ((layer, stats),) = self.stats.items()
+            if stats.layer != layer:
+                raise ValueError(f"stats has the statistics of layer {stats.layer} under {layer}: give Rome(stats[layer])")
+            object.__setattr__(self, "stats", stats)
         if self.variant not in ("consistent", "original"):
             raise ValueError(f"variant {self.variant!r} is unknown, needed 'consistent' or 'original'")
         if self.target_ref not in ("mean", "bare"):
             raise ValueError(f"target_ref {self.target_ref!r} is unknown, needed 'mean' or 'bare'")
+        if self.ridge < 0:
+            raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
+        if isinstance(self.contexts, str):
+            raise ValueError(f"contexts is the string {self.contexts!r}, needed a list: write [{self.contexts!r}]")
 
     def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Make the edit of one fact; the weights are as before when it returns.
@@ -89,14 +97,18 @@ class Rome:
         if stats.provenance is not None and self.ridge == 0 and stats.n_tokens < stats.wanted_tokens:
             raise ValueError(_too_few(stats, "too few tokens to invert"))
         prepend_bos = self._bos(model)
+        for template in (fact.prompt, *self.fit.kl_prompts):
+            align(model.tokenizer, fact, prepend_bos=prepend_bos, template=template)
+        lower = self._factor(stats)
         contexts = self.contexts.draw(model) if isinstance(self.contexts, SampledContexts) else _own(self.contexts)
         with quiet(model):
             fitted = fit_value(
                 model, fact, stats.layer, contexts, fit=self.fit, prepend_bos=prepend_bos, progress=self.progress
             )
-            direction = self._whiten(stats, fitted.keys.mean(0))
+            mean_key = fitted.keys.mean(0)
+            direction = mean_key if lower is None else whiten(lower, mean_key)
             key, value, residual = self._write_at(fitted)
-            factors = rank_one(direction, key, residual)
+            factors = self._solve(direction, key, residual)
             delta = Delta(stats.layer, factors.left, factors.right)
             return Edit(
                 facts=(fact,),
@@ -122,8 +134,8 @@ class Rome:
             "n_tokens": stats.n_tokens,
             "corpus": stats.corpus,
             "ridge": self.ridge,
-            "fit": asdict(self.fit),
-            "contexts": asdict(self.contexts) if sampled else "given",  # type: ignore[arg-type]
+            "fit": _plain(asdict(self.fit)),
+            "contexts": _plain(asdict(self.contexts)) if sampled else "given",  # type: ignore[arg-type]
         }
 
     @property
@@ -140,13 +152,23 @@ class Rome:
             )
         return bos_policy(model, self.prepend_bos if self.prepend_bos is not None else theirs)
 
-    def _whiten(self, stats: KeyStats, key: Float[Tensor, "d_mlp"]) -> Float[Tensor, "d_mlp"]:
+    def _factor(self, stats: KeyStats) -> Float[Tensor, "d_mlp d_mlp"] | None:
+        """The Cholesky factor of C (made before any forward pass, as it may fail); None for the identity."""
         if stats.provenance is None:
-            return key
+            return None
         try:
-            return whiten_key(stats.moment, key, ridge=self.ridge)
+            return cholesky(stats.moment, ridge=self.ridge)
         except NotPositiveDefiniteError as error:
             raise ValueError(_too_few(stats, str(error))) from error
+
+    def _solve(self, direction: Tensor, key: Tensor, residual: Tensor) -> Factors:
+        try:
+            return rank_one(direction, key, residual)
+        except ZeroDivisionError as error:
+            raise ValueError(
+                f"{error}: nothing can be written at layer {self._stats.layer} for this subject (its key is "
+                f"{'0' if not bool(key.any()) else 'orthogonal to the mean key'}); choose another layer"
+            ) from error
 
     def _write_at(self, fitted: Fitted) -> tuple[Tensor, Tensor, Tensor]:
         """Key, value and residual of the update."""
@@ -179,6 +201,13 @@ def _too_few(stats: KeyStats, why: str) -> str:
         f"{TOKENS_PER_DIMENSION} tokens for each of {len(stats.moment)} dimensions = {stats.wanted_tokens:,} or more: "
         "collect more text, or pass ridge=1e-4"
     )
+
+
+def _plain(value: Any) -> Any:
+    """The same data with lists for tuples, as a JSON header gives it back."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _record(fitted: Fitted) -> dict[str, Any]:

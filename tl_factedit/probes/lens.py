@@ -57,7 +57,8 @@ class LogitLens:
 
     def _read(self, runner: Runner, fact: Fact) -> Float[Tensor, "layer position quantity"]:
         tokenizer = runner.model.tokenizer
-        row = align(tokenizer, fact, prepend_bos=bos_policy(runner.model, self.prepend_bos))
+        bos = bos_policy(runner.model, self.prepend_bos)
+        row = align(tokenizer, fact, prepend_bos=bos)
         names = [resid_post(layer) for layer in range(runner.n_layers)]
         caught = runner.capture(row.ids[None], names)
         stream = torch.cat([caught[name] for name in names])
@@ -69,7 +70,7 @@ class LogitLens:
         ).float()
         old = int(row.true_ids[0])
         new = None if row.new_ids is None or row.same_first_token else int(row.new_ids[0])
-        firsts = {int(continuation(tokenizer, row.text, text)[0]) for text in fact.controls}
+        firsts = {int(continuation(tokenizer, row.text, text, prepend_bos=bos)[0]) for text in fact.controls}
         controls = logits[..., sorted(firsts - {old, new})]
         nothing = torch.full(logits.shape[:2], float("nan"))
         log_p = logits.log_softmax(-1)

@@ -1,0 +1,113 @@
+"""Causal tracing cell by cell, as written: one whole forward pass a cell, with TransformerLens' hooks alone.
+
+Meng et al. 2022 (arXiv:2202.05262, sec. 2.1; their experiments/causal_trace.py). For a prompt x with subject
+tokens S and object o, noise ε_s, and P(o) the product of the probabilities of o's tokens::
+
+    low(s)      = P(o) with ε_s added to the token embeddings of S
+    IE(l, t, s) = P(o) with the same ε_s, and the outputs of the layers
+                  range(max(0, l − w//2), min(L, l − (−w//2))) at token t set to the clean run's
+                − low(s)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HOOK = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt's ids, its subject's (start, stop) and the ids of its object."""
+
+    ids: Tensor
+    subject: tuple[int, int]
+    target: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.cat([self.ids, self.target[:-1]])
+
+
+@dataclass(frozen=True)
+class Cells:
+    effect: Tensor  # [layer pos sample]
+    clean: Tensor  # []
+    low: Tensor  # [sample]
+
+
+def trace(model: Any, asked: Asked, noise: Tensor, *, component: str = "resid", window: int = 1) -> Cells:
+    count = model.cfg.n_layers
+    low = corrupted(model, asked, noise)
+    cache = clean_cache(model, asked, [f"blocks.{layer}.{HOOK[component]}" for layer in range(count)])
+    effect = torch.zeros(count, len(asked.ids), len(noise))
+    for layer in range(count):
+        layers = range(max(0, layer - window // 2), min(count, layer - (-window // 2)))
+        for position in range(len(asked.ids)):
+            effect[layer, position] = restored(
+                model, asked, noise, component, layers, position, cache
+            )
+            effect[layer, position] -= low
+    return Cells(effect, clean(model, asked), low)
+
+
+def clean(model: Any, asked: Asked) -> Tensor:
+    with torch.no_grad():
+        return probability(model(asked.tokens[None]), asked)[0]
+
+
+def corrupted(model: Any, asked: Asked, noise: Tensor, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
+    """P(o) for each noise sample, with further hooks if there are any."""
+    start, stop = asked.subject
+
+    def add_noise(embeddings, hook):
+        embeddings = embeddings.clone()
+        embeddings[:, start:stop] += noise
+        return embeddings
+
+    with torch.no_grad():
+        logits = model.run_with_hooks(
+            asked.tokens.repeat(len(noise), 1), fwd_hooks=[("hook_embed", add_noise), *hooks]
+        )
+    return probability(logits, asked)
+
+
+def restored(
+    model: Any,
+    asked: Asked,
+    noise: Tensor,
+    component: str,
+    layers: Sequence[int],
+    position: int,
+    cache: Any = None,
+) -> Tensor:
+    """P(o) for each noise sample, with some layers' outputs at one position as in the clean run."""
+    names = [f"blocks.{layer}.{HOOK[component]}" for layer in layers]
+    cache = cache or clean_cache(model, asked, names)
+
+    def put_clean(name):
+        def hook_fn(value, hook):
+            value = value.clone()
+            value[:, position] = cache[name][:, position]
+            return value
+
+        return name, hook_fn
+
+    return corrupted(model, asked, noise, [put_clean(name) for name in names])
+
+
+def clean_cache(model: Any, asked: Asked, names: Sequence[str]) -> Any:
+    with torch.no_grad():
+        return model.run_with_cache(asked.tokens[None], names_filter=list(names))[1]
+
+
+def probability(logits: Tensor, asked: Asked) -> Tensor:
+    p = torch.ones(len(logits))
+    for i, token in enumerate(asked.target.tolist()):
+        p = p * logits[:, len(asked.ids) - 1 + i].softmax(-1)[:, token]
+    return p

@@ -1,0 +1,372 @@
+"""An edit goes on and comes off bit for bit, alone, among others, from a file, and when something fails."""
+
+import copy
+import dataclasses
+import math
+
+import laws
+import pytest
+import tiny
+import torch
+
+import tl_factedit as fe
+from tl_factedit.edit import base_fingerprint
+from tl_factedit.model import DownProj, down_proj, fingerprint, layout
+
+FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "phi3", "gemma2")]
+FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if "hooked" in tiny.KINDS]
+
+
+def made(model, layer: int = 1, *, scale: float = 1.0, fact: fe.Fact = laws.FACT, seed: int = 0) -> fe.Edit:
+    """An edit with random factors: what `Edit` promises doesn't depend on where its deltas come from."""
+    site = down_proj(model, layer)
+    draw = torch.Generator().manual_seed(100 * layer + seed)
+    key, push = (torch.randn(size, generator=draw, dtype=torch.float64) for size in site.W.shape)
+    left, right = (key / (key @ key))[:, None], scale * push[None]
+    return fe.Edit(
+        facts=(fact,),
+        deltas=(fe.Delta(layer, left, right),),
+        keys={layer: key[None]},
+        values={layer: site.value(key)[None] + right},
+        editor={"name": "random", "seed": seed},
+        contexts=("",),
+        diagnostics=(fe.Diagnostics(layer, 1.0, float((left @ right).norm()), float(site.W.norm()), 1e-8, 1.0),),
+        fits=({"losses": [1.5, 0.5], "stopped": "steps"},),
+        provenance=fe.Provenance.of(model, True, weights=base_fingerprint(model)),
+    )
+
+
+def two_layers(model) -> fe.Edit:
+    a, b = made(model, 1), made(model, 2)
+    return dataclasses.replace(
+        a,
+        deltas=a.deltas + b.deltas,
+        keys={**a.keys, **b.keys},
+        values={**a.values, **b.values},
+        diagnostics=a.diagnostics + b.diagnostics,
+    )
+
+
+def w_out(model, layer: int = 1) -> torch.Tensor:
+    return down_proj(model, layer).W.clone()
+
+
+# ---------------------------------------------------------------------------------------- on and off
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_an_edit_comes_off_bit_for_bit(form):
+    model = tiny.model(*form)
+    laws.comes_off_bit_for_bit(made(model), model)
+    laws.comes_off_bit_for_bit(two_layers(model), model)
+    laws.writes_its_values_at_its_keys(two_layers(model), model)
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+@pytest.mark.parametrize("layers", [(1, 1), (1, 2)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("first_off", [0, 1], ids=["first in first out", "last in first out"])
+def test_of_two_edits_either_can_go_first_and_leaves_the_other_to_the_bit(form, layers, first_off):
+    model = tiny.model(*form)
+    edits = made(model, layers[0], seed=1), made(model, layers[1], seed=2)
+    clean = laws.logits(model)
+    before = laws.state(model)
+    goes, stays = edits[first_off], edits[1 - first_off]
+    with stays.applied(model):
+        alone = laws.logits(model)
+    for edit in edits:
+        edit.apply_(model)
+    assert not torch.equal(laws.logits(model), alone)
+    goes.undo_(model)
+    assert torch.equal(laws.logits(model), alone)
+    stays.undo_(model)
+    laws.assert_same(before, laws.state(model))
+    assert torch.equal(laws.logits(model), clean)
+
+
+def test_subtracting_the_delta_would_not_do(kind):
+    # The opposite of a bit-exact undo: the reason why the weights are kept.
+    model = tiny.model(kind, "gpt2")
+    edit, before = made(model, scale=100), w_out(model)
+    edit.apply_(model)
+    edited = w_out(model)
+    edit.undo_(model)
+    assert torch.equal(w_out(model), before)
+    assert not torch.equal((edited.double() - edit.deltas[0].dense).float(), before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_applied_takes_the_edit_off_even_when_the_body_raises(model, error):
+    edit, before = made(model), w_out(model)
+    with laws.untouched(model), pytest.raises(error), edit.applied(model) as same:
+        assert same is model
+        assert not torch.equal(w_out(model), before)
+        raise error
+
+
+def test_edits_nest(model):
+    first, second = made(model, seed=1), made(model, seed=2)
+    with laws.untouched(model):
+        with first.applied(model):
+            outer = w_out(model)
+            with second.applied(model):
+                assert not torch.equal(w_out(model), outer)
+            assert torch.equal(w_out(model), outer)
+
+
+def test_the_weights_are_the_exact_sum_rounded_once(model):
+    edit, before = made(model, scale=3), w_out(model)
+    with edit.applied(model):
+        assert torch.equal(w_out(model), (before.double() + edit.deltas[0].dense).float())
+    delta = edit.deltas[0]
+    torch.testing.assert_close(delta.matrix.AB, delta.dense, rtol=1e-12, atol=1e-12)
+    assert edit.layers == (1,)
+    assert made(model).digest == made(model).digest != made(model, seed=5).digest
+
+
+@pytest.mark.parametrize("mode", ["inference", "no_grad", "training"])
+def test_applying_works_in_every_mode_and_leaves_it(model, mode):
+    edit = made(model)
+    model.train(mode == "training")
+    for param in model.parameters():
+        param.requires_grad_(mode == "training")
+    context = {"inference": torch.inference_mode, "no_grad": torch.no_grad}.get(mode, torch.enable_grad)
+    with laws.untouched(model), context():
+        edit.apply_(model)
+        assert all(param.requires_grad == (mode == "training") for param in model.parameters())
+        edit.undo_(model)
+    with laws.untouched(model):
+        with context():
+            edit.apply_(model)
+        edit.undo_(model)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def refused(model, action, message):
+    before = laws.state(model)
+    with pytest.raises(ValueError, match=message):
+        action(model)
+    laws.assert_same(before, laws.state(model))
+
+
+def test_an_edit_is_not_applied_twice_nor_taken_off_where_it_is_not(model):
+    edit = made(model)
+    refused(model, edit.undo_, "the edit of 'The Eiffel Tower' isn't applied to .*: apply_ it first")
+    edit.apply_(model)
+    refused(model, edit.apply_, "is applied to .* already: undo_ it first")
+    refused(model, made(model, seed=3).undo_, "isn't applied")
+    with pytest.raises(ValueError, match="already"), edit.applied(model):
+        raise AssertionError("the body was run")
+    assert laws.state(model).edits == (edit.digest,)
+    edit.undo_(model)
+    refused(model, edit.undo_, "isn't applied")
+
+
+@pytest.mark.parametrize("how", ["added to", "loaded"])
+def test_weights_that_were_changed_since_are_not_touched(model, how):
+    edit, other, original = made(model), made(model, seed=2), copy.deepcopy(model.state_dict())
+    edit.apply_(model)
+    if how == "added to":
+        with torch.no_grad():
+            down_proj(model, 1).param.add_(0.25)
+    else:
+        model.load_state_dict(original)
+    refused(model, edit.undo_, "W_out of layer 1 was changed since .*nothing was written")
+    refused(model, other.apply_, "W_out of layer 1 was changed since .*nothing was written")
+
+
+def test_processing_the_weights_of_an_edited_bridge_is_noticed():
+    model = tiny.bridge("gpt2")
+    edit = made(model)
+    edit.apply_(model)
+    model.enable_compatibility_mode()
+    assert layout(model) == "bridge+compat"
+    refused(model, edit.undo_, "changed since .*weight processing")
+
+
+def test_another_layer_that_was_changed_is_noticed_when_applying(model):
+    edit = made(model)
+    with torch.no_grad():
+        down_proj(model, 3).param.add_(0.25)
+    refused(model, edit.apply_, "made for weights .* has weights")
+
+
+@pytest.mark.parametrize("other", [{"seed": 9}, {"n_layers": 3}], ids=repr)
+def test_a_model_with_other_weights_is_refused(model, kind, other):
+    edit = made(model)
+    refused(tiny.model(kind, "gpt2", **other), edit.apply_, "made for weights .*apply it to the model it was made on")
+
+
+def test_check_says_what_apply_would_say_and_writes_nothing(model):
+    edit = made(model)
+    with laws.untouched(model):
+        edit.check(model)
+    with edit.applied(model):
+        refused(model, edit.check, "already")
+
+
+def test_an_edit_that_overflows_the_weights_type_is_refused(kind):
+    model = tiny.model(kind, "gpt2", dtype=torch.float16)
+    refused(model, made(model, scale=1e9).apply_, "overflow torch.float16: nothing was written")
+    laws.comes_off_bit_for_bit(made(model), model)
+
+
+# ---------------------------------------------------------------------------------------- something fails
+
+
+@pytest.mark.parametrize("call", ["apply_", "undo_"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("fails", [1, 2], ids=["at the first layer", "at the second layer"])
+def test_a_write_that_fails_midway_leaves_all_layers_as_they_were(model, monkeypatch, call, error, fails):
+    edit, write, calls = two_layers(model), DownProj.write_, []
+    if call == "undo_":
+        edit.apply_(model)
+    seen = laws.logits(model)
+    before = laws.state(model)
+
+    def broken(site, weight):
+        calls.append(site.layer)
+        if len(calls) == fails:
+            write(site, weight * 0.5)
+            raise error
+        write(site, weight)
+
+    monkeypatch.setattr(DownProj, "write_", broken)
+    with pytest.raises(error):
+        getattr(edit, call)(model)
+    monkeypatch.undo()
+    laws.assert_same(before, laws.state(model))
+    assert torch.equal(laws.logits(model), seen)
+    getattr(edit, call)(model)
+    assert not torch.equal(laws.logits(model), seen)
+
+
+@pytest.mark.parametrize("call", ["apply_", "undo_"])
+@pytest.mark.parametrize("stage", ["down_proj", "hash_weight", "_keep"])
+def test_an_interrupt_anywhere_in_a_call_leaves_the_model_as_it_was(kind, monkeypatch, call, stage):
+    model = tiny.model(kind, "gpt2")
+    edit = two_layers(model)
+    if call == "undo_":
+        edit.apply_(model)
+    before = laws.state(model)
+    original, reached = getattr(fe.edit, stage), 0
+    for at in range(1, 40):
+        calls = []
+
+        def broken(*args, at=at, calls=calls):
+            calls.append(1)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(fe.edit, stage, broken)
+        try:
+            getattr(edit, call)(model)
+        except KeyboardInterrupt:
+            reached += 1
+            laws.assert_same(before, laws.state(model))
+        else:
+            break
+    assert reached
+    assert laws.state(model).edits != before.edits
+
+
+# ---------------------------------------------------------------------------------------- copies and files
+
+
+def test_a_copy_of_an_edited_model_has_a_ledger_of_its_own(model):
+    edit, clean = made(model), w_out(model)
+    edit.apply_(model)
+    twin = copy.deepcopy(model)
+    edit.undo_(twin)
+    assert torch.equal(w_out(twin), clean)
+    assert not torch.equal(w_out(model), clean)
+    refused(model, edit.apply_, "already")
+    edit.undo_(model)
+    assert torch.equal(w_out(model), clean)
+
+
+def test_an_edit_survives_a_file(model, tmp_path):
+    laws.survives_a_file(two_layers(model), tmp_path / "two.safetensors", model)
+    edit = laws.rome(model)(model, [laws.FACT.but(id=7, relation="P276")])
+    laws.survives_a_file(edit, tmp_path / "folder" / "rome.safetensors", model)
+    assert "'The Eiffel Tower': Paris→ Rome" in repr(fe.Edit.load(tmp_path / "folder" / "rome.safetensors"))
+
+
+def test_a_loaded_edit_is_known_to_be_applied_already(model, tmp_path):
+    edit = made(model)
+    edit.save(tmp_path / "edit.safetensors")
+    edit.apply_(model)
+    loaded = fe.Edit.load(tmp_path / "edit.safetensors")
+    refused(model, loaded.apply_, "already")
+    loaded.undo_(model)
+    assert laws.state(model).edits == ()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed", "of another kind"])
+def test_a_damaged_edit_file_is_refused_by_name(kind, tmp_path, damage):
+    model, file = tiny.model(kind, "gpt2"), tmp_path / "edit.safetensors"
+    made(model).save(file)
+    data = bytearray(file.read_bytes())
+    if damage == "cut short":
+        data = data[:-100]
+    elif damage == "changed":
+        data[-100] ^= 1
+    else:
+        fe.KeyStats.identity(model, 1).save(file)
+        data = file.read_bytes()
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"edit\.safetensors.*{'needed .edit.' if 'kind' in damage else damage}"):
+        fe.Edit.load(file)
+    assert file.read_bytes() == data
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "neox"])
+def test_an_edit_made_on_a_bridge_fits_the_hooked_model_of_the_same_weights(arch, tmp_path):
+    bridge, hooked = tiny.bridge(arch), tiny.hooked(arch)
+    made(bridge).save(tmp_path / "edit.safetensors")
+    edit = fe.Edit.load(tmp_path / "edit.safetensors")
+    changes = []
+    for model in (bridge, hooked):
+        clean = laws.logits(model).log_softmax(-1)
+        with edit.applied(model):
+            assert torch.equal(w_out(model), w_out(bridge if model is hooked else model)) == (model is bridge)
+            changes.append(laws.logits(model).log_softmax(-1) - clean)
+    assert changes[0].abs().max() > 0.1
+    # Two implementations in float32, of log-probabilities of size 10.
+    torch.testing.assert_close(changes[0], changes[1], rtol=0, atol=1e-3)
+    refused(tiny.hooked(arch, seed=9), edit.apply_, "made for weights")
+
+
+# ---------------------------------------------------------------------------------------- low precision
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4], ids=["large", "rounded away"])
+def test_in_bfloat16_exactness_is_what_the_stored_weights_give(kind, scale):
+    model = tiny.model(kind, "gpt2", dtype=torch.bfloat16)
+    fit = fe.ValueFit(steps=3, lr=0.5 * scale)
+    edit = fe.Rome(laws.stats(model, 1), fit=fit, contexts=laws.CONTEXTS, progress=False)(model, [laws.FACT])
+    site, key = down_proj(model, 1), edit.keys[1]
+    before, wanted = site.value(key), edit.values[1]
+    with edit.applied(model):
+        measured = float((site.value(key) - wanted).norm() / (wanted - before).norm())
+    assert edit.diagnostics[0].exactness == pytest.approx(measured, rel=1e-6)
+    assert measured > 1e-4  # no bfloat16 edit is exact to float32's digits
+    assert (measured > 0.5) == (scale < 1)
+    laws.comes_off_bit_for_bit(made(model), model)
+
+
+def test_an_update_of_nothing_is_exact(model):
+    edit = laws.rome(model, fit=fe.ValueFit(steps=1))(model, [laws.FACT])
+    assert edit.deltas[0].right.abs().max() == 0
+    assert edit.diagnostics[0].exactness == 0
+    assert math.isfinite(edit.diagnostics[0].division_factor)
+
+
+def test_the_fingerprint_of_the_base_does_not_see_edits(model):
+    base = fingerprint(model)
+    with made(model).applied(model), made(model, 2).applied(model):
+        assert fingerprint(model) != base
+        assert base_fingerprint(model) == base

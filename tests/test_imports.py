@@ -1,0 +1,217 @@
+"""Imports go downward only, one file knows TransformerLens, and importing the package does no work."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tl_factedit
+
+ROOT = Path(tl_factedit.__file__).parent
+# Each may import what stands in its own row or above it; a folder stands for all its files.
+ORDER = (
+    ("facts", "files", "solve", "estimate"),
+    ("tokens",),
+    ("model",),
+    ("provenance",),
+    ("hooks", "corruption", "stats", "values", "contexts", "likelihood", "trace"),
+    ("edit",),
+    ("editors",),
+    ("probe", "probes", "gain", "evaluate"),
+    ("audit",),
+    ("world", "models", "markup"),
+    ("svg", "page"),
+    ("evidence",),
+    ("data", "show"),
+)
+PICTURES = ("markup", "svg", "page", "evidence", "show")
+# What nothing inside imports, except the table of contents and those named here.
+LEAVES = {
+    "show": (),
+    "data": (),
+    "models": (),
+    "world": ("data",),
+    "markup": PICTURES,
+    "svg": PICTURES,
+    "page": PICTURES,
+    "evidence": PICTURES,
+}
+RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
+MODULES = [name for name in FILES if name != "__init__"]
+
+
+def imported(source: str) -> set[str]:
+    """Full names of everything a source imports, also inside functions and for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{'.' * node.level}{node.module or ''}"} if node.level else set()
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if not node.level}
+    return found
+
+
+def inside(source: str) -> set[str]:
+    """The package's own modules (or folders) that a source imports."""
+    names = {name.split(".")[1] for name in imported(source) if name.startswith("tl_factedit.")}
+    return {name for name in names if name in RANK or name in MODULES}
+
+
+def outside(source: str) -> set[str]:
+    """Top-level names of other packages that a source imports."""
+    return {name.split(".")[0] for name in imported(source)} - {"tl_factedit"}
+
+
+def unit(name: str) -> str:
+    return name.split(".")[0]
+
+
+def upward(name: str, source: str) -> set[str]:
+    """What a module imports of those below it in the order's rows, that is: of what is built upon it."""
+    return {other for other in inside(source) if RANK[other] > RANK[unit(name)]}
+
+
+# ---------------------------------------------------------------------------------------- direction
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_has_its_place_in_the_order(name):
+    assert unit(name) in RANK, f"put {name} into ORDER, where it may be imported from"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_downward_only(name):
+    assert upward(name, FILES[name].read_text()) == set()
+
+
+def test_an_import_upward_is_seen_wherever_it_stands():
+    assert upward("tokens", "def f():\n    from tl_factedit.trace import Trace") == {"trace"}
+    assert upward("solve", "from tl_factedit import edit") == {"edit"}
+    assert upward("edit", "import tl_factedit.editors.rome") == {"editors"}
+    assert upward("trace", "from tl_factedit.tokens import align") == set()
+
+
+def test_no_module_imports_itself_by_a_detour():
+    graph = {name: inside(path.read_text()) - {unit(name)} for name, path in FILES.items() if name in MODULES}
+    units = {u: set().union(*(graph[n] for n in MODULES if unit(n) == u)) for u in map(unit, MODULES)}
+    assert cycle(units) is None
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
+
+
+def cycle(graph: dict[str, set[str]]) -> set[str] | None:
+    """Nodes that are left when those without imports are taken away again and again."""
+    left = {node: set(edges) for node, edges in graph.items()}
+    while free := {node for node, edges in left.items() if not edges & set(left)}:
+        left = {node: edges for node, edges in left.items() if node not in free}
+    return set(left) or None
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaves_are_imported_by_nothing_inside(leaf):
+    users = {unit(name) for name in MODULES if leaf in inside(FILES[name].read_text())}
+    assert users - {leaf} <= set(LEAVES[leaf])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_model_py_knows_transformer_lens(name):
+    knows = "transformer_lens" in outside(FILES[name].read_text())
+    assert knows is (name == "model")
+
+
+def test_the_mathematics_of_edits_needs_torch_alone():
+    beside = outside(FILES["solve"].read_text()) - set(sys.stdlib_module_names)
+    assert beside == {"torch", "jaxtyping"}  # jaxtyping: the shapes in the signatures
+    assert inside(FILES["solve"].read_text()) == set()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_there_are_no_relative_and_no_star_imports(name):
+    names = imported(FILES[name].read_text())
+    assert not [n for n in names if n.startswith(".") or n.endswith("*")]
+
+
+def test_every_public_name_is_there_and_listed_once():
+    public = tl_factedit.__all__
+    assert len(public) == len(set(public))
+    assert all(hasattr(tl_factedit, name) for name in public)
+
+
+# ---------------------------------------------------------------------------------------- no work at import
+
+PROGRAM = """
+import contextlib, io, json, logging, os, random, sys, time, warnings
+import numpy, torch
+exec(sys.argv[2])
+
+def world():
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "random": repr(random.getstate()),
+        "numpy": repr(numpy.random.get_state()),
+        "root logger": (logging.root.level, len(logging.root.handlers), logging.root.disabled),
+        "loggers": sorted(n for n, l in logging.root.manager.loggerDict.items()
+                          if n.startswith("tl_factedit") and getattr(l, "handlers", ())),
+        "warnings": len(warnings.filters),
+        "grad": torch.is_grad_enabled(),
+        "dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+    }
+
+events = []
+def watch(event, args):
+    if event.startswith(("socket.", "subprocess.", "os.system", "urllib.")):
+        events.append(event)
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        events.append(f"writes {args[0]}")
+
+before = world()
+sys.addaudithook(watch)
+said = io.StringIO()
+begin = time.process_time()
+with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    exec(sys.argv[1])
+took = time.process_time() - begin
+after = world()
+changed = [key for key in before if before[key] != after[key]]
+print(json.dumps({"changed": changed, "events": events, "said": said.getvalue(), "seconds": took}))
+"""
+
+
+def effects(statement: str, given: str = "") -> dict:
+    """What a statement did to a fresh Python (in which `given` was run before) beside binding names."""
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", PROGRAM, statement, given],
+        env={**os.environ, "PYTHONPATH": str(ROOT.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_the_package_runs_seeds_logs_prints_and_opens_nothing():
+    found = effects(
+        "import tl_factedit", given="import transformer_lens, pandas, tqdm.auto, circuitsvis, safetensors.torch"
+    )
+    assert found["changed"] == []
+    assert found["events"] == []
+    assert found["said"] == ""
+    assert found["seconds"] < 1.0, "the contract: less than a second beyond transformer_lens"
+
+
+def test_an_import_that_works_is_caught():
+    found = effects(
+        "import torch, logging, socket, warnings; torch.manual_seed(3); logging.basicConfig();"
+        "socket.socket().close(); print('hello'); warnings.simplefilter('ignore')"
+    )
+    assert set(found["changed"]) == {"torch", "root logger", "warnings"}
+    assert found["events"]
+    assert found["said"] == "hello\n"

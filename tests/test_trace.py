@@ -1,0 +1,703 @@
+"""Causal tracing is the literal loop over cells, made fast: equal to it, and to what theory says of the ends."""
+
+import dataclasses
+import functools
+
+import pytest
+import tiny
+import torch
+from oracles import tracing, untouched
+from oracles.tracing import Asked
+
+import tl_factedit as fe
+import tl_factedit.trace as trace_module
+from tl_factedit.model import Runner, down_proj, from_hf
+from tl_factedit.tokens import align
+from tl_factedit.trace import Trace, causal_trace, window_layers
+
+LAYERS = 4
+NOISE = fe.GaussianNoise(samples=2)
+# Differences of float32 probabilities of size 1, from passes over batches of another size.
+EXACT = 1e-5
+ORACLE_BRIDGES = ("gpt2", "gptj", "neox", "llama", "qwen3", "gemma2", "olmo2", "phi3", "bloom", "falcon")
+ORACLE_HOOKED = ("gpt2", "llama", "neox") if tiny.HAS_HOOKED else ()
+EVERY = [("bridge", arch) for arch in ORACLE_BRIDGES] + [("hooked", arch) for arch in ORACLE_HOOKED]
+FEW = [(kind, arch) for kind, arch in EVERY if arch in ("gpt2", "llama")]
+on_every = pytest.mark.parametrize(("kind", "arch"), EVERY, ids=lambda value: value)
+on_few = pytest.mark.parametrize(("kind", "arch"), FEW, ids=lambda value: value)
+
+
+@functools.cache
+def shared(kind: str, arch: str):
+    """One model for all tests that only look; that they may is itself tested below."""
+    return tiny.model(kind, arch)
+
+
+@functools.cache
+def asking(model, subject: str = "Eiffel Tower", prompt: str = "The {} is", n_target: int = 1) -> fe.Fact:
+    """A fact whose object is what this random model says: its probability is large enough to lose."""
+    words = {i: w for w, i in model.tokenizer.get_vocab().items() if w.isalpha()}
+    ids = align(
+        model.tokenizer, fe.Fact(subject, prompt, " Rome"), prepend_bos=model.cfg.default_prepend_bos
+    ).ids
+    said = []
+    for _ in range(n_target):
+        with torch.no_grad():
+            logits = model(ids[None])[0, -1]
+        said.append(max(words, key=lambda i: float(logits[i])))
+        ids = torch.cat([ids, torch.tensor(said[-1:])])
+    return fe.Fact(subject, prompt, "".join(f" {words[i]}" for i in said))
+
+
+def asked(model, fact: fe.Fact) -> Asked:
+    row = align(model.tokenizer, fact, prepend_bos=model.cfg.default_prepend_bos)
+    return Asked(row.ids, row.subject, row.true_ids)
+
+
+def traced(model, facts, **options) -> Trace:
+    return causal_trace(model, facts, **{"corruption": NOISE, "progress": False, **options})
+
+
+def drawn(model, trace: Trace, fact: int = 0) -> torch.Tensor:
+    start, stop = trace.subject[fact]
+    return trace.corruption.draw(stop - start, model.cfg.d_model)
+
+
+def gap(a, b) -> float:
+    return float((a - b).abs().max())
+
+
+# ---------------------------------------------------------------------------------------- the oracle
+
+
+@pytest.mark.parametrize(("component", "window", "n_target"), [("resid", 1, 2), ("mlp", 3, 1), ("attn", 1, 1)])
+@on_every
+def test_a_trace_is_the_loop_over_cells(kind, arch, component, window, n_target):
+    model = shared(kind, arch)
+    fact = asking(model, n_target=n_target)
+    trace = traced(model, fact, component=component, window=window)
+    loop = tracing.trace(model, asked(model, fact), drawn(model, trace), component=component, window=window)
+    assert gap(trace.clean[0], loop.clean) < EXACT
+    assert gap(trace.sample_corrupted[0], loop.low) < EXACT
+    assert gap(trace.sample_effect[0], loop.effect) < EXACT
+    assert loop.effect.abs().max() > 100 * EXACT, "nothing happens here that the two could disagree on"
+
+
+@pytest.mark.parametrize(
+    ("component", "window"), [("resid", 3), ("mlp", 1), ("mlp", 10), ("attn", 3), ("attn", 10)]
+)
+@on_few
+def test_other_windows_are_the_loop_over_cells_too(kind, arch, component, window):
+    model = shared(kind, arch)
+    fact = asking(model, n_target=2)
+    trace = traced(model, fact, component=component, window=window)
+    loop = tracing.trace(model, asked(model, fact), drawn(model, trace), component=component, window=window)
+    assert gap(trace.sample_effect[0], loop.effect) < EXACT
+    assert gap(trace.effect[0], loop.effect.mean(-1)) < EXACT
+    assert loop.effect.abs().max() > 100 * EXACT
+
+
+@pytest.mark.parametrize(
+    "broken", ["noise of another draw", "position off by one", "layer off by one", "other component"]
+)
+@on_few
+def test_a_loop_broken_on_purpose_is_told_from_the_trace(kind, arch, broken):
+    model = shared(kind, arch)
+    fact = asking(model, n_target=2)
+    trace = traced(model, fact, component="mlp")
+    noise, ask = drawn(model, trace), asked(model, fact)
+    if broken == "noise of another draw":
+        fresh = dataclasses.replace(trace.corruption, seed=1).draw(*noise.shape[1:])
+        last = trace.subject[0][1] - 1
+        low = tracing.corrupted(model, ask, noise)
+        cell = tracing.restored(model, ask, fresh, "mlp", [1], last) - low
+        assert gap(trace.sample_effect[0, 1, last], cell) > 10 * EXACT
+        return
+    loop = tracing.trace(model, ask, noise, component="resid" if broken == "other component" else "mlp").effect
+    shifted = {"position off by one": loop.roll(1, 1), "layer off by one": loop.roll(1, 0)}.get(broken, loop)
+    assert gap(trace.sample_effect[0], shifted) > 100 * EXACT
+
+
+@on_few
+def test_the_log_probability_is_that_of_the_whole_target(kind, arch):
+    model = shared(kind, arch)
+    fact = asking(model, n_target=2)
+    trace = traced(model, fact, metric="logprob")
+    loop = tracing.trace(model, asked(model, fact), drawn(model, trace))
+    low, last = loop.low.log(), trace.subject[0][1] - 1
+    # Logs of float32 probabilities down to 1e-10 keep their relative precision, but not an absolute 1e-5.
+    torch.testing.assert_close(trace.sample_corrupted[0], low, rtol=1e-4, atol=1e-4)
+    want = (loop.effect[1, last] + loop.low).log() - low
+    torch.testing.assert_close(trace.sample_effect[0, 1, last], want, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(trace.clean[0], loop.clean.log(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("component", ["resid", "mlp", "attn"])
+@pytest.mark.parametrize("arch", ORACLE_HOOKED)
+def test_both_classes_give_the_same_trace(arch, component):
+    fact = asking(shared("bridge", arch))
+    bridge, hooked = (
+        traced(shared(kind, arch), fact, component=component, prepend_bos=True) for kind in ("bridge", "hooked")
+    )
+    assert gap(bridge.sample_effect, hooked.sample_effect) < EXACT
+    assert gap(bridge.clean, hooked.clean) < EXACT
+    assert bridge.corruption.sigma == pytest.approx(hooked.corruption.sigma, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- identities
+
+
+@on_every
+def test_the_last_token_at_the_last_layer_gives_the_whole_effect(kind, arch):
+    model = shared(kind, arch)
+    trace = traced(model, asking(model))
+    assert gap(trace.effect[0, -1, -1], trace.total_effect[0]) < EXACT
+    assert trace.total_effect[0].abs() > 100 * EXACT
+    assert gap(trace.effect[0, -2, -1], trace.total_effect[0]) > 10 * EXACT, "so would any cell"
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@on_few
+def test_restoring_the_stream_at_all_tokens_is_the_clean_run(kind, arch, layer):
+    model = shared(kind, arch)
+    ask, name = asked(model, asking(model, n_target=2)), f"blocks.{layer}.hook_resid_post"
+    noise = 3 * torch.randn(2, ask.subject[1] - ask.subject[0], model.cfg.d_model, generator=seeded(0))
+    cache = tracing.clean_cache(model, ask, [name])
+    whole = tracing.corrupted(model, ask, noise, [(name, fe.restore_hook(cache[name], slice(None)))])
+    assert gap(whole, tracing.clean(model, ask)) < EXACT
+    after = [i for i in range(len(ask.tokens)) if i not in range(*ask.subject)]
+    part = tracing.corrupted(model, ask, noise, [(name, fe.restore_hook(cache[name], after[:-2]))])
+    assert gap(part, tracing.clean(model, ask)) > 100 * EXACT
+
+
+@on_few
+def test_restoring_the_subjects_embeddings_is_the_clean_run(kind, arch):
+    model = shared(kind, arch)
+    ask = asked(model, asking(model))
+    start, stop = ask.subject
+    noise = 3 * torch.randn(2, stop - start, model.cfg.d_model, generator=seeded(0))
+    clean = tracing.clean_cache(model, ask, ["hook_embed"])["hook_embed"]
+    whole = tracing.corrupted(model, ask, noise, [("hook_embed", fe.restore_hook(clean, range(start, stop)))])
+    part = tracing.corrupted(model, ask, noise, [("hook_embed", fe.restore_hook(clean, [start]))])
+    assert gap(whole, tracing.clean(model, ask)) < EXACT
+    assert gap(part, tracing.clean(model, ask)) > 10 * EXACT
+
+
+@on_few
+def test_the_public_noise_hook_makes_the_corrupted_run(kind, arch):
+    model = shared(kind, arch)
+    fact = asking(model)
+    trace, ask = traced(model, fact), asked(model, fact)
+    hook = fe.noise_hook(drawn(model, trace), range(*ask.subject))
+    with torch.no_grad():
+        logits = model.run_with_hooks(ask.tokens.repeat(2, 1), fwd_hooks=[("hook_embed", hook)])
+    assert gap(tracing.probability(logits, ask), trace.sample_corrupted[0]) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch", "component"),
+    [(*each, "resid") for each in EVERY] + [("bridge", "gptj", part) for part in ("mlp", "attn")],
+)
+def test_before_the_subject_the_effect_is_exactly_zero_and_the_loop_finds_so_too(kind, arch, component):
+    model = shared(kind, arch)
+    fact = asking(model, prompt="Where is The {} located")
+    trace = traced(model, fact, component=component)
+    start = trace.subject[0][0]
+    assert start >= 3
+    assert not trace.sample_effect[0, :, :start].any()
+    assert trace.sample_effect[0, :, start:].any()
+    ask, noise = asked(model, fact), drawn(model, trace)
+    low = tracing.corrupted(model, ask, noise)
+    found = [tracing.restored(model, ask, noise, component, [1], p) - low for p in range(start)]
+    assert torch.stack(found).abs().max() < 1e-7, "so these cells need no run"
+
+
+@pytest.mark.parametrize("component", ["resid", "mlp", "attn"])
+@on_few
+def test_without_noise_nothing_has_an_effect(kind, arch, component):
+    model = shared(kind, arch)
+    silent = traced(model, asking(model), component=component, corruption=fe.GaussianNoise(0.0, samples=2))
+    # The clean run has another batch size than the corrupted one: equal but for rounding.
+    assert silent.total_effect.abs().max() < 1e-6
+    assert silent.effect.abs().max() < 1e-6
+    assert traced(model, asking(model), component=component).effect.abs().max() > 1e-3
+
+
+@on_few
+def test_a_subject_in_front_and_a_subject_at_the_end_are_traced_too(kind, arch):
+    model = shared(kind, arch)
+    front, end = asking(model, "Rome", "{} is in"), asking(model, "Rome", "The capital of {}")
+    first = causal_trace(model, front, corruption=NOISE, prepend_bos=False)
+    assert first.subject == ((0, 1),)
+    assert first.effect[0, :, 0].abs().max() > 0
+    last = traced(model, end)
+    assert last.subject[0][1] == len(last.tokens[0])
+    assert gap(last.effect[0, -1, -1], last.total_effect[0]) < EXACT
+
+
+@on_few
+def test_all_attention_and_mlp_outputs_at_the_last_token_give_the_whole_effect(kind, arch):
+    model = shared(kind, arch)
+    ask = asked(model, asking(model))
+    noise = 3 * torch.randn(2, ask.subject[1] - ask.subject[0], model.cfg.d_model, generator=seeded(0))
+    names = [f"blocks.{layer}.hook_{part}_out" for layer in range(LAYERS) for part in ("mlp", "attn")]
+    cache, last = tracing.clean_cache(model, ask, names), len(ask.ids) - 1
+    hooks = [(name, fe.restore_hook(cache[name], [last])) for name in names]
+    assert gap(tracing.corrupted(model, ask, noise, hooks), tracing.clean(model, ask)) < EXACT
+    assert gap(tracing.corrupted(model, ask, noise, hooks[2:]), tracing.clean(model, ask)) > 10 * EXACT
+
+
+# ---------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(
+    ("layer", "window", "count", "layers"),
+    [
+        (6, 10, 20, range(1, 11)),
+        (6, 5, 20, range(4, 9)),
+        (6, 1, 20, range(6, 7)),
+        (6, 2, 20, range(5, 7)),
+        (0, 10, 20, range(0, 5)),
+        (19, 10, 20, range(14, 20)),
+        (1, 10, 4, range(0, 4)),
+    ],
+)
+def test_a_window_of_ten_is_five_below_to_four_above(layer, window, count, layers):
+    assert window_layers(layer, window, count) == layers
+
+
+@pytest.mark.parametrize(
+    ("window", "partial"), [(1, ()), (2, (0,)), (3, (0, 3)), (4, (0, 1, 3)), (10, (0, 1, 2, 3))]
+)
+def test_layers_whose_window_is_cut_are_named(window, partial):
+    trace = traced(shared("bridge", "gpt2"), fe.Fact("Rome", "{} is", " Paris"), component="mlp", window=window)
+    assert trace.partial_window == partial
+
+
+@on_few
+def test_a_window_over_all_layers_has_one_effect_for_all(kind, arch):
+    trace = traced(shared(kind, arch), asking(shared(kind, arch)), component="mlp", window=20)
+    assert gap(trace.effect[:, :1], trace.effect) < EXACT
+    single = traced(shared(kind, arch), asking(shared(kind, arch)), component="mlp")
+    assert gap(single.effect[:, :1], single.effect) > 10 * EXACT
+
+
+# ---------------------------------------------------------------------------------------- several facts
+
+
+@functools.cache
+def three(model) -> list[fe.Fact]:
+    return [
+        asking(model, "Rome", "{} is"),
+        asking(model, "The Eiffel Tower", "Where is {} located in", n_target=2),
+        asking(model, "Big Ben", "The city of {} is"),
+    ]
+
+
+@pytest.mark.parametrize(("component", "window"), [("resid", 1), ("mlp", 3)])
+@on_few
+def test_facts_of_unequal_length_are_traced_together_as_alone(kind, arch, component, window):
+    model, options = shared(kind, arch), {"component": component, "window": window}
+    options["corruption"] = dataclasses.replace(NOISE, sigma=0.25)
+    together = traced(model, three(model), **options)
+    assert together.effect.shape == (3, LAYERS, max(map(len, together.tokens)))
+    for i, fact in enumerate(three(model)):
+        alone = traced(model, fact, **options)
+        length = len(together.tokens[i])
+        assert together.tokens[i] == alone.tokens[0]
+        assert together.subject[i] == alone.subject[0]
+        assert torch.equal(together.sample_effect[i, :, :length], alone.sample_effect[0])
+        assert together.effect[i, :, length:].isnan().all()
+        assert not together.effect[i, :, :length].isnan().any()
+        assert torch.equal(together.sample_corrupted[i], alone.sample_corrupted[0])
+        assert together.clean[i] == alone.clean[0]
+
+
+def test_the_noise_is_scaled_to_the_embeddings_of_all_subjects_traced():
+    model = shared("bridge", "gpt2")
+    trace = traced(model, three(model))
+    entries = []
+    for fact in three(model):
+        ask = asked(model, fact)
+        embedded = tracing.clean_cache(model, ask, ["hook_embed"])["hook_embed"][0]
+        entries.append(embedded[slice(*ask.subject)].flatten())
+    assert trace.corruption.sigma == pytest.approx(float(torch.cat(entries).std()), rel=1e-6)
+    assert trace.corruption.sigma != traced(model, three(model)[0]).corruption.sigma
+
+
+@pytest.mark.parametrize(("component", "batch_tokens"), [("resid", 24), ("mlp", 1), ("attn", 24)])
+@on_few
+def test_the_size_of_a_batch_changes_no_number(kind, arch, component, batch_tokens, monkeypatch):
+    model = shared(kind, arch)
+    fact = asking(model, n_target=2)
+    rows, run = [], Runner.logits
+    monkeypatch.setattr(
+        Runner, "logits", lambda self, tokens, **k: rows.append(len(tokens)) or run(self, tokens, **k)
+    )
+    large = traced(model, fact, component=component)
+    biggest, small = max(rows), traced(model, fact, component=component, batch_tokens=batch_tokens)
+    assert max(rows[len(rows) // 2 :]) < biggest
+    assert gap(large.sample_effect, small.sample_effect) < EXACT
+
+
+# ---------------------------------------------------------------------------------------- the noise
+
+
+@on_few
+def test_the_noise_hangs_on_its_seed_alone_and_leaves_the_global_one(kind, arch):
+    model = shared(kind, arch)
+    fact = asking(model)
+    torch.manual_seed(1)
+    before, first = torch.get_rng_state(), traced(model, fact)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(traced(model, fact).sample_effect, first.sample_effect)
+    other = traced(model, fact, corruption=dataclasses.replace(NOISE, seed=1))
+    assert gap(other.sample_effect, first.sample_effect) > 10 * EXACT
+
+
+@on_few
+def test_the_effect_is_the_mean_over_samples_which_differ(kind, arch):
+    model = shared(kind, arch)
+    trace = traced(model, asking(model))
+    assert trace.sample_effect.shape == (*trace.effect.shape, 2)
+    assert gap(trace.sample_effect.mean(-1), trace.effect) < 1e-7
+    assert gap(trace.sample_corrupted.mean(-1), trace.corrupted) < 1e-7
+    assert gap(trace.sample_effect[..., 0], trace.sample_effect[..., 1]) > 10 * EXACT
+
+
+@on_few
+def test_given_noise_replicates_the_draw_of_meng_et_al(kind, arch):
+    numpy = pytest.importorskip("numpy")
+    model = shared(kind, arch)
+    fact = asking(model)
+    drawn_as_they_do = torch.from_numpy(numpy.random.RandomState(1).randn(3, 2, model.cfg.d_model)) * 0.3
+    trace = traced(model, fact, corruption=fe.GivenNoise(drawn_as_they_do))
+    loop = tracing.trace(model, asked(model, fact), drawn_as_they_do.float())
+    assert trace.sample_effect.shape[-1] == 3
+    assert gap(trace.sample_effect[0], loop.effect) < EXACT
+    assert gap(trace.sample_corrupted[0], loop.low) < EXACT
+
+
+@on_few
+def test_given_noise_gives_the_same_trace_as_the_draw_it_was_made_from(kind, arch):
+    model = shared(kind, arch)
+    trace = traced(model, asking(model))
+    again = traced(model, asking(model), corruption=fe.GivenNoise(drawn(model, trace)))
+    assert torch.equal(trace.sample_effect, again.sample_effect)
+
+
+# ---------------------------------------------------------------------------------------- a planted fact
+
+
+def planted(kind: str, where: int, layers: int = 5):
+    """A GPT-2 in which one MLP alone knows, at the subject, and the last attention alone carries it on.
+
+    All other MLPs and attentions write nothing. MLP `where` answers the subject's key with the direction
+    of " Paris"; the last attention copies the mean of the stream's tokens to the last.
+    """
+    options = {"n_layers": layers, "d_mlp": 128, "tied": False}
+    hf, tok = tiny.hf_model("gpt2", **options), tiny.tokenizer()
+    fact = fe.Fact("Eiffel Tower", "The {} is", " Paris")
+    with torch.no_grad():
+        for i, block in enumerate(hf.transformer.h):
+            for silent in (block.mlp.c_proj, block.attn.c_proj):
+                silent.weight.zero_()
+                silent.bias.zero_()
+            if i == layers - 1:
+                block.attn.c_attn.weight.zero_()
+                block.attn.c_attn.bias.zero_()
+                block.attn.c_attn.weight[:, -32:] = torch.eye(32)
+                block.attn.c_proj.weight.copy_(torch.eye(32))
+        model = from_hf(hf, tok, kind=kind, name="planted")
+        site, ask = down_proj(model, where), asked(model, fact)
+        key = tracing.clean_cache(model, ask, [site.key_hook])[site.key_hook][0, ask.subject[1] - 1]
+        paris = hf.lm_head.weight[int(ask.target)]
+        site.write_(torch.outer(key / (key @ key), 20 * paris / paris.norm()))
+    return model, fact
+
+
+@pytest.mark.parametrize("where", range(4))
+def test_a_fact_planted_in_one_mlp_is_found_there_and_nowhere_else(kind, where):
+    model, fact = planted(kind, where)
+    trace = traced(model, fact, component="mlp", corruption=fe.GaussianNoise(samples=5))
+    at_subject = trace.at_last_subject_token[0]
+    assert trace.peak_layer == where
+    assert at_subject[where] > 0.3 * trace.total_effect[0] > 0.03
+    others = [layer for layer in range(5) if layer != where]
+    assert at_subject[others].abs().max() < 1e-6, "an MLP that writes nothing restores nothing"
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_windows_smear_a_planted_fact_by_their_rule(kind, window):
+    where = 2
+    model, fact = planted(kind, where)
+    single = traced(model, fact, component="mlp").at_last_subject_token[0, where]
+    wide = traced(model, fact, component="mlp", window=window).at_last_subject_token[0]
+    reached = torch.tensor([where in window_layers(layer, window, 5) for layer in range(5)])
+    assert reached.sum() == window
+    torch.testing.assert_close(wide, reached * single, rtol=0, atol=1e-6)
+
+
+def test_the_road_of_a_planted_fact_is_seen_in_stream_and_attention(kind):
+    model, fact = planted(kind, 1)
+    stream = traced(model, fact).effect[0]
+    attention = traced(model, fact, component="attn").effect[0]
+    start, stop = traced(model, fact).subject[0]
+    at_last = traced(model, fact).total_effect[0]
+    # At the subject until the last attention reads it, at the last token from then on.
+    assert stream[1:4, stop - 1].min() > 0.3 * at_last
+    assert stream[4, stop - 1].abs() < 1e-6
+    assert stream[:4, -1].abs().max() < 1e-6
+    assert abs(stream[4, -1] - at_last) < 1e-6
+    assert attention[:4].abs().max() < 1e-6
+    assert abs(attention[4, -1] - at_last) < EXACT
+
+
+# ---------------------------------------------------------------------------------------- the model stays
+
+
+class Interrupted(RuntimeError):
+    pass
+
+
+def nth_call_raises(monkeypatch, method: str, n: int, error: type[BaseException]):
+    calls, run = [], getattr(Runner, method)
+
+    def failing(self, *args, **options):
+        calls.append(method)
+        if len(calls) == n:
+            raise error("injected")
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(Runner, method, failing)
+
+
+def prepared(kind: str, arch: str):
+    """A model as a user may leave it: partly in training mode, partly frozen, with a hook of his own."""
+    model = untouched.used(tiny.model(kind, arch))
+    model.train()
+    model.blocks[1].eval()
+    for i, param in enumerate(model.parameters()):
+        param.requires_grad_(i % 2 == 0)
+    model.add_hook("blocks.0.hook_resid_post", lambda value, hook: None)
+    return model
+
+
+@on_few
+def test_a_trace_leaves_the_model_as_it_was(kind, arch):
+    model = prepared(kind, arch)
+    before = untouched.state(model)
+    traced(model, fe.Fact("Rome", "The {} is", " Paris"), component="mlp")
+    assert untouched.state(model) == before
+    down_proj(model, 0).write_(down_proj(model, 0).W * 1.001)
+    assert untouched.state(model) != before
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "error"),
+    [
+        ("logits", 1, Interrupted),
+        ("logits", 2, KeyboardInterrupt),
+        ("logits", 5, Interrupted),
+        ("capture", 1, KeyboardInterrupt),
+        ("capture", 3, Interrupted),
+    ],
+)
+@on_few
+def test_an_error_at_any_pass_leaves_the_model_as_it_was(kind, arch, method, n, error, monkeypatch):
+    model = prepared(kind, arch)
+    before = untouched.state(model)
+    nth_call_raises(monkeypatch, method, n, error)
+    with pytest.raises(error, match="injected"):
+        traced(model, fe.Fact("Rome", "The {} is", " Paris"), component="mlp", window=2)
+    assert untouched.state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("n", "error"), [(1, Interrupted), (2, KeyboardInterrupt), (3, Interrupted), (5, KeyboardInterrupt)]
+)
+@on_few
+def test_an_error_inside_a_block_leaves_the_model_as_it_was(kind, arch, n, error):
+    model, calls = prepared(kind, arch), []
+
+    def failing(*_):
+        calls.append(1)
+        if len(calls) == n:
+            raise error("injected")
+
+    handle = model.blocks[2].register_forward_hook(failing)
+    before = untouched.state(model)
+    with pytest.raises(error, match="injected"):
+        traced(model, fe.Fact("Rome", "The {} is", " Paris"), component="attn")
+    assert untouched.state(model) == before
+    handle.remove()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("training", [True, False])
+@on_few
+def test_a_trace_is_the_same_in_every_mode_of_its_caller(kind, arch, mode, training):
+    model = tiny.model(kind, arch)  # with the dropout that its config has
+    fact = asking(shared(kind, arch))
+    model.train(training)
+    want = traced(shared(kind, arch), fact)
+    with mode():
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        trace = traced(model, fact)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (grad, inference)
+    assert gap(trace.sample_effect, want.sample_effect) < EXACT
+    assert not trace.effect.requires_grad
+    assert not trace.effect.is_inference()
+    assert model.training is training
+
+
+# ---------------------------------------------------------------------------------------- what a Trace says
+
+
+@on_few
+def test_the_result_says_what_was_run(kind, arch):
+    model = shared(kind, arch)
+    fact = asking(model)
+    wrong = fact.but(target_true=" Where" if fact.target_true != " Where" else " What")
+    trace = traced(model, [fact, wrong], prepend_bos=True)
+    assert trace.tokens[0] == ("<bos>", "The", "Eiffel", "Tower", "is")
+    assert trace.subject[0] == (2, 4)
+    assert trace.provenance.prepend_bos is True
+    assert trace.known[1] is False
+    assert trace.top[0] == trace.top[1]
+    said = align(model.tokenizer, fact, prepend_bos=True)
+    with torch.no_grad():
+        top = int(model(said.ids[None])[0, -1].argmax())
+    assert trace.top[0] == model.tokenizer.decode([top])
+    assert trace.known[0] is (top == int(said.true_ids[0]))
+    assert causal_trace(model, fact, corruption=NOISE, prepend_bos=False).tokens[0] == trace.tokens[0][1:]
+    assert causal_trace(model, fact, corruption=NOISE).provenance.prepend_bos is bool(model.cfg.default_prepend_bos)
+
+
+def made(effect: torch.Tensor, subject) -> Trace:
+    trace = traced(shared("bridge", "gpt2"), fe.Fact("Rome", "{} is", " Paris"))
+    return dataclasses.replace(trace, effect=effect, subject=subject)
+
+
+def test_the_peak_is_the_layer_of_the_largest_mean_effect_at_the_last_subject_token():
+    effect = torch.zeros(2, 4, 5)
+    effect[0, 1, 2], effect[0, 3, 2] = 0.5, 0.2
+    effect[1, 3, 1], effect[1, 1, 1] = 0.6, 0.1
+    effect[:, 0, 4] = 9.0  # the last token of all
+    trace = made(effect, ((1, 3), (0, 2)))
+    assert trace.peak_layer == 3
+    torch.testing.assert_close(trace.at_last_subject_token[0], torch.tensor([0, 0.5, 0, 0.2]))
+    assert made(effect, ((1, 3), (0, 3))).peak_layer == 1
+
+
+def test_the_table_has_a_row_for_every_cell():
+    pytest.importorskip("pandas")
+    model = shared("bridge", "gpt2")
+    trace = traced(model, three(model))
+    table = trace.table()
+    assert len(table) == LAYERS * sum(map(len, trace.tokens))
+    row = table[(table.fact == "Big Ben") & (table.layer == 2) & (table.position == trace.subject[2][0])].iloc[0]
+    assert row.token == "Big"
+    assert row.subject
+    assert row.effect == pytest.approx(float(trace.effect[2, 2, trace.subject[2][0]]))
+    assert table.subject.sum() == LAYERS * sum(stop - start for start, stop in trace.subject)
+    assert not table.effect.isna().any()
+
+
+def test_one_sample_has_no_spread_and_no_warning():
+    pytest.importorskip("pandas")
+    model = shared("bridge", "gpt2")
+    one = traced(model, asking(model), corruption=fe.GaussianNoise(samples=1)).table()
+    assert not one.sample_sd.any()
+    assert traced(model, asking(model)).table().sample_sd.max() > 0
+
+
+def test_a_trace_is_one_readable_line():
+    trace = traced(shared("bridge", "gpt2"), fe.Fact("Rome", "{} is", " Paris"), component="attn", window=3)
+    assert "'Rome is', attn, window 3" in repr(trace)
+    assert "\n" not in repr(trace)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+GOOD = fe.Fact("Eiffel Tower", "The {} is", " Paris")
+
+
+@pytest.fixture
+def no_forward(monkeypatch):
+    """Every forward pass is an error that no test expects."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(trace_module, "Runner", refuse)
+
+
+@pytest.mark.parametrize(
+    ("facts", "options", "message"),
+    [
+        ([], {}, "facts is empty, needed at least one"),
+        (GOOD, {"window": 0}, "window is 0, needed at least 1"),
+        (GOOD, {"metric": "logit"}, "metric 'logit' is unknown, needed 'prob' or 'logprob'"),
+        (GOOD, {"component": "head"}, "component 'head' is unknown, needed one of"),
+    ],
+)
+@on_few
+def test_a_wrong_argument_is_named_before_anything_is_run(kind, arch, facts, options, message, no_forward):
+    with pytest.raises(ValueError, match=message):
+        # past the type checks of this test suite, which a user doesn't have
+        unchecked(causal_trace)(shared(kind, arch), facts, **options)
+
+
+def unchecked(function):
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+def test_a_subject_that_ends_inside_a_token_is_named_before_anything_is_run(kind, no_forward):
+    model = tiny.model(kind, "llama", tok=tiny.tokenizer("bytebpe"), n_layers=1)
+    with pytest.raises(ValueError, match=r"subject 'Pari' ends inside token .* \(position \d\)"):
+        traced(model, [GOOD, fe.Fact("Pari", "{}s is in the city of", " Rome")])
+
+
+def test_a_target_that_merges_with_the_prompt_is_named_before_anything_is_run(kind, no_forward):
+    model = tiny.model(kind, "llama", tok=tiny.tokenizer("bytebpe"), n_layers=1)
+    with pytest.raises(ValueError, match=r"target 'Paris' merges with the last token"):
+        traced(model, fe.Fact("Rome", "{} is near ", "Paris"))
+
+
+def test_bos_of_a_tokenizer_without_one_is_refused_before_anything_is_run(kind, no_forward):
+    model = tiny.model(kind, "gpt2", n_layers=1)
+    model.tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no BOS token: pass prepend_bos=False"):
+        traced(model, GOOD, prepend_bos=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 32), (2, 3, 32), (2, 2, 16)])
+@on_few
+def test_given_noise_of_a_wrong_shape_is_refused_before_a_block_is_run(kind, arch, shape, monkeypatch):
+    model, seen = tiny.model(kind, arch), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    monkeypatch.setattr(Runner, "logits", None)
+    fact = fe.Fact("Rome", "The {} is", " Paris")
+    with pytest.raises(ValueError, match=r"the given noise is .*, needed \[sample, 2, 32\]: this subject has 2 tokens"):
+        traced(model, GOOD, corruption=fe.GivenNoise(torch.zeros(shape)))
+    with pytest.raises(ValueError, match="this subject has 1 tokens"):
+        traced(model, [GOOD, fact], corruption=fe.GivenNoise(torch.zeros(2, 2, 32)))
+    # A Runner asks a bridge's first block for one token, to see what blocks return; no fact has been run.
+    assert all(resid.shape[:2] == (1, 1) for resid in seen)
+
+
+def test_same_first_tokens_and_a_missing_new_object_don_t_matter_to_a_trace(kind):
+    model = shared(kind, "gpt2")
+    same = traced(model, GOOD.but(target_true=" Paris Rome", target_new=" Paris London"))
+    none = traced(model, GOOD.but(target_true=" Paris Rome"))
+    assert torch.equal(same.effect, none.effect)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
