@@ -16,7 +16,8 @@ PYTEST_ARGS ?=
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 DEV = .venv/tl4/bin
 DEMO_ENV = .venv/$(if $(filter hooked,$(KIND)),tl3,tl4)
-PYTEST = HF_HUB_OFFLINE=1 .venv/$(1)/bin/python -m pytest
+# Two processes of one thread each: tiny models gain nothing from threads, and threads that wait for each other lose much.
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/$(1)/bin/python -m pytest
 # pip says nothing but errors
 QUIET = --quiet --quiet
 RECIPE_OF_ENVS = pyproject.toml constraints.txt Makefile
@@ -73,11 +74,11 @@ test:  ## the whole test suite, against both generations of TransformerLens
 
 test-tl4: .venv/tl4/.installed-dev  ## the same against TransformerLens 4 alone
 	@echo "Tests with transformer-lens $(TL4)"
-	@$(call PYTEST,tl4) $(PYTEST_ARGS)
+	@$(call PYTEST,tl4) -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-tl3: .venv/tl3/.installed-dev  ## the same against TransformerLens 3 alone
 	@echo "Tests with transformer-lens $(TL3)"
-	@$(call PYTEST,tl3) $(PYTEST_ARGS)
+	@$(call PYTEST,tl3) -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For developers

@@ -1,8 +1,8 @@
 """From a fact to a verdict: trace it, edit it, audit the edit, undo it, and write report.html.
 
-    python examples/quickstart.py                          SmolLM2-135M, no hub needed
-    python examples/quickstart.py --kind hooked            as a HookedTransformer (TransformerLens 3)
-    python examples/quickstart.py --model gpt2-xl          any model of the hub, where it can be reached
+python examples/quickstart.py                          SmolLM2-135M, no hub needed
+python examples/quickstart.py --kind hooked            as a HookedTransformer (TransformerLens 3)
+python examples/quickstart.py --model gpt2-xl          any model of the hub, where it can be reached
 """
 
 import argparse
@@ -23,12 +23,23 @@ FACT = fe.Fact(
     neighbours=[
         "The Louvre is located in the city of",
         "Notre-Dame is located in the city of",
-        "The Colosseum is located in the city of",
+        "The Prado Museum is located in the city of",
         "Big Ben is located in the city of",
         "The Brandenburg Gate is located in the city of",
     ],
-    neighbour_targets=[" Paris", " Paris", " Rome", " London", " Berlin"],
-    controls=[" London", " Berlin", " Madrid", " Vienna", " Moscow", " Athens", " Tokyo", " Cairo", " Lisbon", " Prague"],
+    neighbour_targets=[" Paris", " Paris", " Madrid", " London", " Berlin"],
+    controls=[
+        " London",
+        " Berlin",
+        " Madrid",
+        " Vienna",
+        " Moscow",
+        " Athens",
+        " Tokyo",
+        " Cairo",
+        " Lisbon",
+        " Prague",
+    ],
 )
 
 # Layers that were edited in publications or in our own measurements; elsewhere a third of the way up.
@@ -82,7 +93,10 @@ def main() -> int:
         args.report,
         ("Locate", trace),
         ("What the edit changed", fe.show.scores(before, after)),
-        ("Where the edit fires", fe.show.edit(model, edit, f"{FACT.text} Rome. The Louvre is located in the city of Paris.")),
+        (
+            "Where the edit fires",
+            fe.show.edit(model, edit, f"{FACT.text} Rome. The Louvre is located in the city of Paris."),
+        ),
         ("Audit", verdict),
         title=f"{FACT.text}:{FACT.target_true} →{FACT.target_new}, {args.model} ({args.kind})",
     )

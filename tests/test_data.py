@@ -265,7 +265,7 @@ def test_a_subject_that_is_not_in_its_prompt_is_refused_by_record(name, field, r
 def test_a_counterfact_prompt_without_its_slot_is_refused(file):
     records = copy.deepcopy(COUNTERFACT)
     records[1]["requested_rewrite"]["prompt"] = "Léon Blum speaks the language"
-    with pytest.raises(ValueError, match='holds 0 "{}", needed exactly one'):
+    with pytest.raises(ValueError, match=r'holds 0 "\{\}", needed exactly one'):
         data.counterfact(file(records))
 
 

@@ -105,12 +105,11 @@ def test_applied_takes_the_edit_off_even_when_the_body_raises(model, error):
 
 def test_edits_nest(model):
     first, second = made(model, seed=1), made(model, seed=2)
-    with laws.untouched(model):
-        with first.applied(model):
-            outer = w_out(model)
-            with second.applied(model):
-                assert not torch.equal(w_out(model), outer)
-            assert torch.equal(w_out(model), outer)
+    with laws.untouched(model), first.applied(model):
+        outer = w_out(model)
+        with second.applied(model):
+            assert not torch.equal(w_out(model), outer)
+        assert torch.equal(w_out(model), outer)
 
 
 def test_the_weights_are_the_exact_sum_rounded_once(model):
@@ -216,8 +215,9 @@ def test_an_edit_that_overflows_the_weights_type_is_refused(kind):
 
 
 @pytest.mark.parametrize("call", ["apply_", "undo_"])
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("fails", [1, 2], ids=["at the first layer", "at the second layer"])
+@pytest.mark.parametrize(
+    ("fails", "error"), [(1, KeyboardInterrupt), (2, OSError)], ids=["at the first layer", "at the second layer"]
+)
 def test_a_write_that_fails_midway_leaves_all_layers_as_they_were(model, monkeypatch, call, error, fails):
     edit, write, calls = two_layers(model), DownProj.write_, []
     if call == "undo_":

@@ -159,3 +159,10 @@ def test_an_estimate_shows_its_interval_and_n():
     assert str(found) == "0.500 [0.250, 0.750] (n = 8)"
     assert f"{found:.1f}" == "0.5 [0.2, 0.8] (n = 8)"
     assert f"{found}" == str(found)
+
+
+@pytest.mark.parametrize(("outcome", "ends"), [(1.0, (10 / (10 + 1.959964**2), 1.0)), (0.0, (0.0, 0.277533))])
+def test_ten_facts_of_one_outcome_get_wilsons_interval_and_not_one_of_no_width(outcome, ends):
+    found = over_facts([outcome] * 10)
+    assert (found.low, found.high) == pytest.approx(ends, abs=1e-5)
+    assert jointly([[outcome] * 10], lambda means: means[0]).low == outcome  # the bootstrap alone sees no spread

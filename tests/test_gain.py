@@ -23,6 +23,10 @@ def edited(request):
     return model, laws.rome(model, contexts=("",))(model, [laws.FACT])
 
 
+def aligned(model, edit):
+    return align(model.tokenizer, laws.FACT, prepend_bos=edit.provenance.prepend_bos)
+
+
 def test_the_change_of_the_value_is_gain_times_right_at_every_position(edited):
     model, edit = edited
     with laws.untouched(model):
@@ -37,7 +41,7 @@ def test_the_change_of_the_value_is_gain_times_right_at_every_position(edited):
 def test_the_gain_is_one_at_the_key_and_less_elsewhere(edited):
     model, edit = edited
     found = fe.gains(model, edit, TEXT)
-    at = align(model.tokenizer, laws.FACT, prepend_bos=True).last
+    at = aligned(model, edit).last
     assert float(found.strength[at]) == pytest.approx(1, abs=1e-5)
     others = torch.cat([found.strength[:at], found.strength[at + 1 :]])
     assert not torch.isclose(others, torch.ones_like(others), atol=1e-3).any()
@@ -89,7 +93,7 @@ def test_at_dose_one_the_margin_is_that_of_the_edited_model(edited, target_new):
 @pytest.mark.parametrize("batch_tokens", [1, 100])
 def test_the_curve_is_the_margin_with_the_value_scaled_by_hand_and_no_matter_of_batches(edited, batch_tokens):
     model, edit = edited
-    row = align(model.tokenizer, laws.FACT, prepend_bos=True)
+    row = aligned(model, edit)
     site, doses = down_proj(model, 1), (-0.5, 0.0, 0.4, 1.0, 1.5)
     found = fe.dose_curve(model, edit, [laws.FACT, laws.FACT], doses=doses, batch_tokens=batch_tokens)
     assert found.margin.shape == (2, 5)
@@ -130,9 +134,9 @@ def test_an_edit_of_two_layers_has_the_gains_of_both(kind):
     model = tiny.model(kind, "gpt2")
     first = laws.rome(model, 1, contexts=("",))(model, [laws.FACT])
     with first.applied(model):
-        stats = laws.fe.KeyStats.identity(model, 2)
+        stats = fe.KeyStats.identity(model, 2)
         second = fe.Rome(stats, fit=laws.QUICK, contexts=("",), progress=False)(model, [laws.FACT])
-    both = fe.edit.Edit(
+    both = fe.Edit(
         **{
             **{name: getattr(first, name) for name in ("facts", "editor", "contexts", "fits", "provenance")},
             "deltas": first.deltas + second.deltas,
@@ -153,9 +157,9 @@ def test_an_edit_of_two_layers_has_the_gains_of_both(kind):
 
 def test_bos_follows_the_edit_unless_asked_otherwise(edited):
     model, edit = edited
-    with_bos, without = (fe.gains(model, edit, TEXT, prepend_bos=bos) for bos in (None, False))
-    assert with_bos.tokens[1:] == without.tokens
-    assert with_bos.tokens[0] == "<bos>"
+    by_default, with_bos, without = (fe.gains(model, edit, TEXT, prepend_bos=bos) for bos in (None, True, False))
+    assert with_bos.tokens == ("<bos>", *without.tokens)
+    assert by_default.tokens == (with_bos if edit.provenance.prepend_bos else without).tokens
 
 
 def test_an_update_of_nothing_changes_nothing(kind):
@@ -168,9 +172,9 @@ def test_an_update_of_nothing_changes_nothing(kind):
 def test_an_edit_that_is_on_already_is_refused_before_anything_is_run(edited, monkeypatch, call):
     model, edit = edited
     what = {"gains": TEXT, "dose_curve": [laws.FACT]}[call]
-    with edit.applied(model), laws.untouched(model), laws.no_forward(monkeypatch, model):
-        with pytest.raises(ValueError, match="already"):
-            getattr(fe, call)(model, edit, what)
+    on = (edit.applied(model), laws.untouched(model), laws.no_forward(monkeypatch, model))
+    with on[0], on[1], on[2], pytest.raises(ValueError, match="already"):
+        getattr(fe, call)(model, edit, what)
 
 
 def test_a_dose_needs_two_objects(edited):

@@ -176,3 +176,11 @@ def test_a_position_outside_the_tokens_is_refused_by_number(positions, named):
 def test_clean_activations_of_another_shape_are_refused_with_both_shapes(shape):
     with pytest.raises(ValueError, match=r"clean activations are \(.*those at the hook \(2, 6, 32\)"):
         restore_hook(random(*shape), [1])(random(BATCH, POS, D))
+
+
+def test_a_position_named_twice_or_a_mask_is_refused():
+    noise = torch.ones(1, 2, 4)
+    with pytest.raises(ValueError, match="names one position twice"):
+        noise_hook(noise, [1, 1])
+    with pytest.raises(ValueError, match="mask of booleans"):
+        noise_hook(noise, [True, False])

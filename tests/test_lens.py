@@ -25,6 +25,7 @@ FACT = Fact(
     " Rome",
     controls=[" London", " Berlin", " Madrid", " Vienna", " Tokyo", " Paris", " Rome", " London"],
 )
+CITIES = ("Paris", "Rome", "London", "Berlin", "Madrid", "Vienna", "Tokyo", "Cairo")
 CONTROLS = ("London", "Berlin", "Madrid", "Vienna", "Tokyo")
 
 
@@ -93,7 +94,21 @@ def test_the_first_of_all_has_rank_one_and_the_last_has_the_vocabularys_size(kin
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_objects_a_random_model_knows_nothing_of_stand_in_the_middle_of_their_controls(kind, arch):
     # Objects drawn anew: the rank of each among exchangeable others is uniform, with mean .5 and sd .29.
-    words = "Paris Rome London Berlin Madrid Vienna Tokyo Cairo France Italy England Germany Spain".split()
+    words = [
+        "Paris",
+        "Rome",
+        "London",
+        "Berlin",
+        "Madrid",
+        "Vienna",
+        "Tokyo",
+        "Cairo",
+        "France",
+        "Italy",
+        "England",
+        "Germany",
+        "Spain",
+    ]
     facts = []
     for i, word in enumerate(words):
         others = [f" {w}" for w in words if w != word]
@@ -108,7 +123,23 @@ def test_objects_a_random_model_knows_nothing_of_stand_in_the_middle_of_their_co
 
 def test_an_object_drawn_at_random_averages_one_half_and_a_planted_one_does_not(kind):
     model = tiny.model(kind, "gpt2", tied=False)
-    words = "John Mary Alice Bob Anna Einstein Newton Curie Paris Rome London Berlin Madrid Vienna Tokyo".split()
+    words = [
+        "John",
+        "Mary",
+        "Alice",
+        "Bob",
+        "Anna",
+        "Einstein",
+        "Newton",
+        "Curie",
+        "Paris",
+        "Rome",
+        "London",
+        "Berlin",
+        "Madrid",
+        "Vienna",
+        "Tokyo",
+    ]
     facts = [FACT.but(subject=name, controls=[f" {w}" for w in words]) for name in words[:8]]
     before = LogitLens()(model, facts).at(quantity="percentile_new", position="last")
     # 8 subjects and 4 layers of one model share their vocabulary: far fewer than 32 independent ranks.

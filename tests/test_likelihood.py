@@ -69,9 +69,7 @@ def test_ragged_requests_are_the_loop_over_prompts_and_tokens(kind, arch):
 @on_models
 def test_the_size_of_a_batch_changes_no_number(kind, arch, batch_tokens):
     model = shared(kind, arch)
-    for mine, theirs in zip(
-        batched(model, REQUESTS, batch_tokens=batch_tokens), batched(model, REQUESTS), strict=True
-    ):
+    for mine, theirs in zip(batched(model, REQUESTS, batch_tokens=batch_tokens), batched(model, REQUESTS), strict=True):
         torch.testing.assert_close(mine, theirs, **CLOSE)
 
 
@@ -88,9 +86,7 @@ def test_no_batch_is_larger_than_asked_unless_one_row_is(batch_tokens, largest, 
 
 def test_equal_rows_are_run_once(monkeypatch):
     rows, run = [], Runner.logits
-    monkeypatch.setattr(
-        Runner, "logits", lambda self, tokens, **k: rows.append(len(tokens)) or run(self, tokens, **k)
-    )
+    monkeypatch.setattr(Runner, "logits", lambda self, tokens, **k: rows.append(len(tokens)) or run(self, tokens, **k))
     batched(shared("bridge", "gpt2"), REQUESTS)
     assert sum(rows) == 5  # 8 requests; 0 5 9 is one row for three of them, 0 5 9 20 7 for two
     rows.clear()

@@ -43,6 +43,8 @@ PLAIN = [f"hooked-{arch}" for arch in tiny.HOOKED if arch not in tiny.MOE]
 PROCESSED = [name.replace("hooked", "processed") for name in PLAIN]
 POST_NORM = ["postnorm-hooked"] if tiny.HAS_HOOKED else []
 ALL = [*RAW, *COMPAT, *PLAIN, *PROCESSED, *POST_NORM]
+# Processing changes weights and not the way through the blocks: two processed models are enough there.
+PATHS = [name for name in ALL if name not in PROCESSED or name.endswith(("-gpt2", "-llama"))]
 FEW = [name for name in ALL if name.split("-")[1] in ("gpt2", "llama", "hooked")]
 
 
@@ -218,7 +220,7 @@ def test_parameters_made_in_inference_mode_are_refused(model):
 
 
 @pytest.mark.parametrize("layer", range(LAYERS + 1))
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", PATHS)
 def test_a_forward_from_any_layer_is_the_whole_forward(name, layer):
     model = shared(name)
     runner, whole = Runner(model), logits(model)
@@ -232,8 +234,8 @@ def test_a_forward_from_any_layer_is_the_whole_forward(name, layer):
         assert (other - whole).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("layer", [0, 2, LAYERS])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("layer", [2, LAYERS])
+@pytest.mark.parametrize("name", PATHS)
 def test_ragged_rows_padded_on_the_right_give_the_logits_of_each_row_alone(name, layer):
     model = shared(name)
     rows = [TOKENS[0], TOKENS[1, :3], TOKENS[2, :5]]
@@ -336,8 +338,8 @@ def test_attention_and_mlp_add_up_to_the_residuals_change(name):
     torch.testing.assert_close(pre + attn + mlp, post, **CLOSE)
 
 
-@pytest.mark.parametrize("stop", [1, 2, LAYERS - 1])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("stop", [1, LAYERS - 1])
+@pytest.mark.parametrize("name", PATHS)
 def test_capture_up_to_a_layer_sees_the_same_and_runs_no_further(name, stop):
     model, fired = shared(name), []
     runner = Runner(model)
@@ -438,7 +440,7 @@ def test_gradients_reach_a_vector_added_to_the_value_with_frozen_weights(name):
     assert all(param.grad is None for param in model.parameters())
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("start", [None, 1])
 @pytest.mark.parametrize("name", FEW)
 def test_gradients_are_the_same_whatever_mode_the_caller_is_in(name, context, start):

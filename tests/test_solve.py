@@ -204,7 +204,7 @@ def test_a_moment_of_fewer_directions_than_dimensions_is_refused_however_roundin
     rank = 1 + seed * (size - 2) // 19
     keys = noise(4 * size, rank, seed=seed) @ noise(rank, size, seed=seed + 1)
     singular = keys.T @ keys / len(keys)
-    with pytest.raises(NotPositiveDefiniteError, match="not positive definite|condition number at least"):
+    with pytest.raises(NotPositiveDefiniteError, match=r"not positive definite|condition number at least"):
         whiten_key(singular, keys[0])
     assert whiten_key(singular, keys[0], ridge=1e-4).isfinite().all()
 

@@ -22,7 +22,9 @@ def collect(model, layers=1, texts=TEXTS, **options):
     return fe.key_stats(model, layers, texts, progress=False, **options)
 
 
-@pytest.fixture(params=[(kind, arch) for arch in ("gpt2", "llama") for kind in tiny.KINDS], ids="-".join, scope="module")
+@pytest.fixture(
+    params=[(kind, arch) for arch in ("gpt2", "llama") for kind in tiny.KINDS], ids="-".join, scope="module"
+)
 def model(request):
     """Shared, as nothing here may change it."""
     return tiny.model(*request.param)
@@ -163,7 +165,7 @@ def test_two_collections_merge_into_the_joint_one(kind):
 
 def test_what_does_not_belong_together_does_not_merge(model, kind):
     one = collect(model)[1]
-    with pytest.raises(ValueError, match="layer 1 .* and 2"):
+    with pytest.raises(ValueError, match=r"layer 1 .* and 2"):
         one + collect(model, 2)[2]
     with pytest.raises(ValueError, match="two collections"):
         one + fe.KeyStats.identity(model, 1)

@@ -23,9 +23,7 @@ def same_weights(a, b) -> bool:
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES + tiny.MOE)
 def test_bridge_equals_its_hf_model(arch):
-    torch.testing.assert_close(
-        log_probs(tiny.bridge(arch)), log_probs(tiny.hf_model(arch)), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(log_probs(tiny.bridge(arch)), log_probs(tiny.hf_model(arch)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("processed", [False, True], ids=["raw", "processed"])

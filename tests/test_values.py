@@ -1,5 +1,7 @@
 """The value that is written: the loss and its descent against full forwards through public hooks, row by row."""
 
+import copy
+
 import laws
 import pytest
 import tiny
@@ -18,19 +20,24 @@ LOSS, DELTA = {"rel": 2e-4, "abs": 2e-5}, {"rtol": 2e-3, "atol": 2e-3}
 MANY_TOKENS = laws.FACT.but(target_new=" Rome in Italy")
 
 
-@pytest.fixture(params=[(kind, arch) for arch in ("gpt2", "llama") for kind in tiny.KINDS], ids="-".join, scope="module")
+@pytest.fixture(
+    params=[(kind, arch) for arch in ("gpt2", "llama") for kind in tiny.KINDS], ids="-".join, scope="module"
+)
 def model(request):
     """Shared, as nothing here may change it."""
     return tiny.model(*request.param)
 
 
 def fit(model, fact=laws.FACT, contexts=laws.CONTEXTS, *, bos=True, **options) -> Fitted:
-    return fit_value(model, fact, LAYER, contexts, fit=ValueFit(**options), prepend_bos=bos, progress=False)
+    return fit_value(
+        model, fact, LAYER, contexts, fit=ValueFit(**{"steps": 6, **options}), prepend_bos=bos, progress=False
+    )
 
 
 def literal(model, delta, fact=laws.FACT, contexts=laws.CONTEXTS, **options) -> float:
     terms = {"bos": True, "kl_weight": 0.0625, "decay": 0.5, **options}
-    return float(editing.loss(model, fact, LAYER, contexts, delta.float(), **terms))
+    with torch.no_grad():
+        return float(editing.loss(model, fact, LAYER, contexts, delta.float(), **terms))
 
 
 # ---------------------------------------------------------------------------------------- the literal descent
@@ -42,12 +49,12 @@ def literal(model, delta, fact=laws.FACT, contexts=laws.CONTEXTS, **options) -> 
         (laws.FACT, True, {}),
         (laws.FACT, False, {"kl_at": "end", "lr": 0.1}),
         (MANY_TOKENS, True, {"kl_prompts": ("{} is a", "What is {}"), "kl_weight": 1.0}),
-        (laws.OTHER, True, {"clamp": 0.5, "decay": 3.0}),
+        (laws.OTHER, True, {"clamp": 0.2, "decay": 1.0, "lr": 0.1}),
     ],
     ids=["defaults", "without bos, kl at the end", "many tokens, two kl prompts", "clamped"],
 )
 def test_every_step_equals_the_literal_one(model, fact, bos, options):
-    options = {"steps": 8, "lr": 0.5, "clamp": 4.0, "stop_below": 0.05, "kl_weight": 0.0625, "decay": 0.5, **options}
+    options = {"steps": 6, "lr": 0.5, "clamp": 4.0, "stop_below": 0.05, "kl_weight": 0.0625, "decay": 0.5, **options}
     found = fit(model, fact, bos=bos, **options)
     delta, losses = editing.fit_value(model, fact, LAYER, laws.CONTEXTS, bos=bos, **options)
     assert found.losses == pytest.approx(losses, **LOSS)
@@ -72,18 +79,18 @@ def test_keys_and_outputs_are_what_the_hooks_see_in_each_context(model, bos):
 
 
 def test_kl_is_of_the_new_prediction_from_the_old_at_the_subjects_last_token(model):
-    found = fit(model, steps=4, kl_weight=5.0)
-    pinned = literal(model, found.delta, kl_weight=5.0)
+    found = fit(model, steps=2, lr=3.0, clamp=100.0, kl_weight=100.0)
+    pinned = literal(model, found.delta, kl_weight=100.0)
     assert found.losses[-1] == pytest.approx(pinned, **LOSS)
     for other in ({"kl": "old‖new"}, {"kl_at": "end"}):
-        assert literal(model, found.delta, kl_weight=5.0, **other) != pytest.approx(pinned, rel=1e-2)
+        assert literal(model, found.delta, kl_weight=100.0, **other) != pytest.approx(pinned, rel=1e-2)
 
 
 def test_kl_at_the_end_is_read_at_the_end(model):
-    found = fit(model, steps=4, kl_weight=5.0, kl_at="end")
-    pinned = literal(model, found.delta, kl_weight=5.0, kl_at="end")
+    found = fit(model, steps=2, lr=3.0, clamp=100.0, kl_weight=100.0, kl_at="end")
+    pinned = literal(model, found.delta, kl_weight=100.0, kl_at="end")
     assert found.losses[-1] == pytest.approx(pinned, **LOSS)
-    assert literal(model, found.delta, kl_weight=5.0) != pytest.approx(pinned, rel=1e-2)
+    assert literal(model, found.delta, kl_weight=100.0) != pytest.approx(pinned, rel=1e-2)
 
 
 def test_the_decay_is_the_norm_over_the_squared_norm(model):
@@ -144,7 +151,9 @@ def test_target_prob_is_the_mean_probability_of_the_new_object(model):
     assert len(found.target_prob) == len(found.losses)
     assert found.target_prob[-1] > found.target_prob[0]
     nll = literal(model, torch.zeros_like(found.delta), contexts=("",), kl_weight=0.0, decay=0.0)
-    assert fit(model, contexts=("",), steps=1).target_prob[0] == pytest.approx(float(torch.tensor(-nll).exp()), rel=1e-4)
+    assert fit(model, contexts=("",), steps=1).target_prob[0] == pytest.approx(
+        float(torch.tensor(-nll).exp()), rel=1e-4
+    )
 
 
 # ---------------------------------------------------------------------------------------- what it leaves behind
@@ -175,13 +184,32 @@ def test_a_loss_that_is_not_finite_stops_it_and_leaves_everything_as_it_was(mode
 
     with laws.untouched(model), monkeypatch.context() as patch:
         patch.setattr(Runner, "logits", broken)
-        with pytest.raises(RuntimeError, match=f"the loss is (nan|inf) at step {step}.*float32"):
+        with pytest.raises(RuntimeError, match=rf"the loss is (nan|inf) at step {step}.*float32"):
             fit(model)
 
 
 def test_a_value_that_is_not_finite_stops_it_too(model):
-    with laws.untouched(model), pytest.raises(RuntimeError, match="not finite|the loss is"):
-        fit(model, lr=1e38, clamp=1e38)
+    with laws.untouched(model), pytest.raises(RuntimeError, match=r"not finite|the loss is"):
+        fit(model, lr=1e30, clamp=1e38)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "neox", "llama"])
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "interrupted"])
+def test_no_graph_is_kept_so_that_the_model_can_still_be_copied(kind, arch, fails, monkeypatch):
+    model = tiny.model(kind, arch)
+    if fails:
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch.optim.Adam, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, steps=2)
+    else:
+        fit(model, steps=2)
+    held = [value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value)]
+    assert all(value.grad_fn is None for value in held)
+    assert torch.equal(laws.logits(copy.deepcopy(model)), laws.logits(model))
 
 
 # ---------------------------------------------------------------------------------------- bad choices
@@ -196,8 +224,11 @@ def test_a_value_that_is_not_finite_stops_it_too(model):
     ],
 )
 def test_bad_choices_are_refused_at_once(options, message):
+    choice = ValueFit()
+    for name, value in options.items():  # past the type checker of these tests
+        object.__setattr__(choice, name, value)
     with pytest.raises(ValueError, match=message):
-        ValueFit(**options)
+        choice.__post_init__()
 
 
 @pytest.mark.parametrize("contexts", [(), ("What is it ? ",)], ids=["none", "no bare one"])

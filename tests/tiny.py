@@ -158,9 +158,7 @@ def hooked(
         options: As in `hf_model`.
     """
     if arch not in HOOKED:
-        raise ValueError(
-            f"{arch!r} does not build as a HookedTransformer here; those that do: {HOOKED or 'none'}"
-        )
+        raise ValueError(f"{arch!r} does not build as a HookedTransformer here; those that do: {HOOKED or 'none'}")
     import transformer_lens.loading_from_pretrained as loading
 
     tok = tok or tokenizer()
@@ -172,9 +170,7 @@ def hooked(
             name, hf_cfg=hf.config.to_dict(), fold_ln=processed, device="cpu", dtype=hf.dtype
         )
         state = loading.get_pretrained_state_dict(name, cfg, hf, dtype=hf.dtype)
-        if (
-            "blocks.0.mlp.W_out" in state
-        ):  # not with experts; the loader takes 4 * d_model for gpt2, gptj, neo
+        if "blocks.0.mlp.W_out" in state:  # not with experts; the loader takes 4 * d_model for gpt2, gptj, neo
             cfg.d_mlp = len(state["blocks.0.mlp.W_out"])
         if cfg.positional_embedding_type == "alibi":  # not used, and else left as uninitialised memory
             state["pos_embed.W_pos"] = torch.zeros(cfg.n_ctx, cfg.d_model, dtype=cfg.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.model import Model, Runner, device, gather, quiet
+from tl_factedit.model import Model, Runner, device, quiet
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _sample(runner: Runner, count: int, length: int, top_k: int, generator: torc
         ladder = likely.values.softmax(-1).cumsum(-1)
         dice = torch.rand(count, 1, generator=generator) * ladder[:, -1:]
         choice = (dice > ladder).sum(-1, keepdim=True).clamp(max=top_k - 1)
-        rows = torch.cat([rows, gather(likely.indices, choice)], dim=1)
+        rows = torch.cat([rows, likely.indices.gather(-1, choice)], dim=1)
     return rows[:, 1:]
 
 

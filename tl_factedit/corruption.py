@@ -78,7 +78,7 @@ class GivenNoise:
 
     noise: Float[Tensor, "sample position d_model"]
 
-    def calibrated(self, embeddings: Float[Tensor, "token d_model"]) -> GivenNoise:
+    def calibrated(self, embeddings: Float[Tensor, "token d_model"]) -> GivenNoise:  # noqa: ARG002
         """Itself: it has its scale already."""
         return self
 

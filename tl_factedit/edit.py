@@ -318,8 +318,8 @@ class _Ledger:
         for layer, expected in self.written.items():
             if hash_weight(down_proj(model, layer).W) != expected:
                 raise ValueError(
-                    f"W_out of layer {layer} was changed since an edit was applied to {model_name(model)} (by training, "
-                    "loading or weight processing): nothing was written; reload the model"
+                    f"W_out of layer {layer} was changed since an edit was applied to {model_name(model)} (by "
+                    "training, loading or weight processing): nothing was written; reload the model"
                 )
 
 

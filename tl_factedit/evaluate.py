@@ -144,16 +144,16 @@ def evaluate(
     """
     facts = _checked(facts)
     provenance = Provenance.of(model, prepend_bos)
-    asked = [
-        (i, ask, prompt, true, fact.target_new or "") for i, fact in enumerate(facts) for ask, prompt, true in _prompts(fact)
+    asked: list[tuple[int, Ask, str, str, str]] = [
+        (i, ask, prompt, true, fact.target_new or "")
+        for i, fact in enumerate(facts)
+        for ask, prompt, true in _prompts(fact)
     ]
     requests: list[tuple[Int[Tensor, "pos"], Int[Tensor, "target"]]] = []
     for _, _, prompt, true, new in asked:
         bos = provenance.prepend_bos
         ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
-        requests += [
-            (ids, continuation(model.tokenizer, prompt, target, prepend_bos=bos)) for target in (true, new)
-        ]
+        requests += [(ids, continuation(model.tokenizer, prompt, target, prepend_bos=bos)) for target in (true, new)]
     with quiet(model), torch.no_grad():
         found = log_probs(Runner(model), requests, batch_tokens=batch_tokens)
     answers = tuple(
@@ -174,7 +174,9 @@ def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
         raise ValueError("facts is empty, needed at least one")
     for fact in facts:
         if fact.target_new is None:
-            raise ValueError(f"fact {fact.name!r} has no target_new, needed one to compare with: fact.but(target_new=...)")
+            raise ValueError(
+                f"fact {fact.name!r} has no target_new, needed one to compare with: fact.but(target_new=...)"
+            )
     return facts
 
 
@@ -186,6 +188,10 @@ def _prompts(fact: Fact) -> list[tuple[Ask, str, str]]:
         *(("paraphrase", fact.fill(text), fact.target_true) for text in fact.paraphrases),
         *(("neighbour", text, true) for text, true in zip(fact.neighbours, theirs, strict=True)),
     ]
+
+
+def _harmonic(means: Sequence[Tensor]) -> Tensor:
+    return len(means) / torch.stack([1 / mean for mean in means]).sum(0)
 
 
 def _score(facts: tuple[Fact, ...], answers: tuple[Answer, ...], provenance: Provenance) -> Scores:
@@ -204,7 +210,7 @@ def _score(facts: tuple[Fact, ...], answers: tuple[Answer, ...], provenance: Pro
         efficacy=over_facts(shares["rewrite"]),
         paraphrase=over_facts(shares["paraphrase"]),
         neighbourhood=over_facts(shares["neighbour"]),
-        score=jointly(list(shares.values()), lambda means: len(means) / sum(1 / m for m in means)),
+        score=jointly(list(shares.values()), _harmonic),
         p_new=over_facts([float(torch.tensor(-a.nll_new).exp()) for a in rewrites]),
         p_old=over_facts([float(torch.tensor(-a.nll_true).exp()) for a in rewrites]),
         answers=answers,

@@ -39,9 +39,7 @@ def noise_hook(noise: Float[Tensor, "batch position d_model"], positions: Positi
     """
     where = _index(positions)
     if isinstance(where, Tensor) and noise.shape[1] != len(where):
-        raise ValueError(
-            f"noise is for {noise.shape[1]} positions, but {len(where)} were given: {where.tolist()}"
-        )
+        raise ValueError(f"noise is for {noise.shape[1]} positions, but {len(where)} were given: {where.tolist()}")
 
     def hook_fn(value: Float[Tensor, "batch pos d_model"], hook: Any = None) -> Tensor:
         _check_reach(value, where)
@@ -96,7 +94,13 @@ def restore_hook(clean: Float[Tensor, "#batch pos *rest"], positions: Positions)
 def _index(positions: Positions) -> Tensor | slice:
     if isinstance(positions, slice):
         return positions
-    return torch.as_tensor(positions, dtype=torch.long).reshape(-1)
+    given = torch.as_tensor(positions)
+    if given.dtype == torch.bool:
+        raise ValueError("positions is a mask of booleans, needed token positions: give mask.nonzero()[:, 0]")
+    where = given.long().reshape(-1)
+    if len(where.unique()) < len(where):
+        raise ValueError(f"positions {where.tolist()} names one position twice, needed each once")
+    return where
 
 
 def _check_reach(value: Tensor, where: Tensor | slice) -> None:

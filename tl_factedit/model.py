@@ -8,6 +8,7 @@ in the middle. Every other module asks here, by TransformerLens' own hook names.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -528,7 +529,7 @@ def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str |
     Raises:
         ValueError: ``kind="hooked"`` where TransformerLens has no HookedTransformer.
     """
-    name = name or hf_model.config._name_or_path or type(hf_model).__name__
+    name = str(name or hf_model.config._name_or_path or type(hf_model).__name__)
     if hf_model.config.architectures is None:
         hf_model.config.architectures = [type(hf_model).__name__]
     tokenizer.init_kwargs.setdefault("name_or_path", name)
@@ -580,9 +581,7 @@ def _boot_bridge(hf_model: Any, tokenizer: Any, name: str) -> Any:
     where = str(next(hf_model.parameters()).device)
     # TransformerLens re-reads a tokenizer from its path unless it adds BOS itself; ours has no path.
     tokenizer.init_kwargs["add_bos_token"] = True
-    return TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tokenizer, device=where, dtype=dtype
-    )
+    return TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer, device=where, dtype=dtype)
 
 
 def _boot_hooked(hf_model: Any, tokenizer: Any) -> Any:
@@ -591,7 +590,8 @@ def _boot_hooked(hf_model: Any, tokenizer: Any) -> Any:
     from pathlib import Path
 
     hooked_transformer = _hooked_transformer()
-    from transformer_lens import loading_from_pretrained as loading
+    # By its name, as TransformerLens 4 has no such module to be typed by.
+    loading = importlib.import_module("transformer_lens.loading_from_pretrained")
 
     dtype = next(hf_model.parameters()).dtype
     # from_pretrained takes hub names only; the two loaders below it also take a folder with a config.
@@ -606,6 +606,10 @@ def _boot_hooked(hf_model: Any, tokenizer: Any) -> Any:
             folder, hf_cfg=hf_model.config.to_dict(), fold_ln=False, device=where, dtype=dtype
         )
         weights = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
+    if "blocks.0.mlp.W_out" in weights:  # the config says 4 * d_model for GPT-2, GPT-J and GPT-Neo, whatever they have
+        cfg.d_mlp = len(weights["blocks.0.mlp.W_out"])
+    if cfg.positional_embedding_type == "alibi":  # never read, but otherwise left as uninitialised memory
+        weights["pos_embed.W_pos"] = torch.zeros(cfg.n_ctx, cfg.d_model, dtype=dtype)
     model = hooked_transformer(cfg, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(
         weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False

@@ -42,7 +42,9 @@ class Reading:
         """Check that labels and numbers fit."""
         shape = tuple(len(labels) for labels in self.axes.values())
         if tuple(self.values.shape) != shape:
-            raise ValueError(f"{self.name}: values are {tuple(self.values.shape)}, the axes {dict(self.axes)} say {shape}")
+            raise ValueError(
+                f"{self.name}: values are {tuple(self.values.shape)}, the axes {dict(self.axes)} say {shape}"
+            )
 
     def at(self, **labels: Hashable) -> Float[Tensor, "..."]:
         """The numbers at some labels, e.g. ``reading.at(position="last", quantity="rank_old")``."""

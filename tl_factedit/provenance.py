@@ -29,9 +29,7 @@ class Provenance:
     versions: Mapping[str, str]
 
     @classmethod
-    def of(
-        cls, model: Model, prepend_bos: bool | None = None, *, weights: Fingerprint | None = None
-    ) -> Provenance:
+    def of(cls, model: Model, prepend_bos: bool | None = None, *, weights: Fingerprint | None = None) -> Provenance:
         """The provenance of what is run on this model now."""
         dtype = next(iter(model.parameters())).dtype  # type: ignore[attr-defined]
         return cls(

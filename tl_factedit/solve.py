@@ -65,7 +65,9 @@ def cholesky(moment: Float[Tensor, "d_mlp d_mlp"], *, ridge: float = 0.0) -> Flo
     # The squared ratio of the pivots bounds the condition number from below, at no cost.
     condition = float((pivots.max() / pivots.min()) ** 2)
     if condition > MAX_CONDITION:
-        raise NotPositiveDefiniteError(f"condition number at least {condition:.1e}, at most {MAX_CONDITION:.0e} allowed")
+        raise NotPositiveDefiniteError(
+            f"condition number at least {condition:.1e}, at most {MAX_CONDITION:.0e} allowed"
+        )
     return factor
 
 

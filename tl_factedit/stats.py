@@ -75,8 +75,8 @@ class KeyStats:
             )
         if self.provenance is not None and not self.provenance.weights.matches(weights):
             raise ValueError(
-                f"key statistics are of {self.provenance.model!r} with weights {self.provenance.weights}, but the model "
-                f"has weights {weights}: collect them on these weights (before any edit that this package didn't make)"
+                f"key statistics are of {self.provenance.model!r} with weights {self.provenance.weights}, but the "
+                f"model has weights {weights}: collect them on these (before any edit that this package didn't make)"
             )
 
     def __add__(self, other: KeyStats) -> KeyStats:
@@ -183,9 +183,11 @@ def key_stats(
 
     reader = _Reader(texts)
     counted = 0
-    with quiet(model), torch.no_grad(), tqdm(
-        total=n_tokens, unit="token", desc="key statistics", delay=1, disable=not progress
-    ) as bar:
+    with (
+        quiet(model),
+        torch.no_grad(),
+        tqdm(total=n_tokens, unit="token", desc="key statistics", delay=1, disable=not progress) as bar,
+    ):
         runner = Runner(model)
         # Made inside `quiet`: a caller's inference_mode would make tensors that can't be added to in it.
         sums = {
@@ -242,9 +244,10 @@ def _pieces(model: Model, texts: Iterable[str], bos: bool, context: int) -> Iter
     for text in texts:
         if not text.strip():
             continue
-        ids, _ = encode(model.tokenizer, text, prepend_bos=False)
-        for part in ids.split(room - bos):
-            yield torch.cat([torch.tensor([model.tokenizer.bos_token_id]), part]) if bos else part
+        ids, _ = encode(model.tokenizer, text, prepend_bos=bos)
+        first, body = ids[: int(bos)], ids[int(bos) :]
+        for part in body.split(room - bos):
+            yield torch.cat([first, part])
 
 
 def _batches(

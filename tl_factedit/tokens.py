@@ -51,9 +51,7 @@ class Aligned:
         return self.new_ids is not None and bool(self.true_ids[0] == self.new_ids[0])
 
 
-def align(
-    tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None = None, prefix: str = ""
-) -> Aligned:
+def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None = None, prefix: str = "") -> Aligned:
     """Tokenise a fact's prompt and find its subject.
 
     Args:
@@ -88,16 +86,12 @@ def align(
         prepend_bos=prepend_bos,
         true_ids=continuation(tokenizer, text, fact.target_true, prepend_bos=prepend_bos),
         new_ids=(
-            None
-            if fact.target_new is None
-            else continuation(tokenizer, text, fact.target_new, prepend_bos=prepend_bos)
+            None if fact.target_new is None else continuation(tokenizer, text, fact.target_new, prepend_bos=prepend_bos)
         ),
     )
 
 
-def encode(
-    tokenizer: Any, text: str, *, prepend_bos: bool
-) -> tuple[Int[Tensor, "pos"], list[tuple[int, int]]]:
+def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor, "pos"], list[tuple[int, int]]]:
     """Token ids of a text as run, and the characters that each of them covers ((0, 0) for BOS)."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -161,9 +155,7 @@ def find_span(
     return first, last + 1
 
 
-def continuation(
-    tokenizer: Any, text: str, target: str, *, prepend_bos: bool = False
-) -> Int[Tensor, "target"]:
+def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = False) -> Int[Tensor, "target"]:
     """The ids of `target` as it is spelt after `text`.
 
     Raises:

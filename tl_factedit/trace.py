@@ -282,7 +282,9 @@ def _trace_one(
             scores = _restore(score, ids, stream, clean, component, restored, cells)
             effect[layer, cells] = scores - low.cpu()
         done(1)
-    return _Part(effect, _metric(clean_logits, row.true_ids, metric)[0].cpu(), low.cpu(), int(clean_logits[0, 0].argmax()))
+    return _Part(
+        effect, _metric(clean_logits, row.true_ids, metric)[0].cpu(), low.cpu(), int(clean_logits[0, 0].argmax())
+    )
 
 
 def _restore(
@@ -319,9 +321,7 @@ def _restore(
     return rearrange(score(tokens, (begin, resid), hooks), "(cell sample) -> cell sample", sample=samples).cpu()
 
 
-def _metric(
-    logits: Float[Tensor, "row target vocab"], target: Tensor, metric: Metric
-) -> Float[Tensor, "row"]:
+def _metric(logits: Float[Tensor, "row target vocab"], target: Tensor, metric: Metric) -> Float[Tensor, "row"]:
     log_p = logits.float().log_softmax(-1)
     total = log_p[:, torch.arange(len(target)), target.to(log_p.device)].sum(-1)
     return total.exp() if metric == "prob" else total

@@ -54,7 +54,9 @@ class ValueFit:
         if self.kl_at not in ("subject", "end"):
             raise ValueError(f"kl_at {self.kl_at!r} is unknown, needed 'subject' or 'end'")
         if isinstance(self.kl_prompts, str):
-            raise ValueError(f"kl_prompts is the string {self.kl_prompts!r}, needed a list: write [{self.kl_prompts!r}]")
+            raise ValueError(
+                f"kl_prompts is the string {self.kl_prompts!r}, needed a list: write [{self.kl_prompts!r}]"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,21 @@ def fit_value(
         raise ValueError(f"fact {fact.name!r} has no target_new, needed one to write: fact.but(target_new=...)")
     if not contexts or contexts[0]:
         raise ValueError('contexts must begin with the bare one, ""')
-    batch = _Batch.of(model, fact, contexts, fit, prepend_bos)
     site = down_proj(model, layer)
     with quiet(model):
+        # Made inside `quiet`: autograd can't keep positions that were made in a caller's inference_mode.
+        batch = _Batch.of(model, fact, contexts, fit, prepend_bos)
         runner = Runner(model)
         with torch.no_grad():
             below = runner.capture(batch.tokens, [site.key_hook, resid_pre(layer)], stop=layer + 1)
         keys = gather(below[site.key_hook], batch.lookup[:, None].to(below[site.key_hook].device))[:, 0].double()
         start = (layer, below[resid_pre(layer)])
         outputs = site.value(keys)
-        with torch.enable_grad():
-            found = _descend(runner, batch, site.value_at, start, float(outputs[0].norm()), fit, progress)
+        try:
+            with torch.enable_grad():
+                found = _descend(runner, batch, site.value_at, start, float(outputs[0].norm()), fit, progress)
+        finally:
+            _drop_graphs(model)
     delta, losses, probs, stopped, clamped = found
     n = len(contexts)
     return Fitted(
@@ -138,6 +144,18 @@ def fit_value(
         stopped=stopped,
         clamped=clamped,
     )
+
+
+def _drop_graphs(model: Model) -> None:
+    """Detach what the model's modules keep of the last forward pass.
+
+    The attention of a TransformerBridge keeps its last pattern, with the whole graph behind it: memory
+    that is never freed, and a model that ``copy.deepcopy`` refuses.
+    """
+    for module in model.modules():  # type: ignore[attr-defined]
+        for name, kept in list(vars(module).items()):
+            if isinstance(kept, Tensor) and kept.grad_fn is not None:
+                vars(module)[name] = kept.detach()
 
 
 @dataclass(frozen=True)

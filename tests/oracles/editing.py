@@ -130,7 +130,7 @@ def fit_value(
     for step in range(1, steps + 1):
         delta.requires_grad_(True)
         now = loss(model, fact, layer, contexts, delta, bos=bos, **terms)
-        losses.append(float(now))
+        losses.append(float(now.detach()))
         if losses[-1] < stop_below or step == steps:
             break
         (gradient,) = torch.autograd.grad(now, delta)

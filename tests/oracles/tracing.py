@@ -49,9 +49,7 @@ def trace(model: Any, asked: Asked, noise: Tensor, *, component: str = "resid", 
     for layer in range(count):
         layers = range(max(0, layer - window // 2), min(count, layer - (-window // 2)))
         for position in range(len(asked.ids)):
-            effect[layer, position] = restored(
-                model, asked, noise, component, layers, position, cache
-            )
+            effect[layer, position] = restored(model, asked, noise, component, layers, position, cache)
             effect[layer, position] -= low
     return Cells(effect, clean(model, asked), low)
 
@@ -71,9 +69,7 @@ def corrupted(model: Any, asked: Asked, noise: Tensor, hooks: Sequence[tuple[str
         return embeddings
 
     with torch.no_grad():
-        logits = model.run_with_hooks(
-            asked.tokens.repeat(len(noise), 1), fwd_hooks=[("hook_embed", add_noise), *hooks]
-        )
+        logits = model.run_with_hooks(asked.tokens.repeat(len(noise), 1), fwd_hooks=[("hook_embed", add_noise), *hooks])
     return probability(logits, asked)
 
 

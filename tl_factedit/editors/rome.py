@@ -70,7 +70,9 @@ class Rome:
                 raise ValueError(f"stats holds layers {sorted(self.stats)}, needed one: give Rome(stats[layer])")
             ((layer, stats),) = self.stats.items()
             if stats.layer != layer:
-                raise ValueError(f"stats has the statistics of layer {stats.layer} under {layer}: give Rome(stats[layer])")
+                raise ValueError(
+                    f"stats has the statistics of layer {stats.layer} under {layer}: give Rome(stats[layer])"
+                )
             object.__setattr__(self, "stats", stats)
         if self.variant not in ("consistent", "original"):
             raise ValueError(f"variant {self.variant!r} is unknown, needed 'consistent' or 'original'")

@@ -38,8 +38,11 @@ class LogitLens:
 
     prepend_bos: bool | None = None
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> Reading:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read; axes are fact, layer (after that block), position, quantity."""
+        facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+        if not facts:
+            raise ValueError("facts is empty, needed at least one")
         with quiet(model), torch.no_grad():
             runner = Runner(model)
             values = torch.stack([self._read(runner, fact) for fact in facts])

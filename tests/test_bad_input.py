@@ -1,0 +1,337 @@
+"""Every row of the contract's table of bad input: an error before any forward pass, that says what to do."""
+
+import copy
+import warnings
+
+import laws
+import pytest
+import tiny
+import torch
+
+import tl_factedit as fe
+from tl_factedit.model import Runner, UnsupportedModelError, down_proj
+
+LAYER = 1
+FACT = laws.FACT
+
+
+@pytest.fixture(
+    params=[(kind, arch) for arch in ("gpt2", "llama") for kind in tiny.KINDS], ids="-".join, scope="module"
+)
+def model(request):
+    """Shared, as bad input changes nothing."""
+    return tiny.model(*request.param)
+
+
+@pytest.fixture(scope="module")
+def stats(model):
+    return laws.stats(model, LAYER)
+
+
+def rome(stats, **options) -> fe.Rome:
+    return fe.Rome(stats, **{"fit": laws.QUICK, "contexts": fe.SampledContexts(lengths=((2, 3),)), **options})
+
+
+@pytest.fixture
+def refuse(model, monkeypatch):
+    """That a call is refused, without a forward pass, with everything as it was and all of these words."""
+
+    def check(call, *words, on=model, error=ValueError):
+        with laws.untouched(on), laws.no_forward(monkeypatch, on), pytest.raises(error) as found:
+            call()
+        for word in words:
+            assert word in str(found.value)
+
+    return check
+
+
+# -- prompt with no "{}" or two; empty subject or target
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("Rome", "It is in", " Italy"), ("holds 0", "exactly one", "where the subject goes")),
+        (("Rome", "{} and {} are in", " Italy"), ("holds 2", "exactly one", "where the subject goes")),
+        (("", "{} is in", " Italy"), ("subject is ''", "needed some text", "give the subject's name")),
+        (("Rome", "{} is in", ""), ("target_true is ''", "needed some text", "give the object")),
+        (("Rome", "{} is in", " Italy", " "), ("target_new is ' '", "needed some text", "give the object")),
+    ],
+    ids=["no slot", "two slots", "no subject", "no object", "no new object"],
+)
+def test_a_fact_without_its_parts(arguments, words):
+    with pytest.raises(ValueError) as error:
+        fe.Fact(*arguments)
+    assert all(word in str(error.value) for word in words)
+
+
+# -- subject that doesn't end on a token boundary
+
+
+INSIDE = fe.Fact("Eiffel Tow", "The {}er is located in the city of", " Paris", " Rome")
+
+
+@pytest.mark.parametrize("call", ["causal_trace", "Rome", "audit", "LogitLens"])
+def test_a_subject_that_ends_inside_a_token(model, stats, refuse, call):
+    edit = rome(stats)(model, [FACT])
+    calls = {
+        "causal_trace": lambda: fe.causal_trace(model, INSIDE),
+        "Rome": lambda: rome(stats)(model, [INSIDE]),
+        "audit": lambda: fe.audit(model, edit, [INSIDE]),
+        "LogitLens": lambda: fe.LogitLens()(model, [INSIDE]),
+    }
+    words = ("'Eiffel Tow'", "ends inside token 'Tower'", "(position 3)", "extend the subject or change the template")
+    if call == "LogitLens":  # it has made its Runner by then, which probes a bridge's first block
+        with laws.untouched(model), pytest.raises(ValueError, match="ends inside token 'Tower'"):
+            calls[call]()
+    else:
+        refuse(calls[call], *words)
+
+
+# -- target_new whose first token equals target_true's
+
+
+def test_objects_with_the_same_first_token_are_accepted_and_flagged(model, stats):
+    fact = FACT.but(target_true=" Rome in Spain", target_new=" Rome in Italy", neighbours=(), neighbour_targets=())
+    edit = rome(stats)(model, [fact])
+    verdict = fe.audit(model, edit, [fact])
+    assert all(answer.same_first_token for answer in verdict.after.answers)
+    assert bool(verdict.table()["same_first_token"][0])
+    lens = verdict.lens.after
+    assert lens.at(quantity="margin").isnan().all()
+    assert not lens.at(quantity="logp_old").isnan().any()
+    assert not any(answer.same_first_token for answer in fe.evaluate(model, [FACT]).answers)
+
+
+# -- fact without target_new given to an editor
+
+
+def test_a_fact_without_a_new_object(model, stats, refuse):
+    fact = FACT.but(target_new=None)
+    words = ("'The Eiffel Tower' has no target_new", "needed one", "fact.but(target_new=...)")
+    refuse(lambda: rome(stats)(model, [fact]), *words)
+    refuse(lambda: fe.evaluate(model, [fact]), *words)
+
+
+# -- layer outside the model, mixture of experts, quantised or offloaded weights
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 99])
+def test_a_layer_outside_the_model(model, stats, refuse, layer):
+    words = (f"layer {layer} is outside the model", "has layers 0 to 3")
+    refuse(lambda: fe.key_stats(model, layer, ["Rome"]), *words)
+    refuse(lambda: fe.KeyStats.identity(model, layer), *words)
+    moved = fe.KeyStats(layer, stats.moment, stats.n_tokens, stats.corpus, stats.provenance)
+    refuse(lambda: rome(moved)(model, [FACT]), *words)
+
+
+MOE = [("bridge", arch) for arch in tiny.MOE] + [("hooked", arch) for arch in tiny.MOE if arch in tiny.HOOKED]
+
+
+@pytest.mark.parametrize("form", MOE, ids="-".join)
+def test_a_mixture_of_experts(form, monkeypatch):
+    model = tiny.model(*form, n_layers=2)
+    site = fe.KeyStats(1, torch.eye(64, dtype=torch.float64), 0, "identity", None)
+    calls = (
+        lambda: fe.key_stats(model, 1, ["Rome"]),
+        lambda: fe.KeyStats.identity(model, 1),
+        lambda: rome(site)(model, [FACT]),
+    )
+    for call in calls:
+        with laws.no_forward(monkeypatch, model), pytest.raises(UnsupportedModelError) as error:
+            call()
+        assert all(word in str(error.value) for word in ("blocks.1.mlp", "mixture-of-experts", "choose a dense"))
+
+
+def broken(kind: str, how: str):
+    """A model whose second W_out is quantised to int8, or offloaded to the meta device."""
+    model = tiny.model(kind, "llama")
+    old = down_proj(model, LAYER).param
+    data = old.data.to(torch.int8) if how == "quantised" else old.data.to("meta")
+    new = torch.nn.Parameter(data, requires_grad=False)
+    for module in model.modules():
+        for name, param in list(module._parameters.items()):
+            if param is old:
+                module._parameters[name] = new
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("quantised", ("int8", "floating-point", "load the model unquantised")),
+        ("offloaded", ("meta device (offloaded)", "weights in memory", "load without offloading")),
+    ],
+)
+def test_weights_that_cannot_be_written(kind, monkeypatch, how, words):
+    model = broken(kind, how)
+    plain = fe.KeyStats(LAYER, torch.eye(64, dtype=torch.float64), 0, "identity", None)
+    for call in (lambda: fe.key_stats(model, LAYER, ["Rome"]), lambda: rome(plain)(model, [FACT])):
+        with laws.no_forward(monkeypatch, model), pytest.raises(UnsupportedModelError) as error:
+            call()
+        assert all(word in str(error.value) for word in (f"blocks.{LAYER}.mlp", *words))
+
+
+# -- key statistics of another model, layer or weights
+
+
+def test_statistics_of_another_model(model, stats, refuse, kind):
+    other = tiny.model(kind, "llama", seed=5)
+    words = ("key statistics are of", "but the model has weights", "collect them on these weights")
+    refuse(lambda: rome(stats)(other, [FACT]), *words, on=other)
+
+
+def test_statistics_of_another_size(stats, refuse, kind):
+    other = tiny.model(kind, "llama", d_mlp=48)
+    refuse(lambda: rome(stats)(other, [FACT]), "(64, 64)", "d_mlp = 48", "collect them on this one", on=other)
+
+
+def test_statistics_under_another_layer(stats):
+    with pytest.raises(ValueError, match=r"statistics of layer 1 under 2: give Rome\(stats\[layer\]\)"):
+        rome({2: stats})
+
+
+@pytest.mark.parametrize("layer", [LAYER, 3], ids=["the edited layer", "another layer"])
+def test_statistics_of_other_weights(model, stats, refuse, layer):
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        down_proj(trained, layer).param[0, 0] += 1e-3
+    refuse(lambda: rome(stats)(trained, [FACT]), "key statistics are of", "collect them on these weights", on=trained)
+
+
+# -- statistics file cut short, or changed
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: data[:-9], ("is cut short", "make it again")),
+        (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], ("was changed", "checksum", "make it again")),
+        (lambda data: b"", ("is cut short", "make it again")),
+    ],
+    ids=["cut short", "changed", "empty"],
+)
+def test_a_damaged_file_of_statistics(model, stats, refuse, tmp_path, damage, words):
+    file = tmp_path / "layer_1.safetensors"
+    texts = laws.texts(5)
+    fe.key_stats(model, LAYER, texts, path=tmp_path, progress=False)
+    data = damage(file.read_bytes())
+    file.write_bytes(data)
+    refuse(lambda: fe.KeyStats.load(file), str(file), *words)
+    refuse(lambda: fe.key_stats(model, LAYER, texts, path=tmp_path), str(file), *words)
+    refuse(lambda: fe.key_stats(model, [LAYER, 2], texts, path=tmp_path), str(file), *words)
+    assert file.read_bytes() == data
+
+
+# -- singular or ill-conditioned second moment
+
+
+def test_too_few_tokens(model, refuse):
+    few = fe.key_stats(model, LAYER, laws.texts(50), n_tokens=200, progress=False)
+    words = ("layer 1 is over 200 tokens", "wanted 10 tokens for each of 64 dimensions = 640", "collect more text")
+    refuse(lambda: rome(few)(model, [FACT]), *words)
+    assert rome(few, ridge=1e-2)(model, [FACT]).diagnostics[0].exactness < 1e-5
+
+
+def test_a_singular_moment_of_many_tokens(model, refuse):
+    same = fe.key_stats(model, LAYER, ["The Eiffel Tower is in Paris"] * 100, n_tokens=700, progress=False)
+    words = ("layer 1 is over 700 tokens", "wanted 10 tokens for each of 64", "collect more text, or pass ridge=1e-4")
+    refuse(lambda: rome(same)(model, [FACT]), *words)
+    assert rome(same, ridge=1e-2)(model, [FACT]).diagnostics[0].exactness < 1e-5
+
+
+# -- NaN or inf anywhere in an optimisation
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_optimisation_that_is_not_finite(model, stats, monkeypatch, bad, step):
+    logits, calls = Runner.logits, []
+
+    def spoil(self, *args, start=None, **options):
+        out = logits(self, *args, start=start, **options)
+        calls.extend([1] if start is not None else [])
+        return out * bad if len(calls) == step + 1 else out
+
+    with laws.untouched(model):
+        monkeypatch.setattr(Runner, "logits", spoil)
+        with pytest.raises(RuntimeError, match=f"at step {step}.*lower ValueFit.lr or clamp, or load .* float32"):
+            rome(stats)(model, [FACT])
+        monkeypatch.undo()
+
+
+# -- edit applied twice; undone on a model it isn't on; weights changed since
+
+
+def test_an_edit_applied_twice_or_undone_where_it_is_not(model, stats, refuse):
+    edit = rome(stats)(model, [FACT])
+    refuse(lambda: edit.undo_(model), "isn't applied to", "apply_ it first")
+    with edit.applied(model):
+        refuse(lambda: edit.apply_(model), "is applied to", "already", "undo_ it first")
+        refuse(lambda: fe.gains(model, edit, FACT.text), "already", "undo_ it first")
+        refuse(lambda: fe.audit(model, edit, [FACT]), "already", "undo_ it first")
+
+
+def test_weights_changed_since(model, stats, refuse):
+    edit, trained = rome(stats)(model, [FACT]), copy.deepcopy(model)
+    edit.apply_(trained)
+    with torch.no_grad():
+        down_proj(trained, LAYER).param[0, 0] += 1e-3
+    refuse(lambda: edit.undo_(trained), "W_out of layer 1 was changed since", "nothing was written", on=trained)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        down_proj(other, 3).param[0, 0] += 1e-3
+    refuse(lambda: edit.apply_(other), "was made for weights", "apply it to the model it was made on", on=other)
+
+
+# -- an exception or Ctrl-C at any point of any call (each module's own tests inject it at every stage)
+
+
+@pytest.mark.parametrize(
+    "call", ["causal_trace", "key_stats", "Rome", "gains", "dose_curve", "audit", "evaluate", "sample"]
+)
+def test_an_interrupt_inside_a_forward(model, stats, call):
+    edit = rome(stats)(model, [FACT])
+    calls = {
+        "causal_trace": lambda: fe.causal_trace(model, FACT, progress=False),
+        "key_stats": lambda: fe.key_stats(model, 2, ["Rome"], progress=False),
+        "Rome": lambda: rome(stats)(model, [FACT]),
+        "gains": lambda: fe.gains(model, edit, FACT.text),
+        "dose_curve": lambda: fe.dose_curve(model, edit, [FACT]),
+        "audit": lambda: fe.audit(model, edit, [FACT]),
+        "evaluate": lambda: fe.evaluate(model, [FACT]),
+        "sample": lambda: fe.sample_texts(model, 10, progress=False),
+    }
+    laws.logits(model)
+
+    def fail(*_):
+        raise KeyboardInterrupt("injected")
+
+    handle = model.blocks[LAYER].register_forward_pre_hook(fail)
+    before = laws.state(model)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="injected"):
+            calls[call]()
+        laws.assert_same(before, laws.state(model))
+    finally:
+        handle.remove()
+
+
+# -- model in training mode, or with gradients enabled
+
+
+def test_training_mode_and_gradients_are_left_as_they_are(kind):
+    model = tiny.model(kind, "gpt2")
+    stats = laws.stats(model, LAYER)
+    expected = rome(stats)(model, [FACT])
+    margin = fe.dose_curve(model, expected, [FACT]).override_margin
+    model.train()
+    for i, param in enumerate(model.parameters()):
+        param.requires_grad_(i % 2 == 0)
+    with laws.untouched(model), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit = rome(stats)(model, [FACT])
+        assert torch.equal(fe.dose_curve(model, edit, [FACT]).override_margin, margin)
+        fe.audit(model, edit, [FACT])
+        fe.causal_trace(model, FACT, progress=False)
+    laws.same_edits(edit, expected)
