@@ -17,7 +17,7 @@ from tl_factedit.model import Fingerprint, down_proj
 
 LAYER = 1
 AUDIT = sys.modules["tl_factedit.audit"]  # the function of its name hides the module in the package
-FORMS = [(kind, arch) for arch in ("gpt2", "llama") for kind in tiny.KINDS] + [("bridge", "gptj")]
+FORMS = [*((kind, "gpt2") for kind in tiny.KINDS), ("bridge", "llama"), ("bridge", "gptj")]
 
 
 CITIES = (" Paris", " Rome", " London", " Berlin", " Madrid", " Vienna", " Tokyo", " Cairo")

@@ -177,7 +177,7 @@ def test_weights_that_cannot_be_written(kind, monkeypatch, how, words):
 
 def test_statistics_of_another_model(model, stats, refuse, kind):
     other = tiny.model(kind, "llama", seed=5)
-    words = ("key statistics are of", "but the model has weights", "collect them on these weights")
+    words = ("key statistics are of", "the model has weights", "collect them on these")
     refuse(lambda: rome(stats)(other, [FACT]), *words, on=other)
 
 
@@ -196,7 +196,7 @@ def test_statistics_of_other_weights(model, stats, refuse, layer):
     trained = copy.deepcopy(model)
     with torch.no_grad():
         down_proj(trained, layer).param[0, 0] += 1e-3
-    refuse(lambda: rome(stats)(trained, [FACT]), "key statistics are of", "collect them on these weights", on=trained)
+    refuse(lambda: rome(stats)(trained, [FACT]), "key statistics are of", "collect them on these", on=trained)
 
 
 # -- statistics file cut short, or changed
