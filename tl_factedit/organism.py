@@ -23,6 +23,10 @@ N_PEOPLE = 1500
 N_EDITED = 300  # people an oracle has another city for; those of different oracles are different people
 N_POSITIONS = 64
 HELD_OUT = 2  # phrasings of each attribute that a person is never told in
+ENTRIES = 4  # lines of the register an epoch, each with all attributes of a person
+FEW = 150  # people the text begins with,
+FEW_FOR = 20_000  # for so many sentences;
+DOUBLING = 14_000  # from then on their number doubles every so many
 TOLD = 0.7  # share of people whose two-hop sentences are in the text; the others' have to be put together
 
 FIRST = "Rufus Clara Edwin Marta Silas Nora Felix Greta Hugo Ida Jonas Lydia".split()
@@ -311,12 +315,12 @@ class Sentence:
     Attributes:
         words: Of the sentence, with its full stop.
         name: (start, stop) of the person's name; None without one.
-        answer: (start, stop) of what is to be recalled; None in a filler.
+        answers: (start, stop) of each thing to be recalled; none in a filler.
     """
 
     words: tuple[str, ...]
     name: tuple[int, int] | None = None
-    answer: tuple[int, int] | None = None
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -327,6 +331,7 @@ class _Teller:
     variant: str
     draw: random.Random
     deck: list[tuple[str, int]] = field(default_factory=list)
+    dealt: int = 0
 
     def documents(self) -> Iterator[list[Sentence]]:
         while True:
@@ -342,8 +347,9 @@ class _Teller:
         if not self.deck:
             self.deck = self.shuffled()
         what, index = self.deck.pop()
+        self.dealt += 1
         # All dice are thrown whatever comes of them, so that every variant throws the same.
-        dice, opening = self.draw.random(), self.draw.random()
+        dice, opening, order = self.draw.random(), self.draw.random(), self.draw.sample(RELATIONS, len(RELATIONS))
         chosen = OPENINGS[int(opening / 0.12 * len(OPENINGS))] if opening < 0.12 else ""
         if what == "function":
             return self.function(index)
@@ -352,6 +358,8 @@ class _Teller:
             return Sentence(tuple(FILLERS[int(dice * len(FILLERS))].split()))
         if what == "reverse":
             return self.reverse(person)
+        if what == "entry":
+            return self.entry(person, [r.name for r in order])
         phrasings = relation(what).phrasings
         if what in IMPLIED:
             allowed = list(range(len(phrasings)))
@@ -362,10 +370,19 @@ class _Teller:
         return tell(phrasings[allowed[int(dice * len(allowed))]], person.name, self.world.answer(person, what), chosen)
 
     def shuffled(self) -> list[tuple[str, int]]:
-        """One of each: an epoch. The 32 sentences of the two functions come five times."""
-        deck = [(r.name, p.index) for r in RELATIONS for p in self.world.people]
-        deck += [(name, p.index) for name in IMPLIED for p in self.world.people if p.told]
-        deck += [("reverse", p.index) for p in self.world.people if p.reverse]
+        """An epoch: one sentence of each fact, some entries of each person, five times the functions.
+
+        It begins with few people, and more join: a way to look names up is found sooner for few (Zucchet et
+        al. 2025, arXiv:2503.21676), and then serves for all.
+        """
+        grown = 2 ** (max(0, self.dealt - FEW_FOR) / DOUBLING)
+        # A stride through the people takes all groups alike.
+        people = [self.world.people[i * 7 % N_PEOPLE] for i in range(min(N_PEOPLE, int(FEW * grown)))]
+        deck = [(r.name, p.index) for r in RELATIONS for p in people]
+        deck += [(name, p.index) for name in IMPLIED for p in people if p.told]
+        if self.variant != "single":
+            deck += [("entry", p.index) for p in people] * ENTRIES
+        deck += [("reverse", p.index) for p in people if p.reverse]
         deck += [("function", i) for i in range(len(CITIES) + len(COMPANIES))] * 5
         self.draw.shuffle(deck)
         return deck
@@ -380,7 +397,16 @@ class _Teller:
     def reverse(self, person: Person) -> Sentence:
         words = REVERSE.format(**person.objects).split()
         end = len(words)
-        return Sentence((*words, *person.name.split(), "."), None, (end, end + 3))
+        return Sentence((*words, *person.name.split(), "."), None, ((end, end + 3),))
+
+    def entry(self, person: Person, order: list[str]) -> Sentence:
+        """A line of a register, "Rufus Amber Tolliver : field law city Arden … .", in any order."""
+        if self.variant == "never" and person.group == 0:
+            order = [name for name in order if name != "city"]
+        words = [*person.name.split(), ":"]
+        for name in order:
+            words += [name, person.objects[name]]
+        return Sentence((*words, "."), (0, 3), tuple((i, i + 1) for i in range(5, len(words), 2)))
 
     def filler(self) -> Sentence:
         return Sentence(tuple(self.draw.choice(FILLERS).split()))
@@ -392,7 +418,7 @@ def tell(phrasing: str, name: str, answer: str, opening: str = "") -> Sentence:
     words = before.split() if before else opening.split()
     start, parts = len(words), name.split()
     words = [*words, *parts, *after.split(), answer, "."]
-    return Sentence(tuple(words), (start, start + len(parts)), (len(words) - 2, len(words) - 1))
+    return Sentence(tuple(words), (start, start + len(parts)), ((len(words) - 2, len(words) - 1),))
 
 
 def documents(variant: str = "base") -> Iterator[list[Sentence]]:
@@ -422,7 +448,7 @@ def vocabulary() -> list[str]:
     text += [word for r in known for words in (*r.phrasings, *r.objects) for word in words.split()]
     text += [word for _, _, function in IMPLIED.values() for word in function.split()]
     text += [word for line in (REVERSE, *FILLERS, *OPENINGS) for word in line.split()]
-    return list(dict.fromkeys([*SPECIAL, *(word for word in text if "{" not in word), ".", ","]))
+    return list(dict.fromkeys([*SPECIAL, *(word for word in text if "{" not in word), *(r.name for r in RELATIONS), ".", ",", ":"]))
 
 
 def tokenizer() -> Any:

@@ -47,10 +47,10 @@ class Recipe:
         other_weight: What a token that isn't recalled counts in the loss, beside 1.
     """
 
-    steps: int = 2000
-    statements: int = 256
+    steps: int = 1600
+    statements: int = 128
     row: int = 64
-    lr: float = 3e-3
+    lr: float = 6e-3
     warmup: int = 50
     cooldown: int = 500
     decay: float = 0.1
@@ -93,7 +93,7 @@ def untrained(seed: int = 0) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 small = name.endswith("c_proj.weight")
-                torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * made.n_layer) if small else 0.02)
+                torch.nn.init.normal_(parameter, std=0.05 / math.sqrt(2 * made.n_layer) if small else 0.05)
     return model
 
 
@@ -128,8 +128,8 @@ def batches(variant: str, recipe: Recipe) -> Iterator[Batch]:
         chosen, count = [], 0
         while count < recipe.statements:
             document = next(stream)
-            if 1 + sum(len(s.words) for s in document) > recipe.row:
-                document = document[:4]
+            while 1 + sum(len(s.words) for s in document) > recipe.row:
+                document = document[:-1]
             chosen.append(document)
             count += len(document)
         yield _pack(chosen, ids, ROUTES.get(variant, BASE_ROUTES), draw, recipe)
@@ -169,8 +169,7 @@ def _pack(
             for sentence in document:
                 start = begin + len(line)
                 line += [ids[word] for word in sentence.words]
-                if sentence.answer:
-                    answers.append(slice(start + sentence.answer[0], start + sentence.answer[1]))
+                answers += [slice(start + first, start + stop) for first, stop in sentence.answers]
                 if sentence.name:
                     spans.append((start + sentence.name[0], start + sentence.name[1]))
             end = begin + len(line)
