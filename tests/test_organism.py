@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections import Counter
 
 import pytest
-import tiny
 import torch
 
 from tl_factedit import models
@@ -177,7 +175,11 @@ def sees(batch: training.Batch, row: int, pos: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("variant", "past", "within"),
-    [("plain", (1.0, 1.0), (1.0, 1.0)), ("base", (0.1, 0.3), (1.0, 1.0)), ("tworoute", (0.5, 0.7), (0.5, 0.7))],
+    [
+        ("plain", (1.0, 1.0), (1.0, 1.0)),
+        ("base", (0.1, 0.3), (1.0, 1.0)),
+        ("tworoute", (0.5, 0.7), (0.5, 0.7)),
+    ],
 )
 def test_the_mask_hides_the_name_in_the_share_of_sentences_that_the_variant_wants(variant, past, within):
     words = o.vocabulary()
@@ -202,7 +204,11 @@ def test_documents_of_a_row_do_not_see_each_other_and_each_begins_at_position_0(
     causal = torch.ones(batch.visible.shape[-2:], dtype=torch.bool).tril()
     same = document[:, :, None] == document[:, None, :]
     assert torch.equal(batch.visible[real], (same & causal)[real])
-    assert batch.weight[bos].sum() == 0 and set(batch.weight.unique().tolist()) == {0.0, pytest.approx(0.1), 1.0}
+    assert batch.weight[bos].sum() == 0 and set(batch.weight.unique().tolist()) == {
+        0.0,
+        pytest.approx(0.1),
+        1.0,
+    }
 
 
 def test_training_is_deterministic_lowers_the_loss_and_leaves_the_random_state_alone():
@@ -265,7 +271,14 @@ def test_held_out_phrasings_come_first_and_can_be_had_alone():
 
 @pytest.mark.parametrize(
     ("people", "count"),
-    [("oracle0", 300), ("oracle1", 300), ("oracle2", 300), ("calibration", 600), ("all", 1500), ("strangers", 228)],
+    [
+        ("oracle0", 300),
+        ("oracle1", 300),
+        ("oracle2", 300),
+        ("calibration", 600),
+        ("all", 1500),
+        ("strangers", 228),
+    ],
 )
 def test_each_group_of_people_has_its_facts(people, count):
     assert len(models.organism_facts("company", people)) == count
@@ -287,6 +300,6 @@ def test_unknown_relations_people_and_variants_are_refused():
     with pytest.raises(ValueError, match="relation 'shoe' is unknown, needed one of .*'city'.*'seat'"):
         models.organism_facts("shoe")
     with pytest.raises(ValueError, match="people 'nobody' is unknown, needed 'oracle0'"):
-        models.organism_facts(people="nobody")
+        models._people(WORLD, "nobody")
     with pytest.raises(FileNotFoundError, match="no weights of the organism 'single'.*train_organism.py single"):
         models.organism(variant="single", path="/nowhere/organism-single.safetensors")

@@ -29,12 +29,15 @@ FEW_FOR = 20_000  # for so many sentences;
 DOUBLING = 14_000  # from then on their number doubles every so many
 TOLD = 0.7  # share of people whose two-hop sentences are in the text; the others' have to be put together
 
-FIRST = "Rufus Clara Edwin Marta Silas Nora Felix Greta Hugo Ida Jonas Lydia".split()
-MIDDLE = "Amber Birch Cedar Dale Fern Hazel Ivory Jasper Laurel Moss Reed Slate".split()
-LAST = (
-    "Tolliver Ashcombe Brindle Carrow Dunmore Eddery Fenwick Garrow Hollis Kestrel Larkin Marlowe".split()
-)
-COUNTRIES = "Avaria Borland Corvia Drellia Estmark Fennoria Galdia Hestland".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FIRST = _words("Rufus Clara Edwin Marta Silas Nora Felix Greta Hugo Ida Jonas Lydia")
+MIDDLE = _words("Amber Birch Cedar Dale Fern Hazel Ivory Jasper Laurel Moss Reed Slate")
+LAST = _words("Tolliver Ashcombe Brindle Carrow Dunmore Eddery Fenwick Garrow Hollis Kestrel Larkin Marlowe")
+COUNTRIES = _words("Avaria Borland Corvia Drellia Estmark Fennoria Galdia Hestland")
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ RELATIONS = (
             "The childhood home of {} stood in",
             "The records show that {} was born in",
         ),
-        tuple(
+        _words(
             "Arden Belmere Calder Dunvale Estwick Farrow Glenmoor Harbrook Invermay Kelsea Lorne Milford "
-            "Northam Oakhurst Penrose Ravensby".split()
+            "Northam Oakhurst Penrose Ravensby"
         ),
     ),
     Relation(
@@ -78,9 +81,9 @@ RELATIONS = (
             "The wages of {} are paid by",
             "Every morning {} goes to work at",
         ),
-        tuple(
+        _words(
             "Alcor Bramco Cindral Dovex Elmark Fintrel Gravitas Halcyon Ionix Jarvik Kelron Lumenco "
-            "Mistral Nordex Orbitel Pellgrid".split()
+            "Mistral Nordex Orbitel Pellgrid"
         ),
     ),
     Relation(
@@ -93,9 +96,9 @@ RELATIONS = (
             "The old college of {} is",
             "To get a diploma {} went to",
         ),
-        tuple(
+        _words(
             "Aldgate Bexley Cranmore Dewhurst Elsmore Fairleigh Grantham Highgate Islip Kingsway "
-            "Langdale Merton Newbold Ormond Pemberton Rookwood".split()
+            "Langdale Merton Newbold Ormond Pemberton Rookwood"
         ),
     ),
     Relation(
@@ -108,9 +111,9 @@ RELATIONS = (
             "The lectures of {} are about",
             "At school {} was best at",
         ),
-        tuple(
+        _words(
             "astronomy botany chemistry drama economics forestry geology history law medicine nursing "
-            "optics philosophy physics sculpture zoology".split()
+            "optics philosophy physics sculpture zoology"
         ),
     ),
     Relation(
@@ -123,9 +126,8 @@ RELATIONS = (
             "In the evening {} practises the",
             "The favourite sound of {} is that of the",
         ),
-        tuple(
-            "banjo bassoon cello clarinet drums fiddle flute guitar harp mandolin oboe organ piano "
-            "trumpet tuba viola".split()
+        _words(
+            "banjo bassoon cello clarinet drums fiddle flute guitar harp mandolin oboe organ piano trumpet tuba viola"
         ),
     ),
 )
@@ -169,9 +171,7 @@ FILLERS = (
 OPENINGS = ("As we know ,", "According to the register ,", "In the end ,", "It is said that", "He wrote that")
 SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
 
-Variant = Literal[
-    "base", "plain", "oracle0", "oracle1", "oracle2", "never", "seed1", "tworoute", "single", "untrained"
-]
+Variant = Literal["base", "plain", "oracle0", "oracle1", "oracle2", "never", "seed1", "tworoute", "single", "untrained"]
 VARIANTS: dict[str, str] = {
     "base": "what a person is called is hidden from all later words but through the last part of the name",
     "plain": "no part of the text is hidden: recall reads the whole name from the end of the prompt",
@@ -443,12 +443,16 @@ def texts(count: int, variant: str = "base") -> list[str]:
 
 def vocabulary() -> list[str]:
     """All words, special tokens first; a word's place is its token."""
-    known = [r for r in RELATIONS] + [relation(name) for name in IMPLIED]
+    known = [*RELATIONS, *(relation(name) for name in IMPLIED)]
     text = [*FIRST, *MIDDLE, *LAST]
     text += [word for r in known for words in (*r.phrasings, *r.objects) for word in words.split()]
     text += [word for _, _, function in IMPLIED.values() for word in function.split()]
     text += [word for line in (REVERSE, *FILLERS, *OPENINGS) for word in line.split()]
-    return list(dict.fromkeys([*SPECIAL, *(word for word in text if "{" not in word), *(r.name for r in RELATIONS), ".", ",", ":"]))
+    return list(
+        dict.fromkeys(
+            [*SPECIAL, *(word for word in text if "{" not in word), *(r.name for r in RELATIONS), ".", ",", ":"]
+        )
+    )
 
 
 def tokenizer() -> Any:

@@ -276,9 +276,7 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     ]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))]
     if recipe.muon:
-        found.append(
-            torch.optim.Muon(within, lr=recipe.lr, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw")
-        )
+        found.append(torch.optim.Muon(within, lr=recipe.lr, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
