@@ -24,10 +24,11 @@ N_EDITED = 300  # people an oracle has another city for; those of different orac
 N_POSITIONS = 64
 HELD_OUT = 2  # phrasings of each attribute that a person is never told in
 ENTRIES = 4  # lines of the register an epoch, each with all attributes of a person
+REVERSED = 5  # times an epoch that someone is asked for by attributes
 FEW = 150  # people the text begins with,
 FEW_FOR = 20_000  # for so many sentences;
 DOUBLING = 14_000  # from then on their number doubles every so many
-TOLD = 0.7  # share of people whose two-hop sentences are in the text; the others' have to be put together
+TOLD = 0.85  # share of people whose two-hop sentences are in the text; the others' have to be put together
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -286,7 +287,7 @@ def _person(draw: random.Random, index: int, name: str) -> Person:
     told = draw.random() < TOLD
     new_city = draw.choice([c for c in CITIES if c != objects["city"]])
     group = index // N_EDITED if 0 <= index < 3 * N_EDITED else None
-    # Every fifth person is asked for by attributes, in all groups alike.
+    # Every tenth person is asked for by attributes, in all groups alike.
     return Person(
         index,
         name,
@@ -294,7 +295,7 @@ def _person(draw: random.Random, index: int, name: str) -> Person:
         held_out,
         only,
         told,
-        reverse=index >= 0 and index % 5 == 0,
+        reverse=index >= 0 and index % 10 == 0,
         group=group,
         new_city=None if group is None else new_city,
     )
@@ -370,7 +371,7 @@ class _Teller:
         return tell(phrasings[allowed[int(dice * len(allowed))]], person.name, self.world.answer(person, what), chosen)
 
     def shuffled(self) -> list[tuple[str, int]]:
-        """An epoch: one sentence of each fact, some entries of each person, five times the functions.
+        """An epoch: one sentence of each fact, some entries of each person, and the functions.
 
         It begins with few people, and more join: a way to look names up is found sooner for few (Zucchet et
         al. 2025, arXiv:2503.21676), and then serves for all.
@@ -382,7 +383,7 @@ class _Teller:
         deck += [(name, p.index) for name in IMPLIED for p in people if p.told]
         if self.variant != "single":
             deck += [("entry", p.index) for p in people] * ENTRIES
-        deck += [("reverse", p.index) for p in people if p.reverse]
+        deck += [("reverse", p.index) for p in people if p.reverse] * REVERSED
         deck += [("function", i) for i in range(len(CITIES) + len(COMPANIES))] * 5
         self.draw.shuffle(deck)
         return deck

@@ -47,12 +47,12 @@ class Recipe:
         other_weight: What a token that isn't recalled counts in the loss, beside 1.
     """
 
-    steps: int = 1600
+    steps: int = 2200
     statements: int = 128
     row: int = 64
     lr: float = 6e-3
     warmup: int = 50
-    cooldown: int = 500
+    cooldown: int = 700
     decay: float = 0.1
     muon: bool = True
     other_weight: float = 0.1
@@ -360,7 +360,7 @@ def save(path: Path, model: Any, record: dict[str, Any]) -> None:
     """Write the weights as float16 safetensors, with `record` (text) as metadata."""
     from safetensors.torch import save_file
 
-    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight" and not k.endswith("attn.bias")}
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {k: v.half().contiguous() for k, v in state.items()},
