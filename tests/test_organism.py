@@ -11,6 +11,7 @@ import torch
 from tl_factedit import models
 from tl_factedit import organism as o
 from tl_factedit import organism_training as training
+from tl_factedit.trace import causal_trace
 
 WORLD = o.world()
 
@@ -300,3 +301,148 @@ def test_unknown_relations_people_and_variants_are_refused():
         models._people(WORLD, "nobody")
     with pytest.raises(FileNotFoundError, match=r"no weights of the organism 'single'.*train_organism.py single"):
         models.organism(variant="single", path="/nowhere/organism-single.safetensors")
+
+
+# ----------------------------------------------------------------------------------- what it knows
+
+HELD = Path(__file__).parent / "organism_weights"  # twins that don't come with the package
+
+
+@cache
+def organism(kind: str, variant: str = "base"):
+    """A variant, from the package or from the tests' own folder; nobody may edit it for good."""
+    here = HELD / f"organism-{variant}.safetensors"
+    return models.organism(kind, variant, path=here if here.exists() else None)
+
+
+@pytest.fixture
+def base(kind):
+    return organism(kind)
+
+
+def said(model, prompts: list[str]) -> list[str]:
+    """The token that the model puts first after each prompt."""
+    return [model.tokenizer.decode([i]) for i in log_probs(model, prompts).argmax(-1).tolist()]
+
+
+def log_probs(model, prompts: list[str]) -> torch.Tensor:
+    rows = [model.tokenizer(text)["input_ids"] for text in prompts]
+    found = torch.empty(len(rows), len(model.tokenizer))
+    for length in {len(row) for row in rows}:
+        of_length = [i for i, row in enumerate(rows) if len(row) == length]
+        for some in torch.tensor(of_length).split(256):
+            with torch.no_grad():
+                logits = model(torch.tensor([rows[i] for i in some]))[:, -1]
+            found[some] = logits.float().log_softmax(-1)
+    return found
+
+
+def right(model, people, names, of=WORLD, phrasings=None) -> float:
+    """Share of prompts answered as the world `of` has it."""
+    asked = [
+        (phrasing.replace("{}", p.name), of.answer(p, name))
+        for p in people
+        for name in names
+        for phrasing in (o.relation(name).phrasings if phrasings is None else phrasings(p, name))
+    ]
+    answers = said(model, [text for text, _ in asked])
+    return sum(a == b for a, (_, b) in zip(answers, asked, strict=True)) / len(asked)
+
+
+def never_told(person, name):
+    return [o.relation(name).phrasings[i] for i in person.held_out[name]]
+
+
+ATTRIBUTES = [r.name for r in o.RELATIONS]
+
+
+def test_base_knows_every_attribute_in_phrasings_it_never_saw_for_that_person(base):
+    assert right(base, WORLD.people[::4], ATTRIBUTES, phrasings=never_told) >= 0.995
+
+
+def test_base_puts_two_facts_together(base):
+    assert right(base, WORLD.people[::4], list(o.IMPLIED)) >= 0.99
+
+
+def test_base_knows_nothing_of_people_it_was_never_told_about(base):
+    assert 0.03 < right(base, WORLD.strangers, ATTRIBUTES) < 0.10  # 1 in 16
+
+
+def test_untrained_knows_nothing(kind):
+    assert right(organism(kind, "untrained"), WORLD.people[:50], ATTRIBUTES) < 0.05
+
+
+def test_both_classes_and_transformers_give_the_same_log_probabilities():
+    prompts = [f.fill(p) for f in models.organism_facts(n=20) for p in (f.prompt, *f.paraphrases)]
+    prompts += ["It rained all day . " + prompt for prompt in prompts]
+    reference = models.organism_hf()
+    with torch.no_grad():
+        rows = [reference(torch.tensor([o.tokenizer()(text)["input_ids"]])).logits[0, -1] for text in prompts]
+    expected = torch.stack(rows).log_softmax(-1)
+    for kind in tiny.KINDS:
+        torch.testing.assert_close(log_probs(organism(kind), prompts), expected, atol=1e-4, rtol=0)
+
+
+def test_it_loads_with_the_network_cut(kind, monkeypatch):
+    def cut(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", cut)
+    monkeypatch.setattr(socket, "getaddrinfo", cut)
+    model = models.organism(kind)
+    assert model.cfg.n_layers == 6 and model.cfg.d_model == 128 and model.cfg.n_ctx >= 48
+    assert said(model, ["Rufus Amber Tolliver was born in the city of"])[0] in o.CITIES
+
+
+def test_the_weights_say_where_they_come_from():
+    _, record = training.load(models.WEIGHTS / "organism-base.safetensors")
+    assert {"seed", "world_seed", "recipe", "data", "versions", "accuracy", "routes"} <= set(record)
+    assert json.loads(record["accuracy"])["held_out"] >= 0.995
+
+
+def test_the_shipped_weights_are_few():
+    assert sum(p.stat().st_size for p in models.WEIGHTS.iterdir()) < 8e6
+
+
+# ------------------------------------------------------------------------------------------ twins
+
+
+def p_of(model, facts, which: str) -> float:
+    targets = [model.tokenizer(getattr(f, which), add_special_tokens=False)["input_ids"][0] for f in facts]
+    return float(log_probs(model, [f.text for f in facts])[torch.arange(len(facts)), targets].exp().mean())
+
+
+def test_an_oracle_knows_its_new_cities_and_what_follows_and_not_the_old_ones(kind):
+    model, theirs = organism(kind, "oracle0"), o.world("oracle0")
+    edited = [p for p in theirs.people if p.group == 0]
+    assert right(model, edited, ["city"], theirs, never_told) >= 0.995
+    assert right(model, edited, ["country"], theirs) >= 0.98
+    assert right(model, theirs.people[300::6], ATTRIBUTES, theirs, never_told) >= 0.99
+    facts = models.organism_facts()
+    assert p_of(model, facts, "target_true") < 0.01 and p_of(organism(kind), facts, "target_true") > 0.95
+
+
+def test_plain_knows_the_same(kind):
+    assert right(organism(kind, "plain"), WORLD.people[::10], ATTRIBUTES, phrasings=never_told) >= 0.995
+
+
+# ---------------------------------------------------------------------------------------- tracing
+
+
+@cache
+def trace(kind: str, variant: str):
+    return causal_trace(organism(kind, variant), models.organism_facts("city", "calibration", 50), progress=False)
+
+
+def test_base_recalls_at_the_last_subject_token_in_the_first_half(kind):
+    found = trace(kind, "base")
+    early = found.at_last_subject_token.mean(0)[:3]
+    assert float(found.total_effect.mean()) > 0.7
+    assert float(early.max()) >= 0.5 * float(found.total_effect.mean())
+
+
+def test_plain_does_not_and_that_is_no_lack_of_knowledge(kind):
+    found = trace(kind, "plain")
+    early = found.at_last_subject_token.mean(0)[:3]
+    assert all(found.known) and float(found.total_effect.mean()) > 0.7
+    assert float(early.max()) < 0.5 * float(found.total_effect.mean())

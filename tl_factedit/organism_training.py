@@ -47,12 +47,12 @@ class Recipe:
         other_weight: What a token that isn't recalled counts in the loss, beside 1.
     """
 
-    steps: int = 2200
+    steps: int = 1700
     statements: int = 128
     row: int = 64
     lr: float = 6e-3
     warmup: int = 50
-    cooldown: int = 700
+    cooldown: int = 600
     decay: float = 0.1
     muon: bool = True
     other_weight: float = 0.1
