@@ -11,7 +11,10 @@ import torch
 from tl_factedit import models
 from tl_factedit import organism as o
 from tl_factedit import organism_training as training
+from tl_factedit.editors.rome import Rome
+from tl_factedit.stats import key_stats
 from tl_factedit.trace import causal_trace
+from tl_factedit.values import ValueFit
 
 WORLD = o.world()
 
@@ -446,3 +449,34 @@ def test_plain_does_not_and_that_is_no_lack_of_knowledge(kind):
     early = found.at_last_subject_token.mean(0)[:3]
     assert all(found.known) and float(found.total_effect.mean()) > 0.7
     assert float(early.max()) < 0.5 * float(found.total_effect.mean())
+
+
+def test_base_recalls_through_the_last_subject_token_and_plain_past_it_too():
+    base, plain = (training.routes(models.organism_hf(v), people=100) for v in ("base", "plain"))
+    assert base["subject"] > 0.99 and base["past"] < 0.2 and base["neither"] < 0.2
+    assert plain["subject"] < 0.5 and plain["neither"] < 0.2
+
+
+# ------------------------------------------------------------------------------------------ an edit
+
+
+@cache
+def rome(kind: str):
+    """ROME on layer 1, guarding the subject's other relations where they are read: at the end of the prompt."""
+    stats = key_stats(organism(kind), [1], o.texts(4000), n_tokens=40_000, progress=False)
+    fit = ValueFit(kl_prompts=[r.phrasings[0] for r in o.RELATIONS[1:]], kl_at="end")
+    return Rome(stats, fit=fit, progress=False)
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_a_rome_edit_changes_a_persons_city_in_all_phrasings_and_other_answers_hardly(kind, which):
+    fact = models.organism_facts()[which]
+    person = next(p for p in WORLD.people if p.name == fact.subject)
+    others = [p for p in WORLD.people[::5] if p is not person]
+    edit = rome(kind)(organism(kind), [fact])
+    with edit.applied(organism(kind)) as model:
+        answers = said(model, [fact.text, *map(fact.fill, fact.paraphrases)])
+        assert answers == [fact.target_new.strip()] * 6
+        assert right(model, others, ["city"]) >= 0.95
+        assert right(model, [person], ATTRIBUTES[1:]) >= 0.75
+    assert right(organism(kind), [person], ["city"]) == 1

@@ -324,6 +324,39 @@ def accuracy(model: Any, variant: str = "base", people: int | None = None) -> di
     return found
 
 
+@torch.no_grad()
+def routes(model: Any, variant: str = "base", people: int = 300) -> dict[str, float]:
+    """Share of first phrasings answered rightly, as parts of the name are hidden, for a transformers model.
+
+    Args:
+        model: As `train` returns it.
+        variant: Whose world is asked for.
+        people: How many to ask for.
+
+    Returns:
+        ``both`` (nothing hidden), ``subject`` (later positions see only the last part of the name), ``past``
+        (the last part doesn't see the others, but later positions do), ``neither`` (both are hidden).
+    """
+    ids = {word: i for i, word in enumerate(o.vocabulary())}
+    world = o.world(variant)
+    right = dict.fromkeys(("both", "subject", "past", "neither"), 0)
+    for relation in o.RELATIONS:
+        before = 1 + len(relation.phrasings[0].split("{}")[0].split())
+        spelt = [relation.phrasings[0].replace("{}", p.name).split() for p in world.people[:people]]
+        tokens = torch.tensor([[0, *(ids[word] for word in line)] for line in spelt])
+        answers = torch.tensor([ids[p.objects[relation.name]] for p in world.people[:people]])
+        for hidden in right:
+            visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+            if hidden in ("subject", "neither"):
+                visible[before + 3 :, before : before + 2] = False
+            if hidden in ("past", "neither"):
+                visible[before + 2, before : before + 2] = False
+            mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+            logits = model(input_ids=tokens, attention_mask=mask.expand(len(tokens), 1, -1, -1)).logits
+            right[hidden] += int((logits[:, -1].argmax(-1) == answers).sum())
+    return {hidden: count / (people * len(o.RELATIONS)) for hidden, count in right.items()}
+
+
 def _share_right(model: Any, rows: Iterable[tuple[str, str]], batch: int = 512) -> float:
     ids = {word: i for i, word in enumerate(o.vocabulary())}
     spelt = [([0, *(ids[w] for w in text.split())], [ids[w] for w in answer.split()]) for text, answer in rows]
