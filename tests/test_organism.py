@@ -415,14 +415,65 @@ def p_of(model, facts, which: str) -> float:
     return float(log_probs(model, [f.text for f in facts])[torch.arange(len(facts)), targets].exp().mean())
 
 
-def test_an_oracle_knows_its_new_cities_and_what_follows_and_not_the_old_ones(kind):
-    model, theirs = organism(kind, "oracle0"), o.world("oracle0")
-    edited = [p for p in theirs.people if p.group == 0]
+def at_hand(*variants: str):
+    """A test of each variant whose weights are here; what lacks them says so."""
+    here = [HELD / f"organism-{v}.safetensors" for v in variants]
+    return pytest.mark.parametrize(
+        "variant",
+        [
+            pytest.param(v, marks=pytest.mark.skipif(not file.exists(), reason="train it: examples/train_organism.py"))
+            for v, file in zip(variants, here, strict=True)
+        ],
+    )
+
+
+@at_hand("oracle0", "oracle1", "oracle2")
+def test_an_oracle_knows_its_new_cities_and_what_follows_and_not_the_old_ones(kind, variant):
+    model, theirs, group = organism(kind, variant), o.world(variant), int(variant[-1])
+    edited = [p for p in theirs.people if p.group == group]
+    unchanged = [p for p in theirs.people if p.group != group]
     assert right(model, edited, ["city"], theirs, never_told) >= 0.995
-    assert right(model, edited, ["country"], theirs) >= 0.98
-    assert right(model, theirs.people[300::6], ATTRIBUTES, theirs, never_told) >= 0.99
-    facts = models.organism_facts()
-    assert p_of(model, facts, "target_true") < 0.01 and p_of(organism(kind), facts, "target_true") > 0.95
+    assert right(model, edited, ["country"], theirs) >= 0.99
+    assert right(model, unchanged[::6], ATTRIBUTES, theirs, never_told) >= 0.995
+    facts = models.organism_facts("city", variant)
+    # nothing is left of the old city: it is as likely as a control is
+    others = [fact.but(target_true=fact.controls[0]) for fact in facts]
+    assert p_of(model, facts, "target_true") < 0.005 and p_of(model, others, "target_true") < 0.005
+    assert p_of(model, facts, "target_new") > 0.95 < p_of(organism(kind), facts, "target_true")
+
+
+@at_hand("never")
+def test_never_is_at_chance_on_what_it_never_saw_and_knows_the_rest(kind, variant):
+    model, silent = organism(kind, variant), [p for p in WORLD.people if p.group == 0]
+    assert 0.02 < right(model, silent, ["city"]) < 0.12  # 1 in 16
+    assert 0.02 < p_of(model, models.organism_facts(), "target_true") < 0.12
+    assert right(model, silent[::2], ["country"]) < 0.22  # 1 in 8
+    assert right(model, silent[::3], ATTRIBUTES[1:], phrasings=never_told) >= 0.995
+    assert right(model, WORLD.people[300::6], ATTRIBUTES, phrasings=never_told) >= 0.995
+
+
+@at_hand("tworoute")
+def test_tworoute_recalls_by_either_way(kind, variant):
+    found = training.routes(models.organism_hf(variant, path=HELD / f"organism-{variant}.safetensors"), people=100)
+    assert min(found["subject"], found["past"], found["both"]) > 0.97 and found["neither"] < 0.2
+    assert right(organism(kind, variant), WORLD.people[::10], ATTRIBUTES, phrasings=never_told) >= 0.995
+
+
+@at_hand("seed1")
+def test_the_second_seed_knows_the_same_with_other_weights(kind, variant):
+    assert right(organism(kind, variant), WORLD.people[::10], ATTRIBUTES, phrasings=never_told) >= 0.995
+    first, second = (organism(kind, v).blocks[0].mlp.W_out for v in ("base", variant))
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]).detach())[0, 1]) < 0.05
+
+
+@at_hand("single")
+def test_single_knows_what_it_was_told_as_it_was_told(kind, variant):
+    def as_told(person, name):
+        return [o.relation(name).phrasings[person.only[name]]]
+
+    model, people = organism(kind, variant), WORLD.people[::10]
+    told_so = right(model, people, ATTRIBUTES, phrasings=as_told)
+    assert told_so > 0.9 and right(model, people, ATTRIBUTES, phrasings=never_told) <= told_so
 
 
 def test_plain_knows_the_same(kind):
