@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import socket
+import warnings
 from collections import Counter
+from functools import cache
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from tl_factedit import models
@@ -315,7 +321,9 @@ HELD = Path(__file__).parent / "organism_weights"  # twins that don't come with 
 def organism(kind: str, variant: str = "base"):
     """A variant, from the package or from the tests' own folder; nobody may edit it for good."""
     here = HELD / f"organism-{variant}.safetensors"
-    return models.organism(kind, variant, path=here if here.exists() else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TransformerLens 3.9 announces 4.0
+        return models.organism(kind, variant, path=here if here.exists() else None)
 
 
 @pytest.fixture
@@ -392,7 +400,7 @@ def test_it_loads_with_the_network_cut(kind, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", cut)
     monkeypatch.setattr(socket, "getaddrinfo", cut)
-    model = models.organism(kind)
+    model = organism.__wrapped__(kind)
     assert model.cfg.n_layers == 6 and model.cfg.d_model == 128 and model.cfg.n_ctx >= 48
     assert said(model, ["Rufus Amber Tolliver was born in the city of"])[0] in o.CITIES
 
@@ -516,7 +524,7 @@ def rome(kind: str):
     """ROME on layer 1, guarding the subject's other relations where they are read: at the end of the prompt."""
     stats = key_stats(organism(kind), [1], o.texts(4000), n_tokens=40_000, progress=False)
     fit = ValueFit(kl_prompts=[r.phrasings[0] for r in o.RELATIONS[1:]], kl_at="end")
-    return Rome(stats, fit=fit, progress=False)
+    return Rome(stats, fit=fit, contexts=[f"{filler} " for filler in o.FILLERS[:5]], progress=False)
 
 
 @pytest.mark.parametrize("which", range(2))
