@@ -166,8 +166,8 @@ def organism_facts(
     world = _organism.world()
     asked = _organism.relation(relation)
     chosen = _people(world, people)[:n]
-    calibration = _people(world, "calibration")
-    return [_fact(world, person, asked, calibration, phrasings) for person in chosen]
+    others = [(p.name, world.answer(p, asked.name)) for p in _people(world, "calibration")]
+    return [_fact(world, person, asked, others, phrasings) for person in chosen]
 
 
 def organism_implications(fact: Fact) -> tuple[tuple[str, str, str | None], ...]:
@@ -201,7 +201,7 @@ def _fact(
     world: _organism.World,
     person: _organism.Person,
     asked: _organism.Relation,
-    others: Sequence[_organism.Person],
+    others: Sequence[tuple[str, str]],
     phrasings: str,
 ) -> Fact:
     draw = random.Random(f"{asked.name} of {person.name}")
@@ -212,7 +212,7 @@ def _fact(
         new = person.new_city
     held_out = [asked.phrasings[i] for i in person.held_out.get(asked.name, ())]
     trained = [p for p in asked.phrasings[1:] if p not in held_out]
-    apart = [p for p in others if p is not person and world.answer(p, asked.name) not in (true, new)]
+    apart = [(name, answer) for name, answer in others if answer not in (true, new)]
     near = draw.sample(apart, min(NEIGHBOURS, len(apart)))
     return Fact(
         person.name,
@@ -220,8 +220,8 @@ def _fact(
         f" {true}",
         f" {new}",
         paraphrases={"all": held_out + trained, "trained": trained, "held_out": held_out}[phrasings],
-        neighbours=[asked.phrasings[0].replace("{}", p.name) for p in near],
-        neighbour_targets=[f" {world.answer(p, asked.name)}" for p in near],
+        neighbours=[asked.phrasings[0].replace("{}", name) for name, _ in near],
+        neighbour_targets=[f" {answer}" for _, answer in near],
         controls=[f" {o}" for o in rest if o != new],
         relation=asked.name,
         id=f"{person.name}, {asked.name}",
