@@ -34,7 +34,7 @@ from tl_factedit.model import (
 from tl_factedit.provenance import Provenance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
 class Delta:
     """A low-rank change of one layer's weight, ``W_out += left @ right``.
 
@@ -92,7 +92,7 @@ class Diagnostics:
         return self.update_norm / self.weight_norm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
 class Edit:
     """A change of a model's weights, made for some facts.
 

@@ -33,7 +33,7 @@ class Fact:
         ValueError: The prompt has no ``"{}"`` or more than one; subject or a target is empty.
 
     Example:
-        >>> fact = Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
+        >>> fact = fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
         >>> fact.text
         'The Eiffel Tower is located in the city of'
     """

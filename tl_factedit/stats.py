@@ -27,7 +27,7 @@ TOKENS_PER_DIMENSION = 10
 """How many tokens a second moment wants for each of its d_mlp dimensions before it is inverted as it is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
 class KeyStats:
     """The second moment of one layer's keys.
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 Metric = Literal["prob", "logprob"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
 class Trace:
     """The result of `causal_trace`.
 
