@@ -158,6 +158,8 @@ def test_a_change_below_the_edited_layer_is_seen(kind, monkeypatch, what):
 
 def test_a_verdict_holds_the_numbers_of_both_states(case):
     model, fact, edit = case
+    with pytest.raises(ValueError, match="audit it with its own policy"):
+        fe.audit(model, edit, [fact], prepend_bos=not edit.provenance.prepend_bos)
     bos = edit.provenance.prepend_bos
     verdict = fe.audit(model, edit, [fact])
     clean = fe.evaluate(model, [fact], prepend_bos=bos)

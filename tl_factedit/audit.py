@@ -166,14 +166,14 @@ def audit(
         changed: An edit of it, or the model as it was changed in any other way.
         facts: The changed facts, each with ``target_new``. Their paraphrases and neighbours are
             scored; their ``controls`` are the lens's null.
-        prepend_bos: BOS policy; None for the edit's own, or else the model's.
+        prepend_bos: BOS policy of a model changed in another way; None for its default. An edit has its own.
 
     Returns:
         The verdict. Over one fact it is descriptive; claims want many.
 
     Raises:
-        ValueError: The edit is applied to the model already, or isn't of this model; a fact
-            without ``target_new``.
+        ValueError: The edit is applied to the model already, isn't of this model, or was made with another BOS
+            policy; a fact without ``target_new``.
 
     Example:
         >>> verdict = fe.audit(model, edit, [fact])               # doctest: +SKIP
@@ -182,7 +182,12 @@ def audit(
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
     if isinstance(changed, Edit):
         changed.check(model)
-        bos = changed.provenance.prepend_bos if prepend_bos is None else prepend_bos
+        bos = changed.provenance.prepend_bos
+        if prepend_bos not in (None, bos):
+            raise ValueError(
+                f"prepend_bos={prepend_bos}, but the edit was made with {bos}: audit it with its own policy, "
+                "or make it with the other"
+            )
     else:
         bos = bos_policy(model, prepend_bos)
     for fact in facts:
