@@ -14,11 +14,15 @@ import tl_factedit
 ROOT = Path(tl_factedit.__file__).parent
 # Each may import what stands in its own row or above it; a folder stands for all its files.
 ORDER = (
-    ("facts", "files", "solve", "estimate"),
+    ("facts", "files", "records", "solve", "estimate"),
     ("tokens",),
     ("model",),
     ("provenance",),
-    ("hooks", "corruption", "stats", "values", "contexts", "likelihood", "trace"),
+    ("hooks", "corruption", "metrics", "stats", "values", "contexts", "likelihood"),
+    ("replacement", "patching"),
+    ("questions",),
+    ("trace", "trace_units", "damage"),
+    ("presets", "side_by_side"),
     ("edit",),
     ("editors",),
     ("probe", "probes", "gain", "evaluate"),

@@ -4,10 +4,11 @@
 TransformerBridge. Importing it runs, seeds, logs and downloads nothing.
 """
 
-from tl_factedit import data, models, show
+from tl_factedit import data, metrics, models, show
 from tl_factedit.audit import Verdict, audit
 from tl_factedit.contexts import SampledContexts, sample_texts
-from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise
+from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
+from tl_factedit.damage import noise_for_damage
 from tl_factedit.edit import Delta, Diagnostics, Edit, Editor
 from tl_factedit.editors.rome import Rome
 from tl_factedit.estimate import Estimate
@@ -16,11 +17,15 @@ from tl_factedit.facts import Fact
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
 from tl_factedit.hooks import noise_hook, restore_hook
 from tl_factedit.model import Model, UnsupportedModelError
+from tl_factedit.presets import hase2023, meng2022, zhang2023
 from tl_factedit.probe import Comparison, Probe, Reading, compare
 from tl_factedit.probes.lens import LogitLens
 from tl_factedit.provenance import Provenance
+from tl_factedit.replacement import TokenReplacement
+from tl_factedit.side_by_side import SideBySide, trace_side_by_side
 from tl_factedit.stats import KeyStats, key_stats
 from tl_factedit.trace import Trace, causal_trace
+from tl_factedit.trace_units import UnitTrace, trace_units
 from tl_factedit.values import ValueFit
 
 __all__ = [
@@ -29,9 +34,20 @@ __all__ = [
     "restore_hook",
     "causal_trace",
     "Trace",
+    "meng2022",
+    "hase2023",
+    "zhang2023",
+    "trace_units",
+    "UnitTrace",
+    "trace_side_by_side",
+    "SideBySide",
     "Corruption",
     "GaussianNoise",
+    "UniformNoise",
+    "MultivariateNoise",
     "GivenNoise",
+    "TokenReplacement",
+    "noise_for_damage",
     "key_stats",
     "KeyStats",
     "sample_texts",
@@ -60,6 +76,7 @@ __all__ = [
     "Model",
     "UnsupportedModelError",
     "data",
+    "metrics",
     "models",
     "show",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -83,6 +84,73 @@ def jointly(
     means = combine(list(_resampled_means(table, torch.Generator().manual_seed(seed))))
     low, high = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return Estimate(mean, low, high, n)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """Many means over the same facts, resampled together.
+
+    Attributes:
+        mean: [cell …]; NaN where no fact has a value.
+        low: Lower ends of the 95 % bootstrap intervals; NaN below two facts.
+        high: Upper ends.
+        n: Facts that have a value.
+    """
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+    n: Tensor
+
+
+def over_facts_each(values: Float[Tensor, "fact *cell"], *, draws: int = 2_000, seed: int = 0) -> Estimates:
+    """For each cell of a table, mean and percentile-bootstrap interval over facts (NaN: this fact has no value)."""
+    table = values.double().flatten(1)
+    known = ~table.isnan()
+    n = known.sum(0)
+    filled = torch.where(known, table, 0.0)
+    mean = filled.sum(0) / n
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(len(table), (draws, len(table)), generator=generator)
+    times = torch.zeros(draws, len(table), dtype=table.dtype).scatter_add_(
+        1, picked, torch.ones(draws, len(table), dtype=table.dtype)
+    )
+    means = (times @ filled) / (times @ known.to(table))
+    low, high = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=table.dtype), dim=0)
+    low, high = (torch.where(n >= 2, end, math.nan) for end in (low, high))
+    shape = values.shape[1:]
+    return Estimates(*(each.reshape(shape) for each in (mean, low, high, n)))
+
+
+def rank_correlation(
+    x: Float[Tensor, "fact"], y: Float[Tensor, "fact"], *, draws: int = 2_000, seed: int = 0
+) -> Estimate:
+    """Spearman's rank correlation over the facts that have both, with its percentile-bootstrap interval.
+
+    NaN where one of the two doesn't vary. A resampled fact counts as often as it is drawn, in ranks too.
+    """
+    both = ~(x.isnan() | y.isnan())
+    pairs = [values[both].double() for values in (x, y)]
+    n = int(both.sum())
+    if n < 2:
+        return Estimate(math.nan, math.nan, math.nan, n)
+    once = torch.ones(1, n, dtype=torch.float64)
+    picked = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    times = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, picked, torch.ones_like(picked).double())
+    found, resampled = (_weighted_spearman(pairs, weights) for weights in (once, times))
+    low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(float(found[0]), low, high, n)
+
+
+def _weighted_spearman(pairs: Sequence[Tensor], weights: Float[Tensor, "draw fact"]) -> Float[Tensor, "draw"]:
+    centred = []
+    for values in pairs:
+        below = (values[:, None] > values).double() + (values[:, None] == values).double() / 2
+        ranks = weights @ below.T
+        centred.append(ranks - (weights * ranks).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True))
+    a, b = centred
+    spread = ((weights * a * a).sum(-1) * (weights * b * b).sum(-1)).sqrt()
+    return torch.where(spread > 0, (weights * a * b).sum(-1) / spread, math.nan)
 
 
 def _resampled_means(table: Tensor, generator: torch.Generator) -> Tensor:

@@ -34,7 +34,7 @@ def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str
         save_file(
             kept,
             draft,
-            metadata={"format": FORMAT, "what": what, "header": text, "sha256": _digest(what, text, kept)},
+            metadata={"format": FORMAT, "what": what, "header": text, "sha256": digest(what, text, kept)},
         )
         draft.replace(path)
     finally:
@@ -58,14 +58,15 @@ def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is cut short or no safetensors file ({error}): make it again") from error
     if meta.get("format") != FORMAT or meta.get("what") != what:
         raise ValueError(f"{path} holds {meta.get('what', 'something else')!r}, needed {what!r} of format {FORMAT}")
-    if meta.get("sha256") != _digest(what, meta.get("header", ""), tensors):
+    if meta.get("sha256") != digest(what, meta.get("header", ""), tensors):
         raise ValueError(f"{path} was changed since it was written (its checksum differs): make it again")
     return json.loads(meta["header"]), tensors
 
 
-def _digest(what: str, header: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(f"{what}\n{header}\n".encode())
+def digest(what: str, header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of a header and its tensors."""
+    found = hashlib.sha256(f"{what}\n{header}\n".encode())
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

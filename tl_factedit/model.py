@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix  # noqa: F401  (the type of Delta.matrix)
 
 Kind: TypeAlias = Literal["hooked", "bridge"]
-Component: TypeAlias = Literal["resid", "mlp", "attn"]
+Component: TypeAlias = Literal["resid", "resid_pre", "resid_mid", "mlp", "attn"]
+Unit: TypeAlias = Literal["head", "neuron"]
 HookFn: TypeAlias = Callable[..., Any]
 Place: TypeAlias = str | nn.Module  # a TransformerLens hook name, or a module whose output is meant
 Hook: TypeAlias = tuple[Place, HookFn]
+At: TypeAlias = Tensor | tuple[Tensor, Tensor]  # positions [row k], or a list of rows and a list of positions
 
 
 @runtime_checkable
@@ -108,10 +110,29 @@ def resid_pre(layer: int) -> str:
 
 def component_hook(component: Component, layer: int) -> str:
     """Hook name of what a component hands to the residual stream (for ``resid``: the stream after the block)."""
-    names = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+    names = {
+        "resid": "hook_resid_post",
+        "resid_pre": "hook_resid_pre",
+        "resid_mid": "hook_resid_mid",
+        "mlp": "hook_mlp_out",
+        "attn": "hook_attn_out",
+    }
     if component not in names:
         raise ValueError(f"component {component!r} is unknown, needed one of {sorted(names)}")
     return f"blocks.{layer}.{names[component]}"
+
+
+def unit_hook(unit: Unit, layer: int) -> str:
+    """Hook name of the values of single heads (z) or neurons (the input of W_out)."""
+    names = {"head": "attn.hook_z", "neuron": "mlp.hook_post"}
+    if unit not in names:
+        raise ValueError(f"unit {unit!r} is unknown, needed one of {sorted(names)}")
+    return f"blocks.{layer}.{names[unit]}"
+
+
+def n_units(model: Model, unit: Unit) -> int:
+    """How many heads, or neurons, a layer has."""
+    return int(model.cfg.n_heads) if unit == "head" else len(down_proj(model, 0).W)
 
 
 EMBED = "hook_embed"
@@ -317,8 +338,35 @@ def quiet(model: Model) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+Past: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
+"""Attention keys and values of tokens already read, a pair for each layer, [row pos head d_head] each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Pieces of several sequences side by side in one row, behind a past that they share.
+
+    A cell of a trace changes one token of a sequence: only that token and those after it have to be run again, and
+    the pieces that this leaves, one for each cell, fit into one row if none sees another.
+
+    Attributes:
+        positions: Each token's place in its own sequence, [row query].
+        visible: What each token attends to: the past first, then the row's own tokens, [row query key].
+        past: Keys and values of the tokens before; None for none.
+    """
+
+    positions: Int[Tensor, "row query"]
+    visible: Bool[Tensor, "row query key"]
+    past: Past | None = None
+
+
+def past_at(past: Past, rows: Int[Tensor, "row"], length: int) -> Past:
+    """The first `length` positions of some rows of a past."""
+    return tuple((keys[rows, :length], values[rows, :length]) for keys, values in past)
+
+
 class Runner:
-    """Forward passes of one model: whole, from a layer on, up to a layer, logits only where wanted.
+    """Forward passes of one model: whole, from a layer on, up to a layer, packed, logits only where wanted.
 
     Rows of unequal length are padded on the right, which is exact for a causal model; ask for
     logits at each row's own positions. Gradients flow if they are enabled.
@@ -337,25 +385,27 @@ class Runner:
         self,
         tokens: Int[Tensor, "row pos"],
         *,
-        at: Int[Tensor, "row k"] | None = None,
+        at: At | None = None,
         start: tuple[int, Tensor] | None = None,
         hooks: Sequence[Hook] = (),
-    ) -> Float[Tensor, "row k vocab"]:
+        packing: Packing | None = None,
+    ) -> Float[Tensor, "_ k vocab"]:
         """Logits of a batch.
 
         Args:
             tokens: Token ids, padded on the right.
-            at: Positions whose logits are wanted, k for each row; None for all.
+            at: Positions whose logits are wanted, k for each row; or a pair of equally long lists, of rows and of
+                positions, whose logits come as one row; None for all.
             start: (layer, residual [row pos d_model]): begin before that block with this residual
                 stream instead of running the blocks below; ``n_layers`` runs the head alone.
             hooks: (place, function) pairs, active during this pass only.
+            packing: Where the tokens stand, if rows are no plain sequences; needs `start`.
         """
         tokens = tokens.to(device(self.model))
-        if at is not None:
-            at = at.to(tokens.device)
         with self._hooked(hooks):
-            run = self._bridge_logits if self.kind == "bridge" else self._hooked_logits
-            return run(tokens, at, start)
+            if self.kind == "bridge":
+                return self._bridge_logits(tokens, at, start, packing)
+            return self._hooked_logits(tokens, at, start, packing)
 
     def capture(
         self,
@@ -374,18 +424,14 @@ class Runner:
             start: As in `logits`.
             stop: Run only the blocks below this one; None for all of them.
             hooks: Active during this pass; they run before the capture.
+
+        Raises:
+            UnsupportedModelError: The model has no such hook, or it never fired.
         """
         kept: dict[str, Tensor] = {}
-
-        def keep(name: str) -> HookFn:
-            def hook_fn(value: Tensor, hook: Any = None) -> None:
-                kept[name] = value.detach().clone()
-
-            return hook_fn
-
         tokens = tokens.to(device(self.model))
         last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-        with self._hooked([*hooks, *((name, keep(name)) for name in places)]):
+        with self._hooked([*hooks, *_keepers(places, kept)]):
             if self.kind == "bridge":
                 if stop is None or stop >= self.n_layers:
                     self._bridge_logits(tokens, last, start)
@@ -397,10 +443,83 @@ class Runner:
                 resid = self._hooked_resid(tokens, start, stop)
                 if resid_pre(stop) in places:  # fires on a bridge that stops there, but not here
                     kept[resid_pre(stop)] = resid.detach()
+        return self._all_kept(places, kept)
+
+    def remember(
+        self, tokens: Int[Tensor, "row query"], places: Sequence[str], *, resid: Tensor, packing: Packing
+    ) -> tuple[dict[str, Tensor], Past]:
+        """Run all blocks on packed rows: activations at hook names, and the past that the rows' own tokens make.
+
+        Args:
+            tokens: Token ids.
+            places: TransformerLens hook names.
+            resid: The residual stream before the first block, [row query d_model].
+            packing: Where the tokens stand.
+        """
+        kept: dict[str, Tensor] = {}
+        tokens = tokens.to(device(self.model))
+        with self._hooked(_keepers(places, kept)):
+            if self.kind == "bridge":
+                last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+                cache = self._bridge_packed(tokens, last, (0, resid), packing)[1]
+                before = packing.visible.shape[-1] - packing.visible.shape[-2]
+                past = tuple(
+                    (layer.keys[:, :, before:].transpose(1, 2), layer.values[:, :, before:].transpose(1, 2))
+                    for layer in cache.layers
+                )
+            else:
+                past = self._hooked_packed((0, resid), packing)[1]
+        return self._all_kept(places, kept), past
+
+    def _all_kept(self, places: Sequence[str], kept: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = [name for name in places if name not in kept]
         if missing:
             raise UnsupportedModelError(f"hooks {missing} never fired in {model_name(self.model)}")
         return kept
+
+    def packs(self, tokens: Int[Tensor, "pos"], longest: int) -> str:
+        """Why this model can't be run packed, or ``""`` if it can: tried once, on the tokens given, against a plain run.
+
+        Some attentions ask for more than positions and a mask (ALiBi) or see no further than a window.
+
+        Args:
+            tokens: Some tokens, two at least.
+            longest: How many tokens rows will have.
+        """
+        window = self._window()
+        if window is not None and longest > window:
+            return f"rows of {longest} tokens are longer than the attention window of {window}"
+        tokens = tokens[None].to(device(self.model))
+        n = tokens.shape[1]
+        here = torch.arange(n, device=tokens.device)
+        cut = n // 2
+        try:
+            stream = self.capture(tokens, [resid_pre(0)], stop=0)[resid_pre(0)]
+            causal = Packing(here[None], (here[:, None] >= here)[None])
+            _, past = self.remember(tokens, [], resid=stream, packing=causal)
+            # The whole sequence and its second half side by side, behind the first half and all of it.
+            places = torch.cat([here[cut:], here[-1:]])
+            whole = torch.arange(len(places), device=tokens.device) < n - cut
+            own = (whole[:, None] == whole) & (places[:, None] >= places)
+            behind = here[: n - 1] < torch.where(whole, cut, n - 1)[:, None]
+            packing = Packing(places[None], torch.cat([behind, own], 1)[None], past_at(past, here[:1] * 0, n - 1))
+            both = self.logits(
+                tokens[:, places], start=(0, stream[:, places]), packing=packing, at=torch.tensor([[n - cut - 1, -1]])
+            )[0]
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        plain = self.logits(tokens, at=torch.tensor([[n - 1]]))[0]
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(plain.dtype, 0.1)
+        if not bool((both - plain).abs().max() < tolerance * plain.std()):
+            return "its logits differ from those of a plain run"
+        return ""
+
+    def _window(self) -> int | None:
+        """The shortest attention window of the model, if it has one."""
+        configs = [self.model.cfg, getattr(getattr(self.model, "original_model", None), "config", None)]
+        names = ("sliding_window", "window_size", "attention_chunk_size")
+        found = [getattr(config, name, None) for config in configs for name in names]
+        return min((int(each) for each in found if isinstance(each, int) and each > 0), default=None)
 
     # -- hooks
 
@@ -413,7 +532,10 @@ class Runner:
                     handle = place.register_forward_hook(lambda _m, _a, out, fn=fn: fn(out, hook=None))
                     stack.callback(handle.remove)
             if named:
-                stack.enter_context(self.model.hooks(fwd_hooks=named))
+                try:
+                    stack.enter_context(self.model.hooks(fwd_hooks=named))
+                except KeyError as error:
+                    raise UnsupportedModelError(f"{model_name(self.model)} lacks a hook ({error.args[0]})") from error
             yield
 
     # -- HookedTransformer
@@ -429,9 +551,25 @@ class Runner:
             return resid
         return model(resid, start_at_layer=layer, stop_at_layer=stop, tokens=tokens, attention_mask=mask)
 
-    def _hooked_logits(self, tokens: Tensor, at: Tensor | None, start: tuple[int, Tensor] | None) -> Tensor:
+    def _hooked_packed(self, start: tuple[int, Tensor], packing: Packing) -> tuple[Tensor, Past]:
+        """The stream after the last block, and the past that the rows' own tokens make (from `start` on)."""
+        layer, resid = start
+        entries = []
+        for i, block in enumerate(list(self.model.blocks)[layer:], layer):  # type: ignore[attr-defined]
+            before = packing.past[i] if packing.past else None
+            entries.append(_PastEntry(before, resid.shape[0], block.attn))
+            with _packed_attention(block.attn, packing):
+                resid = block(resid, past_kv_cache_entry=entries[-1], shortformer_pos_embed=None, attention_mask=None)
+        return resid, tuple(entry.new for entry in entries)
+
+    def _hooked_logits(
+        self, tokens: Tensor, at: At | None, start: tuple[int, Tensor] | None, packing: Packing | None = None
+    ) -> Tensor:
         model: Any = self.model
-        resid = self._hooked_resid(tokens, start, self.n_layers)
+        if packing is not None and start is not None:
+            resid = self._hooked_packed(start, packing)[0]
+        else:
+            resid = self._hooked_resid(tokens, start, self.n_layers)
         if at is not None:
             resid = gather(resid, at)
         if model.cfg.normalization_type is not None:
@@ -442,14 +580,48 @@ class Runner:
 
     # -- TransformerBridge
 
-    def _bridge_logits(self, tokens: Tensor, at: Tensor | None, start: tuple[int, Tensor] | None) -> Tensor:
-        model: Any = self.model
-        with self._from(start), ExitStack() as stack:
-            if at is not None:
-                # At the unembedding and not at ln_final, after which GPT-2, GPT-J and NeoX reshape.
-                pick = [("unembed.hook_in", lambda resid, hook: gather(resid, at))]
-                stack.enter_context(model.hooks(fwd_hooks=pick))
-            return model(tokens)
+    def _bridge_logits(
+        self, tokens: Tensor, at: At | None, start: tuple[int, Tensor] | None, packing: Packing | None = None
+    ) -> Tensor:
+        if packing is not None and start is not None:
+            return self._bridge_packed(tokens, at, start, packing)[0]
+        with self._from(start), self._picked(at):
+            return self.model(tokens)  # type: ignore[operator]
+
+    def _bridge_packed(
+        self, tokens: Tensor, at: At | None, start: tuple[int, Tensor], packing: Packing
+    ) -> tuple[Tensor, Any]:
+        """Logits and the cache afterwards, past and new tokens."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(packing.past or ()):
+            cache.update(keys.transpose(1, 2), values.transpose(1, 2), layer)
+        resid = start[1]
+        seen = packing.visible[:, None].to(resid.device)
+        mask = torch.zeros(seen.shape, dtype=resid.dtype, device=resid.device)
+        mask.masked_fill_(~seen, torch.finfo(resid.dtype).min)
+        with self._from(start), self._picked(at):
+            # The wrapped model itself, as the bridge's forward makes masks and positions of its own.
+            out = self.model.original_model(  # type: ignore[attr-defined]
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=packing.positions.to(tokens.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return out.logits, cache
+
+    @contextmanager
+    def _picked(self, at: At | None) -> Iterator[None]:
+        """Unembed some positions only."""
+        if at is None:
+            yield
+            return
+        # At the unembedding and not at ln_final, after which GPT-2, GPT-J and NeoX reshape.
+        pick = [("unembed.hook_in", lambda resid, hook: gather(resid, at))]
+        with self.model.hooks(fwd_hooks=pick):
+            yield
 
     @contextmanager
     def _from(self, start: tuple[int, Tensor] | None) -> Iterator[None]:
@@ -501,9 +673,67 @@ class Runner:
         return seen[0]
 
 
-def gather(values: Float[Tensor, "row pos *rest"], at: Int[Tensor, "row k"]) -> Float[Tensor, "row k *rest"]:
-    """The values at each row's own positions."""
-    return values[torch.arange(len(values), device=values.device)[:, None], at]
+def gather(values: Float[Tensor, "row pos *rest"], at: At) -> Float[Tensor, "row_ k *rest"]:
+    """The values at each row's own positions, or (for a pair) at a list of rows and positions, as one row."""
+    if isinstance(at, tuple):
+        rows, places = at
+        return values[rows.to(values.device), places.to(values.device)][None]
+    return values[torch.arange(len(values), device=values.device)[:, None], at.to(values.device)]
+
+
+def _keepers(places: Sequence[str], kept: dict[str, Tensor]) -> list[Hook]:
+    """Hooks that put what passes into `kept`."""
+
+    def keep(name: str) -> HookFn:
+        def hook_fn(value: Tensor, hook: Any = None) -> None:
+            kept[name] = value.detach().clone()
+
+        return hook_fn
+
+    return [(name, keep(name)) for name in places]
+
+
+class _PastEntry:
+    """What a HookedTransformer's attention asks of its cache; keeps the new keys and values apart."""
+
+    def __init__(self, past: tuple[Tensor, Tensor] | None, rows: int, attn: Any) -> None:
+        self.new: tuple[Tensor, Tensor]
+        if past is None:
+            heads = attn.cfg.n_key_value_heads or attn.cfg.n_heads
+            past = (attn.W_Q.new_zeros(rows, 0, heads, attn.cfg.d_head),) * 2
+        self.past_keys, self.past_values = past
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.new = (keys, values)
+        return torch.cat([self.past_keys, keys], 1), torch.cat([self.past_values, values], 1)
+
+
+@contextmanager
+def _packed_attention(attn: Any, packing: Packing) -> Iterator[None]:
+    """Let a HookedTransformer's attention rotate and mask by the packing instead of by the order in the row."""
+    query = packing.positions
+    before = packing.visible.shape[-1] - packing.visible.shape[-2]
+    key = torch.cat([torch.arange(before, device=query.device).expand(len(query), -1), query], 1)
+
+    def rotate(x: Tensor, past_kv_pos_offset: int = 0, attention_mask: Any = None) -> Tensor:  # noqa: ARG001
+        # Keys come with those of the past, and with an offset of 0; without a past both are the same.
+        places = (query if x.shape[1] == query.shape[1] else key).to(attn.rotary_cos.device)
+        if int(places.max()) >= len(attn.rotary_cos):
+            raise ValueError(f"position {int(places.max())} is beyond the model's {len(attn.rotary_cos)} rotations")
+        turned, rest = x[..., : attn.cfg.rotary_dim], x[..., attn.cfg.rotary_dim :]
+        cos, sin = attn.rotary_cos[places, None], attn.rotary_sin[places, None]
+        return torch.cat([turned * cos + attn.rotate_every_two(turned) * sin, rest], -1)
+
+    def mask(scores: Tensor, past_kv_pos_offset: int = 0, attention_mask: Any = None) -> Tensor:  # noqa: ARG001
+        return torch.where(packing.visible[:, None].to(scores.device), scores, attn.IGNORE.to(scores))
+
+    try:
+        object.__setattr__(attn, "apply_rotary", rotate)
+        object.__setattr__(attn, "apply_causal_mask", mask)
+        yield
+    finally:
+        attn.__dict__.pop("apply_rotary", None)
+        attn.__dict__.pop("apply_causal_mask", None)
 
 
 def _swap_input(resid: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -37,8 +37,16 @@ from tl_factedit.trace import Trace
 
 __all__ = ["Picture", "edit", "report", "scores", "trace", "verdict"]
 
-_HUE = {"resid": "purple", "mlp": "green", "attn": "red"}
-_WHAT = {"resid": "residual stream", "mlp": "MLP output", "attn": "attention output"}
+_HUE = {"resid": "purple", "resid_pre": "purple", "resid_mid": "purple", "mlp": "green", "attn": "red"}
+_WHAT = {
+    "resid": "residual stream",
+    "resid_pre": "residual stream before the block",
+    "resid_mid": "residual stream between attention and MLP",
+    "mlp": "MLP output",
+    "attn": "attention output",
+}
+_UNITS = {"prob": "probability", "logprob": "nats", "logit_diff": "logits", "kl": "nats"}
+_VERBS = {"denoise": ("restored", "restored − corrupted"), "noise": ("corrupted", "clean − corrupted there")}
 _BADGE = {
     "FAILED": "#5c5c66",
     "DAMAGED": "#b8321a",
@@ -69,10 +77,14 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
     """
     if not 0 <= fact < len(trace.facts):
         raise ValueError(f"fact is {fact}, but the trace has {len(trace.facts)}: give 0 … {len(trace.facts) - 1}")
+    if not trace.corruptible[fact]:
+        raise ValueError(f"fact {fact}, {trace.facts[fact].name!r}, has no donor and wasn't traced: choose another")
     asked, pieces, (start, stop) = trace.facts[fact], trace.tokens[fact], trace.subject[fact]
     effect = trace.effect[fact, :, : len(pieces)]
-    samples = trace.sample_effect.shape[-1]
-    spread = trace.sample_effect[fact, :, : len(pieces)].std(-1, correction=int(samples > 1))
+    own = trace.sample_effect[fact, :, : len(pieces), ~trace.sample_corrupted[fact].isnan()]
+    samples = own.shape[-1]
+    spread = own.std(-1, correction=int(samples > 1))
+    restored, difference = _VERBS[trace.direction]
     layers = effect.shape[0]
     at_subject = effect[:, stop - 1]
     peak = int(at_subject.nan_to_num(-math.inf).argmax())
@@ -99,8 +111,8 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
         hatched=trace.partial_window,
         outlined=(stop - 1, peak),
         x_label=("layer" if trace.window == 1 else "middle layer of the window")
-        + f" at which the {_WHAT[trace.component]} is restored",
-        unit=f"restored − corrupted, {'probability' if trace.metric == 'prob' else 'nats'}",
+        + f" at which the {_WHAT[trace.component]} is {restored}",
+        unit=f"{difference}, {_UNITS.get(trace.metric, trace.metric)}",
         name=f"{title} of {asked.text!r}: largest effect at the last subject token in layer {peak}",
     )
     keys = [
@@ -115,14 +127,15 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
     highest, where = effect.nan_to_num(-math.inf).flatten().max(0)
     top_layer, top_position = divmod(int(where), len(pieces))
     caption = join(
-        f"Colour: {quantity}, with one token's {_WHAT[trace.component]}{_window(trace)} restored, minus corrupted. ",
+        f"Colour: {quantity}, with one token's {_WHAT[trace.component]}{_window(trace)} {restored}: "
+        f"{difference}.{_severed(trace)} ",
         tag("b", f"Clean {number(float(trace.clean[fact]))}"),
         f", corrupted {number(float(trace.corrupted[fact]))}: total effect {number(total)}. ",
         f"The last subject token peaks in layer {peak} with {number(float(at_subject[peak]))}",
         f" ± {number(float(spread[peak, stop - 1]))} (sd over samples)" if samples > 1 else "",
         f"; the largest of all is {number(float(highest))}, ",
         f"at {token(pieces[top_position])} in layer {top_layer}. ",
-        _noise(trace),
+        _noise(trace, fact, samples),
     )
     warning = None
     if not trace.known[fact]:
@@ -137,16 +150,27 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
 
 
 def _quantity(trace: Trace, fact: int) -> str:
-    name = "probability" if trace.metric == "prob" else "log-probability (nats)"
-    return f"{name} of {trace.facts[fact].target_true!r}"
+    names = {
+        "prob": "probability of {}",
+        "logprob": "log-probability (nats) of {}",
+        "logit_diff": "logit of {} minus that of the other answer",
+        "kl": "minus KL divergence from the clean run (nats), in which {} is asked for",
+    }
+    return names.get(trace.metric, trace.metric + " of {}").format(repr(trace.facts[fact].target_true))
 
 
 def _window(trace: Trace) -> str:
     return "" if trace.window == 1 else f" in a window of {trace.window} layers"
 
 
-def _noise(trace: Trace) -> str:
-    samples, noise = trace.sample_effect.shape[-1], trace.corruption
+def _severed(trace: Trace) -> str:
+    return f" The {_WHAT[trace.severed]}s above stay as in the corrupted run." if trace.severed else ""
+
+
+def _noise(trace: Trace, fact: int, samples: int) -> str:
+    noise = trace.corruption
+    if trace.donors[fact]:
+        return f"The subject's tokens are replaced by those of {', '.join(trace.donors[fact])}."
     mean = f"Mean over {samples} noise samples" if samples > 1 else "One noise sample"
     if isinstance(noise, GaussianNoise):
         sigma = "" if noise.sigma is None else f", σ = {noise.sigma:.4g}"

@@ -1,49 +1,50 @@
 """Causal tracing: which states, restored, bring the object back after the subject was corrupted.
 
-Meng et al. 2022 (arXiv:2202.05262, sec. 2.1). Three kinds of run: clean; corrupted (noise on the
-subject's token embeddings); corrupted with the activations of some layers at one token restored
-to their clean values. With p the probability of ``target_true``, averaged over noise samples::
+Meng et al. 2022 (arXiv:2202.05262, sec. 2.1). Three kinds of run: clean; corrupted (other embeddings of the
+subject's tokens); corrupted with the activations of some layers at one token restored to their clean values. With m
+the metric (by default the probability of ``target_true``), averaged over samples of the corruption::
 
-    total effect     TE      = p(clean)    − p(corrupted)
-    indirect effect  IE(l,t) = p(restored) − p(corrupted)
+    total effect     TE      = m(clean)    − m(corrupted)
+    indirect effect  IE(l,t) = m(restored) − m(corrupted)
 
-A cell is run from the first restored layer on, all cells of a layer together; positions before the
-subject can't have an effect in a causal model, so theirs is exactly 0 and isn't run.
+The other way round (``direction="noise"``) corrupted values are put into the clean run, and
+IE(l,t) = m(clean) − m(noised): what is lost with this state.
+
+Positions before the subject can't have an effect in a causal model: theirs is exactly 0 and isn't run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.corruption import Corruption, GaussianNoise
+from tl_factedit import files
+from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
+from tl_factedit.estimate import Estimates, over_facts_each
 from tl_factedit.facts import Fact
-from tl_factedit.hooks import noise_hook
-from tl_factedit.model import (
-    EMBED,
-    Component,
-    Hook,
-    Model,
-    Runner,
-    component_hook,
-    quiet,
-    resid_post,
-    resid_pre,
-)
+from tl_factedit.metrics import Metric, logit_diff, metric_of
+from tl_factedit.model import Component, Model, component_hook, n_layers, quiet, resid_post, resid_pre
+from tl_factedit.patching import Cell, Direction, Patch, Patching, Write
 from tl_factedit.provenance import Provenance
-from tl_factedit.tokens import Aligned, align
+from tl_factedit.questions import Questions, align_all, ask
+from tl_factedit.records import Unknown, decode, encode
+from tl_factedit.replacement import TokenReplacement
+from tl_factedit.tokens import Aligned
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Metric = Literal["prob", "logprob"]
+CORRUPTIONS = (GaussianNoise, UniformNoise, MultivariateNoise, GivenNoise, TokenReplacement)
+ROLES = ("before", "first subject", "middle subject", "last subject", "first after", "further", "last")
+"""What a token is in its prompt, each one thing: the last token is ``last``, whatever else it may be."""
 
 
 @dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
@@ -51,21 +52,26 @@ class Trace:
     """The result of `causal_trace`.
 
     Attributes:
-        effect: IE, restored minus corrupted in units of `metric`, mean over samples,
-            [fact layer pos]; NaN where a shorter fact has no token.
-        sample_effect: The same for each noise sample, [fact layer pos sample].
-        clean: The metric of the clean run, [fact].
+        effect: IE in units of `metric`, mean over samples, [fact layer pos]; NaN where a shorter fact has no
+            token, and for facts that couldn't be corrupted.
+        sample_effect: The same for each sample of the corruption, [fact layer pos sample]; NaN where a fact has fewer.
+        clean: The metric of the clean run, [fact] (mean over samples where it depends on them).
         corrupted: Of the corrupted runs, mean over samples, [fact].
-        sample_corrupted: For each noise sample, [fact sample].
+        sample_corrupted: For each sample, [fact sample].
         tokens: Token strings of each fact's prompt.
         subject: (start, stop) of the subject in each fact's tokens.
         facts: What was traced.
         top: For each fact, the token that the clean model puts first.
         known: Whether that is the first token of ``target_true``; where it isn't, there is little to trace.
-        component: ``"resid"`` (the stream after the block), ``"mlp"`` or ``"attn"`` (outputs).
+        donors: For each fact, whose tokens replaced its subject's (`TokenReplacement`); empty with noise.
+        component: ``"resid"`` (the stream after the block), ``"resid_pre"``, ``"resid_mid"``, ``"mlp"`` or
+            ``"attn"`` (outputs).
         window: How many layers are restored together.
-        metric: ``"prob"`` or ``"logprob"`` of the whole ``target_true``.
+        severed: ``"mlp"`` or ``"attn"``: these outputs of the layers above stayed as in the corrupted run.
+        direction: ``"denoise"`` or ``"noise"``.
+        metric: Its name.
         corruption: With its scale as it was used.
+        unpacked: Why cells were run as whole sequences, which is slower; ``""`` if they weren't.
         provenance: Model, weights, BOS policy, versions.
     """
 
@@ -79,16 +85,25 @@ class Trace:
     facts: tuple[Fact, ...]
     top: tuple[str, ...]
     known: tuple[bool, ...]
+    donors: tuple[tuple[str, ...], ...]
     component: Component
     window: int
-    metric: Metric
-    corruption: Corruption
+    severed: Literal["mlp", "attn"] | None
+    direction: Direction
+    metric: str
+    corruption: Corruption | Unknown
+    unpacked: str
     provenance: Provenance
 
     @property
     def total_effect(self) -> Float[Tensor, "fact"]:
         """TE = clean minus corrupted."""
         return self.clean - self.corrupted
+
+    @property
+    def corruptible(self) -> tuple[bool, ...]:
+        """For each fact, whether it could be corrupted; without a donor it can't, and isn't traced."""
+        return tuple((~self.corrupted.isnan()).tolist())
 
     @property
     def at_last_subject_token(self) -> Float[Tensor, "fact layer"]:
@@ -99,7 +114,7 @@ class Trace:
     @property
     def peak_layer(self) -> int:
         """The layer of the largest mean effect at the last subject token."""
-        return int(self.at_last_subject_token.mean(0).argmax())
+        return int(self.at_last_subject_token.nanmean(0).argmax())
 
     @property
     def partial_window(self) -> tuple[int, ...]:
@@ -107,13 +122,82 @@ class Trace:
         count = self.effect.shape[1]
         return tuple(layer for layer in range(count) if len(window_layers(layer, self.window, count)) < self.window)
 
+    def fraction(self, min_effect: float = 0.05) -> Float[Tensor, "fact layer pos"]:
+        """IE / TE: the share of the effect that a cell accounts for.
+
+        Args:
+            min_effect: Facts with a smaller total effect are left out (NaN): a share of little says little.
+        """
+        total = self.total_effect[:, None, None]
+        return torch.where(total.abs() >= min_effect, self.effect / total, torch.nan)
+
+    def best_fraction(self, min_effect: float = 0.05) -> Float[Tensor, "fact layer"]:
+        """The largest share over tokens, by layer (Hase et al. 2023, arXiv:2301.04213, sec. 4.1), at least 0.
+
+        The largest of noisy numbers is too large on average. So one half of the samples chooses the token
+        and the other half says its effect, and the reverse; the mean of both is unbiased for the token chosen.
+        """
+        samples = self.sample_effect.shape[-1]
+        if samples < 2:
+            return self.fraction(min_effect).nan_to_num(-torch.inf).amax(-1).clamp(min=0)
+        halves = [self.sample_effect[..., half::2].nanmean(-1) for half in (0, 1)]
+        chosen = [half.nan_to_num(-torch.inf).argmax(-1, keepdim=True) for half in halves]
+        found = [half.gather(-1, other)[..., 0] for half, other in zip(halves, reversed(chosen), strict=True)]
+        total = self.total_effect[:, None]
+        share = torch.stack(found).mean(0) / total
+        return torch.where(total.abs() >= min_effect, share.clamp(min=0), torch.nan)
+
+    def by_role(self, *, normalised: bool = False, min_effect: float = 0.05) -> Float[Tensor, "fact role layer"]:
+        """Effects by what a token is in its prompt (`ROLES`), mean over a fact's tokens of that role.
+
+        Args:
+            normalised: Give shares of the total effect instead (`fraction`).
+            min_effect: Of `fraction`.
+        """
+        effect = self.fraction(min_effect) if normalised else self.effect
+        found = torch.full((len(self.facts), len(ROLES), effect.shape[1]), torch.nan)
+        for i, (pieces, subject) in enumerate(zip(self.tokens, self.subject, strict=True)):
+            of_token = roles(len(pieces), subject)
+            for r, role in enumerate(ROLES):
+                positions = [p for p, each in enumerate(of_token) if each == role]
+                if positions:
+                    found[i, r] = effect[i][:, positions].mean(-1)
+        return found
+
+    def average(self, *, normalised: bool = False, min_effect: float = 0.05, seed: int = 0) -> Estimates:
+        """Means over facts by role and layer, with bootstrap intervals over facts, [role layer] each."""
+        return over_facts_each(self.by_role(normalised=normalised, min_effect=min_effect), seed=seed)
+
+    def roles_table(self, *, normalised: bool = False, min_effect: float = 0.05, seed: int = 0) -> pd.DataFrame:
+        """`average` as a table: one row a (role, layer), with mean, interval and the number of facts."""
+        import pandas as pd
+
+        found = self.average(normalised=normalised, min_effect=min_effect, seed=seed)
+        return pd.DataFrame(
+            [
+                {
+                    "role": role,
+                    "layer": layer,
+                    "effect": float(found.mean[r, layer]),
+                    "low": float(found.low[r, layer]),
+                    "high": float(found.high[r, layer]),
+                    "n": int(found.n[r, layer]),
+                }
+                for r, role in enumerate(ROLES)
+                for layer in range(self.effect.shape[1])
+                if found.n[r, layer]
+            ]
+        )
+
     def table(self) -> pd.DataFrame:
-        """One row a (fact, layer, token): effect, its spread over samples, and whether it is the subject's."""
+        """One row a (fact, layer, token): effect, its spread over samples, and the token's role."""
         import pandas as pd
 
         rows = []
         for i, (fact, pieces, (start, stop)) in enumerate(zip(self.facts, self.tokens, self.subject, strict=True)):
-            spread = self.sample_effect[i].std(-1, correction=int(self.sample_effect.shape[-1] > 1))
+            samples = self.sample_effect[i, :, :, ~self.sample_effect[i, 0, 0].isnan()]
+            spread = samples.std(-1, correction=int(samples.shape[-1] > 1))
+            of_token = roles(len(pieces), (start, stop))
             for layer in range(self.effect.shape[1]):
                 rows += [
                     {
@@ -121,6 +205,7 @@ class Trace:
                         "layer": layer,
                         "position": p,
                         "token": piece,
+                        "role": of_token[p],
                         "subject": start <= p < stop,
                         "effect": float(self.effect[i, layer, p]),
                         "sample_sd": float(spread[layer, p]),
@@ -129,14 +214,56 @@ class Trace:
                 ]
         return pd.DataFrame(rows)
 
+    def save(self, path: str | Path) -> None:
+        """Write everything into one safetensors file."""
+        tensors = {
+            "sample_effect": self.sample_effect,
+            "clean": self.clean,
+            "sample_corrupted": self.sample_corrupted,
+        }
+        header = {
+            "corruption": encode(self.corruption, "corruption", tensors, (*CORRUPTIONS, Unknown)),
+            "facts": [asdict(fact) for fact in self.facts],
+            "provenance": self.provenance.to_json(),
+        } | {name: getattr(self, name) for name in _PLAIN}
+        files.write(Path(path), "trace", header, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a file of `save`.
+
+        Raises:
+            ValueError: The file is cut short, changed, or no trace.
+        """
+        header, tensors = files.read(Path(path), "trace")
+        plain = {name: _frozen(header[name]) for name in _PLAIN}
+        return cls(
+            **_means(tensors["sample_effect"], tensors["sample_corrupted"]),
+            clean=tensors["clean"],
+            facts=tuple(Fact(**fact) for fact in header["facts"]),
+            corruption=decode(header["corruption"], tensors, (*CORRUPTIONS, Unknown)),
+            provenance=Provenance.from_json(header["provenance"]),
+            **plain,
+        )
+
     def __repr__(self) -> str:
         """Size, effects and peak in a line."""
         what = self.facts[0].text if len(self.facts) == 1 else f"{len(self.facts)} facts"
+        without = self.corruptible.count(False)
+        missing = f", {without} without a donor" if without else ""
+        severed = f" with severed {self.severed}" if self.severed else ""
+        window = f"window {self.window}" + (", noising" if self.direction == "noise" else "")
         return (
-            f"Trace({what!r}, {self.component}, window {self.window}: clean {float(self.clean.mean()):.3f}, corrupted "
-            f"{float(self.corrupted.mean()):.3f}; last subject token peaks at layer {self.peak_layer} with "
-            f"{float(self.at_last_subject_token.mean(0).max()):.3f})"
+            f"Trace({what!r}{missing}, {self.component}{severed}, {window}: clean {float(self.clean.nanmean()):.3f}, "
+            f"corrupted {float(self.corrupted.nanmean()):.3f}; last subject token peaks at layer {self.peak_layer} with "
+            f"{float(self.at_last_subject_token.nanmean(0).max()):.3f})"
         )
+
+
+_PLAIN = tuple(
+    "tokens subject top known donors component window severed direction metric unpacked".split()  # noqa: SIM905
+)
+"""The attributes of a trace that a file's header holds as they are."""
 
 
 def causal_trace(
@@ -145,80 +272,110 @@ def causal_trace(
     *,
     component: Component = "resid",
     window: int = 1,
+    severed: Literal["mlp", "attn"] | None = None,
     corruption: Corruption | None = None,
-    metric: Metric = "prob",
+    metric: str | Metric = "prob",
+    direction: Direction = "denoise",
     prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
+    memory: float = 2.0,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> Trace:
     """Trace where a model's recall of some facts passes through.
 
     Args:
         model: Either class.
-        facts: One fact or several; only ``target_true`` is asked for.
-        component: ``"resid"``, ``"mlp"`` or ``"attn"``.
+        facts: One fact or several; only ``target_true`` is asked for (``metric="logit_diff"`` may need ``target_new``).
+        component: ``"resid"`` (the residual stream after a block), ``"resid_pre"`` (before it), ``"resid_mid"``
+            (between attention and MLP, where they follow one another), ``"mlp"`` or ``"attn"`` (their outputs).
         window: Restore this many layers around each, ``l − w//2 … l + (w−1)//2``, fewer at the
             model's ends (`Trace.partial_window`). Meng et al. use 10 for MLP and attention.
-        corruption: `GaussianNoise` (three standard deviations, ten samples) or `GivenNoise`.
-        metric: ``"prob"`` or ``"logprob"`` of the whole target, teacher-forced.
+        severed: Hold the outputs of ``"mlp"`` or ``"attn"`` of all layers at the restored token at what they are in the
+            corrupted run (Meng et al., fig. 3): what is then left of an effect didn't pass through them. For
+            single layers of the residual stream.
+        corruption: Default: `GaussianNoise` (three standard deviations, ten samples).
+        metric: ``"prob"``, ``"logprob"``, ``"logit_diff"``, ``"kl"``, or a function like those of `tl_factedit.metrics`.
+        direction: ``"denoise"`` restores clean values in corrupted runs (what suffices), ``"noise"`` puts corrupted
+            values into the clean run (what is needed).
         prepend_bos: Whether prompts begin with BOS; None for the model's default.
-        batch_tokens: Most tokens in one forward pass: bounds the memory.
+        memory: What activations may take, in GiB, beside the model: sets the size of batches.
+        folder: Where to keep what is done; a call that was killed goes on from there.
         progress: Whether to show a bar on what takes longer than a second.
 
     Returns:
         The trace.
 
     Raises:
-        ValueError: A subject or target can't be aligned with its tokens; unknown component or metric.
+        ValueError: A subject or target can't be aligned with its tokens; unknown component or metric; no fact can be
+            corrupted; `folder` holds another trace.
+        UnsupportedModelError: The model has no such component.
 
     Example:
         >>> trace = fe.causal_trace(model, fact)                  # doctest: +SKIP
         >>> trace.peak_layer                                      # doctest: +SKIP
     """
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
-    if not facts:
-        raise ValueError("facts is empty, needed at least one")
-    if window < 1:
-        raise ValueError(f"window is {window}, needed at least 1")
-    if metric not in ("prob", "logprob"):
-        raise ValueError(f"metric {metric!r} is unknown, needed 'prob' or 'logprob'")
-    component_hook(component, 0)
+    _check(facts, component, window, severed, direction, memory)
+    metric_name, measure = metric_of(metric)
+    corruption = corruption or GaussianNoise()
     provenance = Provenance.of(model, prepend_bos)
-    rows = [align(model.tokenizer, fact, prepend_bos=provenance.prepend_bos) for fact in facts]
+    rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
+    if measure is logit_diff and not isinstance(corruption, TokenReplacement):
+        _check_contrasts(facts, rows)
+    count = n_layers(model)
     with quiet(model), torch.no_grad():
-        runner = Runner(model)
-        embeddings = torch.cat([_embeddings(runner, row)[row.subject[0] : row.subject[1]] for row in rows])
-        corruption = (corruption or GaussianNoise()).calibrated(embeddings)
-        # Drawn for all facts first, so that a noise that fits none of them is found before any work.
-        noises = [corruption.draw(row.subject[1] - row.subject[0], embeddings.shape[-1]) for row in rows]
+        questions = ask(model, facts, rows, corruption)
+        settings = {
+            "component": component,
+            "window": window,
+            "severed": severed,
+            "direction": direction,
+            "metric": metric_name,
+        }
+        parts = _Parts.of(folder, questions, settings, provenance)
+        frozen = [component_hook(severed, layer) for layer in range(count)] if severed else []
+        places = [component_hook(component, layer) for layer in range(count)]
         with tqdm(
-            total=len(rows) * runner.n_layers, unit="layer", desc=f"tracing {component}", delay=1, disable=not progress
+            total=count * sum(question.samples > 0 for question in questions.each),
+            initial=count * len(parts.done),
+            unit="layer",
+            desc=f"tracing {component}",
+            delay=1,
+            disable=not progress,
         ) as bar:
-            parts = [
-                _trace_one(runner, row, noise, component, window, metric, batch_tokens, bar.update)
-                for row, noise in zip(rows, noises, strict=True)
-            ]
-    longest = max(len(row.ids) for row in rows)
-    effects = torch.full((len(rows), runner.n_layers, longest, len(noises[0])), float("nan"))
-    for i, part in enumerate(parts):
-        effects[i, :, : part.effect.shape[1]] = part.effect
-    corrupted = torch.stack([part.corrupted for part in parts])
+            for chunk, patching in questions.chunks(
+                places, frozen, measure, direction, memory=memory, skip=frozenset(parts.done)
+            ):
+                effects = _effects(patching, [rows[i] for i in chunk], component, window, severed, count, bar.update)
+                sign = -1 if direction == "noise" else 1
+                found = [
+                    _Part(sign * effect, clean, corrupted, top)
+                    for effect, clean, corrupted, top in zip(
+                        effects, patching.clean, patching.corrupted, patching.top, strict=True
+                    )
+                ]
+                parts.add(chunk, found)
+        top = [parts.done[i].top if i in parts.done else subject.top() for i, subject in enumerate(questions.subjects)]
+    samples = max(question.samples for question in questions.each)
+    effect = torch.full((len(rows), count, max(len(row.ids) for row in rows), samples), torch.nan)
+    corrupted = torch.full((len(rows), samples), torch.nan)
+    clean = torch.full((len(rows),), torch.nan)
+    for i, part in parts.done.items():
+        _, length, own = part.effect.shape
+        effect[i, :, :length, :own], corrupted[i, :own], clean[i] = part.effect, part.corrupted, part.clean.mean()
     return Trace(
-        effect=effects.mean(-1),
-        sample_effect=effects,
-        clean=torch.stack([part.clean for part in parts]),
-        corrupted=corrupted.mean(-1),
-        sample_corrupted=corrupted,
+        **_means(effect, corrupted),
+        clean=clean,
         tokens=tuple(row.pieces for row in rows),
         subject=tuple(row.subject for row in rows),
         facts=facts,
-        top=tuple(model.tokenizer.decode([part.top]) for part in parts),
-        known=tuple(part.top == int(row.true_ids[0]) for part, row in zip(parts, rows, strict=True)),
-        component=component,
-        window=window,
-        metric=metric,
-        corruption=corruption,
+        top=tuple(model.tokenizer.decode([token]) for token in top),
+        known=tuple(token == int(row.true_ids[0]) for token, row in zip(top, rows, strict=True)),
+        donors=_donors(questions),
+        corruption=questions.corruption,
+        unpacked=questions.unpacked,
         provenance=provenance,
+        **settings,
     )
 
 
@@ -227,101 +384,176 @@ def window_layers(layer: int, window: int, n_layers: int) -> range:
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
 
 
-# ------------------------------------------------------------------------------------ one fact
+def roles(length: int, subject: tuple[int, int]) -> list[str]:
+    """What each token of a prompt is: one of `ROLES`."""
+    start, stop = subject
+    found = ["before"] * start + ["middle subject"] * (stop - start) + ["further"] * (length - stop)
+    found[start] = "first subject"
+    found[stop - 1] = "last subject"
+    if stop < length:
+        found[stop] = "first after"
+        found[-1] = "last"
+    return found
 
 
-@dataclass(frozen=True)
+# ------------------------------------------------------------------------------------ the cells
+
+
+def _effects(
+    patching: Patching,
+    rows: Sequence[Aligned],
+    component: Component,
+    window: int,
+    severed: Literal["mlp", "attn"] | None,
+    count: int,
+    done: Any,
+) -> list[Float[Tensor, "layer pos sample"]]:
+    """For each question, the metric with a cell changed minus that of the base run."""
+    effects = [
+        torch.zeros(count, len(row.ids), len(base)) for row, base in zip(rows, patching.base, strict=True)
+    ]
+    cells = [Cell(i, p) for i, row in enumerate(rows) for p in range(row.subject[0], len(row.ids))]
+    everywhere = patching.sheets(cells)
+    at_the_end = patching.sheets([cell for cell in cells if patching.at_the_end(cell)])
+    for layer in range(count):
+        patch, carried = _patch(component, layer, window, severed, count)
+        for sheet in everywhere if carried else at_the_end:
+            for cell, scores in patching.run(sheet, patch):
+                effects[cell.question][layer, cell.position] = scores - patching.base[cell.question]
+        done(len(rows))
+    return effects
+
+
+def _patch(
+    component: Component, layer: int, window: int, severed: Literal["mlp", "attn"] | None, count: int
+) -> tuple[Patch, bool]:
+    """What the cells of a layer change, and whether an attention comes after it that can carry it to other tokens."""
+    layers = window_layers(layer, window, count)
+    first = layers[0]
+    writes = tuple(Write(component_hook(component, each)) for each in layers)
+    hold = tuple(Write(component_hook(severed, each), "base") for each in range(layer + 1, count)) if severed else ()
+    if component == "resid":
+        # The stream after a block is the stream before the next: begin there, one block later.
+        return Patch(first + 1, resid_post(first), writes[1:] + hold), first + 1 < count
+    if component == "resid_pre":
+        hold = (Write(component_hook(severed, layer), "base"), *hold) if severed else ()
+        return Patch(first, resid_pre(first), writes[1:] + hold), True
+    return Patch(first, None, writes), first + 1 < count
+
+
+def _means(effect: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+    return {
+        "effect": effect.nanmean(-1),
+        "sample_effect": effect,
+        "corrupted": corrupted.nanmean(-1),
+        "sample_corrupted": corrupted,
+    }
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
+
+
+def _donors(questions: Questions) -> tuple[tuple[str, ...], ...]:
+    if not isinstance(questions.corruption, TokenReplacement):
+        return ((),) * len(questions.each)
+    donors = questions.corruption.donors
+    return tuple(tuple(donor.fact.subject for donor in donors[question.fact]) for question in questions.each)
+
+
+# ------------------------------------------------------------------------------------ what is kept
+
+
+@dataclass(frozen=True, eq=False)
 class _Part:
     effect: Float[Tensor, "layer pos sample"]
-    clean: Float[Tensor, ""]
+    clean: Float[Tensor, "sample"]
     corrupted: Float[Tensor, "sample"]
     top: int
 
 
-def _embeddings(runner: Runner, row: Aligned) -> Float[Tensor, "pos d_model"]:
-    return runner.capture(row.ids[None], [EMBED], stop=0)[EMBED][0]
+class _Parts:
+    """Facts that are traced, kept in a folder if there is one."""
+
+    def __init__(self, folder: Path | None, digest: str) -> None:
+        self.folder, self.digest, self.done = folder, digest, dict[int, _Part]()
+
+    @classmethod
+    def of(
+        cls, folder: str | Path | None, questions: Questions, settings: dict[str, Any], provenance: Provenance
+    ) -> _Parts:
+        """With what an earlier call left in the folder."""
+        tensors: dict[str, Tensor] = {}
+        asked = settings | {
+            "facts": [asdict(question.fact) for question in questions.each],
+            "corruption": encode(questions.corruption, "corruption", tensors, (*CORRUPTIONS, Unknown)),
+            "donors": _donors(questions),
+            "provenance": provenance.to_json(),
+        }
+        parts = cls(None if folder is None else Path(folder), files.digest("trace", json.dumps(asked), tensors))
+        for path in sorted(parts.folder.glob("part-*.safetensors")) if parts.folder else ():
+            header, found = files.read(path, "part of a trace")
+            if header["digest"] != parts.digest:
+                raise ValueError(
+                    f"{path} belongs to another trace (other facts, settings, weights or versions): give another folder"
+                )
+            for i, top in header["top"]:
+                kept = (found[f"{name}.{i}"] for name in ("effect", "clean", "corrupted"))
+                parts.done[i] = _Part(*kept, top=top)
+        return parts
+
+    def add(self, which: Sequence[int], found: Iterable[_Part]) -> None:
+        """Keep some more."""
+        new = dict(zip(which, found, strict=True))
+        self.done |= new
+        if self.folder is not None:
+            tensors = {
+                f"{name}.{i}": getattr(part, name)
+                for i, part in new.items()
+                for name in ("effect", "clean", "corrupted")
+            }
+            header = {"digest": self.digest, "top": [(i, part.top) for i, part in new.items()]}
+            files.write(self.folder / f"part-{min(new):06}.safetensors", "part of a trace", header, tensors)
 
 
-def _trace_one(
-    runner: Runner,
-    row: Aligned,
-    noise: Float[Tensor, "sample position d_model"],
+# ------------------------------------------------------------------------------------ checks
+
+
+def _check(
+    facts: Sequence[Fact],
     component: Component,
     window: int,
-    metric: Metric,
-    batch_tokens: int,
-    done: Callable[[int], Any],
-) -> _Part:
-    ids = torch.cat([row.ids, row.true_ids[:-1]])
-    at = torch.arange(len(row.true_ids)) + len(row.ids) - 1
-
-    def score(tokens: Tensor, start: tuple[int, Tensor] | None, hooks: Sequence[Hook]) -> Float[Tensor, "row"]:
-        logits = runner.logits(tokens, at=repeat(at, "k -> row k", row=len(tokens)), start=start, hooks=hooks)
-        return _metric(logits, row.true_ids, metric)
-
-    layers = range(runner.n_layers)
-    outputs = [component_hook(component, layer) for layer in layers]
-    last = resid_post(runner.n_layers - 1)
-    clean = runner.capture(ids[None], [*dict.fromkeys([*outputs, last])])
-    clean_logits = runner.logits(ids[None], at=at[None], start=(runner.n_layers, clean[last]))
-    corrupted_ids = repeat(ids, "pos -> sample pos", sample=len(noise))
-    corrupted = runner.capture(
-        corrupted_ids,
-        [*(resid_pre(layer) for layer in layers), last],
-        hooks=[(EMBED, noise_hook(noise, range(*row.subject)))],
-    )
-    stream = [*(corrupted[resid_pre(layer)] for layer in layers), corrupted[last]]
-    low = score(corrupted_ids, (runner.n_layers, stream[-1]), ())
-
-    start, stop = row.subject[0], len(row.ids)
-    effect = torch.zeros(runner.n_layers, stop, len(noise))
-    cells_at_once = max(1, batch_tokens // (len(ids) * len(noise)))
-    for layer in layers:
-        restored = window_layers(layer, window, runner.n_layers)
-        for cells in torch.arange(start, stop).split(cells_at_once):
-            scores = _restore(score, ids, stream, clean, component, restored, cells)
-            effect[layer, cells] = scores - low.cpu()
-        done(1)
-    return _Part(
-        effect, _metric(clean_logits, row.true_ids, metric)[0].cpu(), low.cpu(), int(clean_logits[0, 0].argmax())
-    )
+    severed: str | None,
+    direction: str,
+    memory: float,
+) -> None:
+    if not facts:
+        raise ValueError("facts is empty, needed at least one")
+    if window < 1:
+        raise ValueError(f"window is {window}, needed at least 1")
+    component_hook(component, 0)
+    if severed not in (None, "mlp", "attn"):
+        raise ValueError(f"severed is {severed!r}, needed 'mlp', 'attn' or None")
+    if severed and (component not in ("resid", "resid_pre") or window > 1):
+        raise ValueError(
+            f"severed={severed!r} is for single layers of the residual stream, but component is {component!r} and "
+            f"window {window}: take component='resid', window=1"
+        )
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction is {direction!r}, needed 'denoise' or 'noise'")
+    if not memory > 0:
+        raise ValueError(f"memory is {memory}, needed more than 0 (GiB)")
 
 
-def _restore(
-    score: Callable[[Tensor, tuple[int, Tensor], Sequence[Hook]], Tensor],
-    ids: Tensor,
-    stream: Sequence[Float[Tensor, "sample pos d_model"]],
-    clean: dict[str, Tensor],
-    component: Component,
-    layers: range,
-    cells: Tensor,
-) -> Float[Tensor, "cell sample"]:
-    """The metric with some layers' activations at one token restored, for each of some tokens."""
-    samples = len(stream[0])
-    tokens = repeat(ids, "pos -> row pos", row=len(cells) * samples)
-    rows = torch.arange(len(tokens))
-    where = repeat(cells, "cell -> (cell sample)", sample=samples)
-
-    def put_clean(value: Tensor, layer: int) -> Tensor:
-        value = value.clone()
-        value[rows, where] = clean[component_hook(component, layer)][0, where.to(value.device)].to(value)
-        return value
-
-    first, hooked = layers[0], list(layers)
-    if component == "resid":
-        # The stream after a block is the stream before the next: begin there, one block later.
-        begin, hooked = first + 1, hooked[1:]
-        resid = put_clean(repeat(stream[begin], "sample ... -> (cell sample) ...", cell=len(cells)), first)
-    else:
-        begin, resid = first, repeat(stream[first], "sample ... -> (cell sample) ...", cell=len(cells))
-    hooks: list[Hook] = [
-        (component_hook(component, layer), lambda value, hook=None, layer=layer: put_clean(value, layer))
-        for layer in hooked
-    ]
-    return rearrange(score(tokens, (begin, resid), hooks), "(cell sample) -> cell sample", sample=samples).cpu()
-
-
-def _metric(logits: Float[Tensor, "row target vocab"], target: Tensor, metric: Metric) -> Float[Tensor, "row"]:
-    log_p = logits.float().log_softmax(-1)
-    total = log_p[:, torch.arange(len(target)), target.to(log_p.device)].sum(-1)
-    return total.exp() if metric == "prob" else total
+def _check_contrasts(facts: Sequence[Fact], rows: Sequence[Aligned]) -> None:
+    for fact, row in zip(facts, rows, strict=True):
+        if row.same_first_token:
+            raise ValueError(
+                f"metric 'logit_diff' compares first tokens, but {fact.target_true!r} and {fact.target_new!r} of "
+                f"{fact.name!r} have the same: take another metric, or another target_new"
+            )
+        if fact.target_new is None:
+            raise ValueError(
+                f"metric 'logit_diff' has nothing to set against {fact.target_true!r} of {fact.name!r}, needed "
+                "target_new, or a corruption with an answer of its own: take TokenReplacement()"
+            )

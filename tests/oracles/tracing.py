@@ -7,6 +7,9 @@ tokens S and object o, noise ε_s, and P(o) the product of the probabilities of 
     IE(l, t, s) = P(o) with the same ε_s, and the outputs of the layers
                   range(max(0, l − w//2), min(L, l − (−w//2))) at token t set to the clean run's
                 − low(s)
+
+Severed (fig. 3; experiments/causal_trace.py, trace_with_repatch): as above, with the outputs of one kind of module at
+token t set to the corrupted run's in all layers. Noising: the corrupted run's outputs put into the clean run.
 """
 
 from __future__ import annotations
@@ -18,7 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HOOK = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+HOOK = {
+    "resid": "hook_resid_post",
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "mlp": "hook_mlp_out",
+    "attn": "hook_attn_out",
+}
 
 
 @dataclass(frozen=True)
@@ -107,3 +116,73 @@ def probability(logits: Tensor, asked: Asked) -> Tensor:
     for i, token in enumerate(asked.target.tolist()):
         p = p * logits[:, len(asked.ids) - 1 + i].softmax(-1)[:, token]
     return p
+
+
+# ------------------------------------------------------------------------------------ metrics, severed paths, noising
+
+
+def scored(logits: Tensor, asked: Asked, metric: str, *, clean_logits: Tensor, other: int = 0) -> Tensor:
+    """A metric of whole logits [row pos vocab], written out."""
+    end = len(asked.ids) - 1
+    if metric == "prob":
+        return probability(logits, asked)
+    if metric == "logprob":
+        return sum(
+            logits[:, end + i].log_softmax(-1)[:, token] for i, token in enumerate(asked.target.tolist())
+        )  # type: ignore[return-value]
+    if metric == "logit_diff":
+        return logits[:, end, int(asked.target[0])] - logits[:, end, other]
+    p = clean_logits[0, end].softmax(-1)
+    return -(p * (p.log() - logits[:, end].softmax(-1).log())).sum(-1)
+
+
+def runs(model: Any, asked: Asked, noise: Tensor, names: Sequence[str]) -> tuple[Any, Any]:
+    """Caches of the clean run and of the corrupted ones."""
+    start, stop = asked.subject
+
+    def add_noise(embeddings, hook):
+        embeddings = embeddings.clone()
+        embeddings[:, start:stop] += noise
+        return embeddings
+
+    with torch.no_grad():
+        whole = model.run_with_cache(asked.tokens[None], names_filter=list(names))[1]
+        with model.hooks(fwd_hooks=[("hook_embed", add_noise)]):
+            noised = model.run_with_cache(asked.tokens.repeat(len(noise), 1), names_filter=list(names))[1]
+    return whole, noised
+
+
+def patched(
+    model: Any,
+    asked: Asked,
+    noise: Tensor,
+    puts: Sequence[tuple[str, Tensor]],
+    position: int,
+    *,
+    corrupt: bool = True,
+    unit: int | None = None,
+) -> Tensor:
+    """Logits of a (corrupted) run in which some hooks' values at one position are given, [row pos d] each."""
+    start, stop = asked.subject
+
+    def add_noise(embeddings, hook):
+        embeddings = embeddings.clone()
+        embeddings[:, start:stop] += noise
+        return embeddings
+
+    def put(new):
+        def hook_fn(value, hook):
+            value = value.clone()
+            if unit is None:
+                value[:, position] = new[:, position]
+            else:
+                value[:, position, unit] = new[:, position, unit]
+            return value
+
+        return hook_fn
+
+    hooks = [("hook_embed", add_noise)] if corrupt else []
+    with torch.no_grad():
+        return model.run_with_hooks(
+            asked.tokens.repeat(len(noise), 1), fwd_hooks=[*hooks, *((name, put(new)) for name, new in puts)]
+        )

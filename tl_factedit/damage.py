@@ -1,0 +1,94 @@
+"""Noise calibrated by the damage that it does, so that models can be compared.
+
+Three standard deviations of the embeddings take nearly all of a fact from one model and little from another, whose
+embeddings are small beside its positions or its norms. What compares is noise that takes the same share of
+the probability.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from tl_factedit.corruption import GaussianNoise, MultivariateNoise, UniformNoise
+from tl_factedit.facts import Fact
+from tl_factedit.metrics import prob
+from tl_factedit.model import Model, quiet
+from tl_factedit.provenance import bos_policy
+from tl_factedit.questions import Questions, align_all, ask
+
+Noise = GaussianNoise | UniformNoise | MultivariateNoise
+
+
+def noise_for_damage(
+    model: Model,
+    facts: Fact | Sequence[Fact],
+    lost: float = 0.8,
+    *,
+    noise: Noise | None = None,
+    tolerance: float = 0.01,
+    prepend_bos: bool | None = None,
+    memory: float = 2.0,
+) -> Noise:
+    """The noise whose scale takes a given share of the clean probability, on average over facts.
+
+    Args:
+        model: Either class.
+        facts: The facts it is to be used on.
+        lost: The share wanted, mean total effect / mean clean probability.
+        noise: What to scale; default `GaussianNoise`.
+        tolerance: How far the share may be off.
+        prepend_bos: Whether prompts begin with BOS; None for the model's default.
+        memory: What activations may take, in GiB.
+
+    Returns:
+        The same noise with another scale, calibrated on these facts.
+
+    Raises:
+        ValueError: The share can't be reached by any scale; the message says what can.
+    """
+    facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    if not facts:
+        raise ValueError("facts is empty, needed at least one")
+    if not 0 < lost < 1:
+        raise ValueError(f"lost is {lost}, needed a share between 0 and 1")
+    rows = align_all(model, facts, prepend_bos=bos_policy(model, prepend_bos))
+    with quiet(model), torch.no_grad():
+        start = ask(model, facts, rows, noise or GaussianNoise())
+        fixed = start.corruption
+
+        def share(scale: float) -> float:
+            return _share(_scaled(start, dataclasses.replace(fixed, scale=scale)), memory)  # type: ignore[type-var]
+
+        low, high = 0.0, 1.0
+        while (found := share(high)) < lost:
+            low, high = high, 2 * high
+            if high > 1000:
+                raise ValueError(
+                    f"noise of {high / 2:g} standard deviations takes {found:.0%} of the probability, needed {lost:.0%}: "
+                    "ask for less, or take other facts (the model may not read these from their subjects)"
+                )
+        while abs(found - lost) > tolerance and high - low > 1e-4 * high:
+            middle = (low + high) / 2
+            found = share(middle)
+            low, high = (middle, high) if found < lost else (low, middle)
+        scale = high if abs(share(high) - lost) <= abs(share(low) - lost) else low
+        return dataclasses.replace(fixed, scale=scale)  # type: ignore[type-var,return-value]
+
+
+def _scaled(questions: Questions, noise: Noise) -> Questions:
+    each = tuple(
+        dataclasses.replace(question, corrupted=noise.draw(subject))
+        for question, subject in zip(questions.each, questions.subjects, strict=True)
+    )
+    return dataclasses.replace(questions, corruption=noise, each=each)
+
+
+def _share(questions: Questions, memory: float) -> float:
+    clean, corrupted = [], []
+    for _, patching in questions.chunks((), (), prob, "denoise", memory=memory):
+        clean += [scores.mean() for scores in patching.clean]
+        corrupted += [scores.mean() for scores in patching.corrupted]
+    return 1 - float(torch.stack(corrupted).mean() / torch.stack(clean).mean())
