@@ -303,12 +303,12 @@ STAGES = {
     "statistics are checked": "tl_factedit.stats.KeyStats.check",
     "contexts are drawn": "tl_factedit.contexts.SampledContexts.draw",
     "a context's token is sampled": "tl_factedit.contexts.Runner.logits",
-    "texts are aligned": "tl_factedit.values.align",
+    "texts are aligned": "tl_factedit.editing.align",
     "keys are captured": "tl_factedit.values.Runner.capture",
-    "the optimiser is made": "torch.optim.Adam.__init__",
+    "the clean run is remembered": "tl_factedit.values.Runner.remember",
     "the loss is taken": "torch.autograd.grad",
-    "a step is taken": "torch.optim.Adam.step",
-    "the moment is factored": "tl_factedit.editors.rome.cholesky",
+    "a step is taken": "tl_factedit.values._adam",
+    "the moment is factored": "tl_factedit.editing.cholesky",
     "the key is whitened": "tl_factedit.editors.rome.whiten",
     "the update is solved": "tl_factedit.editors.rome.rank_one",
     "the edit is diagnosed": "tl_factedit.editors.rome.diagnose",
@@ -340,7 +340,9 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(failing, monkeypa
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize(("method", "call"), [("capture", 1), *(("logits", call) for call in (1, 3, 4, 6))])
+@pytest.mark.parametrize(
+    ("method", "call"), [("capture", 2), ("remember", 2), *(("logits", call) for call in (1, 3, 4, 6))]
+)
 def test_a_forward_that_fails_from_within_leaves_everything_as_it_was(failing, monkeypatch, method, call, error):
     model, rome = failing
     original, calls = getattr(Runner, method), []
@@ -350,16 +352,20 @@ def test_a_forward_that_fails_from_within_leaves_everything_as_it_was(failing, m
         if len(calls) < call:
             return original(self, *args, **options)
 
-        def fail(value, hook=None):
+        def fail(*_):
             raise error("injected")
 
-        # The key of the edited layer is seen by every pass, whole or begun at that layer.
-        hooks = [*options.pop("hooks", ()), (down_proj(self.model, LAYER).key_hook, fail)]
-        return original(self, *args, **options, hooks=hooks)
+        # The last block is run by every pass but those that stop below.
+        handle = self.model.blocks[0 if method == "capture" else -1].register_forward_pre_hook(fail)
+        try:
+            return original(self, *args, **options)
+        finally:
+            handle.remove()
 
     with laws.untouched(model):
         monkeypatch.setattr(Runner, method, from_within)
         with pytest.raises(error, match="injected"):
             rome(model, [laws.FACT])
         monkeypatch.undo()
-    assert len(calls) == call
+    # A RuntimeError in the trial of packing is taken as an answer; the next pass raises it again.
+    assert len(calls) in (call, call + (error is RuntimeError))

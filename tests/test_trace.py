@@ -826,7 +826,9 @@ def test_given_noise_of_a_wrong_shape_is_refused_before_a_block_is_run(kind, arc
         block.register_forward_hook(lambda _, args, out: seen.extend(filter(torch.is_tensor, args)))
     monkeypatch.setattr(Runner, "logits", None)
     fact = fe.Fact("Rome", "The {} is", " Paris")
-    with pytest.raises(ValueError, match=r"the given noise is .*, needed \[sample, 2, 32\]: the subject 'E.* has 2 tokens"):
+    with pytest.raises(
+        ValueError, match=r"the given noise is .*, needed \[sample, 2, 32\]: the subject 'E.* has 2 tokens"
+    ):
         traced(model, GOOD, corruption=fe.GivenNoise(torch.zeros(shape)))
     with pytest.raises(ValueError, match="the subject 'Rome' has 1 tokens"):
         traced(model, [GOOD, fact], corruption=fe.GivenNoise(torch.zeros(2, 2, 32)))

@@ -10,6 +10,9 @@ from tl_factedit.contexts import SampledContexts, sample_texts
 from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
 from tl_factedit.damage import noise_for_damage
 from tl_factedit.edit import Delta, Diagnostics, Edit, Editor
+from tl_factedit.editors.alphaedit import AlphaEdit
+from tl_factedit.editors.emmet import Emmet
+from tl_factedit.editors.memit import Memit
 from tl_factedit.editors.rome import Rome
 from tl_factedit.estimate import Estimate
 from tl_factedit.evaluate import Scores, evaluate
@@ -53,6 +56,9 @@ __all__ = [
     "sample_texts",
     "SampledContexts",
     "Rome",
+    "Memit",
+    "Emmet",
+    "AlphaEdit",
     "ValueFit",
     "Edit",
     "Editor",

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.model import Model, Runner, device, quiet
+from tl_factedit.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,14 @@ class SampledContexts:
         lengths: (how many, how many tokens each), as drawn one after another.
         top_k: Sample among this many likeliest tokens.
         seed: Of the draw; nothing else is random.
+        starts: Words to begin the samples with, in turn, which count among their tokens (Meng et al. 2023 take ``The``,
+            ``Therefore``, ``Because``, ``I``, ``You``); none: samples begin after BOS.
     """
 
     lengths: Sequence[tuple[int, int]] = ((10, 5), (10, 10))
     top_k: int = 5
     seed: int = 0
+    starts: Sequence[str] = ()
 
     def draw(self, model: Model) -> tuple[str, ...]:
         """The prefixes, the bare (empty) one first."""
@@ -37,9 +42,20 @@ class SampledContexts:
         with quiet(model), torch.no_grad():
             runner = Runner(model)
             for count, length in self.lengths:
-                rows = _sample(runner, count, length, self.top_k, generator)
-                prefixes += [text.strip() + ". " for text in _decode(model, rows)]
+                for texts in self._starts(model, count):
+                    rows = _sample(runner, texts, length, self.top_k, generator)
+                    # A brace would be taken for the place of the subject.
+                    plain = [text.replace("{", " ").replace("}", " ").strip() for text in _decode(model, rows)]
+                    prefixes += [text + ". " for text in plain]
         return tuple(prefixes)
+
+    def _starts(self, model: Model, count: int) -> list[Int[Tensor, "row pos"]]:
+        """Token ids to begin `count` samples with, those that are of one length together."""
+        bos = torch.tensor([_start_token(model)])
+        if not self.starts:
+            return [bos.repeat(count, 1)]
+        texts = [self.starts[i % len(self.starts)] for i in range(count)]
+        return [torch.cat([bos, encode(model.tokenizer, text, prepend_bos=False)[0]])[None] for text in texts]
 
 
 def sample_texts(
@@ -94,9 +110,9 @@ def sample_texts(
     return texts
 
 
-def _sample(runner: Runner, count: int, length: int, top_k: int, generator: torch.Generator) -> Tensor:
-    rows = torch.full((count, 1), _start_token(runner.model))
-    for _ in range(length):
+def _sample(runner: Runner, rows: Tensor, length: int, top_k: int, generator: torch.Generator) -> Tensor:
+    count = len(rows)
+    while rows.shape[1] < length + 1:
         at = torch.full((count, 1), rows.shape[1] - 1)
         likely = runner.logits(rows, at=at)[:, 0].float().cpu().topk(top_k)
         # One uniform number a row: both classes then draw the same tokens, as their logits agree.

@@ -26,6 +26,7 @@ class Subject:
     Attributes:
         fact: The fact.
         ids: The subject's token ids, [position].
+        around: The token ids before and after it in the prompt.
         answer: The first token of ``target_true``.
         embeddings: Of these tokens at ``hook_embed``, [position d_model].
         top: Asks the clean model which token it puts first after the prompt.
@@ -33,6 +34,7 @@ class Subject:
 
     fact: Fact
     ids: Int[Tensor, "position"]
+    around: tuple[tuple[int, ...], tuple[int, ...]]
     answer: int
     embeddings: Float[Tensor, "position d_model"]
     top: Callable[[], int]
@@ -47,7 +49,7 @@ class Corruption(Protocol):
         ...
 
     def draw(self, subject: Subject) -> Float[Tensor, "sample position d_model"]:
-        """The subject's corrupted embeddings, the same whenever they are asked for; no sample: it can't be corrupted."""
+        """The subject's corrupted embeddings, the same whenever they are asked for; none: it can't be corrupted."""
         ...
 
     def contrast(self, subject: Subject) -> Int[Tensor, "sample"] | None:
@@ -146,8 +148,8 @@ class MultivariateNoise:
         samples: How many corrupted runs are averaged.
         seed: Of the draw.
         df: Degrees of freedom of the multivariate t distribution; None for the normal one.
-        embeddings: What mean and covariance are taken of, [token d_model], such as ``model.W_E``; None for the tokens of
-            the subjects that are traced, of which there are often fewer than dimensions: the noise then
+        embeddings: What mean and covariance are taken of, [token d_model], such as ``model.W_E``; None for the
+            tokens of the subjects that are traced, of which there are often fewer than dimensions: the noise then
             lies in the space that they span.
         replace: Whether the noise stands in place of the embeddings instead of being added.
     """
@@ -175,7 +177,7 @@ class MultivariateNoise:
         _check_embeddings(found)
         return replace(self, embeddings=found)
 
-    def noise(self, n_tokens: int, d_model: int) -> Float[Tensor, "sample position d_model"]:
+    def noise(self, n_tokens: int, d_model: int) -> Float[Tensor, "sample position d_model"]:  # noqa: ARG002
         """``μ + scale · N(0, Σ)``, divided by ``√(χ²(df) / df)`` for each token if `df` is given."""
         if self.embeddings is None:
             raise ValueError("the embeddings aren't known yet: call calibrated(subjects) first, or give embeddings=")
@@ -185,9 +187,9 @@ class MultivariateNoise:
         g = torch.from_numpy(random.randn(self.samples, n_tokens, len(table)))
         deviation = g @ (table - mean) / (len(table) - 1) ** 0.5
         if self.df is not None:
-            deviation = deviation / torch.from_numpy(
-                random.chisquare(self.df, (self.samples, n_tokens, 1)) / self.df
-            ).sqrt()
+            deviation = (
+                deviation / torch.from_numpy(random.chisquare(self.df, (self.samples, n_tokens, 1)) / self.df).sqrt()
+            )
         return (mean + self.scale * deviation).float()
 
     def draw(self, subject: Subject) -> Float[Tensor, "sample position d_model"]:

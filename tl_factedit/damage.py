@@ -20,6 +20,8 @@ from tl_factedit.provenance import bos_policy
 from tl_factedit.questions import Questions, align_all, ask
 
 Noise = GaussianNoise | UniformNoise | MultivariateNoise
+MOST_SCALE = 1000
+"""Larger noise isn't tried."""
 
 
 def noise_for_damage(
@@ -63,18 +65,23 @@ def noise_for_damage(
             return _share(_scaled(start, dataclasses.replace(fixed, scale=scale)), memory)  # type: ignore[type-var]
 
         low, high = 0.0, 1.0
-        while (found := share(high)) < lost:
+        if (least := share(low)) > lost + tolerance:
+            raise ValueError(
+                f"noise of scale 0 takes {least:.0%} of the probability already, needed {lost:.0%}: ask for more, or "
+                "take noise that is added and has no mean of its own"
+            )
+        while not (found := share(high)) >= lost:
             low, high = high, 2 * high
-            if high > 1000:
+            if high > MOST_SCALE:
                 raise ValueError(
-                    f"noise of {high / 2:g} standard deviations takes {found:.0%} of the probability, needed {lost:.0%}: "
-                    "ask for less, or take other facts (the model may not read these from their subjects)"
+                    f"noise of {high / 2:g} standard deviations takes {found:.0%} of the probability, needed "
+                    f"{lost:.0%}: ask for less, or take other facts (the model may not read these from their subjects)"
                 )
+        scale = high
         while abs(found - lost) > tolerance and high - low > 1e-4 * high:
-            middle = (low + high) / 2
-            found = share(middle)
-            low, high = (middle, high) if found < lost else (low, middle)
-        scale = high if abs(share(high) - lost) <= abs(share(low) - lost) else low
+            scale = (low + high) / 2
+            found = share(scale)
+            low, high = (scale, high) if found < lost else (low, scale)
         return dataclasses.replace(fixed, scale=scale)  # type: ignore[type-var,return-value]
 
 

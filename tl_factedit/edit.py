@@ -77,6 +77,11 @@ class Diagnostics:
         exactness: ‖K ΔW − R‖ / ‖R‖ as it is in the weight's own type, after rounding: how far the
             keys are from answering with their values.
         value_norm: ‖v*‖ / ‖v‖ of the value written and the one replaced.
+        unmet: For each fact, the share of its residual that the update doesn't meet, ‖k ΔW − r‖ / ‖r‖ before
+            rounding; empty where all is met by construction.
+        key_cosine: The largest |cosine| between two facts' keys; 0 for one fact.
+
+    With several facts, `division_factor` is the smallest over facts and `value_norm` the largest.
     """
 
     layer: int
@@ -85,6 +90,8 @@ class Diagnostics:
     weight_norm: float
     exactness: float
     value_norm: float
+    unmet: Sequence[float] = ()
+    key_cosine: float = 0.0
 
     @property
     def relative_norm(self) -> float:
@@ -238,7 +245,7 @@ class Edit:
             values={layer: tensors[f"values.{layer}"] for layer in layers},
             editor=header["editor"],
             contexts=tuple(header["contexts"]),
-            diagnostics=tuple(Diagnostics(**d) for d in header["diagnostics"]),
+            diagnostics=tuple(Diagnostics(**{**d, "unmet": tuple(d.get("unmet", ()))}) for d in header["diagnostics"]),
             fits=tuple(header["fits"]),
             provenance=Provenance.from_json(header["provenance"]),
         )
@@ -290,6 +297,33 @@ def diagnose(site: DownProj, delta: Delta, direction: Tensor, key: Tensor, value
         weight_norm=float(weight.double().norm()),
         exactness=float((moved - residual).norm() / residual.norm()) if something else 0.0,
         value_norm=float(value.double().cpu().norm() / site.value(key.to(site.W.device)).cpu().norm()),
+    )
+
+
+def diagnose_many(
+    site: DownProj,
+    delta: Delta,
+    directions: Float[Tensor, "fact d_mlp"],
+    keys: Float[Tensor, "fact d_mlp"],
+    residuals: Float[Tensor, "fact d_model"],
+) -> Diagnostics:
+    """Diagnostics of a change for several facts: of their directions C⁻¹k, keys and wanted residuals."""
+    u, k, r = (each.double().cpu() for each in (directions, keys, residuals))
+    weight = site.W.cpu()
+    wanted = k @ delta.left.cpu() @ delta.right.cpu()
+    moved = k @ (delta.on(weight).double() - weight.double())
+    now = site.value(keys.to(site.W.device)).cpu()
+    unit = torch.nn.functional.normalize(k, dim=-1)
+    cosines = (unit @ unit.T).abs().fill_diagonal_(0.0)
+    return Diagnostics(
+        layer=delta.layer,
+        division_factor=float(((u * k).sum(-1) / (u.norm(dim=-1) * k.norm(dim=-1))).min()),
+        update_norm=float(delta.dense.norm()),
+        weight_norm=float(weight.double().norm()),
+        exactness=float((moved - wanted).norm() / wanted.norm()) if bool(wanted.any()) else 0.0,
+        value_norm=float(((now + wanted).norm(dim=-1) / now.norm(dim=-1)).max()),
+        unmet=tuple(((wanted - r).norm(dim=-1) / r.norm(dim=-1)).tolist()),
+        key_cosine=float(cosines.max()),
     )
 
 

@@ -105,21 +105,28 @@ class Estimates:
 
 def over_facts_each(values: Float[Tensor, "fact *cell"], *, draws: int = 2_000, seed: int = 0) -> Estimates:
     """For each cell of a table, mean and percentile-bootstrap interval over facts (NaN: this fact has no value)."""
-    table = values.double().flatten(1)
-    known = ~table.isnan()
-    n = known.sum(0)
-    filled = torch.where(known, table, 0.0)
-    mean = filled.sum(0) / n
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(len(table), (draws, len(table)), generator=generator)
-    times = torch.zeros(draws, len(table), dtype=table.dtype).scatter_add_(
-        1, picked, torch.ones(draws, len(table), dtype=table.dtype)
-    )
-    means = (times @ filled) / (times @ known.to(table))
-    low, high = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=table.dtype), dim=0)
-    low, high = (torch.where(n >= 2, end, math.nan) for end in (low, high))
-    shape = values.shape[1:]
-    return Estimates(*(each.reshape(shape) for each in (mean, low, high, n)))
+    shape, count = values.shape[1:], len(values)
+    if not values.numel():
+        nan = torch.full(shape, math.nan, dtype=torch.float64)
+        return Estimates(nan, nan, nan, torch.zeros(shape, dtype=torch.long))
+    times = _times_drawn(count, draws, seed)
+    ends = torch.tensor([0.025, 0.975], dtype=times.dtype)
+    found = []
+    # As many cells at a time as keep a table of draws small: a model has some 100,000 neurons.
+    for table in values.double().reshape(count, -1).split(max(1, AT_ONCE // draws), 1):
+        known = ~table.isnan()
+        n = known.sum(0)
+        filled = torch.where(known, table, 0.0)
+        means = (times @ filled) / (times @ known.to(table))
+        low, high = torch.nanquantile(means, ends, dim=0)
+        found.append((filled.sum(0) / n, *(torch.where(n >= 2, end, math.nan) for end in (low, high)), n))
+    return Estimates(*(torch.cat(each).reshape(shape) for each in zip(*found, strict=True)))
+
+
+def _times_drawn(count: int, draws: int, seed: int) -> Float[Tensor, "draw fact"]:
+    """How often each fact is drawn, drawing as many as there are with replacement."""
+    picked = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, picked, torch.ones_like(picked).double())
 
 
 def rank_correlation(
@@ -135,9 +142,7 @@ def rank_correlation(
     if n < 2:
         return Estimate(math.nan, math.nan, math.nan, n)
     once = torch.ones(1, n, dtype=torch.float64)
-    picked = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, picked, torch.ones_like(picked).double())
-    found, resampled = (_weighted_spearman(pairs, weights) for weights in (once, times))
+    found, resampled = (_weighted_spearman(pairs, weights) for weights in (once, _times_drawn(n, draws, seed)))
     low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(float(found[0]), low, high, n)
 

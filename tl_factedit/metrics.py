@@ -81,10 +81,24 @@ def metric_of(metric: str | Metric) -> tuple[str, Metric]:
         ValueError: No metric has this name.
     """
     if callable(metric):
-        return str(getattr(metric, "__name__", repr(metric))), metric
+        name = str(getattr(metric, "__name__", repr(metric)))
+        return name, metric if metric in NAMED.values() else _checked(name, metric)
     if metric not in NAMED:
         raise ValueError(f"metric {metric!r} is unknown, needed one of {sorted(NAMED)}, or a function")
     return metric, NAMED[metric]
+
+
+def _checked(name: str, metric: Metric) -> Metric:
+    def checked(logits: Float[Tensor, "row sample target vocab"], asked: Asked) -> Float[Tensor, "row sample"]:
+        found = metric(logits, asked)
+        if found.shape != logits.shape[:2]:
+            raise ValueError(
+                f"metric {name!r} returned {tuple(found.shape)} of logits {tuple(logits.shape)}, needed "
+                f"{tuple(logits.shape[:2])}: one number for each run"
+            )
+        return found
+
+    return checked
 
 
 def stacked(logits: Float[Tensor, "row vocab"], samples: int, target: int) -> Float[Tensor, "cell sample target vocab"]:

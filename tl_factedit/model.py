@@ -478,7 +478,7 @@ class Runner:
         return kept
 
     def packs(self, tokens: Int[Tensor, "pos"], longest: int) -> str:
-        """Why this model can't be run packed, or ``""`` if it can: tried once, on the tokens given, against a plain run.
+        """Why this model can't be run packed, or ``""`` if it can: tried on the tokens given, against a plain run.
 
         Some attentions ask for more than positions and a mask (ALiBi) or see no further than a window.
 
@@ -506,7 +506,15 @@ class Runner:
             both = self.logits(
                 tokens[:, places], start=(0, stream[:, places]), packing=packing, at=torch.tensor([[n - cut - 1, -1]])
             )[0]
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         plain = self.logits(tokens, at=torch.tensor([[n - 1]]))[0]
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(plain.dtype, 0.1)

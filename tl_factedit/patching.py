@@ -168,9 +168,7 @@ class Patching:
         for first, question, asked in zip(self._first_run, questions, self._asked, strict=True):
             rows = corrupted[last][first : first + question.samples, list(question.logits_at)]
             logits = self._head(rows.flatten(0, 1))
-            self.corrupted.append(
-                metric(stacked(logits, question.samples, len(question.logits_at)), asked)[0].cpu()
-            )
+            self.corrupted.append(metric(stacked(logits, question.samples, len(question.logits_at)), asked)[0].cpu())
         self.base = self.clean if clean_is_base else self.corrupted
 
     # -- cells
@@ -202,7 +200,7 @@ class Patching:
             yield from zip(cells, self._metric(rows, self._asked[cells[0].question]).cpu(), strict=True)
 
     def at_the_end(self, cell: Cell) -> bool:
-        """Whether the cell changes a token from which logits are read: the only ones that no attention has to carry on."""
+        """Whether the cell changes a token from which logits are read: what it does needs no attention."""
         return cell.position in self._questions[cell.question].logits_at
 
     # -- the runs
@@ -250,7 +248,8 @@ class Patching:
             return whole
 
         unknown = {
-            name: value.new_full((len(ids), ids.shape[1], *value.shape[2:]), float("nan")) for name, value in found.items()
+            name: value.new_full((len(ids), ids.shape[1], *value.shape[2:]), float("nan"))
+            for name, value in found.items()
         }
         return (
             {name: spread(value, unknown[name]) for name, value in found.items()},

@@ -22,7 +22,7 @@ def meng2022(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Trace:
-    """Meng et al. 2022 (arXiv:2202.05262): noise of three σ, ten samples of their seed, windows of 10 for MLP and attention.
+    """Meng et al. 2022 (arXiv:2202.05262): noise of 3 σ, ten samples of their seed, windows of 10 MLPs or attentions.
 
     They trace facts that the model answers (`Trace.known` says which) and, with GPT-2's tokenizer, run no BOS.
     """

@@ -110,9 +110,7 @@ class Questions:
         return runs * longest * (values + past) * torch.finfo(cfg.dtype).bits // 8
 
 
-def ask(
-    model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption: Corruption
-) -> Questions:
+def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption: Corruption) -> Questions:
     """Corrupt the subjects of some facts.
 
     Args:
@@ -125,8 +123,8 @@ def ask(
     subjects = tuple(_subject(runner, fact, row) for fact, row in zip(facts, rows, strict=True))
     corruption = corruption.calibrated(subjects)
     each = tuple(
-        Question(fact, row, corruption.draw(subject), _contrast(corruption, subject, row))
-        for fact, row, subject in zip(facts, rows, subjects, strict=True)
+        Question(fact, row, drawn, _contrast(corruption, subject, row, len(drawn)))
+        for fact, row, subject, drawn in zip(facts, rows, subjects, map(corruption.draw, subjects), strict=True)
     )
     longest = max(each, key=lambda question: len(question.ids))
     return Questions(runner, corruption, subjects, each, runner.packs(longest.ids, len(longest.ids)))
@@ -152,14 +150,17 @@ def _subject(runner: Runner, fact: Fact, row: Aligned) -> Subject:
     def top() -> int:
         return int(runner.logits(row.ids[None], at=torch.tensor([[len(row.ids) - 1]]))[0, 0].argmax())
 
-    return Subject(fact, row.ids[slice(*row.subject)], int(row.true_ids[0]), embeddings[slice(*row.subject)], top)
+    start, stop = row.subject
+    ids = row.ids.tolist()
+    around = (tuple(ids[:start]), tuple(ids[stop:]))
+    return Subject(fact, row.ids[start:stop], around, int(row.true_ids[0]), embeddings[start:stop], top)
 
 
-def _contrast(corruption: Corruption, subject: Subject, row: Aligned) -> Tensor | None:
+def _contrast(corruption: Corruption, subject: Subject, row: Aligned, samples: int) -> Tensor | None:
     own = corruption.contrast(subject)
     if own is not None:
         return own
-    return None if row.new_ids is None else row.new_ids[:1]
+    return None if row.new_ids is None else row.new_ids[:1].expand(samples)
 
 
 def _width(cfg: object, place: str) -> int:

@@ -26,7 +26,7 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor], kinds: Sequence[ty
     Fields that a ``repr`` leaves out are left out here too.
     """
     if isinstance(value, Tensor):
-        tensors[name] = value
+        tensors[name] = value.detach().cpu()
         return {"tensor": name}
     if type(value) in kinds:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.repr}
@@ -49,5 +49,7 @@ def decode(data: Any, tensors: Mapping[str, Tensor], kinds: Sequence[type]) -> A
         return tensors[data["tensor"]]
     if "text" in data:
         return Unknown(data["text"])
-    (kind,) = (kind for kind in kinds if kind.__name__ == data["kind"])
-    return kind(**{key: decode(each, tensors, kinds) for key, each in data["fields"].items()})
+    known = {kind.__name__: kind for kind in kinds}
+    if data["kind"] not in known:
+        raise ValueError(f"the file holds a {data['kind']}, needed one of {sorted(known)}: a newer version wrote it")
+    return known[data["kind"]](**{key: decode(each, tensors, kinds) for key, each in data["fields"].items()})

@@ -22,12 +22,12 @@ from tl_factedit.corruption import Subject
 from tl_factedit.facts import Fact
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class TokenReplacement:
     """The subject's tokens replaced by those of another fact's subject.
 
-    A donor has the same prompt and relation, as many subject tokens, other ones, and another answer, which the
-    model knows. Donors are looked for among the facts that are traced; a fact without one can't be
+    A donor has the same relation and prompt (in tokens too), as many subject tokens, other ones, and another answer,
+    which the model knows. Donors are looked for among the facts that are traced; a fact without one can't be
     corrupted in this way: its effects are NaN, and `Trace.corruptible` says so.
 
     Attributes:
@@ -40,7 +40,7 @@ class TokenReplacement:
     samples: int = 1
     seed: int = 0
     known: bool = True
-    donors: Mapping[Fact, tuple[Subject, ...]] = field(default_factory=dict, repr=False)
+    donors: Mapping[Fact, tuple[Subject, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -48,15 +48,15 @@ class TokenReplacement:
             raise ValueError(f"samples is {self.samples}, needed at least 1")
 
     def calibrated(self, subjects: Sequence[Subject]) -> TokenReplacement:
-        """With `donors` found among these subjects, unless they were found before."""
-        if self.donors:
+        """With `donors` found among these subjects, unless they were found for all of them before."""
+        if all(subject.fact in self.donors for subject in subjects):
             return self
         found = {subject.fact: self._donors(subject, subjects) for subject in subjects}
         if not any(found.values()):
             raise ValueError(
                 f"none of {len(subjects)} facts has a donor, needed another fact with the same prompt and relation, as "
-                "many subject tokens and another answer that the model knows: trace more facts of a relation together, or "
-                "take noise"
+                "many subject tokens and another answer that the model knows: trace more facts of a relation together, "
+                "or take noise"
             )
         return replace(self, donors=found)
 
@@ -76,11 +76,14 @@ class TokenReplacement:
             other
             for other in others
             if (other.fact.prompt, other.fact.relation) == (subject.fact.prompt, subject.fact.relation)
+            and other.around == subject.around
             and len(other.ids) == len(subject.ids)
             and not torch.equal(other.ids, subject.ids)
             and other.answer != subject.answer
             and (not self.known or other.top() == other.answer)
         ]
-        # By its own subject, so that a fact's donors don't depend on its place in the list.
-        order = np.random.RandomState([self.seed, *subject.ids.tolist()]).permutation(len(fit))
-        return tuple(fit[i] for i in order[: self.samples])
+        # Sorted, each once, and drawn by the subject's own seed: the order of the list doesn't matter.
+        fit.sort(key=lambda other: (other.ids.tolist(), other.answer), reverse=True)
+        each = list({tuple(other.ids.tolist()): other for other in fit}.values())
+        order = np.random.RandomState([self.seed, *subject.ids.tolist()]).permutation(len(each))
+        return tuple(each[i] for i in order[: self.samples])

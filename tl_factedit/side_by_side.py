@@ -65,16 +65,15 @@ class SideBySide:
         last = torch.tensor([stop - 1 for _, stop in self.first.subject])
         use = torch.tensor(self.usable)
         found = [
-            trace.fraction(self.min_effect)[torch.arange(len(last)), :, last][use] for trace in (self.first, self.second)
+            trace.fraction(self.min_effect)[torch.arange(len(last)), :, last][use]
+            for trace in (self.first, self.second)
         ]
         return found[0], found[1]
 
     def agreement(self, *, seed: int = 0) -> list[Estimate]:
         """For each layer, the rank correlation over facts of the two effects at the last subject token."""
         first, second = self.effects()
-        return [
-            rank_correlation(first[:, layer], second[:, layer], seed=seed) for layer in range(first.shape[1])
-        ]
+        return [rank_correlation(first[:, layer], second[:, layer], seed=seed) for layer in range(first.shape[1])]
 
     def profile(self, *, seed: int = 0) -> Estimate:
         """Rank correlation over *layers* of the two mean effects, with its interval over facts."""
@@ -89,7 +88,16 @@ class SideBySide:
         return Estimate(rank_correlation(first.mean(0), second.mean(0), draws=1).mean, low, high, len(first))
 
     def peaks(self, *, seed: int = 0) -> tuple[Peak, Peak]:
-        """Where each is largest, with the layers between which 95 % of resamples of the facts have their largest."""
+        """Where each is largest, with the layers between which 95 % of resamples of the facts have their largest.
+
+        Raises:
+            ValueError: No fact is usable.
+        """
+        if not any(self.usable):
+            raise ValueError(
+                f"none of {len(self.usable)} facts can be compared, needed one that both corruptions take at least "
+                f"{self.min_effect} from: trace more facts, or lower min_effect"
+            )
         found = []
         for effects in self.effects():
             generator = torch.Generator().manual_seed(seed)

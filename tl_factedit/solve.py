@@ -96,3 +96,99 @@ def rank_one(
     if float(factor) == 0.0:
         raise ZeroDivisionError("uᵀk is 0: the direction does not see the key")
     return Factors((u / factor)[:, None], r[None, :])
+
+
+def least_squares(
+    keys: Float[Tensor, "fact d_mlp"],
+    residuals: Float[Tensor, "fact d_model"],
+    lower: Float[Tensor, "d_mlp d_mlp"],
+    weight: float,
+) -> Factors:
+    """The update that trades what is written at some keys against what is changed at all others.
+
+    It minimises ``‖K Δ − R‖² + λ tr(Δᵀ C Δ)`` (Meng et al. 2023, arXiv:2210.07229, eq. 14), in one of two forms of
+    equal value::
+
+        Δ = (λ C + KᵀK)⁻¹ Kᵀ R             primal, [d_mlp d_mlp]
+          = C⁻¹ Kᵀ (λ I + K C⁻¹ Kᵀ)⁻¹ R    dual, [fact fact]
+
+    The smaller one is solved. With λ = 0 the residuals are met exactly (EMMET, Gupta et al. 2024,
+    arXiv:2403.14236), which needs independent keys.
+
+    Args:
+        keys: K, a row for each fact.
+        residuals: R, what each is to change by, in residual-stream units.
+        lower: Cholesky factor of C (see `cholesky`).
+        weight: λ.
+
+    Raises:
+        NotPositiveDefiniteError: λ is 0 and two keys are the same, or nearly.
+    """
+    k, r = keys.double(), residuals.double()
+    n, m = k.shape
+    if weight > 0 and n > m:
+        primal = cholesky(weight * (lower @ lower.T) + k.T @ k)
+        return _thin(torch.cholesky_solve(k.T, primal), r)
+    spread = torch.cholesky_solve(k.T, lower)  # C⁻¹ Kᵀ
+    gram = k @ spread
+    dual = cholesky((gram + gram.T) / 2 + weight * torch.eye(n, dtype=k.dtype, device=k.device))
+    return _thin(spread, torch.cholesky_solve(r, dual))
+
+
+def null_space(
+    moment: Float[Tensor, "d_mlp d_mlp"], *, threshold: float | None = None, share: float | None = None
+) -> Float[Tensor, "d_mlp d_mlp"]:
+    """The projection P onto the directions in which stored keys hardly lie (Fang et al. 2024, AlphaEdit).
+
+    Args:
+        moment: C = E[k kᵀ].
+        threshold: Keep the eigenvectors of C with a smaller eigenvalue (their rule; its scale is that of the keys).
+        share: Or the most of the smallest ones that together hold at most this share of C's trace.
+
+    Raises:
+        ValueError: Not exactly one rule is given, or nothing is left.
+    """
+    if (threshold is None) == (share is None):
+        raise ValueError(f"threshold is {threshold} and share is {share}, needed one of the two")
+    c = moment.double()
+    values, vectors = torch.linalg.eigh((c + c.T) / 2)  # ascending
+    values = values.clamp(min=0)
+    kept = values < threshold if threshold is not None else values.cumsum(0) <= float(share or 0) * values.sum()
+    if not bool(kept.any()):
+        raise ValueError(
+            f"no direction is left for edits: the smallest eigenvalue of C is {float(values[0]):.3g}, "
+            f"of a trace of {float(values.sum()):.3g}: take a larger threshold or share"
+        )
+    small = vectors[:, kept]
+    return small @ small.T
+
+
+def in_null_space(
+    keys: Float[Tensor, "fact d_mlp"],
+    residuals: Float[Tensor, "fact d_model"],
+    projection: Float[Tensor, "d_mlp d_mlp"],
+    before: Float[Tensor, "earlier d_mlp"],
+    weight: float,
+) -> Factors:
+    """``Δ = (P (KᵀK + K_pᵀK_p) + λ I)⁻¹ P Kᵀ R`` (Fang et al. 2024, AlphaEdit, eq. 14), which lies in P.
+
+    Args:
+        keys: K, a row for each fact.
+        residuals: R.
+        projection: P.
+        before: K_p, the keys of earlier edits, which are kept.
+        weight: λ.
+    """
+    k, past, p = keys.double(), before.double(), projection.double()
+    # In P itself, where the matrix is symmetric: with K' = K P it is (K'ᵀK' + K_p'ᵀK_p' + λ I)⁻¹ K'ᵀ R.
+    inside, kept = k @ p, past @ p
+    matrix = inside.T @ inside + kept.T @ kept
+    lower = cholesky(matrix + weight * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+    return _thin(torch.cholesky_solve(inside.T, lower), residuals.double())
+
+
+def _thin(left: Tensor, right: Tensor) -> Factors:
+    """Factors of the smaller rank: of more facts than residual-stream dimensions, the product beside the identity."""
+    if len(right) <= right.shape[1]:
+        return Factors(left, right)
+    return Factors(left @ right, torch.eye(right.shape[1], dtype=right.dtype, device=right.device))

@@ -132,20 +132,23 @@ class Trace:
         return torch.where(total.abs() >= min_effect, self.effect / total, torch.nan)
 
     def best_fraction(self, min_effect: float = 0.05) -> Float[Tensor, "fact layer"]:
-        """The largest share over tokens, by layer (Hase et al. 2023, arXiv:2301.04213, sec. 4.1), at least 0.
+        """The largest share over tokens, by layer (Hase et al. 2023, arXiv:2301.04213, sec. 4.1).
 
         The largest of noisy numbers is too large on average. So one half of the samples chooses the token
-        and the other half says its effect, and the reverse; the mean of both is unbiased for the token chosen.
+        (or none, whose share is 0) and the other half says its share, and the reverse; the mean of both is unbiased
+        for the token chosen, and may come out below 0. With one sample it is simply the largest; a fact that has one where
+        others have more is left out (NaN), as are facts with a total effect below `min_effect`.
         """
-        samples = self.sample_effect.shape[-1]
-        if samples < 2:
-            return self.fraction(min_effect).nan_to_num(-torch.inf).amax(-1).clamp(min=0)
-        halves = [self.sample_effect[..., half::2].nanmean(-1) for half in (0, 1)]
-        chosen = [half.nan_to_num(-torch.inf).argmax(-1, keepdim=True) for half in halves]
-        found = [half.gather(-1, other)[..., 0] for half, other in zip(halves, reversed(chosen), strict=True)]
-        total = self.total_effect[:, None]
-        share = torch.stack(found).mean(0) / total
-        return torch.where(total.abs() >= min_effect, share.clamp(min=0), torch.nan)
+        total = self.total_effect[:, None, None, None]
+        share = self.sample_effect / total
+        share = torch.cat([0 * share[:, :, :1], share], 2)  # no token: NaN only where a fact lacks the sample
+        if share.shape[-1] < 2:
+            best = share[..., 0].nan_to_num(-torch.inf).amax(-1)
+        else:
+            halves = [share[..., half::2].nanmean(-1) for half in (0, 1)]
+            chosen = [half.nan_to_num(-torch.inf).argmax(-1, keepdim=True) for half in halves]
+            best = sum(half.gather(-1, other)[..., 0] for half, other in zip(halves, reversed(chosen), strict=True)) / 2
+        return torch.where(total[..., 0, 0].abs() >= min_effect, best, torch.nan)
 
     def by_role(self, *, normalised: bool = False, min_effect: float = 0.05) -> Float[Tensor, "fact role layer"]:
         """Effects by what a token is in its prompt (`ROLES`), mean over a fact's tokens of that role.
@@ -255,8 +258,8 @@ class Trace:
         window = f"window {self.window}" + (", noising" if self.direction == "noise" else "")
         return (
             f"Trace({what!r}{missing}, {self.component}{severed}, {window}: clean {float(self.clean.nanmean()):.3f}, "
-            f"corrupted {float(self.corrupted.nanmean()):.3f}; last subject token peaks at layer {self.peak_layer} with "
-            f"{float(self.at_last_subject_token.nanmean(0).max()):.3f})"
+            f"corrupted {float(self.corrupted.nanmean()):.3f}; last subject token peaks at layer {self.peak_layer} "
+            f"with {float(self.at_last_subject_token.nanmean(0).max()):.3f})"
         )
 
 
@@ -294,7 +297,7 @@ def causal_trace(
             corrupted run (Meng et al., fig. 3): what is then left of an effect didn't pass through them. For
             single layers of the residual stream.
         corruption: Default: `GaussianNoise` (three standard deviations, ten samples).
-        metric: ``"prob"``, ``"logprob"``, ``"logit_diff"``, ``"kl"``, or a function like those of `tl_factedit.metrics`.
+        metric: ``"prob"``, ``"logprob"``, ``"logit_diff"``, ``"kl"``, or a function like those in `fe.metrics`.
         direction: ``"denoise"`` restores clean values in corrupted runs (what suffices), ``"noise"`` puts corrupted
             values into the clean run (what is needed).
         prepend_bos: Whether prompts begin with BOS; None for the model's default.
@@ -409,9 +412,7 @@ def _effects(
     done: Any,
 ) -> list[Float[Tensor, "layer pos sample"]]:
     """For each question, the metric with a cell changed minus that of the base run."""
-    effects = [
-        torch.zeros(count, len(row.ids), len(base)) for row, base in zip(rows, patching.base, strict=True)
-    ]
+    effects = [torch.zeros(count, len(row.ids), len(base)) for row, base in zip(rows, patching.base, strict=True)]
     cells = [Cell(i, p) for i, row in enumerate(rows) for p in range(row.subject[0], len(row.ids))]
     everywhere = patching.sheets(cells)
     at_the_end = patching.sheets([cell for cell in cells if patching.at_the_end(cell)])

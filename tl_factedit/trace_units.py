@@ -153,6 +153,10 @@ def trace_units(
     chosen = tuple(range(count)) if units is None else tuple(units)
     if not chosen_layers or not chosen or not all(0 <= each < count for each in chosen):
         raise ValueError(f"units is {list(chosen)} of layers {list(chosen_layers)}, needed some of 0 … {count - 1}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"units is {list(chosen)}, needed each of them once")
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction is {direction!r}, needed 'denoise' or 'noise'")
     metric_name, measure = metric_of(metric)
     provenance = Provenance.of(model, prepend_bos)
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
@@ -169,9 +173,7 @@ def trace_units(
         ) as bar:
             for chunk, patching in questions.chunks(places, (), measure, direction, memory=memory):
                 # A token before the subject, or one that no attention carries on, has no effect.
-                reached = [
-                    (j, positions[i]) for j, i in enumerate(chunk) if positions[i] >= rows[i].subject[0]
-                ]
+                reached = [(j, positions[i]) for j, i in enumerate(chunk) if positions[i] >= rows[i].subject[0]]
                 cells = [Cell(j, position, each) for j, position in reached for each in chosen]
                 place_of = {each: k for k, each in enumerate(chosen)}
                 sheets = patching.sheets(cells)

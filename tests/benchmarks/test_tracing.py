@@ -96,5 +96,7 @@ def test_many_facts_cost_no_more_for_each_than_one_alone(kind, capsys):
     alone = sum(seconds(lambda fact=fact: fe.causal_trace(model, fact, progress=False)) for fact in facts[:20]) / 20
     each = seconds(lambda: fe.causal_trace(model, facts, progress=False)) / len(facts)
     with capsys.disabled():
-        print(f"\n{kind}: one fact alone {alone:.3f} CPU-s, of 200 facts {each:.3f} CPU-s each ({alone / each:.1f} times less)")
+        print(
+            f"\n{kind}: one fact alone {alone:.3f} CPU-s, of 200 facts {each:.3f} CPU-s each ({alone / each:.1f} times less)"
+        )
     assert each <= alone

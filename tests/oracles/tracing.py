@@ -127,9 +127,7 @@ def scored(logits: Tensor, asked: Asked, metric: str, *, clean_logits: Tensor, o
     if metric == "prob":
         return probability(logits, asked)
     if metric == "logprob":
-        return sum(
-            logits[:, end + i].log_softmax(-1)[:, token] for i, token in enumerate(asked.target.tolist())
-        )  # type: ignore[return-value]
+        return sum(logits[:, end + i].log_softmax(-1)[:, token] for i, token in enumerate(asked.target.tolist()))  # type: ignore[return-value]
     if metric == "logit_diff":
         return logits[:, end, int(asked.target[0])] - logits[:, end, other]
     p = clean_logits[0, end].softmax(-1)

@@ -14,17 +14,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.contexts import SampledContexts
 from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose
+from tl_factedit.editing import (
+    align_facts,
+    bos_of,
+    check_contexts,
+    check_facts,
+    check_stats,
+    described,
+    factor,
+    plain,
+    prefixes,
+    record,
+)
 from tl_factedit.facts import Fact
-from tl_factedit.model import Model, bos_policy, down_proj, quiet
+from tl_factedit.model import Model, down_proj, quiet
 from tl_factedit.provenance import Provenance
-from tl_factedit.solve import Factors, NotPositiveDefiniteError, cholesky, rank_one, whiten
-from tl_factedit.stats import TOKENS_PER_DIMENSION, KeyStats
-from tl_factedit.tokens import align
+from tl_factedit.solve import Factors, rank_one, whiten
+from tl_factedit.stats import KeyStats
 from tl_factedit.values import Fitted, ValueFit, fit_value
 
 
@@ -80,8 +90,7 @@ class Rome:
             raise ValueError(f"target_ref {self.target_ref!r} is unknown, needed 'mean' or 'bare'")
         if self.ridge < 0:
             raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
-        if isinstance(self.contexts, str):
-            raise ValueError(f"contexts is the string {self.contexts!r}, needed a list: write [{self.contexts!r}]")
+        check_contexts(self.contexts)
 
     def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Make the edit of one fact; the weights are as before when it returns.
@@ -95,14 +104,12 @@ class Rome:
         stats = self._stats
         site = down_proj(model, stats.layer)
         base = base_fingerprint(model)
-        stats.check(model, base)
-        if stats.provenance is not None and self.ridge == 0 and stats.n_tokens < stats.wanted_tokens:
-            raise ValueError(_too_few(stats, "too few tokens to invert"))
-        prepend_bos = self._bos(model)
-        for template in (fact.prompt, *self.fit.kl_prompts):
-            align(model.tokenizer, fact, prepend_bos=prepend_bos, template=template)
-        lower = self._factor(stats)
-        contexts = self.contexts.draw(model) if isinstance(self.contexts, SampledContexts) else _own(self.contexts)
+        check_stats([stats], model, base, self.ridge)
+        prepend_bos = bos_of([stats], self.prepend_bos, model)
+        align_facts(model, [fact], self.fit, prepend_bos)
+        # Before any forward pass, as it may fail; the identity needs none.
+        lower = None if stats.provenance is None else factor(stats, self.ridge)
+        contexts = prefixes(self.contexts, model)
         with quiet(model):
             fitted = fit_value(
                 model, fact, stats.layer, contexts, fit=self.fit, prepend_bos=prepend_bos, progress=self.progress
@@ -120,14 +127,13 @@ class Rome:
                 editor=self.describe(),
                 contexts=tuple(contexts),
                 diagnostics=(diagnose(site, delta, direction, key, value),),
-                fits=(_record(fitted),),
+                fits=(record(fitted),),
                 provenance=Provenance.of(model, prepend_bos, weights=base),
             )
 
     def describe(self) -> dict[str, Any]:
         """Name and hyperparameters, as plain data."""
         stats = self._stats
-        sampled = isinstance(self.contexts, SampledContexts)
         return {
             "name": "Rome",
             "variant": self.variant,
@@ -136,32 +142,14 @@ class Rome:
             "n_tokens": stats.n_tokens,
             "corpus": stats.corpus,
             "ridge": self.ridge,
-            "fit": _plain(asdict(self.fit)),
-            "contexts": _plain(asdict(self.contexts)) if sampled else "given",  # type: ignore[arg-type]
+            "fit": plain(asdict(self.fit)),
+            "contexts": described(self.contexts),
         }
 
     @property
     def _stats(self) -> KeyStats:
         assert isinstance(self.stats, KeyStats)
         return self.stats
-
-    def _bos(self, model: Model) -> bool:
-        theirs = None if self._stats.provenance is None else self._stats.provenance.prepend_bos
-        if self.prepend_bos is not None and theirs is not None and self.prepend_bos != theirs:
-            raise ValueError(
-                f"prepend_bos={self.prepend_bos}, but the key statistics were collected with {theirs}: "
-                "collect them with the same policy"
-            )
-        return bos_policy(model, self.prepend_bos if self.prepend_bos is not None else theirs)
-
-    def _factor(self, stats: KeyStats) -> Float[Tensor, "d_mlp d_mlp"] | None:
-        """The Cholesky factor of C (made before any forward pass, as it may fail); None for the identity."""
-        if stats.provenance is None:
-            return None
-        try:
-            return cholesky(stats.moment, ridge=self.ridge)
-        except NotPositiveDefiniteError as error:
-            raise ValueError(_too_few(stats, str(error))) from error
 
     def _solve(self, direction: Tensor, key: Tensor, residual: Tensor) -> Factors:
         try:
@@ -184,38 +172,6 @@ class Rome:
 
 
 def _one(facts: Sequence[Fact]) -> Fact:
-    if isinstance(facts, Fact):
-        raise ValueError("facts is one Fact, needed a list of them: write [fact]")
-    if len(facts) != 1:
+    if len(facts := check_facts(facts)) != 1:
         raise ValueError(f"Rome writes one fact, got {len(facts)}: make an edit of each and apply them one by one")
-    if facts[0].target_new is None:
-        raise ValueError(f"fact {facts[0].name!r} has no target_new, needed one to write: fact.but(target_new=...)")
     return facts[0]
-
-
-def _own(contexts: Sequence[str]) -> tuple[str, ...]:
-    return tuple(contexts) if contexts and contexts[0] == "" else ("", *contexts)
-
-
-def _too_few(stats: KeyStats, why: str) -> str:
-    return (
-        f"the second moment of layer {stats.layer} is over {stats.n_tokens:,} tokens: {why}; wanted "
-        f"{TOKENS_PER_DIMENSION} tokens for each of {len(stats.moment)} dimensions = {stats.wanted_tokens:,} or more: "
-        "collect more text, or pass ridge=1e-4"
-    )
-
-
-def _plain(value: Any) -> Any:
-    """The same data with lists for tuples, as a JSON header gives it back."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _record(fitted: Fitted) -> dict[str, Any]:
-    return {
-        "losses": list(fitted.losses),
-        "target_prob": list(fitted.target_prob),
-        "stopped": fitted.stopped,
-        "clamped": fitted.clamped,
-    }

@@ -1,0 +1,123 @@
+"""AlphaEdit: MEMIT's spreading over layers, with updates confined to where stored keys hardly lie.
+
+    Δ = (P (KᵀK + K_pᵀK_p) + λ I)⁻¹ P Kᵀ R
+
+Fang et al. 2024 (arXiv:2410.02355). P projects onto the eigenvectors of C = E[k kᵀ] with the smallest eigenvalues, so
+Δ answers keys outside of them with exactly nothing; K_p are the keys of earlier edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_factedit.contexts import SampledContexts
+from tl_factedit.edit import Edit
+from tl_factedit.editing import check_contexts, described, plain
+from tl_factedit.editors.memit import STARTS
+from tl_factedit.facts import Fact
+from tl_factedit.model import Model
+from tl_factedit.solve import Factors, in_null_space, null_space
+from tl_factedit.spreading import Solve, by_layer, spread_edit
+from tl_factedit.stats import KeyStats
+from tl_factedit.values import ValueFit
+
+
+@dataclass(frozen=True)
+class AlphaEdit:
+    """The editor; call it with a model and facts.
+
+    Attributes:
+        stats: Second moments of the keys by layer: the layers to edit (what `key_stats` returns).
+        threshold: Eigenvalues of C below it count as null (their rule, 0.02 for GPT-J; it scales with the keys).
+        share: Or: the smallest eigenvalues that hold this share of C's trace do. The default, at 0.02.
+        weight: λ, which keeps the update small.
+        earlier: Edits whose keys this one is to keep, as in their sequences of edits (K_p).
+        fit: How z is found; its clamp is 0.75, not ROME's 4.
+        contexts: Prefixes to average over: how to sample them, or the texts themselves.
+        prepend_bos: BOS policy; None for that of the statistics, or else the model's.
+        memory: What activations may take while z is found, in GiB: sets how many facts go together.
+        progress: Whether to show a bar on what takes longer than a second.
+
+    Example:
+        >>> stats = fe.key_stats(model, [3, 4, 5, 6, 7], texts)   # doctest: +SKIP
+        >>> first = fe.AlphaEdit(stats)(model, facts)             # doctest: +SKIP
+        >>> with first.applied(model):                            # doctest: +SKIP
+        ...     second = fe.AlphaEdit(stats, earlier=[first])(model, others)
+    """
+
+    stats: Mapping[int, KeyStats]
+    threshold: float | None = None
+    share: float | None = None
+    weight: float = 10.0
+    earlier: Sequence[Edit] = ()
+    fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
+    contexts: SampledContexts | Sequence[str] = field(
+        default_factory=lambda: SampledContexts(lengths=((5, 10),), starts=STARTS)
+    )
+    prepend_bos: bool | None = None
+    memory: float = 2.0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        object.__setattr__(self, "stats", by_layer(self.stats))
+        if self.threshold is None and self.share is None:
+            object.__setattr__(self, "share", 0.02)
+        if self.threshold is not None and self.share is not None:
+            raise ValueError(f"threshold is {self.threshold} and share is {self.share}, needed one of the two")
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}, needed more than 0")
+        check_contexts(self.contexts)
+
+    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+        """Make the edit; the weights are as before when it returns.
+
+        Raises:
+            ValueError: No facts, a fact without ``target_new``, statistics of other weights, or no direction left.
+            RuntimeError: The optimisation is not finite.
+        """
+        return spread_edit(
+            model,
+            facts,
+            self.stats,
+            self._prepare,
+            fit=self.fit,
+            contexts=self.contexts,
+            ridge=0.0,
+            prepend_bos=self.prepend_bos,
+            editor=self.describe(),
+            memory=self.memory,
+            progress=self.progress,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Name and hyperparameters, as plain data."""
+        return {
+            "name": "AlphaEdit",
+            "layers": list(self.stats),
+            "threshold": self.threshold,
+            "share": self.share,
+            "weight": self.weight,
+            "earlier": [edit.digest for edit in self.earlier],
+            "n_tokens": [each.n_tokens for each in self.stats.values()],
+            "corpus": [each.corpus for each in self.stats.values()],
+            "fit": plain(asdict(self.fit)),
+            "contexts": described(self.contexts),
+        }
+
+    def _prepare(self, stats: KeyStats) -> Solve:
+        moment = stats.moment.double()
+        projection = null_space(moment, threshold=self.threshold, share=self.share)
+        kept = [edit.keys[stats.layer] for edit in self.earlier if stats.layer in edit.keys]
+        before = torch.cat(kept) if kept else moment.new_zeros(0, len(moment))
+
+        def solve(keys: Tensor, residuals: Tensor) -> Factors:
+            where = keys.device
+            return in_null_space(keys, residuals, projection.to(where), before.to(where), self.weight)
+
+        return solve

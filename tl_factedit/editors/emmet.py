@@ -1,0 +1,117 @@
+"""EMMET: as MEMIT, but every residual is met exactly.
+
+    Δ = C⁻¹Kᵀ (K C⁻¹Kᵀ)⁻¹ R
+
+Gupta et al. 2024 (arXiv:2403.14236): of all updates that write these values at these keys, the one that changes other
+keys least. For one fact and layer it is ROME's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tl_factedit.contexts import SampledContexts
+from tl_factedit.edit import Edit
+from tl_factedit.editing import check_contexts, described, factor, plain
+from tl_factedit.editors.memit import STARTS
+from tl_factedit.facts import Fact
+from tl_factedit.model import Model
+from tl_factedit.solve import Factors, NotPositiveDefiniteError, least_squares
+from tl_factedit.spreading import Solve, by_layer, spread_edit
+from tl_factedit.stats import KeyStats
+from tl_factedit.values import ValueFit
+
+
+@dataclass(frozen=True)
+class Emmet:
+    """The editor; call it with a model and facts.
+
+    Attributes:
+        stats: Second moments of the keys by layer: the layers to edit (what `key_stats` returns).
+        weight: ε, added to K C⁻¹Kᵀ: 0 meets all residuals, which needs keys that aren't nearly the same; their code
+            takes 0.1 for several facts. With C scaled by w there, it is MEMIT with λ = w ε.
+        fit: How z is found; its clamp is 0.75, not ROME's 4.
+        contexts: Prefixes to average over: how to sample them, or the texts themselves.
+        ridge: Added to C, as a share of its mean eigenvalue; 0 asks for ten tokens a dimension.
+        prepend_bos: BOS policy; None for that of the statistics, or else the model's.
+        memory: What activations may take while z is found, in GiB: sets how many facts go together.
+        progress: Whether to show a bar on what takes longer than a second.
+
+    Example:
+        >>> stats = fe.key_stats(model, [3, 4, 5, 6, 7], texts)   # doctest: +SKIP
+        >>> edit = fe.Emmet(stats)(model, facts)                  # doctest: +SKIP
+        >>> edit.diagnostics[-1].exactness                        # doctest: +SKIP
+    """
+
+    stats: Mapping[int, KeyStats]
+    weight: float = 0.0
+    fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
+    contexts: SampledContexts | Sequence[str] = field(
+        default_factory=lambda: SampledContexts(lengths=((5, 10),), starts=STARTS)
+    )
+    ridge: float = 0.0
+    prepend_bos: bool | None = None
+    memory: float = 2.0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        object.__setattr__(self, "stats", by_layer(self.stats))
+        if not self.weight >= 0:
+            raise ValueError(f"weight is {self.weight}, needed 0 or more")
+        if self.ridge < 0:
+            raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
+        check_contexts(self.contexts)
+
+    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+        """Make the edit; the weights are as before when it returns.
+
+        Raises:
+            ValueError: No facts, a fact without ``target_new``, statistics of other weights, or a second moment that
+                can't be inverted.
+            RuntimeError: The optimisation is not finite.
+        """
+        return spread_edit(
+            model,
+            facts,
+            self.stats,
+            self._prepare,
+            fit=self.fit,
+            contexts=self.contexts,
+            ridge=self.ridge,
+            prepend_bos=self.prepend_bos,
+            editor=self.describe(),
+            memory=self.memory,
+            progress=self.progress,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Name and hyperparameters, as plain data."""
+        return {
+            "name": "Emmet",
+            "layers": list(self.stats),
+            "weight": self.weight,
+            "n_tokens": [each.n_tokens for each in self.stats.values()],
+            "corpus": [each.corpus for each in self.stats.values()],
+            "ridge": self.ridge,
+            "fit": plain(asdict(self.fit)),
+            "contexts": described(self.contexts),
+        }
+
+    def _prepare(self, stats: KeyStats) -> Solve:
+        lower = factor(stats, self.ridge)
+
+        def solve(keys: Tensor, residuals: Tensor) -> Factors:
+            try:
+                return least_squares(keys, residuals, lower.to(keys.device), self.weight)
+            except NotPositiveDefiniteError as error:
+                raise ValueError(
+                    f"the keys of the {len(keys)} facts are nearly dependent in layer {stats.layer} ({error}), so that "
+                    "not all can be met exactly: pass weight=0.1, or leave out facts of the same subject"
+                ) from error
+
+        return solve

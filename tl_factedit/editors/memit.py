@@ -1,0 +1,108 @@
+"""MEMIT: many facts at once over several layers, each layer a regularised least-squares update.
+
+    Δ = C⁻¹Kᵀ (λ I + K C⁻¹Kᵀ)⁻¹ R
+
+Meng et al. 2023 (arXiv:2210.07229). λ says what keeping other keys is worth: of a single fact the share
+λ / (λ + kᵀC⁻¹k) of its residual is *not* met in a layer, and left to the layers above, or for good in the last. It is
+reported for each fact and layer (`Diagnostics.unmet`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tl_factedit.contexts import SampledContexts
+from tl_factedit.edit import Edit
+from tl_factedit.editing import check_contexts, described, factor, plain
+from tl_factedit.facts import Fact
+from tl_factedit.model import Model
+from tl_factedit.solve import least_squares
+from tl_factedit.spreading import Solve, by_layer, spread_edit
+from tl_factedit.stats import KeyStats
+from tl_factedit.values import ValueFit
+
+STARTS = ("The", "Therefore", "Because", "I", "You")
+"""What Meng et al. begin their contexts with."""
+
+
+@dataclass(frozen=True)
+class Memit:
+    """The editor; call it with a model and facts.
+
+    Attributes:
+        stats: Second moments of the keys by layer: the layers to edit (what `key_stats` returns).
+        weight: λ, in units of C = E[k kᵀ]: 15,000 is Meng et al.'s for GPT-J, 20,000 for GPT-2 XL. Look at
+            `Diagnostics.unmet` for what it means on another model.
+        fit: How z is found; its clamp is 0.75, not ROME's 4.
+        contexts: Prefixes to average over: how to sample them, or the texts themselves.
+        ridge: Added to C, as a share of its mean eigenvalue; 0 asks for ten tokens a dimension.
+        prepend_bos: BOS policy; None for that of the statistics, or else the model's.
+        memory: What activations may take while z is found, in GiB: sets how many facts go together.
+        progress: Whether to show a bar on what takes longer than a second.
+
+    Example:
+        >>> stats = fe.key_stats(model, [3, 4, 5, 6, 7], texts)   # doctest: +SKIP
+        >>> edit = fe.Memit(stats)(model, facts)                  # doctest: +SKIP
+        >>> edit.diagnostics[-1].unmet                            # doctest: +SKIP
+    """
+
+    stats: Mapping[int, KeyStats]
+    weight: float = 15_000.0
+    fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
+    contexts: SampledContexts | Sequence[str] = field(
+        default_factory=lambda: SampledContexts(lengths=((5, 10),), starts=STARTS)
+    )
+    ridge: float = 0.0
+    prepend_bos: bool | None = None
+    memory: float = 2.0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        object.__setattr__(self, "stats", by_layer(self.stats))
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}, needed more than 0 (Emmet meets all residuals exactly)")
+        if self.ridge < 0:
+            raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
+        check_contexts(self.contexts)
+
+    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+        """Make the edit; the weights are as before when it returns.
+
+        Raises:
+            ValueError: No facts, a fact without ``target_new``, statistics of other weights, or a second moment that
+                can't be inverted.
+            RuntimeError: The optimisation is not finite.
+        """
+        return spread_edit(
+            model,
+            facts,
+            self.stats,
+            self._prepare,
+            fit=self.fit,
+            contexts=self.contexts,
+            ridge=self.ridge,
+            prepend_bos=self.prepend_bos,
+            editor=self.describe(),
+            memory=self.memory,
+            progress=self.progress,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Name and hyperparameters, as plain data."""
+        return {
+            "name": "Memit",
+            "layers": list(self.stats),
+            "weight": self.weight,
+            "n_tokens": [each.n_tokens for each in self.stats.values()],
+            "corpus": [each.corpus for each in self.stats.values()],
+            "ridge": self.ridge,
+            "fit": plain(asdict(self.fit)),
+            "contexts": described(self.contexts),
+        }
+
+    def _prepare(self, stats: KeyStats) -> Solve:
+        lower = factor(stats, self.ridge)
+        return lambda keys, residuals: least_squares(keys, residuals, lower.to(keys.device), self.weight)

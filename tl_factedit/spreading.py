@@ -1,0 +1,281 @@
+"""Many facts over several layers: the values wanted at the last of them, approached layer by layer (MEMIT's way).
+
+Meng et al. 2023 (arXiv:2210.07229, algorithm 1). For each fact, z is what the residual stream after the last edited
+layer L* should be at the last subject token. Layer by layer from below, with the layers before already
+changed, what is still missing is spread over the layers that are left::
+
+    R_i = (Z − h^{L*}) / (r − i)      i = 0 … r−1
+    Δ_i : keys K_i → R_i               by the editor's own closed form
+
+Keys are means over contexts, in which the bare prompt weighs as much as all sampled ones together, as in their code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_factedit.contexts import SampledContexts
+from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many
+from tl_factedit.editing import (
+    align_facts,
+    bos_of,
+    check_facts,
+    check_stats,
+    prefixes,
+    record,
+)
+from tl_factedit.facts import Fact
+from tl_factedit.model import Model, Runner, down_proj, gather, quiet, resid_post, resid_pre
+from tl_factedit.provenance import Provenance
+from tl_factedit.solve import Factors
+from tl_factedit.stats import KeyStats
+from tl_factedit.tokens import align, pad
+from tl_factedit.values import ValueFit, fit_values
+
+Divide = Literal["even", "root"]
+"""How what is missing is spread over n layers that are left: 1/n of it, or (PMET) 1/√n."""
+
+Solve = Callable[[Float[Tensor, "fact d_mlp"], Float[Tensor, "fact d_model"]], Factors]
+"""An editor's closed form for one layer: from its keys and the residuals wanted there to the update."""
+
+AT_ONCE = 4096
+"""Most tokens in a forward pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """What was written in one layer.
+
+    Attributes:
+        delta: The update.
+        keys: Of the facts, [fact d_mlp], float64.
+        residuals: What each was to change by, [fact d_model], float64.
+    """
+
+    delta: Delta
+    keys: Float[Tensor, "fact d_mlp"]
+    residuals: Float[Tensor, "fact d_model"]
+
+
+def by_layer(stats: KeyStats | Mapping[int, KeyStats]) -> dict[int, KeyStats]:
+    """Statistics by layer, ascending.
+
+    Raises:
+        ValueError: None are given, or one stands under another layer.
+    """
+    if isinstance(stats, KeyStats):
+        return {stats.layer: stats}
+    if not stats:
+        raise ValueError("stats is empty, needed the statistics of one layer at least: key_stats(model, layers, texts)")
+    for layer, each in stats.items():
+        if each.layer != layer:
+            raise ValueError(f"stats has the statistics of layer {each.layer} under {layer}: give them by their layer")
+    return dict(sorted(stats.items()))
+
+
+def spread_edit(
+    model: Model,
+    facts: Sequence[Fact],
+    stats: Mapping[int, KeyStats],
+    prepare: Callable[[KeyStats], Solve],
+    *,
+    fit: ValueFit,
+    contexts: SampledContexts | Sequence[str],
+    ridge: float,
+    prepend_bos: bool | None,
+    editor: Mapping[str, Any],
+    divide: Divide = "even",
+    memory: float = 2.0,
+    progress: bool = True,
+) -> Edit:
+    """An edit of many facts over the layers of some statistics.
+
+    Args:
+        model: Either class; its weights are as before afterwards.
+        facts: With ``target_new``.
+        stats: By layer, ascending.
+        prepare: The editor's closed form for one layer, from its statistics; called before any forward pass.
+        fit: How z is found, at the last of the layers.
+        contexts: Prefixes to average keys over and to find z under.
+        ridge: Of the statistics (what the check of their tokens has to know).
+        prepend_bos: BOS policy; None for that of the statistics, or else the model's.
+        editor: Name and hyperparameters, as plain data.
+        divide: Of `Divide`.
+        memory: Of `fit_values`.
+        progress: Whether to show a bar on what takes longer than a second.
+    """
+    facts = check_facts(facts)
+    layers = list(stats)
+    for layer in layers:
+        down_proj(model, layer)
+    base = base_fingerprint(model)
+    check_stats(stats.values(), model, base, ridge)
+    bos = bos_of(stats.values(), prepend_bos, model)
+    align_facts(model, facts, fit, bos)
+    solve = {layer: prepare(stats[layer]) for layer in layers}
+    texts = prefixes(contexts, model)
+    with quiet(model):
+        fitted = fit_values(
+            model, facts, layers[-1], texts, where="resid", fit=fit, prepend_bos=bos, memory=memory, progress=progress
+        )
+        with torch.no_grad():
+            wanted = torch.stack([each.outputs[0] + each.delta for each in fitted])
+            found = spread(
+                model, facts, layers, wanted, solve, texts, prepend_bos=bos, divide=divide, progress=progress
+            )
+            sites = {each.delta.layer: down_proj(model, each.delta.layer) for each in found}
+            return Edit(
+                facts=facts,
+                deltas=tuple(each.delta for each in found),
+                keys={each.delta.layer: each.keys for each in found},
+                values={
+                    each.delta.layer: sites[each.delta.layer].value(each.keys.to(wanted.device)).cpu() + each.residuals
+                    for each in found
+                },
+                editor=dict(editor),
+                contexts=texts,
+                diagnostics=tuple(
+                    diagnose_many(sites[each.delta.layer], each.delta, _directions(each), each.keys, each.residuals)
+                    for each in found
+                ),
+                fits=tuple(record(each) for each in fitted),
+                provenance=Provenance.of(model, bos, weights=base),
+            )
+
+
+def _directions(written: Spread) -> Float[Tensor, "fact d_mlp"]:
+    """Along which a fact's key is answered; for more facts than dimensions, along its key."""
+    left = written.delta.left
+    return left.T if left.shape[1] == len(written.keys) else written.keys
+
+
+def spread(
+    model: Model,
+    facts: Sequence[Fact],
+    layers: Sequence[int],
+    wanted: Float[Tensor, "fact d_model"],
+    solve: Mapping[int, Solve],
+    contexts: Sequence[str],
+    *,
+    prepend_bos: bool,
+    divide: Divide = "even",
+    progress: bool = True,
+) -> list[Spread]:
+    """Bring each fact's residual stream at the last layer to what is wanted; the weights are as before afterwards.
+
+    Args:
+        model: Either class, inside `quiet` and without gradients.
+        facts: The facts.
+        layers: To be changed, ascending.
+        wanted: Z, float64.
+        solve: The editor's closed form, by layer.
+        contexts: Prefixes, the bare one first.
+        prepend_bos: BOS policy.
+        divide: Of `Divide`.
+        progress: Whether to show a bar on what takes longer than a second.
+    """
+    asked = _Subjects.of(model, facts, contexts, prepend_bos, layers[0])
+    found: list[Spread] = []
+    with _restored(model, layers):
+        for i, layer in enumerate(tqdm(layers, desc="solving layers", delay=1, disable=not progress, leave=False)):
+            site = down_proj(model, layer)
+            keys = asked.keys(layer)
+            left = len(layers) - i
+            missing = wanted.to(keys.device) - asked.stream_after(layers[-1])
+            residuals = missing / (left if divide == "even" else math.sqrt(left))
+            factors = solve[layer](keys, residuals)
+            delta = Delta(layer, factors.left.cpu(), factors.right.cpu())
+            if not bool(torch.isfinite(delta.left).all() and torch.isfinite(delta.right).all()):
+                raise RuntimeError(f"the update of layer {layer} is not finite: nothing was written")
+            site.write_(delta.on(site.W))
+            found.append(Spread(delta, keys.cpu(), residuals.cpu()))
+    return found
+
+
+@contextmanager
+def _restored(model: Model, layers: Sequence[int]) -> Iterator[None]:
+    """Put the weights of some layers back, bit for bit, whatever happens."""
+    sites = [down_proj(model, layer) for layer in layers]
+    before = [site.W.clone() for site in sites]
+    try:
+        yield
+    finally:
+        for site, weight in zip(sites, before, strict=True):
+            site.write_(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class _Subjects:
+    """Every fact's subject in every context, run up to the first layer that changes.
+
+    Attributes:
+        runner: Of the model.
+        first: That layer.
+        facts: How many facts there are.
+        batches: Token ids of some rows, their lookups, their places among all rows, and the stream before `first`.
+        contexts: How many contexts a fact has; its rows stand together, the bare one first.
+    """
+
+    runner: Runner
+    first: int
+    facts: int
+    batches: list[tuple[Int[Tensor, "row pos"], Int[Tensor, "row"], Int[Tensor, "row"], Tensor]]
+    contexts: int
+
+    @classmethod
+    def of(
+        cls, model: Model, facts: Sequence[Fact], contexts: Sequence[str], prepend_bos: bool, first: int
+    ) -> _Subjects:
+        runner = Runner(model)
+        rows, lookups = [], []
+        for fact in facts:
+            for context in contexts:
+                row = align(model.tokenizer, fact, prepend_bos=prepend_bos, prefix=context)
+                rows.append(row.ids[: row.last + 1])  # nothing after the subject matters to it
+                lookups.append(row.last)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        batches, batch = [], list[int]()
+        for i in order:
+            if batch and (len(batch) + 1) * len(rows[i]) > AT_ONCE:
+                batches.append(batch)
+                batch = []
+            batch.append(i)
+        batches.append(batch)
+        kept = []
+        for places in batches:
+            tokens = pad([rows[i] for i in places], 0)
+            stream = runner.capture(tokens, [resid_pre(first)], stop=first)[resid_pre(first)]
+            kept.append((tokens, torch.tensor([lookups[i] for i in places]), torch.tensor(places), stream))
+        return cls(runner, first, len(facts), kept, len(contexts))
+
+    def keys(self, layer: int) -> Float[Tensor, "fact d_mlp"]:
+        """Of each fact, with the weights as they are now."""
+        name = down_proj(self.runner.model, layer).key_hook
+        rows = self._at_lookup(name, layer).unflatten(0, (self.facts, self.contexts))
+        if self.contexts == 1:
+            return rows[:, 0]
+        return (rows[:, 0] + rows[:, 1:].mean(1)) / 2
+
+    def stream_after(self, layer: int) -> Float[Tensor, "fact d_model"]:
+        """H after a layer in the bare prompts, with the weights as they are now."""
+        return self._at_lookup(resid_post(layer), layer, bare=True)
+
+    def _at_lookup(self, place: str, layer: int, *, bare: bool = False) -> Tensor:
+        values: dict[int, Tensor] = {}
+        for tokens, lookups, places, stream in self.batches:
+            use = (places % self.contexts == 0).nonzero()[:, 0] if bare else torch.arange(len(places))
+            if not len(use):
+                continue
+            found = self.runner.capture(tokens[use], [place], start=(self.first, stream[use]), stop=layer + 1)[place]
+            at = gather(found, lookups[use][:, None])[:, 0].double()
+            values |= dict(zip(places[use].tolist(), at, strict=True))
+        return torch.stack([values[i] for i in sorted(values)])
