@@ -24,6 +24,7 @@ ORDER = (
     ("trace", "trace_units", "damage"),
     ("presets", "side_by_side"),
     ("edit", "editing"),
+    ("export",),
     ("spreading",),
     ("editors",),
     ("probe", "probes", "gain", "evaluate"),

@@ -9,13 +9,14 @@ from tl_factedit.audit import Verdict, audit
 from tl_factedit.contexts import SampledContexts, sample_texts
 from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
 from tl_factedit.damage import noise_for_damage
-from tl_factedit.edit import Delta, Diagnostics, Edit, Editor
+from tl_factedit.edit import Delta, Diagnostics, Edit, Editor, compose
 from tl_factedit.editors.alphaedit import AlphaEdit
 from tl_factedit.editors.emmet import Emmet
 from tl_factedit.editors.memit import Memit
 from tl_factedit.editors.rome import Rome
 from tl_factedit.estimate import Estimate
 from tl_factedit.evaluate import Scores, evaluate
+from tl_factedit.export import export_hf
 from tl_factedit.facts import Fact
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
 from tl_factedit.hooks import noise_hook, restore_hook
@@ -62,6 +63,8 @@ __all__ = [
     "ValueFit",
     "Edit",
     "Editor",
+    "compose",
+    "export_hf",
     "Delta",
     "Diagnostics",
     "gains",

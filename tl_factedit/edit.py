@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -210,6 +210,20 @@ class Edit:
         finally:
             self.undo_(model)
 
+    def scaled(self, alpha: float) -> Edit:
+        """The same edit α times as strong: ``W_out += α · Δ``; 0 writes nothing, −1 the opposite.
+
+        `values` move along with it; `diagnostics` and `fits` are those of the edit it was made from.
+        """
+        deltas = tuple(Delta(delta.layer, delta.left, alpha * delta.right) for delta in self.deltas)
+        moved = {delta.layer: self.keys[delta.layer] @ delta.left @ delta.right for delta in self.deltas}
+        return replace(
+            self,
+            deltas=deltas,
+            values={layer: value + (alpha - 1) * moved[layer] for layer, value in self.values.items()},
+            editor={"name": "scaled", "alpha": alpha, "of": dict(self.editor)},
+        )
+
     def save(self, path: str | Path) -> None:
         """Write one small file (safetensors): factors, keys, values, provenance."""
         tensors: dict[str, Tensor] = {}
@@ -260,6 +274,44 @@ class Edit:
         more = f" and {len(self.facts) - 3} more" if len(self.facts) > 3 else ""
         where = ", ".join(f"{d.layer}: {d.relative_norm:.2%} of ‖W‖" for d in self.diagnostics)
         return f"Edit({self.editor.get('name')}, {facts}{more}, layers {{{where}}})"
+
+
+def compose(edits: Sequence[Edit]) -> Edit:
+    """Several edits of the same base weights as one: their changes of a layer added up, which no order matters to.
+
+    Facts, fits and diagnostics stand one after the other; `keys` and `values` of a layer are those of the edits that write
+    it, as each was made. Applied, it may differ in the last bit from the edits applied one by one, which round each time.
+
+    Raises:
+        ValueError: No edit is given, or they are of different weights or BOS policies.
+    """
+    if not edits:
+        raise ValueError("edits is empty, needed at least one")
+    first = edits[0]
+    for edit in edits[1:]:
+        if not edit.provenance.weights.matches(first.provenance.weights):
+            raise ValueError(
+                f"the edits are of weights {first.provenance.weights} and {edit.provenance.weights}, needed the same: "
+                "make them on one model (an edit made while another is applied is still of the base)"
+            )
+        if edit.provenance.prepend_bos != first.provenance.prepend_bos:
+            raise ValueError("some of the edits were made with BOS and some without, needed one policy: make them again")
+    layers = sorted({layer for edit in edits for layer in edit.layers})
+    factors = {layer: [d for edit in edits for d in edit.deltas if d.layer == layer] for layer in layers}
+    return Edit(
+        facts=tuple(fact for edit in edits for fact in edit.facts),
+        deltas=tuple(
+            Delta(layer, torch.cat([d.left for d in parts], 1), torch.cat([d.right for d in parts]))
+            for layer, parts in factors.items()
+        ),
+        keys={layer: torch.cat([edit.keys[layer] for edit in edits if layer in edit.keys]) for layer in layers},
+        values={layer: torch.cat([edit.values[layer] for edit in edits if layer in edit.values]) for layer in layers},
+        editor={"name": "composed", "of": [dict(edit.editor) for edit in edits]},
+        contexts=tuple(dict.fromkeys(context for edit in edits for context in edit.contexts)),
+        diagnostics=tuple(diagnostics for edit in edits for diagnostics in edit.diagnostics),
+        fits=tuple(fit for edit in edits for fit in edit.fits),
+        provenance=first.provenance,
+    )
 
 
 @runtime_checkable
