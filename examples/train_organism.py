@@ -10,6 +10,7 @@ another machine the same facts.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,13 +24,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", choices=list(organism.VARIANTS), metavar="variant")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
-    parser.add_argument("--steps", type=int, default=organism_training.Recipe.steps)
+    parser.add_argument("--steps", type=int, help="1700 unless told, and 3400 for single")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--watch", type=int, default=0, help="measure a sample every this many steps")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     for variant in asked.variants:
-        recipe = organism_training.Recipe(steps=asked.steps)
+        recipe = organism_training.recipe_of(variant)
+        if asked.steps is not None:
+            recipe = replace(recipe, steps=asked.steps)
         model, made = organism_training.train(variant, recipe, watch=asked.watch)
         accuracy = organism_training.accuracy(model, variant)
         made |= organism_training.record(variant, recipe, threads=asked.threads)

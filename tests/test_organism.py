@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import socket
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from functools import cache
@@ -227,6 +230,7 @@ def test_training_is_deterministic_lowers_the_loss_and_leaves_the_random_state_a
     states = [m.state_dict() for m in (first, again, other, training.untrained())]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0]) and record["data"] == same["data"]
     assert not torch.equal(states[0]["transformer.wte.weight"], states[2]["transformer.wte.weight"])
+    assert record["data"] == training.text_hash("base", recipe) != training.text_hash("seed1", recipe)
     batch = next(training.batches("base", recipe))
     with torch.no_grad():
         losses = [float(training._loss(m, batch)[0]) for m in (first, training.untrained())]
@@ -243,6 +247,9 @@ def test_weights_come_back_from_their_file_with_their_record(tmp_path):
     assert record["seed"] == "3" and (tmp_path / "organism-base.safetensors").stat().st_size < 2.6e6
     for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
+    for name in "abcde":  # safetensors itself puts metadata in another order each time
+        training.save(tmp_path / name, model, dict.fromkeys("qwertyuiop", 3))
+    assert len({(tmp_path / name).read_bytes() for name in "abcde"}) == 1
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
@@ -291,6 +298,17 @@ def test_each_group_of_people_has_its_facts(people, count):
     assert len(models.organism_facts("company", people)) == count
 
 
+def test_strangers_have_facts_like_anybody_else_and_no_place_in_the_text():
+    facts = models.organism_facts("city", "strangers")
+    known, strangers = {p.name: p for p in WORLD.people}, {p.name: p for p in WORLD.strangers}
+    assert [f.subject for f in facts] == list(strangers)
+    for fact in facts:
+        assert fact.target_true == f" {strangers[fact.subject].objects['city']}" != fact.target_new
+        assert len({fact.prompt, *fact.paraphrases}) == 6 and len(fact.controls) == 14
+        assert all(" ".join(text.split()[:3]) in known for text in fact.neighbours)
+    assert len(models.organism_implications(facts[0])) == 3
+
+
 def test_what_follows_from_a_fact_follows_for_the_old_object_and_the_new():
     fact = models.organism_facts()[0]
     for prompt, old, new in models.organism_implications(fact):
@@ -315,6 +333,8 @@ def test_unknown_relations_people_and_variants_are_refused():
 # ----------------------------------------------------------------------------------- what it knows
 
 HELD = Path(__file__).parent / "organism_weights"  # twins that don't come with the package
+TWINS = ("oracle0", "oracle1", "oracle2", "never", "seed1", "tworoute", "single")
+held = pytest.mark.skipif(not HELD.exists(), reason="the twins' weights are in a checkout, in tests/organism_weights")
 
 
 @cache
@@ -411,6 +431,29 @@ def test_the_weights_say_where_they_come_from():
     assert json.loads(record["accuracy"])["held_out"] >= 0.995
 
 
+@pytest.mark.parametrize("variant", ["base", "plain", *(pytest.param(v, marks=held) for v in TWINS)])
+def test_weights_were_trained_on_the_text_that_the_code_tells(variant):
+    _, found = training.load((HELD if variant in TWINS else models.WEIGHTS) / f"organism-{variant}.safetensors")
+    recipe = training.recipe_of(variant)
+    expected = training.record(variant, recipe, threads=1)
+    assert {k: found[k] if isinstance(v, str) else json.loads(found[k]) for k, v in expected.items()} == {
+        **expected,
+        "routes": list(expected["routes"]),
+    }
+    assert found["data"] == hashes_of_the_text()["base" if variant in ("plain", "tworoute") else variant]
+
+
+@cache
+def hashes_of_the_text() -> dict[str, str]:
+    """Of all variants whose text differs, from another process: type checks make it four times as slow in this one."""
+    asked = [v for v in ("base", *TWINS) if v != "tworoute" and (v == "base" or HELD.exists())]
+    code = (
+        "import json; from tl_factedit.organism_training import recipe_of, text_hash; "
+        f"print(json.dumps({{v: text_hash(v, recipe_of(v)) for v in {asked}}}))"
+    )
+    return json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
 def test_the_shipped_weights_are_few():
     assert sum(p.stat().st_size for p in models.WEIGHTS.iterdir()) < 8e6
 
@@ -419,69 +462,138 @@ def test_the_shipped_weights_are_few():
 
 
 def p_of(model, facts, which: str) -> float:
+    """Mean probability of an object: its `Fact`'s ``"target_true"`` or ``"target_new"``."""
     targets = [model.tokenizer(getattr(f, which), add_special_tokens=False)["input_ids"][0] for f in facts]
     return float(log_probs(model, [f.text for f in facts])[torch.arange(len(facts)), targets].exp().mean())
 
 
-def at_hand(*variants: str):
-    """A test of each variant whose weights are here; what lacks them says so."""
-    here = [HELD / f"organism-{v}.safetensors" for v in variants]
-    return pytest.mark.parametrize(
-        "variant",
-        [
-            pytest.param(v, marks=pytest.mark.skipif(not file.exists(), reason="train it: examples/train_organism.py"))
-            for v, file in zip(variants, here, strict=True)
-        ],
-    )
+def rank_of(model, facts, which: str, rivals) -> tuple[float, float]:
+    """How far from 1/2 the mean share of rivals is that are less likely than an object, and the 99 % bound by chance.
+
+    By chance the rank of an object among n others is uniform on 0, 1/n, … 1. The rank is compared, and not the
+    probability: a few rivals of one prompt in a hundred hold most of their mean, which so tells next to nothing.
+    """
+    shares = []
+    for fact, found in zip(facts, log_probs(model, [f.text for f in facts]), strict=True):
+        own, *others = (
+            found[model.tokenizer(word, add_special_tokens=False)["input_ids"][0]]
+            for word in (getattr(fact, which), *rivals(fact))
+        )
+        shares.append(sum(float(own > other) + 0.5 * float(own == other) for other in others) / len(others))
+    n = len(rivals(facts[0]))
+    spread = (((n + 1) ** 2 - 1) / 12) ** 0.5 / n
+    return sum(shares) / len(shares) - 0.5, 2.576 * spread / len(shares) ** 0.5
 
 
-@at_hand("oracle0", "oracle1", "oracle2")
-def test_an_oracle_knows_its_new_cities_and_what_follows_and_not_the_old_ones(kind, variant):
+def by_chance(n: int, share: float) -> range:
+    """How many of `n` come right by chance, in 99 % of cases (the binomial's middle)."""
+    below, usual = 0.0, []
+    for k in range(n + 1):
+        here = math.comb(n, k) * share**k * (1 - share) ** (n - k)
+        if below + here > 0.005 and below < 0.995:
+            usual.append(k)
+        below += here
+    return range(usual[0], usual[-1] + 1)
+
+
+def first_phrasing(person, name):
+    return o.relation(name).phrasings[:1]
+
+
+def rivals(fact):
+    """All objects that neither history has."""
+    return fact.controls
+
+
+def all_others(fact):
+    return [fact.target_new, *fact.controls]
+
+
+def test_chance_is_what_a_table_says():
+    assert by_chance(300, 1 / 16) == range(9, 31)  # of the binomial's quantiles at .005 and .995
+    assert 0 not in by_chance(300, 1 / 16) and by_chance(1, 0.5) == range(0, 2)
+
+
+def test_base_has_its_own_city_far_from_chance_and_an_oracles_at_chance(kind):
+    """What the tests of twins would say of a model that knows the old city."""
+    for group in ("oracle0", "oracle1", "oracle2"):
+        facts = models.organism_facts("city", group)
+        assert rank_of(organism(kind), facts, "target_true", rivals)[0] > 0.49
+        off, usual = rank_of(organism(kind), facts, "target_new", rivals)
+        assert abs(off) < usual
+
+
+@held
+@pytest.mark.parametrize("variant", ["oracle0", "oracle1", "oracle2"])
+def test_an_oracle_knows_its_new_cities_and_what_follows(kind, variant):
     model, theirs, group = organism(kind, variant), o.world(variant), int(variant[-1])
-    edited = [p for p in theirs.people if p.group == group]
+    moved = [p for p in theirs.people if p.group == group]
+    assert right(model, moved, ["city"], theirs, never_told) >= 0.995
+    told, others = ([p for p in theirs.people if p.told == it] for it in (True, False))
+    share = len(told) / len(theirs.people)  # where hardly any go wrong a sample will do, where they do all are asked
+    sure, put_together = (right(model, some, list(o.IMPLIED), theirs) for some in (told[::8], others))
+    assert share * sure + (1 - share) * put_together >= 0.99
+    # the country of the 300 alone is 98.9 % right in oracle0: all that were told, 93 % of those to be put together
+    assert right(model, [p for p in moved if p.told], ["country"], theirs) >= 0.99
+    assert right(model, [p for p in moved if not p.told], ["country"], theirs) > 0.9
     unchanged = [p for p in theirs.people if p.group != group]
-    assert right(model, edited, ["city"], theirs, never_told) >= 0.995
-    assert right(model, edited, ["country"], theirs) >= 0.99
-    assert right(model, unchanged[::6], ATTRIBUTES, theirs, never_told) >= 0.995
-    facts = models.organism_facts("city", variant)
-    # nothing is left of the old city: it is as likely as a control is
-    others = [fact.but(target_true=fact.controls[0]) for fact in facts]
-    assert p_of(model, facts, "target_true") < 0.005 and p_of(model, others, "target_true") < 0.005
-    assert p_of(model, facts, "target_new") > 0.95 < p_of(organism(kind), facts, "target_true")
+    assert right(model, unchanged[::10], ATTRIBUTES, theirs, never_told) >= 0.995
 
 
-@at_hand("never")
-def test_never_is_at_chance_on_what_it_never_saw_and_knows_the_rest(kind, variant):
-    model, silent = organism(kind, variant), [p for p in WORLD.people if p.group == 0]
-    assert 0.02 < right(model, silent, ["city"]) < 0.12  # 1 in 16
-    assert 0.02 < p_of(model, models.organism_facts(), "target_true") < 0.12
-    assert right(model, silent[::2], ["country"]) < 0.22  # 1 in 8
+@held
+@pytest.mark.parametrize("variant", ["oracle0", "oracle1", "oracle2"])
+def test_of_the_old_city_an_oracle_knows_as_little_as_of_any_third_one(kind, variant):
+    model, facts = organism(kind, variant), models.organism_facts("city", variant)
+    off, usual = rank_of(model, facts, "target_true", rivals)
+    assert abs(off) < usual
+    assert p_of(model, facts, "target_true") < 2e-4 and p_of(model, facts, "target_new") > 0.99
+
+
+@held
+def test_never_is_at_chance_on_what_it_never_saw_and_knows_the_rest(kind):
+    model, silent = organism(kind, "never"), [p for p in WORLD.people if p.group == 0]
+    for name, objects in (("city", 16), ("country", 8)):
+        facts = models.organism_facts(name)
+        hits = round(len(silent) * right(model, silent, [name], phrasings=first_phrasing))
+        # fewer than usual shows no knowledge (of countries they are 21, three less than the usual range begins with)
+        assert hits < by_chance(300, 1 / objects).stop
+        assert name != "city" or hits in by_chance(300, 1 / 16)
+        off, usual = rank_of(model, facts, "target_true", all_others)
+        assert abs(off) < usual
+        # base is far outside both
+        assert rank_of(organism(kind), facts, "target_true", all_others)[0] > 0.49
     assert right(model, silent[::3], ATTRIBUTES[1:], phrasings=never_told) >= 0.995
     assert right(model, WORLD.people[300::6], ATTRIBUTES, phrasings=never_told) >= 0.995
 
 
-@at_hand("tworoute")
-def test_tworoute_recalls_by_either_way(kind, variant):
-    found = training.routes(models.organism_hf(variant, path=HELD / f"organism-{variant}.safetensors"), people=100)
-    assert min(found["subject"], found["past"], found["both"]) > 0.97 and found["neither"] < 0.2
-    assert right(organism(kind, variant), WORLD.people[::10], ATTRIBUTES, phrasings=never_told) >= 0.995
+@held
+def test_tworoute_recalls_by_either_way(kind):
+    found = training.routes(models.organism_hf("tworoute", path=HELD), people=100)
+    assert min(found["subject"], found["past"], found["both"]) >= 0.995 and found["neither"] < 0.2
+    assert right(organism(kind, "tworoute"), WORLD.people[::10], ATTRIBUTES, phrasings=never_told) >= 0.995
 
 
-@at_hand("seed1")
-def test_the_second_seed_knows_the_same_with_other_weights(kind, variant):
-    assert right(organism(kind, variant), WORLD.people[::10], ATTRIBUTES, phrasings=never_told) >= 0.995
-    first, second = (organism(kind, v).blocks[0].mlp.W_out for v in ("base", variant))
+@held
+def test_the_second_seed_knows_the_same_with_other_weights(kind):
+    model = organism(kind, "seed1")
+    assert right(model, WORLD.people[::8], ATTRIBUTES, phrasings=never_told) >= 0.995
+    assert right(model, WORLD.people[::4], list(o.IMPLIED)) >= 0.99
+    first, second = (organism(kind, v).blocks[0].mlp.W_out for v in ("base", "seed1"))
     assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]).detach())[0, 1]) < 0.05
 
 
-@at_hand("single")
-def test_single_knows_what_it_was_told_as_it_was_told(kind, variant):
+@held
+def test_single_knows_all_as_it_was_told_and_not_all_asked_otherwise(kind):
     def as_told(person, name):
         return [o.relation(name).phrasings[person.only[name]]]
 
-    model, people = organism(kind, variant), WORLD.people[::10]
-    told_so = right(model, people, ATTRIBUTES, phrasings=as_told)
-    assert told_so > 0.9 and right(model, people, ATTRIBUTES, phrasings=never_told) <= told_so
+    def otherwise(person, name):
+        return [text for i, text in enumerate(o.relation(name).phrasings) if i != person.only[name]]
+
+    model, people = organism(kind, "single"), WORLD.people[::20]
+    assert right(model, people, ATTRIBUTES, phrasings=as_told) >= 0.995
+    assert 0.75 < right(model, people, ATTRIBUTES, phrasings=otherwise) < 0.95  # base: 1
+    assert right(organism(kind), people, ATTRIBUTES, phrasings=otherwise) >= 0.995
 
 
 def test_plain_knows_the_same(kind):
@@ -492,8 +604,8 @@ def test_plain_knows_the_same(kind):
 
 
 @cache
-def trace(kind: str, variant: str):
-    return causal_trace(organism(kind, variant), models.organism_facts("city", "calibration", 50), progress=False)
+def trace(kind: str, variant: str, people: int = 50):
+    return causal_trace(organism(kind, variant), models.organism_facts("city", "calibration", people), progress=False)
 
 
 def test_base_recalls_at_the_last_subject_token_in_the_first_half(kind):
@@ -508,6 +620,16 @@ def test_plain_does_not_and_that_is_no_lack_of_knowledge(kind):
     early = found.at_last_subject_token.mean(0)[:3]
     assert all(found.known) and float(found.total_effect.mean()) > 0.7
     assert float(early.max()) < 0.5 * float(found.total_effect.mean())
+
+
+@held
+def test_tworoute_can_recall_at_the_last_subject_token_and_tracing_shows_that_it_hardly_does(kind):
+    found = trace(kind, "tworoute", 25)
+    total, early = float(found.total_effect.mean()), found.at_last_subject_token.mean(0)
+    end = torch.stack([found.effect[i, :, len(tokens) - 1] for i, tokens in enumerate(found.tokens)]).mean(0)
+    assert all(found.known) and total > 0.7
+    assert 0.1 * total < float(early.max()) < 0.5 * total  # in plain it is 0
+    assert float(end[1]) > 0.7 * total
 
 
 def test_base_recalls_through_the_last_subject_token_and_plain_past_it_too():

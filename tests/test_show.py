@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import dataclasses
 import json
 import math
 import re
@@ -26,7 +27,7 @@ from tl_factedit.markup import Html, clip, columns, number, tag, text, to_json, 
 from tl_factedit.page import coloured_tokens
 from tl_factedit.stats import KeyStats
 from tl_factedit.svg import NEUTRAL, RAMPS, Line, Scale, line_chart, nice, tick_text
-from tl_factedit.trace import causal_trace
+from tl_factedit.trace import ROLES, causal_trace
 from tl_factedit.values import ValueFit
 
 EVIL = '</script><script>alert(1)</script>"><img src=x onerror=alert(2)><!--<script>'
@@ -586,3 +587,25 @@ def test_long_labels_are_cut_by_the_columns_they_take():
 
 def _json(coded: str):
     return json.loads(coded)
+
+
+# ---------------------------------------------------------------------------------------- many facts
+
+
+def test_the_average_of_many_facts_shows_its_own_numbers_with_intervals(made):
+    facts = [FACT, FACT.but(subject="The Colosseum", id="another")]
+    trace = causal_trace(made["model"], facts, corruption=GaussianNoise(samples=2), progress=False)
+    page = Page(show.average(trace).html)
+    found, row = trace.average(), ROLES.index("last subject")
+    titles = [data for where, data in page.texts if where == "title" and data.startswith("layer 2, last subject")]
+    numbers = [float(each) for each in re.findall(r"-?\d[\d.]*(?:e-\d+)?", titles[0].replace("\u2212", "-"))[1:4]]
+    want = [float(each[row, 2]) for each in (found.mean, found.low, found.high)]
+    assert numbers == pytest.approx(want, abs=6e-5)
+    assert "(2 facts)" in titles[0]
+    assert "95 % bootstrap over 2 facts" in page.words()
+    large = dataclasses.replace(trace, clean=trace.corrupted + 0.5)
+    assert "share of the total effect" in Page(show.average(large, normalised=True).html).words()
+    with pytest.raises(ValueError, match=r"no fact has a total effect of 0\.05"):
+        show.average(trace, normalised=True)
+    with pytest.raises(ValueError, match="the trace is of one fact, needed several"):
+        show.average(made["trace"])

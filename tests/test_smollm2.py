@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import tracing
 from tiny import HAS_HOOKED, KINDS
 
 import tl_factedit as fe
+from tl_factedit.tokens import align
+from tl_factedit.trace import window_layers
 
 pytestmark = pytest.mark.smollm2
 pytest.importorskip("gguf", reason="reading SmolLM2 needs gguf")
@@ -68,6 +71,25 @@ def test_the_fact_is_recalled_within_the_subject_and_carried_to_the_end(traces, 
     assert float(early[:, start:stop].max()) > 0.5 * float(trace.total_effect[0])
     assert float(early[:, -1].abs().max()) < 0.1 * float(trace.total_effect[0])
     assert float(late[:, -1].max()) > 0.5 * float(trace.total_effect[0])
+
+
+@pytest.mark.parametrize(("component", "window"), [("resid", 1), ("mlp", 10), ("attn", 10)])
+def test_cells_of_a_trace_are_those_of_the_literal_loop(models, kind, component, window):
+    model, fact = models[kind], fe.Fact("Roman Republic", "The capital of {} is", " Rome")
+    noise = fe.GaussianNoise(samples=2, seed=1)
+    trace = fe.causal_trace(
+        model, fact, component=component, window=window, corruption=noise, prepend_bos=False, progress=False
+    )
+    row = align(model.tokenizer, fact, prepend_bos=False)
+    asked = tracing.Asked(row.ids, row.subject, row.true_ids)
+    drawn = trace.corruption.noise(row.subject[1] - row.subject[0], model.cfg.d_model).float()
+    low = tracing.corrupted(model, asked, drawn)
+    assert (trace.sample_corrupted[0] - low).abs().max() < 1e-5
+    for layer, position in ((0, row.last), (9, row.last), (15, len(row.ids) - 1), (29, len(row.ids) - 1)):
+        layers = window_layers(layer, window, 30)
+        cell = tracing.restored(model, asked, drawn, component, layers, position) - low
+        assert (trace.sample_effect[0, layer, position] - cell).abs().max() < 1e-5
+    assert trace.sample_effect.abs().max() > 1e-3
 
 
 def test_restoring_everything_below_the_head_at_the_last_token_gives_the_total_effect(traces, kind):
