@@ -1,8 +1,8 @@
 """Pictures: what is drawn is what is there, nothing is fetched, and no text can break out of its place."""
 
 import base64
-import hashlib
 import dataclasses
+import hashlib
 import json
 import math
 import re

@@ -13,7 +13,7 @@ from oracles.tracing import Asked
 import tl_factedit as fe
 import tl_factedit.questions as questions_module
 import tl_factedit.trace as trace_module
-from tl_factedit.model import Runner, component_hook, down_proj, from_hf
+from tl_factedit.model import Runner, down_proj, from_hf
 from tl_factedit.questions import MOST_TOKENS, batch_tokens
 from tl_factedit.tokens import align
 from tl_factedit.trace import Trace, causal_trace, window_layers

@@ -295,7 +295,9 @@ def compose(edits: Sequence[Edit]) -> Edit:
                 "make them on one model (an edit made while another is applied is still of the base)"
             )
         if edit.provenance.prepend_bos != first.provenance.prepend_bos:
-            raise ValueError("some of the edits were made with BOS and some without, needed one policy: make them again")
+            raise ValueError(
+                "some of the edits were made with BOS and some without, needed one policy: make them again"
+            )
     layers = sorted({layer for edit in edits for layer in edit.layers})
     factors = {layer: [d for edit in edits for d in edit.deltas if d.layer == layer] for layer in layers}
     return Edit(

@@ -103,7 +103,7 @@ class Questions:
         cfg = self.runner.model.cfg
         longest = max(len(self.each[i].ids) for i in chunk)
         runs = sum(self.each[i].samples + 1 for i in chunk)
-        widest = max(cfg.d_model, *(_width(cfg, place) for place in (*places, *frozen)))
+        widest = max([cfg.d_model, *(_width(cfg, place) for place in (*places, *frozen))])
         values = (self.runner.n_layers + 1) * cfg.d_model + len({*places, *frozen}) * widest
         # Twice, as sheets hold copies of the past.
         past = 4 * self.runner.n_layers * (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) * cfg.d_head
