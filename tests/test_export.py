@@ -138,5 +138,5 @@ def test_composed_edits_do_what_both_do(kind):
     with pytest.raises(ValueError, match="edits is empty"):
         fe.compose([])
     foreign = made(tiny.model(kind, "gpt2", seed=1))
-    with pytest.raises(ValueError, match="the edits are of weights .* needed the same"):
+    with pytest.raises(ValueError, match=r"the edits are of weights .* needed the same"):
         fe.compose([edits[0], foreign])

@@ -423,6 +423,20 @@ def test_facts_of_unequal_length_are_traced_together_as_alone(kind, arch, compon
         assert gap(together.clean[i], alone.clean[0]) < EXACT
 
 
+@on_few
+def test_rows_that_are_filled_up_give_what_they_give_alone(kind, arch):
+    """Facts whose pieces are of nearly the same length share a sheet, the shorter one filled up."""
+    model = shared(kind, arch)
+    longer = "{} is located in the city of Paris near the river by on"
+    facts = [asking(model, "Rome", longer), asking(model, "Rome", longer.removesuffix(" on"))]
+    options = {"component": "mlp", "corruption": dataclasses.replace(NOISE, sigma=0.25)}
+    together = traced(model, facts, **options)
+    for i, fact in enumerate(facts):
+        alone = traced(model, fact, **options)
+        assert gap(together.sample_effect[i, :, : len(together.tokens[i])], alone.sample_effect[0]) < EXACT
+    assert len(together.tokens[0]) == len(together.tokens[1]) + 1
+
+
 def test_the_noise_is_scaled_to_the_embeddings_of_all_subjects_traced():
     model = shared("bridge", "gpt2")
     trace = traced(model, three(model))

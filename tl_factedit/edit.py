@@ -279,8 +279,9 @@ class Edit:
 def compose(edits: Sequence[Edit]) -> Edit:
     """Several edits of the same base weights as one: their changes of a layer added up, which no order matters to.
 
-    Facts, fits and diagnostics stand one after the other; `keys` and `values` of a layer are those of the edits that write
-    it, as each was made. Applied, it may differ in the last bit from the edits applied one by one, which round each time.
+    Facts, fits and diagnostics stand one after the other; `keys` and `values` of a layer are those of the edits that
+    write it, as each was made. Applied, it may differ in the last bit from the edits applied one by one, which round
+    each time.
 
     Raises:
         ValueError: No edit is given, or they are of different weights or BOS policies.

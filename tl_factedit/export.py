@@ -20,9 +20,9 @@ DOWN = ("mlp.down_proj", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.f
 def export_hf(edit: Edit, hf_model: Any) -> None:
     """Write an edit into a transformers model, in place.
 
-    The model's logits are then those of the TransformerLens model with the edit applied. An edit made on processed weights
-    (folded norms, centred outputs) is written into the raw ones: keys are the same there, and what a value has along the
-    mean direction is nothing to a norm that subtracts it.
+    The model's logits are then those of the TransformerLens model with the edit applied. An edit made on processed
+    weights (folded norms, centred outputs) is written into the raw ones: keys are the same there, and what a value has
+    along the mean direction is nothing to a norm that subtracts it.
 
     Args:
         edit: The edit.

@@ -404,7 +404,10 @@ class _Rows:
     def sheet(self, past: tuple[Past, Tensor] | None) -> Sheet:
         """Pad, and say what sees what."""
         own, at, runs = torch.tensor(self.own), torch.tensor(self.at), torch.tensor(self.runs)
-        places, cell_of = pad(self.places, 0), pad(self.cell_of, -1)
+        cell_of = pad(self.cell_of, -1)
+        # Rows are filled up with a token of their own: what lies before a subject has no value in a corrupted run.
+        width = cell_of.shape[1]
+        places = torch.stack([torch.cat([row, row[-1:].repeat(width - len(row))]) for row in self.places])
         units = own[:, 4]
         return Sheet(
             groups=tuple(self.groups),

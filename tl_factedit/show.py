@@ -195,7 +195,8 @@ def average(trace: Trace, *, normalised: bool = False) -> Picture:
     )
     count = int(n.max())
     caption = join(
-        f"Colour: {unit} ({difference}), mean over facts of the mean over a fact's tokens of this role.{_severed(trace)} ",
+        f"Colour: {unit} ({difference}), mean over facts of the mean over a fact's tokens of this role.",
+        f"{_severed(trace)} ",
         tag("b", f"Clean {number(float(trace.clean.nanmean()))}"),
         f", corrupted {number(float(trace.corrupted.nanmean()))}, over {sum(trace.corruptible)} facts. ",
         f"The last subject token peaks in layer {peak} with {number(float(mean[at_subject, peak]))} ",

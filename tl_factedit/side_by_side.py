@@ -189,7 +189,7 @@ def trace_side_by_side(
         )
         for corruption in reversed(corruptions)
     )
-    large = [trace.total_effect.abs() >= min_effect for trace in (first, second)]  # not where it is NaN
+    large = [trace.total_effect >= min_effect for trace in (first, second)]  # not where it is NaN
     return SideBySide(first, second, tuple((large[0] & large[1]).tolist()), min_effect)
 
 

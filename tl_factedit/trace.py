@@ -126,18 +126,19 @@ class Trace:
         """IE / TE: the share of the effect that a cell accounts for.
 
         Args:
-            min_effect: Facts with a smaller total effect are left out (NaN): a share of little says little.
+            min_effect: Facts with a smaller total effect (or a negative one) are left out (NaN): a share of little says
+                little.
         """
         total = self.total_effect[:, None, None]
-        return torch.where(total.abs() >= min_effect, self.effect / total, torch.nan)
+        return torch.where(total >= min_effect, self.effect / total, torch.nan)
 
     def best_fraction(self, min_effect: float = 0.05) -> Float[Tensor, "fact layer"]:
         """The largest share over tokens, by layer (Hase et al. 2023, arXiv:2301.04213, sec. 4.1).
 
         The largest of noisy numbers is too large on average. So one half of the samples chooses the token
         (or none, whose share is 0) and the other half says its share, and the reverse; the mean of both is unbiased
-        for the token chosen, and may come out below 0. With one sample it is simply the largest; a fact that has one where
-        others have more is left out (NaN), as are facts with a total effect below `min_effect`.
+        for the token chosen, and may come out below 0. With one sample it is simply the largest; a fact that has one
+        where others have more is left out (NaN), as are facts with a total effect below `min_effect`.
         """
         total = self.total_effect[:, None, None, None]
         share = self.sample_effect / total
@@ -148,7 +149,7 @@ class Trace:
             halves = [share[..., half::2].nanmean(-1) for half in (0, 1)]
             chosen = [half.nan_to_num(-torch.inf).argmax(-1, keepdim=True) for half in halves]
             best = sum(half.gather(-1, other)[..., 0] for half, other in zip(halves, reversed(chosen), strict=True)) / 2
-        return torch.where(total[..., 0, 0].abs() >= min_effect, best, torch.nan)
+        return torch.where(total[..., 0, 0] >= min_effect, best, torch.nan)
 
     def by_role(self, *, normalised: bool = False, min_effect: float = 0.05) -> Float[Tensor, "fact role layer"]:
         """Effects by what a token is in its prompt (`ROLES`), mean over a fact's tokens of that role.

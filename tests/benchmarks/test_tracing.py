@@ -1,7 +1,7 @@
 """What a trace costs, against the literal loop over cells: counted FLOPs and CPU-seconds of one thread, in one run.
 
-The least arithmetic of a trace is written down in docs/locate.md. For the two prompts here it is, by that count, 12.8 and
-4.5 times less than that of the published code (10 and 3.4 times for windows of ten layers).
+The least arithmetic of a trace is written down in docs/locate.md. For the two prompts here it is, by that count, 12.8
+and 4.5 times less than that of the published code (10 and 3.4 times for windows of ten layers).
 """
 
 from __future__ import annotations
@@ -96,7 +96,5 @@ def test_many_facts_cost_no_more_for_each_than_one_alone(kind, capsys):
     alone = sum(seconds(lambda fact=fact: fe.causal_trace(model, fact, progress=False)) for fact in facts[:20]) / 20
     each = seconds(lambda: fe.causal_trace(model, facts, progress=False)) / len(facts)
     with capsys.disabled():
-        print(
-            f"\n{kind}: one fact alone {alone:.3f} CPU-s, of 200 facts {each:.3f} CPU-s each ({alone / each:.1f} times less)"
-        )
+        print(f"\n{kind}: a fact alone {alone:.3f} CPU-s, one of 200 {each:.3f} CPU-s ({alone / each:.1f} times less)")
     assert each <= alone
