@@ -79,7 +79,7 @@ class Diagnostics:
         value_norm: ‖v*‖ / ‖v‖ of the value written and the one replaced.
         unmet: For each fact, the share of its residual that the update doesn't meet, ‖k ΔW − r‖ / ‖r‖ before
             rounding; empty where all is met by construction.
-        key_cosine: The largest |cosine| between two facts' keys; 0 for one fact.
+        key_cosine: The largest cosine, in size, between two facts' keys; 0 for one fact.
 
     With several facts, `division_factor` is the smallest over facts and `value_norm` the largest.
     """
