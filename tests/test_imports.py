@@ -18,7 +18,7 @@ ORDER = (
     ("tokens",),
     ("model",),
     ("provenance",),
-    ("hooks", "corruption", "metrics", "stats", "values", "contexts", "likelihood"),
+    ("hooks", "corruption", "metrics", "stats", "objectives", "values", "contexts", "likelihood"),
     ("replacement", "patching"),
     ("questions",),
     ("trace", "trace_units", "damage"),

@@ -7,6 +7,7 @@ draw doesn't depend on which other facts are traced with it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.facts import Fact
+from tl_factedit.model import EMBED, Runner
+from tl_factedit.tokens import Aligned
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,20 @@ class Subject:
     answer: int
     embeddings: Float[Tensor, "position d_model"]
     top: Callable[[], int]
+
+
+def subject_of(runner: Runner, fact: Fact, row: Aligned) -> Subject:
+    """What a corruption sees of a fact; call inside `quiet` and without gradients."""
+    embeddings = runner.capture(row.ids[None], [EMBED], stop=0)[EMBED][0].float().cpu()
+
+    @functools.cache
+    def top() -> int:
+        return int(runner.logits(row.ids[None], at=torch.tensor([[len(row.ids) - 1]]))[0, 0].argmax())
+
+    start, stop = row.subject
+    ids = row.ids.tolist()
+    around = (tuple(ids[:start]), tuple(ids[stop:]))
+    return Subject(fact, row.ids[start:stop], around, int(row.true_ids[0]), embeddings[start:stop], top)
 
 
 @runtime_checkable

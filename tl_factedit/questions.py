@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tl_factedit.corruption import Corruption, Subject
+from tl_factedit.corruption import Corruption, Subject, subject_of
 from tl_factedit.facts import Fact
 from tl_factedit.metrics import Metric
-from tl_factedit.model import EMBED, Model, Runner
+from tl_factedit.model import Model, Runner
 from tl_factedit.patching import Direction, Patching, Question
 from tl_factedit.tokens import Aligned, align
 
@@ -120,7 +119,7 @@ def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption
         corruption: What to do to their subjects.
     """
     runner = Runner(model)
-    subjects = tuple(_subject(runner, fact, row) for fact, row in zip(facts, rows, strict=True))
+    subjects = tuple(subject_of(runner, fact, row) for fact, row in zip(facts, rows, strict=True))
     corruption = corruption.calibrated(subjects)
     each = tuple(
         Question(fact, row, drawn, _contrast(corruption, subject, row, len(drawn)))
@@ -141,19 +140,6 @@ def batch_tokens(model: Model, memory: float) -> int:
     wide = 4 * (cfg.d_mlp or 4 * cfg.d_model) + 16 * cfg.d_model
     # Nearly every token of a packed row that ends a cell is unembedded, and a metric makes two more of its logits.
     return int(max(16, min(MOST_TOKENS, memory * GIB / 2 / (4 * (wide + 3 * cfg.d_vocab)))))
-
-
-def _subject(runner: Runner, fact: Fact, row: Aligned) -> Subject:
-    embeddings = runner.capture(row.ids[None], [EMBED], stop=0)[EMBED][0].float().cpu()
-
-    @functools.cache
-    def top() -> int:
-        return int(runner.logits(row.ids[None], at=torch.tensor([[len(row.ids) - 1]]))[0, 0].argmax())
-
-    start, stop = row.subject
-    ids = row.ids.tolist()
-    around = (tuple(ids[:start]), tuple(ids[stop:]))
-    return Subject(fact, row.ids[start:stop], around, int(row.true_ids[0]), embeddings[start:stop], top)
 
 
 def _contrast(corruption: Corruption, subject: Subject, row: Aligned, samples: int) -> Tensor | None:
