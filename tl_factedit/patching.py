@@ -192,12 +192,19 @@ class Patching:
                 sheets.append([part])
         return [self._sheet(groups) for groups in sheets]
 
-    def run(self, sheet: Sheet, patch: Patch) -> Iterator[tuple[Cell, Float[Tensor, "sample"]]]:
-        """The metric of each cell, for each sample."""
-        for cells, logits in zip(sheet.groups, self._logits(sheet, patch), strict=True):
-            question = self._questions[cells[0].question]
-            rows = stacked(logits, question.samples, len(question.logits_at))
-            yield from zip(cells, self._metric(rows, self._asked[cells[0].question]).cpu(), strict=True)
+    def run(self, sheet: Sheet, patches: Sequence[Patch]) -> Iterator[tuple[int, Cell, Float[Tensor, "sample"]]]:
+        """The metric of each cell under each patch (by its number), for each sample.
+
+        Args:
+            sheet: The cells.
+            patches: By `Patch.begin`, ascending.
+        """
+        for number, logits in enumerate(self._logits(sheet, patches)):
+            for cells, own in zip(sheet.groups, logits.split(sheet.sizes), strict=True):
+                question = self._questions[cells[0].question]
+                rows = stacked(own, question.samples, len(question.logits_at))
+                for cell, scores in zip(cells, self._metric(rows, self._asked[cells[0].question]).cpu(), strict=True):
+                    yield number, cell, scores
 
     def at_the_end(self, cell: Cell) -> bool:
         """Whether the cell changes a token from which logits are read: what it does needs no attention."""
@@ -293,32 +300,78 @@ class Patching:
             rows.add(cells, question, runs, packed=self._packed)
         return rows.sheet(None if self._past[0] is None else self._past)  # type: ignore[arg-type]
 
-    def _logits(self, sheet: Sheet, patch: Patch) -> Iterator[Float[Tensor, "row vocab"]]:
-        """For each group, in the order (cell, sample, target)."""
+    def _logits(self, sheet: Sheet, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
+        """For each patch, in the order (group, cell, sample, target)."""
+        together = max(1, self._batch_tokens // sheet.places.numel()) if sheet.packing is not None else 1
+        above = [patch for patch in patches if patch.begin < self._runner.n_layers]
+        for first in range(0, len(above), together):
+            yield from self._sweep(sheet, above[first : first + together])
+        for patch in patches[len(above) :]:
+            yield self._end(sheet, patch)
+
+    def _sweep(self, sheet: Sheet, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
+        """Several patches upward together: the rows of each join at the block where it begins."""
         base, index = self._values["base"]
-        stream = base[self._stream[patch.begin]]
-        if patch.begin == self._runner.n_layers:
-            # Only the head is left: of the tokens, only those whose logits are read.
-            runs, places = sheet.runs[sheet.at[0]], sheet.places[sheet.at]
-            resid = stream[index[runs], places]
+        rows, (own_rows, own_queries) = len(sheet.places), sheet.own
+        streams = []
+        puts: dict[str, list[tuple[int, Tensor]]] = {}
+        for number, patch in enumerate(patches):
+            stream = base[self._stream[patch.begin]][index[sheet.runs][:, None], sheet.places]
             if patch.stream is not None:
-                per_cell = sheet.at_of_own
-                changed = places == sheet.own_places[per_cell]
-                donor = self._source("donor", patch.stream, sheet)[per_cell]
-                resid = torch.where(changed[:, None].to(resid.device), donor.to(resid), resid)
-            logits = self._head(resid)
-        else:
-            resid = stream[index[sheet.runs][:, None], sheet.places]
-            if patch.stream is not None:
-                resid[sheet.own] = self._source("donor", patch.stream, sheet).to(resid)
-            hooks: list[Hook] = [
-                (write.place, _putter(sheet.own, sheet.own_units, self._source(write.source, write.place, sheet)))
-                for write in patch.writes
-            ]
-            logits = self._runner.logits(
-                sheet.tokens, at=sheet.at, start=(patch.begin, resid), hooks=hooks, packing=sheet.packing
-            )[0]
-        yield from logits.split(sheet.sizes)
+                stream[sheet.own] = self._source("donor", patch.stream, sheet).to(stream)
+            streams.append(stream)
+            for write in patch.writes:
+                new = self._source(write.source, write.place, sheet)
+                puts.setdefault(write.place, []).append((number, new))
+        hooks: list[Hook] = []
+        for place, of_place in puts.items():
+            at = torch.cat([own_rows + number * rows for number, _ in of_place])
+            units = None if sheet.own_units is None else sheet.own_units.repeat(len(of_place))
+            put = _putter((at, own_queries.repeat(len(of_place))), units, torch.cat([new for _, new in of_place]))
+            hooks.append((place, put))
+        count = len(patches)
+        at_rows, at_queries = sheet.at
+        logits = self._runner.logits(
+            sheet.tokens.repeat(count, 1),
+            at=(
+                torch.cat([at_rows + number * rows for number in range(count)]),
+                at_queries.repeat(count),
+            ),
+            start=(patches[0].begin, torch.cat(streams)),
+            hooks=hooks,
+            packing=None if sheet.packing is None else self._joined(sheet.packing, [patch.begin for patch in patches]),
+        )[0]
+        yield from logits.split(len(at_rows))
+
+    def _joined(self, packing: Packing, begins: Sequence[int]) -> Packing:
+        """The same rows once for each patch; its rows join where it begins."""
+        count = len(begins)
+        if count == 1:
+            return packing
+        began = [max(1, sum(begin <= layer for begin in begins)) for layer in range(self._runner.n_layers)]
+        past = None
+        if packing.past is not None:
+            past = tuple(
+                (keys.repeat(times, 1, 1, 1), values.repeat(times, 1, 1, 1))
+                for (keys, values), times in zip(packing.past, began, strict=True)
+            )
+        return Packing(
+            packing.positions.repeat(count, 1),
+            packing.visible.repeat(count, 1, 1),
+            past,
+            tuple(times * len(packing.positions) for times in began),
+        )
+
+    def _end(self, sheet: Sheet, patch: Patch) -> Float[Tensor, "row vocab"]:
+        """Only the head is left: of the tokens, only those whose logits are read."""
+        base, index = self._values["base"]
+        runs, places = sheet.runs[sheet.at[0]], sheet.places[sheet.at]
+        resid = base[self._stream[patch.begin]][index[runs], places]
+        if patch.stream is not None:
+            changed = places == sheet.own_places[sheet.at_of_own]
+            donor = self._source("donor", patch.stream, sheet)[sheet.at_of_own]
+            resid = torch.where(changed[:, None].to(resid.device), donor.to(resid), resid)
+        return self._head(resid)
 
     def _source(self, source: Source, place: str, sheet: Sheet) -> Tensor:
         values, index = self._values[source]

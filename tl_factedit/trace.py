@@ -339,10 +339,11 @@ def causal_trace(
         parts = _Parts.of(folder, questions, settings, provenance)
         frozen = [component_hook(severed, layer) for layer in range(count)] if severed else []
         places = [component_hook(component, layer) for layer in range(count)]
+        cells = {i: count * len(_positions(rows[i])) for i, q in enumerate(questions.each) if q.samples > 0}
         with tqdm(
-            total=count * sum(question.samples > 0 for question in questions.each),
-            initial=count * len(parts.done),
-            unit="layer",
+            total=sum(cells.values()),
+            initial=sum(cells[i] for i in parts.done),
+            unit="cell",
             desc=f"tracing {component}",
             delay=1,
             disable=not progress,
@@ -414,16 +415,27 @@ def _effects(
 ) -> list[Float[Tensor, "layer pos sample"]]:
     """For each question, the metric with a cell changed minus that of the base run."""
     effects = [torch.zeros(count, len(row.ids), len(base)) for row, base in zip(rows, patching.base, strict=True)]
-    cells = [Cell(i, p) for i, row in enumerate(rows) for p in range(row.subject[0], len(row.ids))]
+    cells = [Cell(i, p) for i, row in enumerate(rows) for p in _positions(row)]
     everywhere = patching.sheets(cells)
     at_the_end = patching.sheets([cell for cell in cells if patching.at_the_end(cell)])
-    for layer in range(count):
-        patch, carried = _patch(component, layer, window, severed, count)
-        for sheet in everywhere if carried else at_the_end:
-            for cell, scores in patching.run(sheet, patch):
+    patches = [_patch(component, layer, window, severed, count) for layer in range(count)]
+    # Where no attention comes after it, a change elsewhere than at the end is never read.
+    carried = [patch for patch, carries in patches if carries]
+    for sheet in everywhere:
+        for layer, cell, scores in patching.run(sheet, carried):
+            effects[cell.question][layer, cell.position] = scores - patching.base[cell.question]
+            done()
+    for layer in range(len(carried), count):
+        for sheet in at_the_end:
+            for _, cell, scores in patching.run(sheet, [patches[layer][0]]):
                 effects[cell.question][layer, cell.position] = scores - patching.base[cell.question]
-        done(len(rows))
+        done(len(cells))
     return effects
+
+
+def _positions(row: Aligned) -> range:
+    """Where a change has an effect: what lies before the subject is the same in all runs."""
+    return range(row.subject[0], len(row.ids))
 
 
 def _patch(

@@ -168,8 +168,13 @@ def trace_units(
         effect = torch.full((len(rows), len(chosen_layers), len(chosen), samples), torch.nan)
         clean, corrupted = torch.full((2, len(rows)), torch.nan)
         places = [unit_hook(unit, layer) for layer in chosen_layers]
+        patches = [Patch(layer, None, (Write(unit_hook(unit, layer)),)) for layer in chosen_layers]
         with tqdm(
-            total=len(rows) * len(chosen_layers), unit="layer", desc=f"tracing {unit}s", delay=1, disable=not progress
+            total=len(rows) * len(chosen) * len(patches),
+            unit="cell",
+            desc=f"tracing {unit}s",
+            delay=1,
+            disable=not progress,
         ) as bar:
             for chunk, patching in questions.chunks(places, (), measure, direction, memory=memory):
                 # A token before the subject, or one that no attention carries on, has no effect.
@@ -180,13 +185,12 @@ def trace_units(
                 for j, i in enumerate(chunk):
                     effect[i, :, :, : questions.each[i].samples] = 0.0
                     clean[i], corrupted[i] = patching.clean[j].mean(), patching.corrupted[j].mean()
-                for k, layer in enumerate(chosen_layers):
-                    patch = Patch(layer, None, (Write(unit_hook(unit, layer)),))
-                    for sheet in sheets:
-                        for cell, scores in patching.run(sheet, patch):
-                            change = sign * (scores - patching.base[cell.question])
-                            effect[chunk[cell.question], k, place_of[cell.unit or 0], : len(change)] = change
-                    bar.update(len(chunk))
+                for sheet in sheets:
+                    for k, cell, scores in patching.run(sheet, patches):
+                        change = sign * (scores - patching.base[cell.question])
+                        effect[chunk[cell.question], k, place_of[cell.unit or 0], : len(change)] = change
+                        bar.update()
+                bar.update((len(chunk) - len(reached)) * len(chosen) * len(patches))
     return UnitTrace(
         effect=effect.nanmean(-1),
         sample_effect=effect,
