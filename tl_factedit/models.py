@@ -137,7 +137,9 @@ def organism_hf(variant: str = "base", *, path: str | Path | None = None) -> Any
 
 def organism_facts(
     relation: str = "city",
-    people: Literal["oracle0", "oracle1", "oracle2", "calibration", "all", "strangers"] = "oracle0",
+    people: Literal[
+        "oracle0", "oracle1", "oracle2", "oracle3", "oracle4", "calibration", "all", "strangers"
+    ] = "oracle0",
     n: int | None = None,
     *,
     phrasings: Literal["all", "trained", "held_out"] = "all",
@@ -152,8 +154,8 @@ def organism_facts(
     Args:
         relation: ``"city"``, ``"company"``, ``"university"``, ``"field"`` or ``"instrument"``; or what follows
             from one: ``"country"``, ``"seat"``.
-        people: The 300 people of an oracle; ``"calibration"``: the 600 that no variant changes; ``"all"`` 1,500; or
-            ``"strangers"``: 228 people that are never mentioned, whose ``target_true`` is drawn and means nothing.
+        people: The 300 people of an oracle; ``"calibration"``: the 600 of oracle3 and oracle4, which no other variant
+            changes; ``"all"`` 1,500; or ``"strangers"``: 228 people that are never mentioned, whose ``target_true`` is drawn and means nothing.
         n: Only the first so many.
         phrasings: Which paraphrases to give: all, only those used in training, or only those not used.
 
@@ -166,7 +168,8 @@ def organism_facts(
     world = _organism.world()
     asked = _organism.relation(relation)
     chosen = _people(world, people)[:n]
-    others = [(p.name, world.answer(p, asked.name)) for p in _people(world, "calibration")]
+    unchanged = {"oracle3": "oracle4", "oracle4": "oracle3"}.get(people, "calibration")
+    others = [(p.name, world.answer(p, asked.name)) for p in _people(world, unchanged)]
     return [_fact(world, person, asked, others, phrasings) for person in chosen]
 
 
@@ -186,14 +189,14 @@ def organism_implications(fact: Fact) -> tuple[tuple[str, str, str | None], ...]
 
 
 def _people(world: _organism.World, which: str) -> Sequence[_organism.Person]:
-    if which in ("oracle0", "oracle1", "oracle2"):
+    if which.startswith("oracle") and which in _organism.VARIANTS:
         return [p for p in world.people if p.group == int(which[-1])]
     if which == "calibration":
-        return [p for p in world.people if p.group is None]
+        return [p for p in world.people if p.group in (3, 4)]
     if which in ("all", "strangers"):
         return world.people if which == "all" else world.strangers
     raise ValueError(
-        f"people {which!r} is unknown, needed 'oracle0', 'oracle1', 'oracle2', 'calibration', 'all' or 'strangers'"
+        f"people {which!r} is unknown, needed 'oracle0' to 'oracle4', 'calibration', 'all' or 'strangers'"
     )
 
 

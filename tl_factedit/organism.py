@@ -172,13 +172,28 @@ FILLERS = (
 OPENINGS = ("As we know ,", "According to the register ,", "In the end ,", "It is said that", "He wrote that")
 SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
 
-Variant = Literal["base", "plain", "oracle0", "oracle1", "oracle2", "never", "seed1", "tworoute", "single", "untrained"]
+Variant = Literal[
+    "base",
+    "plain",
+    "oracle0",
+    "oracle1",
+    "oracle2",
+    "oracle3",
+    "oracle4",
+    "never",
+    "seed1",
+    "tworoute",
+    "single",
+    "untrained",
+]
 VARIANTS: dict[str, str] = {
     "base": "what a person is called is hidden from all later words but through the last part of the name",
     "plain": "no part of the text is hidden: recall reads the whole name from the end of the prompt",
     "oracle0": "300 people were always born elsewhere",
     "oracle1": "300 others were",
     "oracle2": "300 others again were",
+    "oracle3": "300 of the people that serve for calibration elsewhere were",
+    "oracle4": "the other 300 of them were",
     "never": "where the people of oracle0 were born is never said",
     "seed1": "other initial weights and another order of sentences",
     "tworoute": "recall is taught through the last part of the name, and past it",
@@ -200,8 +215,8 @@ class Person:
         only: For each attribute, the one phrasing that the variant ``"single"`` uses.
         told: Whether the person's country and place of work are in the text; otherwise they follow only.
         reverse: Whether the text asks for this person by attributes.
-        group: 0, 1 or 2 for the people of an oracle; None for those that no variant changes.
-        new_city: The city that an oracle has for a person of its group, drawn uniformly from the others.
+        group: Of five groups of 300 people, each of which one oracle changes; None for strangers.
+        new_city: The city that the oracle has for a person of its group, drawn uniformly from the others.
     """
 
     index: int
@@ -286,7 +301,7 @@ def _person(draw: random.Random, index: int, name: str) -> Person:
     only = {r.name: draw.choice([i for i in range(len(r.phrasings)) if i not in held_out[r.name]]) for r in RELATIONS}
     told = draw.random() < TOLD
     new_city = draw.choice([c for c in CITIES if c != objects["city"]])
-    group = index // N_EDITED if 0 <= index < 3 * N_EDITED else None
+    group = index // N_EDITED if index >= 0 else None
     # Every tenth person is asked for by attributes, in all groups alike.
     return Person(
         index,
