@@ -14,12 +14,12 @@ import tl_factedit
 ROOT = Path(tl_factedit.__file__).parent
 # Each may import what stands in its own row or above it; a folder stands for all its files.
 ORDER = (
-    ("facts", "files", "records", "solve", "estimate"),
+    ("facts", "files", "records", "solve", "estimate", "verdict"),
     ("tokens",),
     ("model",),
     ("provenance",),
     ("hooks", "corruption", "metrics", "stats", "objectives", "values", "contexts", "likelihood"),
-    ("replacement", "patching"),
+    ("replacement", "patching", "convergence"),
     ("questions",),
     ("trace", "trace_units", "damage"),
     ("presets", "side_by_side"),

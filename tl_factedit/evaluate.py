@@ -13,8 +13,9 @@ are averaged within a fact first.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -166,6 +167,27 @@ def evaluate(
         for j, row in enumerate(asked)
     )
     return _score(facts, answers, provenance)
+
+
+def join(parts: Sequence[Scores]) -> Scores:
+    """Scores of different facts as one, such as those of edits that were each applied alone.
+
+    The provenance is that of the first part.
+
+    Raises:
+        ValueError: No parts, or parts with and without BOS.
+    """
+    if not parts:
+        raise ValueError("parts is empty, needed the scores of one fact at least")
+    if len({part.provenance.prepend_bos for part in parts}) > 1:
+        raise ValueError("some of the scores are with BOS and some without, needed one policy: evaluate again")
+    starts = itertools.accumulate((len(part.facts) for part in parts), initial=0)
+    answers = tuple(
+        replace(answer, fact=answer.fact + start)
+        for part, start in zip(parts, starts, strict=False)
+        for answer in part.answers
+    )
+    return _score(tuple(fact for part in parts for fact in part.facts), answers, parts[0].provenance)
 
 
 def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
