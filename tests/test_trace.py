@@ -486,6 +486,15 @@ def test_cells_run_as_whole_sequences_give_the_same(kind, arch, monkeypatch):
     assert gap(packed.sample_effect[known], plain.sample_effect[known]) < EXACT
 
 
+def test_a_model_whose_blocks_cannot_run_some_rows_alone_is_run_in_whole_sequences(monkeypatch):
+    model = tiny.model("bridge", "llama")
+    fine = traced(model, three(model))
+    monkeypatch.setattr("tl_factedit.model._of_first_rows", lambda forward, count, rows: forward)
+    refused = traced(model, three(model))
+    assert fine.unpacked == "" and refused.unpacked
+    torch.testing.assert_close(refused.effect, fine.effect, atol=1e-5, rtol=0, equal_nan=True)
+
+
 # ---------------------------------------------------------------------------------------- the noise
 
 
