@@ -1,4 +1,4 @@
-"""The verdict says FAILED, DAMAGED or INCONCLUSIVE, and never more; upstream of the edit nothing moves."""
+"""An audit hands on what was measured, says no more than that, and upstream of the edit nothing moves."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.audit import NOT_GATHERED, Upstream, check_upstream
+from tl_factedit.audit import Upstream, check_upstream
 from tl_factedit.evaluate import Answer, _score
 from tl_factedit.model import Fingerprint, down_proj
 
@@ -61,32 +61,19 @@ def scores(facts: int, **shares: float) -> fe.Scores:
 FINGERPRINT = Fingerprint(("a",), "b", "bridge")
 GOOD = {"rewrite": 1.0, "paraphrase": 1.0, "neighbour": 1.0}
 CASES = {
-    "works": ({}, "INCONCLUSIVE", "INCONCLUSIVE"),
-    "new object doesn't lead": ({"rewrite": 0.0}, "FAILED", "FAILED"),
-    "leads on half of the facts": ({"rewrite": 0.6}, "INCONCLUSIVE", "FAILED"),
-    "paraphrases fail": ({"paraphrase": 0.2}, "INCONCLUSIVE", "FAILED"),
-    "neighbours fall": ({"neighbour": 0.5}, "DAMAGED", "DAMAGED"),
-    "neighbours fall a little": ({"neighbour": 0.9}, "INCONCLUSIVE", "INCONCLUSIVE"),
-    "fails and damages": ({"rewrite": 0.0, "neighbour": 0.0}, "FAILED", "FAILED"),
+    "works": ({}, "INCONCLUSIVE"),
+    "new object doesn't lead": ({"rewrite": 0.0}, "FAILED"),
+    "neighbours fall": ({"neighbour": 0.5}, "DAMAGED"),
+    "neighbours fall a little": ({"neighbour": 0.9}, "INCONCLUSIVE"),
+    "fails and damages": ({"rewrite": 0.0, "neighbour": 0.0}, "FAILED"),
 }
 
 
-@pytest.mark.parametrize("facts", [1, 8], ids=["one fact", "a population"])
+@pytest.mark.parametrize("facts", [1, 3], ids=["one fact", "a population"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_label_follows_the_declared_thresholds(name, facts):
-    shares, one, many = CASES[name]
-    before = scores(facts, rewrite=0.0, paraphrase=0.0, neighbour=1.0)
-    label, reasons = AUDIT._judge(before, scores(facts, **{**GOOD, **shares}))
-    assert label == (one if facts == 1 else many)
-    assert reasons
-
-
-@pytest.mark.parametrize(
-    ("name", "facts"), [("works", 1), ("works", 3), ("new object doesn't lead", 1), ("neighbours fall", 1)]
-)
 def test_a_verdict_never_says_more_than_its_scores(case, monkeypatch, name, facts):
     model, fact, edit = case
-    shares, label, _ = CASES[name]
+    shares, label = CASES[name]
     before = scores(facts, rewrite=0.0, paraphrase=0.0, neighbour=1.0)
     made = iter([before, scores(facts, **{**GOOD, **shares})])
     monkeypatch.setattr(AUDIT, "evaluate", lambda *args, **options: next(made))
@@ -94,7 +81,9 @@ def test_a_verdict_never_says_more_than_its_scores(case, monkeypatch, name, fact
     assert verdict.label == label
     assert verdict.level == ("per edit" if facts == 1 else "population")
     assert verdict.retained.estimate is None and verdict.recoverable.estimate is None
-    assert verdict.missing == NOT_GATHERED
+    if label == "INCONCLUSIVE":
+        for what in ("plain text", "knock-out", "routes", "decoder"):
+            assert any(what in line for line in verdict.missing)
     assert f"Verdict: {label}" in repr(verdict)
 
 
@@ -104,7 +93,7 @@ def test_a_real_edit_that_works_is_inconclusive_and_one_of_nothing_has_failed(ca
     with laws.untouched(model):
         verdict = fe.audit(model, edit, [alone])
     assert verdict.label == "INCONCLUSIVE"
-    assert "no neighbours were given" in repr(verdict)
+    assert "neighbourhood success: whether it suffers was not looked at" in repr(verdict)
     nothing = laws.rome(model, LAYER, fit=fe.ValueFit(steps=1), contexts=("",))(model, [fact])
     with laws.untouched(model):
         failed = fe.audit(model, nothing, [alone])
@@ -118,7 +107,7 @@ def test_a_real_edit_that_moves_its_neighbours_has_damaged_the_model(case):
     verdict = fe.audit(model, edit, [fact.but(neighbours=[fact.text], neighbour_targets=[fact.target_true])])
     assert (verdict.before.neighbourhood.mean, verdict.after.neighbourhood.mean) == (1, 0)
     assert verdict.label == "DAMAGED"
-    assert "the edit isn't local" in repr(verdict)
+    assert "the change isn't local" in repr(verdict)
 
 
 def test_everything_upstream_is_equal_bit_for_bit_and_the_output_is_not(case):
@@ -240,7 +229,7 @@ def test_an_edit_that_is_on_or_of_another_model_is_refused_before_anything_is_ru
 
 @pytest.mark.parametrize(
     ("stage", "call"),
-    [("evaluate", 1), ("evaluate", 2), ("check_upstream", 1), ("gains", 2), ("dose_curve", 1), ("_judge", 1)],
+    [("evaluate", 1), ("evaluate", 2), ("check_upstream", 1), ("gains", 2), ("dose_curve", 1), ("judge", 1)],
 )
 def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(case, monkeypatch, stage, call):
     model, fact, edit = case

@@ -333,6 +333,9 @@ def test_scores_of_each_fact_joined_are_those_of_all(kind):
     assert all(abs(a.nll_true - b.nll_true) < CLOSE for a, b in zip(joined.answers, whole.answers, strict=True))
     assert joined.efficacy == whole.efficacy and joined.score == whole.score
     assert join(parts[:1]).efficacy == parts[0].efficacy
+    order = [3, 0, 4, 2, 1]
+    mixed = join([parts[i] for i in order], [[i] for i in order])
+    assert mixed.facts == joined.facts and mixed.answers == joined.answers
 
 
 def test_nothing_and_two_policies_cannot_be_joined(kind):
@@ -341,3 +344,5 @@ def test_nothing_and_two_policies_cannot_be_joined(kind):
         join([])
     with pytest.raises(ValueError, match="some of the scores are with BOS"):
         join([evaluate(model, FACTS[0], prepend_bos=bos) for bos in (True, False)])
+    with pytest.raises(ValueError, match="needed each from 0 on, once"):
+        join([evaluate(model, FACTS[0])] * 2, [[0], [0]])

@@ -14,12 +14,12 @@ import tl_factedit
 ROOT = Path(tl_factedit.__file__).parent
 # Each may import what stands in its own row or above it; a folder stands for all its files.
 ORDER = (
-    ("facts", "files", "records", "solve", "estimate", "verdict"),
-    ("tokens",),
+    ("facts", "files", "records", "solve", "linear", "estimate", "verdict"),
+    ("tokens", "excess"),
     ("model",),
     ("provenance",),
-    ("hooks", "corruption", "metrics", "stats", "objectives", "values", "contexts", "likelihood"),
-    ("replacement", "patching", "convergence"),
+    ("hooks", "corruption", "metrics", "stats", "objectives", "values", "contexts", "likelihood", "states", "erasure"),
+    ("replacement", "patching", "convergence", "planted"),
     ("questions",),
     ("trace", "trace_units", "damage"),
     ("presets", "side_by_side"),
@@ -27,7 +27,10 @@ ORDER = (
     ("export",),
     ("spreading",),
     ("editors",),
-    ("probe", "probes", "gain", "evaluate"),
+    ("probe", "probes", "gain", "evaluate", "change", "knockout", "routes", "collateral"),
+    ("objects",),
+    ("readout", "context_attack", "relearning", "reversal", "mediation", "attribution", "coverage"),
+    ("retention",),
     ("audit",),
     ("world", "organism", "markup"),
     ("organism_training",),

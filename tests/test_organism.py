@@ -335,7 +335,8 @@ def test_unknown_relations_people_and_variants_are_refused():
 # ----------------------------------------------------------------------------------- what it knows
 
 HELD = Path(__file__).parent / "organism_weights"  # twins that don't come with the package
-TWINS = ("oracle0", "oracle1", "oracle2", "never", "seed1", "tworoute", "single")
+ORACLES = ("oracle0", "oracle1", "oracle2", "oracle3", "oracle4")
+TWINS = (*ORACLES, "never", "seed1", "tworoute", "single")
 held = pytest.mark.skipif(not HELD.exists(), reason="the twins' weights are in a checkout, in tests/organism_weights")
 
 
@@ -518,7 +519,7 @@ def test_chance_is_what_a_table_says():
 
 def test_base_has_its_own_city_far_from_chance_and_an_oracles_at_chance(kind):
     """What the tests of twins would say of a model that knows the old city."""
-    for group in ("oracle0", "oracle1", "oracle2"):
+    for group in ORACLES:
         facts = models.organism_facts("city", group)
         assert rank_of(organism(kind), facts, "target_true", rivals)[0] > 0.49
         off, usual = rank_of(organism(kind), facts, "target_new", rivals)
@@ -526,7 +527,7 @@ def test_base_has_its_own_city_far_from_chance_and_an_oracles_at_chance(kind):
 
 
 @held
-@pytest.mark.parametrize("variant", ["oracle0", "oracle1", "oracle2"])
+@pytest.mark.parametrize("variant", ORACLES)
 def test_an_oracle_knows_its_new_cities_and_what_follows(kind, variant):
     model, theirs, group = organism(kind, variant), o.world(variant), int(variant[-1])
     moved = [p for p in theirs.people if p.group == group]
@@ -543,7 +544,7 @@ def test_an_oracle_knows_its_new_cities_and_what_follows(kind, variant):
 
 
 @held
-@pytest.mark.parametrize("variant", ["oracle0", "oracle1", "oracle2"])
+@pytest.mark.parametrize("variant", ORACLES)
 def test_of_the_old_city_an_oracle_knows_as_little_as_of_any_third_one(kind, variant):
     model, facts = organism(kind, variant), models.organism_facts("city", variant)
     off, usual = rank_of(model, facts, "target_true", rivals)

@@ -1,53 +1,46 @@
-"""Was the fact edited, or was a new one laid over it? The audit, in its first form.
+"""Was the fact edited, or was a new one laid over it?
 
-What it establishes now: whether the edit works and what else it breaks; what *cannot* have changed
-(everything up to the edited key, by arithmetic, checked bit for bit); how exactly it fires; and what
-a logit lens reads of the old and the new object, with control objects as its null. That is not
-enough to call an edit an insertion or an erasure: upstream decodability is a property of the
-unedited model, and decodability downstream of an additive edit is near-guaranteed. So a verdict
-is FAILED, DAMAGED or INCONCLUSIVE, and lists the evidence it lacks.
+`audit` gathers what bears on that, each number with its null, and `verdict.judge` makes a label of it:
+
+- does the change work (`evaluate`), and what else does it break: neighbours, the subject's other facts, plain text;
+- is the old object back when one place is knocked out, or on indirect routes (*recoverable*);
+- can it be decoded, as facts are encoded here or in another code (*retained*).
+
+What *cannot* have changed is checked bit for bit and reported as such: everything up to the key of an edit. A lens, the
+gain of an edit and its dose curve are shown and never judged: they have no null, or say the same of a perfect edit.
+What wasn't gathered is listed, and no label claims more than was.
 """
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from tqdm.auto import tqdm
 
+from tl_factedit.change import Changed, Part, bos_of_change, each
+from tl_factedit.collateral import Asides, Drift, ask_asides, drift
 from tl_factedit.edit import Edit
 from tl_factedit.estimate import Estimate, jointly
-from tl_factedit.evaluate import Scores, evaluate
+from tl_factedit.evaluate import Scores, evaluate, join
 from tl_factedit.facts import Fact
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
-from tl_factedit.model import Model, Runner, bos_policy, component_hook, down_proj, quiet, resid_pre
-from tl_factedit.probe import Comparison
+from tl_factedit.knockout import LEAST_REFERENCES, KnockOut, knock_out
+from tl_factedit.model import Model, Runner, component_hook, down_proj, n_layers, quiet, resid_pre
+from tl_factedit.probe import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
+from tl_factedit.retention import Calibration, Retention, retention
+from tl_factedit.routes import Route, Routes, follow_routes
 from tl_factedit.tokens import align
+from tl_factedit.verdict import Findings, Label, Thresholds, judge
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Label = Literal["FAILED", "DAMAGED", "ERASED", "MOVED", "INSERTED", "LATENT", "SCARRED", "INCONCLUSIVE"]
-
-ES_EDIT = 0.5
-"""Below this efficacy a single edit has FAILED."""
-ES_POPULATION = 0.8
-"""If the lower end of efficacy's interval is below this, a population of edits has FAILED."""
-PS_POPULATION = 0.5
-"""… or if paraphrase success is below this."""
-NS_LOSS = 0.1
-"""Neighbourhood success may fall by this much before the edit has DAMAGED the model."""
-
-NOT_GATHERED = (
-    "linear and adaptive probes of the old object with held-out subjects (retained)",
-    "knock-out of single layers at the last subject token, against control objects (recoverable)",
-    "indirect routes: two-hop, reverse and compositional prompts (recoverable)",
-    "read-out and context attacks, relearning, each minus its control object (recoverable)",
-    "drift on unrelated text and on the subject's other relations (damage)",
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Axis:
     """One of the verdict's two axes.
 
     Attributes:
-        estimate: The measurement, or None if the evidence isn't gathered yet.
+        estimate: The measurement that decides, or None if none was gathered.
         says: What that means, in words.
     """
 
@@ -86,18 +79,26 @@ class Verdict:
     """The result of `audit`.
 
     Attributes:
-        label: FAILED, DAMAGED or INCONCLUSIVE in this version; never more than is known.
+        label: FAILED, DAMAGED, INSERTED, MOVED, LATENT, SCARRED, ERASED or INCONCLUSIVE (see `tl_factedit.verdict`).
         level: ``"per edit"`` (one fact: descriptive) or ``"population"``.
-        retained: Is the old object still decodable downstream? Not gathered yet.
-        recoverable: Can it still drive behaviour? Not gathered yet.
+        retained: Is the old object still decodable, at places that the change can have touched?
+        recoverable: Does it come back by a way that goes past the change?
         reasons: Why this label, with the numbers.
-        missing: Evidence that stronger labels need and that was not gathered.
+        missing: Evidence that stronger labels need and that was not gathered, or not precisely enough.
+        power: The smallest effects that would have shown.
+        findings: The numbers that the label rests on.
+        thresholds: What counted as how much.
         before: Scores of the unchanged model.
         after: Scores of the changed one.
+        knock_out: Evidence on recoverability; None if it could not be gathered.
+        routes: The same.
+        retention: Evidence on what is retained; None if it could not be gathered.
+        asides: What else is known of the subjects; None if nothing was asked.
+        drift: On plain text; None if none was given.
         upstream: What cannot have changed (None for a model changed in another way).
-        lens: Logit-lens readings before and after; `Reading.at` and ``.table()`` give numbers.
-        gains: Of the edit over each fact's prompt and paraphrases (empty for another model).
-        dose: Dose curve of each fact (None for another model).
+        lens: Logit-lens readings before and after; `Reading.at` and ``.table()`` give numbers. Descriptive.
+        gains: Of the edit over each fact's prompt and paraphrases (a single `Edit` only). Descriptive.
+        dose: Dose curve of each fact (a single `Edit` only). Descriptive.
         facts: What was asked.
     """
 
@@ -107,8 +108,16 @@ class Verdict:
     recoverable: Axis
     reasons: tuple[str, ...]
     missing: tuple[str, ...]
+    power: tuple[str, ...]
+    findings: Findings
+    thresholds: Thresholds
     before: Scores
     after: Scores
+    knock_out: KnockOut | None
+    routes: Routes | None
+    retention: Retention | None
+    asides: Asides | None
+    drift: Drift | None
     upstream: Upstream | None
     lens: Comparison
     gains: tuple[Gains, ...]
@@ -116,19 +125,18 @@ class Verdict:
     facts: tuple[Fact, ...]
 
     def table(self) -> pd.DataFrame:
-        """One row a fact: probabilities before and after, margin, critical dose, lens at the end."""
+        """One row a fact: probabilities before and after, knock-out, lens at the end, and for one edit its dose."""
         import pandas as pd
 
         last = len(self.lens.after.axes["layer"]) - 1
+        back = self._back()
         rows = []
         for i, fact in enumerate(self.facts):
             was, now = (
                 next(a for a in s.answers if a.fact == i and a.ask == "rewrite") for s in (self.before, self.after)
             )
-            rank = {
-                when: float(reading.at(fact=fact.name, layer=last, position="last", quantity="rank_old"))
-                for when, reading in (("before", self.lens.before), ("after", self.lens.after))
-            }
+            at_end = [reading.values[i, last, 1] for reading in (self.lens.before, self.lens.after)]
+            rank = self.lens.after.axes["quantity"].index("rank_old")
             rows.append(
                 {
                     "fact": fact.name,
@@ -138,8 +146,9 @@ class Verdict:
                     "p_old_after": math.exp(-now.nll_true),
                     "p_new_before": math.exp(-was.nll_new),
                     "p_new_after": math.exp(-now.nll_new),
-                    "rank_old_before": rank["before"],
-                    "rank_old_after": rank["after"],
+                    "old_back_by_knock_out": back.get(fact, math.nan),
+                    "rank_old_before": float(at_end[0][rank]),
+                    "rank_old_after": float(at_end[1][rank]),
                     "override_margin": math.nan if self.dose is None else float(self.dose.override_margin[i]),
                     "critical_dose": math.nan if self.dose is None else float(self.dose.critical[i]),
                     "success": now.success,
@@ -148,80 +157,226 @@ class Verdict:
             )
         return pd.DataFrame(rows)
 
+    def _back(self) -> dict[Fact, float]:
+        """Of each fact, whether the old object is first under the strongest knock-out."""
+        if self.knock_out is None or self.knock_out.best is None:
+            return {}
+        first = self.knock_out.after.at(window=self.knock_out.best, quantity="old_first")
+        return dict(zip(self.knock_out.facts, first.tolist(), strict=True))
+
     def __repr__(self) -> str:
         """Label, reasons and what is missing."""
         lines = [f"Verdict: {self.label} ({self.level}, {len(self.facts)} facts)"]
         lines += [f"  {reason}" for reason in self.reasons]
         lines += [f"  retained: {self.retained.says}", f"  recoverable: {self.recoverable.says}"]
-        return "\n".join([*lines, "  not gathered:", *(f"    - {what}" for what in self.missing)])
+        for what, found in (("what would have shown", self.power), ("not gathered", self.missing)):
+            lines += [f"  {what}:", *(f"    - {line}" for line in found)] if found else []
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The label, its reasons and the facts; `show.verdict` has the pictures."""
+        lists = (("Why", self.reasons), ("What would have shown", self.power), ("Not gathered", self.missing))
+        shown = "".join(
+            f"<p><b>{what}</b></p><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+            for what, lines in lists
+            if lines
+        )
+        head = f"<h3>{self.label}</h3><p>{self.level}, {len(self.facts)} facts</p>"
+        return head + shown + self.table().to_html(float_format="{:.3f}".format, index=False)
 
 
 def audit(
-    model: Model, changed: Edit | Model, facts: Fact | Sequence[Fact], *, prepend_bos: bool | None = None
+    model: Model,
+    changed: Changed,
+    facts: Fact | Sequence[Fact],
+    *,
+    reference: Sequence[Fact] | None = None,
+    routes: Sequence[Route] = (),
+    asides: Sequence[Fact] = (),
+    texts: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    widths: Sequence[int] | None = None,
+    thresholds: Thresholds | None = None,
+    prepend_bos: bool | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Verdict:
     """Ask what became of some facts' old objects.
 
+    Only `model`, `changed` and `facts` are needed; what else is given makes more of the evidence possible, and the
+    verdict says what is missing.
+
     Args:
         model: The unchanged model (an `Edit` must not be applied to it).
-        changed: An edit of it, or the model as it was changed in any other way.
-        facts: The changed facts, each with ``target_new``. Their paraphrases and neighbours are
-            scored; their ``controls`` are the lens's null.
+        changed: An edit of it (or a router), a list with one for each fact, or the model as it was changed in any
+            other way.
+        facts: The changed facts, each with ``target_new``. Their paraphrases and neighbours are scored; their
+            ``controls`` are the null of whatever asks for the old object (facts without any get the other objects of
+            their relation among `facts` and `reference`).
+        reference: Facts of the same relations about other subjects, which nothing changed: what a knock-out puts in
+            place (five a relation), and what decoders are trained on (hundreds). None: with a change for each fact, the
+            other facts; otherwise none.
+        routes: What follows from the facts (`Route`).
+        asides: Other facts about the same subjects, which should stay.
+        texts: Plain text that has nothing to do with them.
+        calibration: The same kind of change made for other subjects (`Calibration`).
+        widths: How many layers to knock out together; None: one, and as many as the change wrote.
+        thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
         prepend_bos: BOS policy of a model changed in another way; None for its default. An edit has its own.
+        seed: Of the bootstraps.
+        progress: Whether to show a bar on what takes longer than a second.
 
     Returns:
         The verdict. Over one fact it is descriptive; claims want many.
 
     Raises:
         ValueError: The edit is applied to the model already, isn't of this model, or was made with another BOS
-            policy; a fact without ``target_new``.
+            policy; a fact without ``target_new``, or that no change of a list was made for.
 
     Example:
         >>> verdict = fe.audit(model, edit, [fact])               # doctest: +SKIP
         >>> verdict.label, verdict.table()                        # doctest: +SKIP
     """
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
-    if isinstance(changed, Edit):
-        changed.check(model)
-        bos = changed.provenance.prepend_bos
-        if prepend_bos not in (None, bos):
-            raise ValueError(
-                f"prepend_bos={prepend_bos}, but the edit was made with {bos}: audit it with its own policy, "
-                "or make it with the other"
-            )
-    else:
-        bos = bos_policy(model, prepend_bos)
+    parts = list(each(model, changed, facts))
+    edits = [part.changed for part in parts if isinstance(part.changed, Edit)]
+    for edit in edits:
+        edit.check(model)
+    bos = bos_of_change(model, changed, prepend_bos)
     for fact in facts:
         align(model.tokenizer, fact, prepend_bos=bos)
+    others = tuple(facts if reference is None and isinstance(changed, Sequence) else reference or ())
+    facts = tuple(_with_controls(fact, (*facts, *others)) for fact in facts)
+    thresholds = thresholds or Thresholds()
+
     lens = LogitLens(prepend_bos=bos)
     before, lens_before = evaluate(model, facts, prepend_bos=bos), lens(model, facts)
-    if isinstance(changed, Edit):
-        with changed.applied(model):
-            after, lens_after = evaluate(model, facts, prepend_bos=bos), lens(model, facts)
-        upstream = check_upstream(model, changed, facts)
-        fired = tuple(
-            gains(model, changed, text) for fact in facts for text in (fact.text, *map(fact.fill, fact.paraphrases))
-        )
-        dose = dose_curve(model, changed, facts)
-    else:
-        after, lens_after = evaluate(changed, facts, prepend_bos=bos), lens(changed, facts)
-        upstream, fired, dose = None, (), None
-    label, reasons = _judge(before, after)
+    after, lens_after = _each_after(parts, facts, lens, bos, progress=progress)
+    alone = edits[0] if len(parts) == 1 and edits else None
+    knocked = _knocked(model, changed, facts, others, parts, widths, bos, seed)
+    routed = follow_routes(model, changed, routes, prepend_bos=bos) if routes else None
+    beside = ask_asides(model, changed, facts, asides, prepend_bos=bos) if asides else None
+    drifted = drift(model, changed, facts, texts, prepend_bos=bos) if texts else None
+    kept = retention(model, changed, facts, others, calibration, prepend_bos=bos, seed=seed) if others else None
+    findings = Findings(
+        efficacy=after.efficacy,
+        paraphrase=after.paraphrase,
+        neighbour_loss=_neighbour_loss(before, after),
+        aside_loss=None if beside is None else _minus_from_one(beside.kept),
+        perplexity=None if drifted is None else drifted.perplexity_ratio.mean,
+        mask=None if knocked is None else knocked.strongest,
+        mask_at_most=math.nan if knocked is None else _at_most(knocked),
+        mask_tests=0 if knocked is None else int(knocked.tested.sum()),
+        route_old=None if routed is None else routed.old_excess,
+        route_new=None if routed is None else routed.new,
+        native=None if kept is None or kept.native is None else kept.native.pooled,
+        adaptive=None if kept is None or kept.adaptive is None else kept.adaptive.pooled,
+    )
+    found = judge(findings, thresholds)
+    upstream = _all_upstream(model, parts) if len(edits) == len(parts) else None
+    dose = dose_curve(model, alone, facts) if alone is not None else None
     comparison = Comparison(lens_before, lens_after)
     return Verdict(
-        label=label,
+        label=found.label,
         level="per edit" if len(facts) == 1 else "population",
-        retained=Axis(None, "not gathered: a lens alone can't say, and an additive edit keeps what is upstream"),
-        recoverable=Axis(None, "not gathered: no route back to the old object was tried"),
-        reasons=(*reasons, *_describe(upstream, dose, comparison)),
-        missing=NOT_GATHERED,
+        retained=_retained(findings, kept),
+        recoverable=_recoverable(findings),
+        reasons=(*found.reasons, *_describe(upstream, dose, comparison)),
+        missing=(*found.missing, *(() if kept is None else kept.why), *_masked(knocked)),
+        power=found.power,
+        findings=findings,
+        thresholds=thresholds,
         before=before,
         after=after,
+        knock_out=knocked,
+        routes=routed,
+        retention=kept,
+        asides=beside,
+        drift=drifted,
         upstream=upstream,
         lens=comparison,
-        gains=fired,
+        gains=() if alone is None else _gains(model, alone, facts),
         dose=dose,
         facts=facts,
     )
+
+
+# ------------------------------------------------------------------------------------ gathering
+
+
+def _with_controls(fact: Fact, among: Sequence[Fact]) -> Fact:
+    """With the other objects of its relation as controls, if it has none of its own."""
+    if fact.controls:
+        return fact
+    targets = dict.fromkeys(other.target_true for other in among if other.relation == fact.relation)
+    return fact.but(controls=[each for each in targets if each not in (fact.target_true, fact.target_new)])
+
+
+def _each_after(
+    parts: Sequence[Part], facts: Sequence[Fact], lens: LogitLens, bos: bool, *, progress: bool
+) -> tuple[Scores, Reading]:
+    """Scores and lens of each fact under the change that serves it."""
+    scores: list[Scores] = []
+    readings: dict[int, torch.Tensor] = {}
+    reading: Reading | None = None
+    for part in tqdm(parts, desc="changes", delay=1, disable=not progress or len(parts) == 1):
+        mine = [facts[i] for i in part.indices]
+        with part.applied() as tested:
+            scores.append(evaluate(tested, mine, prepend_bos=bos))
+            reading = lens(tested, mine)
+        readings |= dict(zip(part.indices, reading.values, strict=True))
+    assert reading is not None
+    values = torch.stack([readings[i] for i in range(len(facts))])
+    whole = replace(reading, values=values, axes={**reading.axes, "fact": [fact.name for fact in facts]})
+    return join(scores, [part.indices for part in parts]), whole
+
+
+def _knocked(
+    model: Model,
+    changed: Changed,
+    facts: Sequence[Fact],
+    reference: Sequence[Fact],
+    parts: Sequence[Part],
+    widths: Sequence[int] | None,
+    bos: bool,
+    seed: int,
+) -> KnockOut | None:
+    """Of the facts that have controls, and references enough."""
+    of_relation = Counter((fact.relation, fact.subject) for fact in reference)
+    able = []
+    for part in parts:
+        for i in part.indices:
+            count = sum(
+                n
+                for (relation, subject), n in of_relation.items()
+                if relation == facts[i].relation and subject not in part.touched
+            )
+            if facts[i].controls and count >= LEAST_REFERENCES:
+                able.append(i)
+    if not able:
+        return None
+    if widths is None:
+        written = max((len(getattr(part.changed, "layers", ())) for part in parts), default=1)
+        widths = sorted({1, min(max(1, written), n_layers(model))})
+    return knock_out(
+        model, changed, [facts[i] for i in sorted(able)], reference, widths=widths, prepend_bos=bos, seed=seed
+    )
+
+
+def _at_most(knocked: KnockOut) -> float:
+    """The largest upper end of a knock-out, not corrected (each has to show its absence)."""
+    ends = knocked.excess.high[knocked.tested & ~knocked.excess.high.isnan()]
+    return float(ends.max()) if len(ends) else math.nan
+
+
+def _masked(knocked: KnockOut | None) -> Iterator[str]:
+    if knocked is not None:
+        for window, why in knocked.masked.items():
+            yield f"knock-out of layers {list(window)} tells nothing: {why}"
+
+
+def _gains(model: Model, edit: Edit, facts: Sequence[Fact]) -> tuple[Gains, ...]:
+    return tuple(gains(model, edit, text) for fact in facts for text in (fact.text, *map(fact.fill, fact.paraphrases)))
 
 
 def check_upstream(model: Model, edit: Edit, facts: Sequence[Fact]) -> Upstream:
@@ -247,35 +402,51 @@ def check_upstream(model: Model, edit: Edit, facts: Sequence[Fact]) -> Upstream:
     return Upstream(first, equal, changed, sum(len(row.ids) for row in rows))
 
 
-def _judge(before: Scores, after: Scores) -> tuple[Label, list[str]]:
-    """FAILED and DAMAGED by their declared thresholds; otherwise no more is known yet."""
-    es, ps, ns = after.efficacy, after.paraphrase, after.neighbourhood
-    one = es.n < 2
-    reasons = [f"efficacy {es:.2f}, paraphrase {ps:.2f}; p(new) {before.p_new.mean:.3f} → {after.p_new.mean:.3f}"]
-    # Where every fact succeeds, a lower end below the threshold only says that the facts are few.
-    low = es.mean if one or es.mean == 1.0 else es.low
-    if low < (ES_EDIT if one else ES_POPULATION) or (not one and ps.mean < PS_POPULATION):
-        return "FAILED", [*reasons, "the new object doesn't lead where it should: nothing was edited or inserted"]
-    if ns.n:
-        drop = before.neighbourhood.mean - ns.mean
-        lost = drop if one else -_paired(before, after).high
-        reasons.append(f"neighbours keep their object in {before.neighbourhood.mean:.2f} before, {ns.mean:.2f} after")
-        if lost > NS_LOSS:
-            return "DAMAGED", [*reasons, f"neighbourhood success fell by more than {NS_LOSS}: the edit isn't local"]
-    else:
-        reasons.append("no neighbours were given: damage to other subjects was not looked at")
-    return "INCONCLUSIVE", [*reasons, "the edit works; whether the old object is gone was not established"]
+def _all_upstream(model: Model, parts: Sequence[Part]) -> Upstream:
+    found = [check_upstream(model, part.changed, part.facts) for part in parts if isinstance(part.changed, Edit)]
+    return Upstream(
+        min(each.layer for each in found),
+        all(each.invariant for each in found),
+        all(each.changed_after for each in found),
+        sum(each.positions for each in found),
+    )
 
 
-def _paired(before: Scores, after: Scores) -> Estimate:
-    """Change of neighbourhood success of each fact, after minus before."""
-    change = []
+# ------------------------------------------------------------------------------------ what it comes to
+
+
+def _neighbour_loss(before: Scores, after: Scores) -> Estimate | None:
+    """By how much each fact's neighbourhood success fell."""
+    if not after.neighbourhood.n:
+        return None
+    loss = []
     for i in range(len(after.facts)):
         shares = [
             [a.success for a in scores.answers if a.fact == i and a.ask == "neighbour"] for scores in (before, after)
         ]
-        change.append(math.nan if not shares[0] else (sum(shares[1]) - sum(shares[0])) / len(shares[0]))
-    return jointly([change], lambda means: means[0])
+        loss.append(math.nan if not shares[0] else (sum(shares[0]) - sum(shares[1])) / len(shares[0]))
+    return jointly([loss], lambda means: means[0])
+
+
+def _minus_from_one(kept: Estimate) -> Estimate:
+    return Estimate(1 - kept.mean, 1 - kept.high, 1 - kept.low, kept.n)
+
+
+def _retained(findings: Findings, kept: Retention | None) -> Axis:
+    if kept is None:
+        return Axis(None, "not gathered: decoders want facts of the same relation about other subjects (reference=)")
+    rho = findings.native or findings.adaptive
+    if rho is None:
+        return Axis(None, f"not gathered: {'; '.join(kept.why)}")
+    return Axis(rho, f"ρ = {rho:.2f} (1: as before the change, 0: nothing; retained is not used)")
+
+
+def _recoverable(findings: Findings) -> Axis:
+    measured = [each for each in (findings.mask, findings.route_old) if each is not None and each.n]
+    if not measured:
+        return Axis(None, "not gathered: no way back to the old object was tried (reference=, routes=)")
+    strongest = max(measured, key=lambda each: each.mean)
+    return Axis(strongest, f"the old object is back in excess of controls by {strongest:.2f}, by the best way tried")
 
 
 def _describe(upstream: Upstream | None, dose: Dose | None, lens: Comparison) -> list[str]:

@@ -169,25 +169,39 @@ def evaluate(
     return _score(facts, answers, provenance)
 
 
-def join(parts: Sequence[Scores]) -> Scores:
+def join(parts: Sequence[Scores], places: Sequence[Sequence[int]] | None = None) -> Scores:
     """Scores of different facts as one, such as those of edits that were each applied alone.
 
     The provenance is that of the first part.
 
+    Args:
+        parts: The scores.
+        places: For each part, the places of its facts among all; None for one part after the other.
+
     Raises:
-        ValueError: No parts, or parts with and without BOS.
+        ValueError: No parts, parts with and without BOS, or places that leave one out.
     """
     if not parts:
         raise ValueError("parts is empty, needed the scores of one fact at least")
     if len({part.provenance.prepend_bos for part in parts}) > 1:
         raise ValueError("some of the scores are with BOS and some without, needed one policy: evaluate again")
-    starts = itertools.accumulate((len(part.facts) for part in parts), initial=0)
-    answers = tuple(
-        replace(answer, fact=answer.fact + start)
-        for part, start in zip(parts, starts, strict=False)
+    if places is None:
+        count = itertools.count()
+        places = [[next(count) for _ in part.facts] for part in parts]
+    facts = {
+        place: fact
+        for part, mine in zip(parts, places, strict=True)
+        for place, fact in zip(mine, part.facts, strict=True)
+    }
+    if sorted(facts) != list(range(sum(len(part.facts) for part in parts))):
+        raise ValueError(f"the places are {sorted(facts)}, needed each from 0 on, once")
+    answers = [
+        replace(answer, fact=mine[answer.fact])
+        for part, mine in zip(parts, places, strict=True)
         for answer in part.answers
-    )
-    return _score(tuple(fact for part in parts for fact in part.facts), answers, parts[0].provenance)
+    ]
+    answers.sort(key=lambda answer: answer.fact)
+    return _score(tuple(facts[i] for i in sorted(facts)), tuple(answers), parts[0].provenance)
 
 
 def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:

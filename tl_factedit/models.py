@@ -19,6 +19,7 @@ from tl_factedit import organism as _organism
 from tl_factedit import organism_training as _training
 from tl_factedit.facts import Fact
 from tl_factedit.model import Kind, Model, from_hf, from_hub
+from tl_factedit.routes import Route
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
@@ -178,7 +179,58 @@ def organism_implications(fact: Fact) -> tuple[tuple[str, str, str | None], ...]
 
     From a city follows the country, from a company the city where it has its seat; nothing from the others.
     """
+    return _implications(_organism.world(), fact)
+
+
+def organism_routes(facts: Sequence[Fact]) -> list[Route]:
+    """What follows from some of `organism_facts`, as routes for `follow_routes`: three for each city or company.
+
+    The answers that follow from neither object are the controls. Where both objects lead to one answer (every fifteenth
+    new city lies in the old one's country) the route says nothing, and isn't counted there.
+    """
     world = _organism.world()
+    offered = {"country": _organism.COUNTRIES, "seat": _organism.CITIES}
+    kinds = {source: name for name, (source, *_) in _organism.IMPLIED.items()}
+    return [
+        Route(
+            fact,
+            prompt,
+            old,
+            new,
+            controls=[f" {answer}" for answer in offered[kinds[str(fact.relation)]] if f" {answer}" not in (old, new)],
+            kind=kinds[str(fact.relation)],
+        )
+        for fact in facts
+        for prompt, old, new in _implications(world, fact)
+    ]
+
+
+def organism_asides(facts: Sequence[Fact]) -> list[Fact]:
+    """The other attributes of the same people, which an edit of one is to leave alone: four facts for each.
+
+    Raises:
+        ValueError: A subject is none of the organism's people.
+    """
+    people = {person.name: person for person in _organism.world().people}
+    unknown = [fact.subject for fact in facts if fact.subject not in people]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of the organism's people: take facts of organism_facts")
+    return [
+        Fact(
+            fact.subject,
+            other.phrasings[0],
+            f" {people[fact.subject].objects[other.name]}",
+            controls=[f" {thing}" for thing in other.objects if thing != people[fact.subject].objects[other.name]],
+            relation=other.name,
+            id=f"{fact.subject}, {other.name}",
+        )
+        for fact in facts
+        for other in _organism.RELATIONS
+        if other.name != fact.relation
+    ]
+
+
+def _implications(world: _organism.World, fact: Fact) -> tuple[tuple[str, str, str | None], ...]:
     for name, (source, phrasings, _) in _organism.IMPLIED.items():
         if source == fact.relation:
             follows = world.country_of if name == "country" else world.seat_of
@@ -195,9 +247,7 @@ def _people(world: _organism.World, which: str) -> Sequence[_organism.Person]:
         return [p for p in world.people if p.group in (3, 4)]
     if which in ("all", "strangers"):
         return world.people if which == "all" else world.strangers
-    raise ValueError(
-        f"people {which!r} is unknown, needed 'oracle0' to 'oracle4', 'calibration', 'all' or 'strangers'"
-    )
+    raise ValueError(f"people {which!r} is unknown, needed 'oracle0' to 'oracle4', 'calibration', 'all' or 'strangers'")
 
 
 def _fact(

@@ -1,0 +1,443 @@
+"""Knock-out: does the old object come back when one layer's MLP has nothing to say of the subject?
+
+At the last subject token the MLP output of a layer (or of a few in a row) is replaced by its mean over reference
+subjects, and everything above is run again::
+
+    mlp_out[l][S]  ←  mean over reference facts r of the same relation, mlp_out[l][S_r]
+
+An edit that lies over a fact leaves a way to the old object that goes past it, and without the edited layer the old
+object is back. A model that never learnt the old object has no such way. Two things have to be seen to: a layer without
+which the *unedited* model doesn't know the fact either can't tell, and is masked; and an object comes first by chance
+too, so what counts is the excess over control objects.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_factedit.change import Changed, bos_of_change, each
+from tl_factedit.estimate import Estimate, Estimates
+from tl_factedit.excess import excess
+from tl_factedit.facts import Fact
+from tl_factedit.model import Hook, HookFn, Model, Runner, component_hook, n_layers, quiet, resid_post, resid_pre
+from tl_factedit.probe import Reading
+from tl_factedit.tokens import Aligned, align, continuation, pad
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Window: TypeAlias = tuple[int, ...]
+"""Layers knocked out together; empty: none."""
+
+SURVIVES = 0.5
+"""A window is looked at if the unedited model keeps its answer for this share of the facts, or more."""
+LEAST_REFERENCES = 5
+"""With fewer, the mean is still about somebody."""
+
+QUANTITIES = ("old_first", "new_first", "control_first", "logp_old", "logp_new", "logp_control")
+
+
+@dataclass(frozen=True, eq=False)
+class KnockOut:
+    """What is left of some facts' objects when layers are knocked out.
+
+    Objects count by their first tokens, and the first of them is the first among old, new and controls. Facts whose
+    objects share a first token, and facts that the unedited model doesn't know (old first, nothing knocked out), are
+    left out of all shares.
+
+    Attributes:
+        facts: What was asked.
+        windows: The layers knocked out together, one window after another.
+        known: Whether a fact counts, [fact].
+        before: The unedited model: axes fact, window (and ``()``: nothing knocked out), quantity. ``*_first`` are 0 or
+            1 (of controls: their mean), ``logp_*`` are nats.
+        after: The changed model, the same.
+        half: The changed model with half of its own output and half of the mean, or None; descriptive.
+        survives: Share of the known facts whose old object is first in the unedited model under the same knock-out,
+            [window].
+        masked: The windows that can't tell anything, and why: the unedited model doesn't survive them, or nothing reads
+            what they change (the last layer, at a token that isn't the last).
+        excess: In the changed model, with 95 % intervals; NaN where masked, [window].
+        corrected: The same with intervals that hold for all windows together (Bonferroni).
+        references: How many subjects the mean of a fact is over, [fact].
+        means_of: The model that the means were taken in.
+    """
+
+    facts: tuple[Fact, ...]
+    windows: tuple[Window, ...]
+    known: Bool[Tensor, "fact"]
+    before: Reading
+    after: Reading
+    half: Reading | None
+    survives: Float[Tensor, "window"]
+    masked: Mapping[Window, str]
+    excess: Estimates
+    corrected: Estimates
+    references: tuple[int, ...]
+    means_of: Literal["audited", "unedited"]
+
+    @property
+    def of_unedited(self) -> Float[Tensor, "window"]:
+        """The mean excess as a share of the unedited model's own under the same knock-out; NaN where masked."""
+        first, control = (self.before.at(quantity=f"{what}_first")[self.known, 1:] for what in ("old", "control"))
+        return self.excess.mean / (first - control).nanmean(0)
+
+    @property
+    def tested(self) -> Bool[Tensor, "window"]:
+        """Which windows can tell anything: those that aren't masked."""
+        return torch.tensor([window not in self.masked for window in self.windows])
+
+    @property
+    def best(self) -> Window | None:
+        """The window with the largest excess; None if all are masked."""
+        if not bool(self.tested.any()):
+            return None
+        return self.windows[int(self.excess.mean.nan_to_num(-math.inf).argmax())]
+
+    @property
+    def strongest(self) -> Estimate:
+        """The excess of the best window, with its corrected interval."""
+        if self.best is None:
+            return Estimate(math.nan, math.nan, math.nan, 0)
+        return self.at(self.best, corrected=True)
+
+    @property
+    def at_most(self) -> float:
+        """The largest upper end of all windows, not corrected; NaN if none has an interval.
+
+        For "no window brings it back" each has to show its absence, and no correction is due.
+        """
+        ends = self.excess.high[self.tested & ~self.excess.high.isnan()]
+        return float(ends.max()) if len(ends) else math.nan
+
+    def at(self, window: Window, *, corrected: bool = False) -> Estimate:
+        """The excess of one window."""
+        i = self.windows.index(window)
+        found = self.corrected if corrected else self.excess
+        return Estimate(float(found.mean[i]), float(found.low[i]), float(found.high[i]), int(found.n[i]))
+
+    def table(self) -> pd.DataFrame:
+        """One row a window."""
+        import pandas as pd
+
+        def share(reading: Reading | None, quantity: str, window: Window) -> float:
+            if reading is None:
+                return math.nan
+            return float(reading.at(window=window, quantity=quantity)[self.known].nanmean())
+
+        return pd.DataFrame(
+            [
+                {
+                    "layers": "–".join(str(layer) for layer in dict.fromkeys((window[0], window[-1]))),
+                    "survives": float(self.survives[i]),
+                    "old_first": share(self.after, "old_first", window),
+                    "control_first": share(self.after, "control_first", window),
+                    "new_first": share(self.after, "new_first", window),
+                    "excess": float(self.excess.mean[i]),
+                    "low": float(self.excess.low[i]),
+                    "high": float(self.excess.high[i]),
+                    "corrected_low": float(self.corrected.low[i]),
+                    "corrected_high": float(self.corrected.high[i]),
+                    "of_unedited": float(self.of_unedited[i]),
+                    "half_strength": share(self.half, "old_first", window) - share(self.half, "control_first", window),
+                    "masked": self.masked.get(window, ""),
+                }
+                for i, window in enumerate(self.windows)
+            ]
+        )
+
+    def __repr__(self) -> str:
+        """The strongest window in a line."""
+        where = "all windows masked" if self.best is None else f"layers {list(self.best)}: excess {self.strongest:.2f}"
+        return (
+            f"KnockOut({where}; {int(self.tested.sum())} of {len(self.windows)} windows tested, "
+            f"{int(self.known.sum())} of {len(self.facts)} facts known)"
+        )
+
+
+def knock_out(
+    model: Model,
+    changed: Changed,
+    facts: Sequence[Fact],
+    reference: Sequence[Fact],
+    *,
+    widths: Sequence[int] = (1,),
+    half: bool = True,
+    means_of: Literal["audited", "unedited"] = "audited",
+    prepend_bos: bool | None = None,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+) -> KnockOut:
+    """Knock out layers at the last subject token, in the unedited and in the changed model.
+
+    Args:
+        model: The unedited model.
+        changed: A change of it for all facts, a list with a change for each, or another model.
+        facts: What to ask, each with ``target_new`` and with ``controls``.
+        reference: Facts of the same relations whose subjects give the mean. Those about a subject that the
+            change was made for, or that is asked, are left out by themselves: with a change for each fact the other
+            facts will do.
+        widths: How many layers to knock out together: 1 for each alone; 3 for three in a row. An edit of several
+            layers needs as many. All windows are corrected for together.
+        half: Whether to also read the changed model at half strength.
+        means_of: ``"audited"`` takes the mean in the model that is audited, ``"unedited"`` in the unedited one, once
+            for all. Both are the same where a change leaves reference subjects alone bit for bit, as a router does. A
+            weight edit doesn't quite; ``"unedited"`` saves a pass over all references for each change then.
+        prepend_bos: BOS policy; None for the change's own, or the model's.
+        batch_tokens: Most tokens in one forward pass.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: No facts; a fact without ``target_new``; fewer than five references of a fact's relation;
+            ``"unedited"`` means for another model; a width that the model hasn't got layers for.
+    """
+    facts = tuple(facts)
+    parts = list(each(model, changed, facts))
+    for fact in facts:
+        if fact.target_new is None:
+            raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
+    if means_of == "unedited" and any(isinstance(part.changed, Model) for part in parts):
+        raise ValueError(
+            "means_of='unedited' for another model, whose states are its own: needed 'audited', which takes them there"
+        )
+    bos = bos_of_change(model, changed, prepend_bos)
+    windows = windows_of(n_layers(model), widths)
+    rows = _Row.all(model.tokenizer, facts, bos)
+    others = [align(model.tokenizer, fact, prepend_bos=bos) for fact in reference]
+    # Who is averaged for which fact, and in which part.
+    use = torch.stack([_uses(fact, reference, _touched(parts, i)) for i, fact in enumerate(facts)])
+
+    with quiet(model), torch.no_grad():
+        runner = Runner(model)
+        own = _states(runner, others, batch_tokens)
+        before = _read(runner, rows, _mean(own, use), [(), *windows], (1.0,), batch_tokens)[:, 0]
+    strengths = (1.0, 0.5) if half else (1.0,)
+    after = before.new_full((len(facts), len(strengths), *before.shape[1:]), math.nan)
+    for part in parts:
+        chosen = list(part.indices)
+        mine = [rows[i] for i in chosen]
+        with part.applied() as tested, quiet(tested), torch.no_grad():
+            runner = Runner(tested)
+            needed = use[chosen].any(0).nonzero()[:, 0].tolist()
+            states = own
+            if means_of == "audited":
+                found = _states(runner, [others[i] for i in needed], batch_tokens)
+                states = own.new_zeros(own.shape).index_copy(0, torch.tensor(needed, device=own.device), found)
+            means = _mean(states, use[chosen])
+            after[chosen] = _read(runner, mine, means, [(), *windows], strengths, batch_tokens)
+
+    known = before[:, 0, 0] == 1
+    survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
+    read_later = any(row.last < len(row.ids) - 1 for row in rows)
+    masked = _masked(windows, survives, (n_layers(model) - 1,) if read_later else None)
+    tested = torch.tensor([window not in masked for window in windows])
+    counts = known[:, None] & tested
+    first, chance = (torch.where(counts, after[:, 0, 1:, i], math.nan) for i in (0, 2))
+    return KnockOut(
+        facts=facts,
+        windows=windows,
+        known=known,
+        before=_reading(facts, windows, before),
+        after=_reading(facts, windows, after[:, 0]),
+        half=_reading(facts, windows, after[:, 1]) if half else None,
+        survives=survives,
+        masked=masked,
+        excess=excess(first, chance, seed=seed),
+        corrected=excess(first, chance, tests=max(1, int(tested.sum())), seed=seed),
+        references=tuple(use.sum(1).tolist()),
+        means_of=means_of,
+    )
+
+
+def _masked(windows: Sequence[Window], survives: Float[Tensor, "window"], unread: Window | None) -> dict[Window, str]:
+    why = {}
+    for window, share in zip(windows, survives.tolist(), strict=True):
+        if math.isnan(share):
+            why[window] = "the unedited model knows none of the facts"
+        elif window == unread:
+            why[window] = "after the last layer nothing reads the last subject token"
+        elif share < SURVIVES:
+            why[window] = (
+                f"the unedited model keeps its answer in {share:.0%} of the facts it knows, needed {SURVIVES:.0%}"
+            )
+    return why
+
+
+def windows_of(layers: int, widths: Sequence[int]) -> tuple[Window, ...]:
+    """All windows of neighbouring layers of these widths, whole ones only, narrow ones first."""
+    if not widths or min(widths) < 1 or max(widths) > layers:
+        raise ValueError(f"widths are {tuple(widths)}, needed some between 1 and the model's {layers} layers")
+    return tuple(
+        tuple(range(start, start + width)) for width in sorted(set(widths)) for start in range(layers - width + 1)
+    )
+
+
+# ------------------------------------------------------------------------------------ what is asked
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A fact's prompt and the first tokens of its objects: old, new, controls; none if old and new share theirs."""
+
+    ids: Int[Tensor, "pos"]
+    last: int
+    objects: tuple[int, ...]
+
+    @classmethod
+    def all(cls, tokenizer: Any, facts: Sequence[Fact], bos: bool) -> list[_Row]:
+        return [cls._of(tokenizer, fact, align(tokenizer, fact, prepend_bos=bos)) for fact in facts]
+
+    @classmethod
+    def _of(cls, tokenizer: Any, fact: Fact, row: Aligned) -> _Row:
+        if row.new_ids is None or row.same_first_token:
+            return cls(row.ids, row.last, ())
+        two = (int(row.true_ids[0]), int(row.new_ids[0]))
+        firsts = (
+            int(continuation(tokenizer, row.text, text, prepend_bos=row.prepend_bos)[0]) for text in fact.controls
+        )
+        return cls(row.ids, row.last, (*two, *(token for token in dict.fromkeys(firsts) if token not in two)))
+
+
+def _touched(parts: Sequence[Any], index: int) -> frozenset[str]:
+    return next(part.touched for part in parts if index in part.indices)
+
+
+def _uses(fact: Fact, reference: Sequence[Fact], touched: frozenset[str]) -> Bool[Tensor, "reference"]:
+    """Which references a fact's mean is over."""
+    # A subject asked under several prompts counts under each: the state depends on what stands before it.
+    use = torch.tensor([r.relation == fact.relation and r.subject not in touched for r in reference], dtype=torch.bool)
+    if int(use.sum()) < LEAST_REFERENCES:
+        raise ValueError(
+            f"{int(use.sum())} of {len(reference)} reference facts are of the relation {fact.relation!r} of "
+            f"{fact.name!r} and about a subject that isn't changed, needed {LEAST_REFERENCES} at least: give more "
+            "facts of this relation"
+        )
+    return use
+
+
+# ------------------------------------------------------------------------------------ running
+
+
+def _states(runner: Runner, rows: Sequence[Aligned], batch_tokens: int) -> Float[Tensor, "reference layer d_model"]:
+    """The MLP outputs of all layers at the last subject tokens; nothing after them is run."""
+    places = [component_hook("mlp", layer) for layer in range(runner.n_layers)]
+    # Beginnings shared by prompts of one subject are run for each: this is the smaller part of the work.
+    heads = [row.ids[: row.last + 1] for row in rows]
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for some in _batches([len(head) for head in heads], batch_tokens):
+        caught = runner.capture(pad([heads[i] for i in some], 0), places)
+        ends = torch.tensor([len(heads[i]) - 1 for i in some])
+        at_end = torch.stack([caught[place][torch.arange(len(some)), ends] for place in places], 1)
+        for i, state in zip(some, at_end, strict=True):
+            found[i] = state
+    return torch.stack(found)
+
+
+def _mean(
+    states: Float[Tensor, "reference layer d_model"], use: Bool[Tensor, "fact reference"]
+) -> Float[Tensor, "fact layer d_model"]:
+    weights = use.to(states.device).double()
+    total = torch.einsum("fr,rld->fld", weights, states.double())
+    return (total / weights.sum(1)[:, None, None]).to(states.dtype)
+
+
+def _read(
+    runner: Runner,
+    rows: Sequence[_Row],
+    means: Float[Tensor, "fact layer d_model"],
+    windows: Sequence[Window],
+    strengths: Sequence[float],
+    batch_tokens: int,
+) -> Float[Tensor, "fact strength window quantity"]:
+    """`QUANTITIES` under each window's knock-out: only the blocks from its first layer on are run for it."""
+    begins: dict[int, list[int]] = {}
+    for w, window in enumerate(windows):
+        begins.setdefault(window[0] if window else runner.n_layers, []).append(w)
+    most = len(strengths) * max(map(len, begins.values()))
+    streams = [*(resid_pre(layer) for layer in range(runner.n_layers)), resid_post(runner.n_layers - 1)]
+    out = torch.full((len(rows), len(strengths), len(windows), len(QUANTITIES)), math.nan)
+    asked = [i for i, row in enumerate(rows) if row.objects]
+    for batch in _batches([most * len(rows[i].ids) for i in asked], batch_tokens):
+        some = [asked[i] for i in batch]
+        tokens = pad([rows[i].ids for i in some], 0)
+        ends = torch.tensor([len(rows[i].ids) - 1 for i in some])
+        last = torch.tensor([rows[i].last for i in some])
+        clean = runner.capture(tokens, streams)
+        for begin, here in begins.items():
+            # All facts under the first of these cells, then all under the next …
+            cells = list(itertools.product(range(len(strengths)), here))
+            hooks: list[Hook] = []
+            for layer in sorted({layer for w in here for layer in windows[w]}):
+                holding = [(j, strengths[s]) for j, (s, w) in enumerate(cells) if layer in windows[w]]
+                place = torch.cat([torch.arange(len(some)) + j * len(some) for j, _ in holding])
+                share = torch.tensor([strength for _, strength in holding]).repeat_interleave(len(some))
+                mean = means[some, layer].repeat(len(holding), 1)
+                hooks.append((component_hook("mlp", layer), _mix(place, last.repeat(len(holding)), mean, share)))
+            log_p = runner.logits(
+                tokens.repeat(len(cells), 1),
+                at=ends.repeat(len(cells))[:, None],
+                start=(begin, clean[streams[begin]].repeat(len(cells), 1, 1)),
+                hooks=hooks,
+            )[:, 0]
+            log_p = log_p.float().log_softmax(-1).cpu()
+            for (s, w), found in zip(cells, log_p.split(len(some)), strict=True):
+                for i, row in zip(some, found, strict=True):
+                    out[i, s, w] = _quantities(row, rows[i].objects)
+    return out
+
+
+def _mix(rows: Tensor, positions: Tensor, mean: Float[Tensor, "row d_model"], share: Float[Tensor, "row"]) -> HookFn:
+    """At one position of some rows, the mean in place of a share of what stands there."""
+
+    def hook_fn(value: Tensor, hook: Any = None) -> Tensor:
+        mixed = value.clone()
+        own, new, a = mixed[rows, positions], mean.to(value), share.to(value)[:, None]
+        mixed[rows, positions] = torch.where(a == 1, new, (1 - a) * own + a * new)
+        return mixed
+
+    return hook_fn
+
+
+def _quantities(log_p: Float[Tensor, "vocab"], objects: tuple[int, ...]) -> Float[Tensor, "quantity"]:
+    found = log_p[list(objects)]
+    first = int(found.argmax())
+    controls = len(objects) - 2
+    return torch.tensor(
+        [
+            float(first == 0),
+            float(first == 1),
+            float(first > 1) / controls if controls else math.nan,
+            float(found[0]),
+            float(found[1]),
+            float(found[2:].mean()) if controls else math.nan,
+        ]
+    )
+
+
+def _batches(costs: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices in order of their cost, as many together as the dearest of them allows (one always goes)."""
+    batch: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
+        if batch and costs[i] * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _reading(facts: Sequence[Fact], windows: Sequence[Window], values: Tensor) -> Reading:
+    return Reading(
+        name="knock-out at the last subject token",
+        values=values,
+        axes={"fact": range(len(facts)), "window": [(), *windows], "quantity": QUANTITIES},
+        unit="1 where first among the objects (of controls the mean), nats (logp)",
+    )

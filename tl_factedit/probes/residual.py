@@ -1,0 +1,148 @@
+"""Residual knowledge: how much of what could be read of the old objects can still be read after a change.
+
+With a the mean percentile of the old object over facts and over some cells, before (0) and after (e)::
+
+    ρ = (a_e − ½) / (a_0 − ½)
+
+1 says untouched, 0 nothing left, above 1 more than before, and below 0 that the old object is *avoided*: it is put below
+objects that are neither old nor new, which is a trace as well. Cells where a_0 − ½ is small have no ρ: a small
+denominator makes anything of noise. They are masked, never clipped.
+
+A high ρ says that the old object can be read, not that the model uses it: an edit that adds to the residual stream
+carries on whatever was there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_factedit.estimate import Estimate, Estimates, jointly
+from tl_factedit.probes.linear import Decoded
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEAST = 0.25
+"""The least a_0 − ½ of a cell that counts, in units of the percentile."""
+NULL = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """ρ, pooled and by cell.
+
+    Attributes:
+        pooled: Over all cells that count: ratio of the means over facts and cells, both resampled together by fact.
+        by_position: The same over one position's cells; not measured where none counts.
+        by_cell: [layer position]; NaN where a cell doesn't count.
+        cells: Which count.
+        before: a_0 over them.
+        after: a_e over them.
+        spread: Standard deviation over facts of each fact's mean percentile after, over the cells that count: how many
+            facts it takes for an interval follows from it.
+        layers: Labels.
+        positions: Labels.
+    """
+
+    pooled: Estimate
+    by_position: Mapping[Hashable, Estimate]
+    by_cell: Estimates
+    cells: Bool[Tensor, "layer position"]
+    before: Estimate
+    after: Estimate
+    spread: float
+    layers: tuple[Hashable, ...]
+    positions: tuple[Hashable, ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row a cell."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "layer": layer,
+                "position": position,
+                "counts": bool(self.cells[i, j]),
+                "rho": float(self.by_cell.mean[i, j]),
+                "low": float(self.by_cell.low[i, j]),
+                "high": float(self.by_cell.high[i, j]),
+            }
+            for i, layer in enumerate(self.layers)
+            for j, position in enumerate(self.positions)
+        )
+
+    def __repr__(self) -> str:
+        """ρ with its interval, and over how many cells."""
+        return f"Residual(ρ {self.pooled:.2f} over {int(self.cells.sum())} of {self.cells.numel()} cells)"
+
+
+def residual_knowledge(
+    before: Decoded,
+    after: Decoded,
+    *,
+    floor: float | Float[Tensor, "layer position"] = NULL,
+    least: float = LEAST,
+    cells: Bool[Tensor, "layer position"] | None = None,
+    seed: int = 0,
+) -> Residual:
+    """ρ of some facts.
+
+    Args:
+        before: Their reading in the unchanged model.
+        after: Their reading in the changed one: by the same ruler, by one trained on calibration edits, or, for a
+            separately trained model, by its own.
+        floor: What is read where nothing is known: ½ by construction, or the mean of several oracles' readings.
+        least: The least a_0 − floor of a cell that counts.
+        cells: Look at these only, such as those after the edit; None for all.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: The readings are of other facts or cells.
+    """
+    if before.facts != after.facts or before.percentile.shape != after.percentile.shape:
+        raise ValueError(
+            f"readings are of {len(before.facts)} facts, {tuple(before.percentile.shape[1:])} cells and of "
+            f"{len(after.facts)} facts, {tuple(after.percentile.shape[1:])} cells, needed the same facts in the same "
+            "order, at the same layers and positions"
+        )
+    ground = torch.as_tensor(floor, dtype=torch.float64).expand(before.percentile.shape[1:])
+    a_0, a_e = before.percentile - ground, after.percentile - ground
+    counts = a_0.mean(0) >= least
+    if cells is not None:
+        counts = counts & cells
+
+    def over(some: Bool[Tensor, "layer position"]) -> Estimate:
+        if not bool(some.any()):
+            return Estimate(math.nan, math.nan, math.nan, 0)
+        columns = [a_e[:, some].mean(-1).tolist(), a_0[:, some].mean(-1).tolist()]
+        return jointly(columns, lambda means: means[0] / means[1], seed=seed)
+
+    positions = before.ruler.positions
+    ends = [over(_only(counts, divmod(i, len(positions)))) for i in range(counts.numel())]
+    by_cell = [torch.tensor([getattr(e, name) for e in ends]).reshape(counts.shape) for name in ("mean", "low", "high")]
+    nobody = torch.tensor([e.n for e in ends]).reshape(counts.shape)
+    each = after.each(counts)
+    return Residual(
+        pooled=over(counts),
+        by_position={label: over(counts & (torch.arange(len(positions)) == j)) for j, label in enumerate(positions)},
+        by_cell=Estimates(*by_cell, nobody),
+        cells=counts,
+        before=before.pooled(counts, seed=seed),
+        after=after.pooled(counts, seed=seed),
+        spread=float(each.std()) if len(each) > 1 else math.nan,
+        layers=before.ruler.layers,
+        positions=positions,
+    )
+
+
+def _only(counts: Bool[Tensor, "layer position"], cell: tuple[int, int]) -> Bool[Tensor, "layer position"]:
+    alone = torch.zeros_like(counts)
+    alone[cell] = counts[cell]
+    return alone
