@@ -15,9 +15,10 @@ from tl_factedit.audit import Verdict
 from tl_factedit.estimate import Estimate
 from tl_factedit.evaluate import Answer, Scores
 from tl_factedit.gain import Dose, Gains
+from tl_factedit.knockout import SURVIVES, KnockOut
 from tl_factedit.markup import Html, clip, join, number, rows, tag, token
 from tl_factedit.page import coloured_tokens
-from tl_factedit.probe import Comparison
+from tl_factedit.probe import Comparison, Reading
 from tl_factedit.svg import NEW, OLD, Line, Rule, line_chart, line_swatch
 
 _MOST_ROWS = 60
@@ -192,6 +193,44 @@ def lens_charts(verdict: Verdict) -> Html:
         tag("h4", "Logit lens, layer by layer"),
         tag("figure", legend(keys), tag("div", *charts, class_="tlf-charts"), tag("figcaption", caption)),
     )
+
+
+def knock_out_chart(knocked: KnockOut) -> Html:
+    """Which object comes first when a layer is knocked out, by layer, beside how the unedited model fares."""
+    single = [(i, window[0]) for i, window in enumerate(knocked.windows) if len(window) == 1]
+    layers = [float(layer) for _, layer in single]
+
+    def share(reading: Reading, quantity: str, label: str, colour: str, *, dashed: bool = False) -> Line:
+        values = reading.at(quantity=quantity)[knocked.known, 1:].nanmean(0)
+        return Line(label, layers, [float(values[i]) for i, _ in single], colour, dashed, 1.6 if dashed else 2.2)
+
+    chart = line_chart(
+        [
+            share(knocked.before, "old_first", "old object, unedited model", OLD, dashed=True),
+            share(knocked.after, "old_first", "old object", OLD),
+            share(knocked.after, "new_first", "new object", NEW),
+            share(knocked.after, "control_first", "a control object, on average", "#9a9aa5"),
+        ],
+        title="First among the objects, one layer's MLP knocked out",
+        x_label="layer knocked out at the last subject token",
+        y_label="share of facts",
+        y_range=(-0.03, 1.03),
+        rules=[Rule(SURVIVES, "y", "needed of the unedited model")],
+        width=480.0,
+        height=270.0,
+    )
+    keys = [
+        (line_swatch(OLD, dashed=True), "old object, unedited model"),
+        (line_swatch(OLD, dashed=False), "old object, changed model"),
+        (line_swatch(NEW, dashed=False), "new object, changed model"),
+        (line_swatch("#9a9aa5", dashed=False), "a control object, changed model"),
+    ]
+    best = "" if knocked.best is None else f" Strongest: layers {list(knocked.best)}, excess {knocked.strongest:.2f}."
+    caption = (
+        "The MLP's output at the last subject token is replaced by its mean over other subjects. Layers that the "
+        f"unedited model can't spare tell nothing.{best}"
+    )
+    return join(tag("h4", "Knock-out"), tag("figure", legend(keys), chart, tag("figcaption", caption)))
 
 
 def dose_chart(dose: Dose) -> Html:

@@ -22,6 +22,7 @@ from tl_factedit.evidence import (
     fact_table,
     fired_strips,
     gain_table,
+    knock_out_chart,
     legend,
     lens_charts,
     prompt_table,
@@ -326,12 +327,16 @@ def verdict(verdict: Verdict) -> Picture:
         tag("div", *axes, class_="tlf-axes"),
         tag("h4", "Why"),
         bullets(verdict.reasons),
-        join(tag("h4", "Evidence not gathered, which a stronger label needs"), bullets(verdict.missing))
+        join(tag("h4", "What would have shown, with 80 % probability"), bullets(verdict.power))
+        if verdict.power
+        else None,
+        join(tag("h4", "Not gathered, or not precisely enough, for a stronger label"), bullets(verdict.missing))
         if verdict.missing
         else None,
         tag("h4", "Before and after"),
         score_table([verdict.before, verdict.after]),
         fact_table(verdict),
+        knock_out_chart(verdict.knock_out) if verdict.knock_out is not None else None,
         lens_charts(verdict),
         dose_chart(verdict.dose) if verdict.dose is not None else None,
         fired_strips(verdict.gains) if verdict.gains else None,
