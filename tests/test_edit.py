@@ -1,8 +1,10 @@
 """An edit goes on and comes off bit for bit, alone, among others, from a file, and when something fails."""
 
+import contextlib
 import copy
 import dataclasses
 import math
+import warnings
 
 import laws
 import pytest
@@ -10,8 +12,10 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.edit import base_fingerprint
+from tl_factedit import files
+from tl_factedit.edit import base_fingerprint, diagnose_many, measure_spill
 from tl_factedit.model import DownProj, down_proj, fingerprint, layout
+from tl_factedit.tokens import align
 
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "phi3", "gemma2")]
 FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if "hooked" in tiny.KINDS]
@@ -87,7 +91,8 @@ def test_subtracting_the_delta_would_not_do(kind):
     # The opposite of a bit-exact undo: the reason why the weights are kept.
     model = tiny.model(kind, "gpt2")
     edit, before = made(model, scale=100), w_out(model)
-    edit.apply_(model)
+    with pytest.warns(fe.EditWarning, match="the update of layer 1 is .* of ‖W‖"):
+        edit.apply_(model)
     edited = w_out(model)
     edit.undo_(model)
     assert torch.equal(w_out(model), before)
@@ -350,7 +355,8 @@ def test_in_bfloat16_exactness_is_what_the_stored_weights_give(kind, scale):
     edit = fe.Rome(laws.stats(model, 1), fit=fit, contexts=laws.CONTEXTS, progress=False)(model, [laws.FACT])
     site, key = down_proj(model, 1), edit.keys[1]
     before, wanted = site.value(key), edit.values[1]
-    with edit.applied(model):
+    says = pytest.warns(fe.EditWarning, match="rounding .* loses") if scale < 1 else contextlib.nullcontext()
+    with says, edit.applied(model):
         measured = float((site.value(key) - wanted).norm() / (wanted - before).norm())
     assert edit.diagnostics[0].exactness == pytest.approx(measured, rel=1e-6)
     assert measured > 1e-4  # no bfloat16 edit is exact to float32's digits
@@ -370,3 +376,195 @@ def test_the_fingerprint_of_the_base_does_not_see_edits(model):
     with made(model).applied(model), made(model, 2).applied(model):
         assert fingerprint(model) != base
         assert base_fingerprint(model) == base
+
+
+# ---------------------------------------------------------------------------------------- spill
+
+
+def moved_by(model, edit: fe.Edit, layer: int, text: str) -> torch.Tensor:
+    """‖k_t Δ‖ at every token of a text, with the keys of the edited model, seen by TransformerLens' own hooks."""
+    name = f"blocks.{layer}.mlp.hook_post"
+    (delta,) = [delta for delta in edit.deltas if delta.layer == layer]
+    with edit.applied(model), torch.no_grad():
+        _, cache = model.run_with_cache(model.to_tokens(text, prepend_bos=True), names_filter=[name])
+    return (cache[name][0].double() @ delta.dense).norm(dim=-1)
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_spill_is_the_most_that_another_token_gets_beside_the_one_that_is_meant(form):
+    model = tiny.model(*form)
+    edit = dataclasses.replace(two_layers(model), facts=(laws.FACT, laws.OTHER))
+    with laws.untouched(model):
+        found, ends = fe.spill(model, edit), fe.spill(model, edit, at="end")
+        near = fe.spill(model, edit, neighbours=True)
+    for layer in (1, 2):
+        for i, fact in enumerate(edit.facts):
+            moved = moved_by(model, edit, layer, fact.text)
+            last = align(model.tokenizer, fact, prepend_bos=True).last
+            others = [moved[t] for t in range(len(moved)) if t != last]
+            assert found[layer][i] == pytest.approx(float(max(others) / moved[last]), rel=1e-3)
+            assert ends[layer][i] == pytest.approx(float(moved[:-1].max() / moved[-1]), rel=1e-3)
+            asked = [moved_by(model, edit, layer, text).max() for text in fact.neighbours]
+            assert near[layer][i] == pytest.approx(float(max([*others, *asked]) / moved[last]), rel=1e-3)
+    with edit.applied(model):
+        assert fe.spill(model, edit)[2] == pytest.approx(found[2], rel=1e-3)
+    # In the unedited model the keys of the second layer are others.
+    alone = measure_spill(model, edit.facts, edit.deltas[1:], prepend_bos=True)
+    assert alone[2] != pytest.approx(found[2], rel=1e-3)
+
+
+def test_an_update_that_only_its_own_key_sees_does_not_spill(kind):
+    model = tiny.model(kind, "gpt2")
+    row = align(model.tokenizer, laws.FACT, prepend_bos=True)
+    name = "blocks.1.mlp.hook_post"
+    with torch.no_grad():
+        keys = model.run_with_cache(row.ids[None], names_filter=[name])[1][name][0].double()
+    others = torch.cat([keys[: row.last], keys[row.last + 1 :]])
+    seen = torch.linalg.qr(others.T).Q
+    own = keys[row.last] - seen @ (seen.T @ keys[row.last])
+    right = torch.ones(1, model.cfg.d_model, dtype=torch.float64)
+    blind, plain = fe.Delta(1, own[:, None], right), fe.Delta(1, keys[row.last][:, None], right)
+    assert measure_spill(model, [laws.FACT], [blind], prepend_bos=True)[1][0] < 1e-4
+    assert measure_spill(model, [laws.FACT], [plain], prepend_bos=True)[1][0] > 0.1
+    nothing = fe.Delta(1, own[:, None], 0 * right)
+    assert measure_spill(model, [laws.FACT], [nothing], prepend_bos=True)[1] == (0.0,)
+
+
+def test_the_spill_of_a_foreign_edit_is_not_measured(kind):
+    model = tiny.model(kind, "gpt2")
+    refused(tiny.model(kind, "gpt2", seed=9), lambda other: fe.spill(other, made(model)), "made for weights")
+
+
+# ---------------------------------------------------------------------------------------- diagnostics
+
+
+@pytest.mark.parametrize("rank", [1, 7, 32, 60])
+def test_the_norm_of_factors_is_that_of_their_product(rank):
+    draw = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(size, generator=draw, dtype=torch.float64) for size in ((64, rank), (rank, 32)))
+    left[:, rank // 2] = left[:, 0] * (1 + 1e-9)  # what cancels must not cost digits
+    right[rank // 2] = -right[0]
+    delta = fe.Delta(0, left, right)
+    assert delta.norm == pytest.approx(float(delta.dense.norm()), rel=1e-9, abs=1e-12)
+
+
+def test_a_full_change_is_added_to_the_bit(model):
+    site, before = down_proj(model, 1), w_out(model)
+    other = site.W + 0.1 * torch.randn(site.W.shape, generator=torch.Generator().manual_seed(0))
+    delta = fe.Delta.full(1, other.double() - site.W.double())
+    assert torch.equal(delta.on(site.W), other)
+    edit = dataclasses.replace(made(model), deltas=(delta,))
+    laws.comes_off_bit_for_bit(edit, model)
+    with laws.untouched(model), made(model, seed=4).applied(model), edit.applied(model), made(model, 2).applied(model):
+        assert not torch.equal(site.W, other)
+    edit.apply_(model)
+    more = made(model, seed=4)
+    more.apply_(model)
+    edit.undo_(model)
+    assert torch.equal(site.W, more.deltas[0].on(before))
+    more.undo_(model)
+
+
+def test_of_a_fact_that_nothing_is_wanted_of_nothing_is_missing(model):
+    site = down_proj(model, 1)
+    keys = torch.eye(64, dtype=torch.float64)[:2]
+    residuals = torch.stack([torch.ones(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)])
+    found = diagnose_many(site, fe.Delta(1, keys[:1].T, residuals[:1] / 2), keys, keys, residuals, spill=[0.5, 0.0])
+    assert found.unmet == pytest.approx((0.5, 0.0))
+    assert found.spill == (0.5, 0.0)
+
+
+def test_files_from_before_there_was_a_spill_are_read(model, tmp_path):
+    edit, file = made(model), tmp_path / "edit.safetensors"
+    edit.save(file)
+    header, tensors = files.read(file, "edit")
+    for diagnostics in header["diagnostics"]:
+        del diagnostics["spill"], diagnostics["unmet"], diagnostics["key_cosine"]
+    files.write(file, "edit", header, tensors)
+    loaded = fe.Edit.load(file)
+    laws.same_edits(loaded, edit)
+    assert loaded.diagnostics[0].spill == ()
+
+
+def test_the_table_has_a_row_a_layer_and_the_worst_fact(model):
+    edit = two_layers(model)
+    worse = dataclasses.replace(edit.diagnostics[0], spill=(0.1, 0.4), unmet=(0.3, 0.2))
+    table = dataclasses.replace(edit, diagnostics=(worse, edit.diagnostics[1])).table()
+    assert list(table.layer) == [1, 2]
+    assert table.relative_norm[0] == pytest.approx(edit.diagnostics[0].relative_norm)
+    assert (table.spill[0], table.unmet[0]) == (0.4, 0.3)
+    assert math.isnan(table.spill[1]) and math.isnan(table.unmet[1])
+
+
+def test_a_notebook_shows_the_table_and_the_concerns_and_nothing_else_as_html(model):
+    edit = made(model, fact=laws.FACT.but(subject="<script>", id="<b>"))
+    shown = edit._repr_html_()
+    assert "<table" in shown and "&lt;script&gt;" in shown and "<script>" not in shown
+    assert "<ul>" not in shown
+    large = edit.scaled(1e4)
+    assert "<ul><li>the update of layer 1 is" in large._repr_html_()
+    assert "<b>" not in large._repr_html_()
+
+
+# ---------------------------------------------------------------------------------------- concerns
+
+
+CONCERNS = {
+    "hardly sees its key": {"division_factor": -0.02},
+    "rounding to the weights' type loses 30%": {"exactness": 0.3},
+    "another token of a prompt gets 9 times": {"spill": (0.0, 9.0)},
+    "60% of what the facts need is not met in the last layer, 2": {"unmet": (0.5, 0.7)},
+}
+
+
+@pytest.mark.parametrize("concern", CONCERNS)
+def test_what_may_disable_a_model_or_miss_a_fact_is_said_once_with_what_to_do(model, concern):
+    edit = two_layers(model)
+    last = dataclasses.replace(edit.diagnostics[1], **CONCERNS[concern])
+    bad = dataclasses.replace(edit, diagnostics=(edit.diagnostics[0], last))
+    assert edit.concerns == ()
+    (said,) = bad.concerns
+    assert concern in said
+    with pytest.warns(fe.EditWarning, match="the edit of 'The Eiffel Tower': .*" + concern):
+        bad.apply_(model)
+    bad.undo_(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with bad.applied(model), dataclasses.replace(edit, facts=(laws.OTHER,)).scaled(0.5).applied(model):
+            pass
+    with pytest.warns(fe.EditWarning), dataclasses.replace(bad).applied(model):  # another object
+        pass
+
+
+def test_bounds_are_not_crossed_by_less(model):
+    edit = two_layers(model)
+    fine = {"division_factor": 0.06, "exactness": 0.09, "spill": (0.9,), "unmet": (0.9, 0.0)}
+    last = dataclasses.replace(edit.diagnostics[1], **fine)
+    first = dataclasses.replace(edit.diagnostics[0], unmet=(0.9, 0.9))  # which the last layer takes up
+    assert dataclasses.replace(edit, diagnostics=(first, last)).concerns == ()
+
+
+def test_the_size_that_counts_is_that_of_the_change_itself(model):
+    edit = made(model)
+    once = edit.diagnostics[0].relative_norm
+    assert edit.scaled(1.4 / once).concerns == ()
+    (said,) = edit.scaled(1.6 / once).concerns
+    assert "the update of layer 1 is 160% of ‖W‖" in said
+    assert edit.scaled(-1.6 / once).concerns == (said,)
+    half = edit.scaled(0.8 / once)
+    assert half.concerns == ()
+    (together,) = fe.compose([half, made(model).scaled(0.8 / once)]).concerns
+    assert "160%" in together
+    opposite = fe.compose([edit.scaled(9 / once), edit.scaled(-9 / once)])
+    assert opposite.concerns == ()
+
+
+def test_where_warnings_are_errors_nothing_is_written(model):
+    edit = made(model).scaled(1e4)
+    before = laws.state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(fe.EditWarning):
+                edit.apply_(model)
+            laws.assert_same(before, laws.state(model))

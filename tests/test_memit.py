@@ -1,4 +1,8 @@
-"""MEMIT, EMMET and AlphaEdit: the laws of every editor, the closed forms, and what they promise of each other."""
+"""MEMIT, EMMET and AlphaEdit: the laws of every editor, the closed forms, and what they promise of each other.
+
+The closed forms are tested on a planted associative memory, in float64; 1e-9 is some thousand roundings of numbers of
+size 1.
+"""
 
 import functools
 
@@ -6,14 +10,17 @@ import laws
 import pytest
 import tiny
 import torch
+from oracles import editing
 
 import tl_factedit as fe
 from tl_factedit import solve
 from tl_factedit.editing import check_facts
-from tl_factedit.model import Runner
+from tl_factedit.model import Runner, down_proj, quiet
+from tl_factedit.spreading import spread
 from tl_factedit.values import ValueFit, fit_value, fit_values
 
 FIT = ValueFit(steps=4, clamp=0.75)
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
 FACTS = [laws.FACT, laws.OTHER]
 LAYERS = (1, 2)
 EDITORS = {
@@ -27,8 +34,8 @@ every = pytest.mark.parametrize("name", EDITORS)
 
 
 @functools.cache
-def shared(kind: str, arch: str = "gpt2"):
-    return tiny.model(kind, arch)
+def shared(kind: str, arch: str = "gpt2", dtype: torch.dtype = torch.float32):
+    return tiny.model(kind, arch, dtype=dtype)
 
 
 def stats_of(model) -> dict[int, fe.KeyStats]:
@@ -171,77 +178,309 @@ def test_alphaedit_stays_in_its_null_space_and_keeps_earlier_keys(kind):
     assert moved[1] < moved[0] / 2
 
 
+# ---------------------------------------------------------------------------------------- the literal loop
+
+
+def literal(name: str, stats: dict[int, fe.KeyStats]):
+    """The published closed form of an editor of `EDITORS`, by explicit inverses."""
+    none = torch.zeros(0, laws.D_MLP, dtype=torch.float64)
+
+    def update(layer, keys, residuals):
+        moment = stats[layer].moment
+        if name == "memit":
+            return editing.least_squares(moment, keys, residuals, 1.0)
+        if name == "emmet":
+            return editing.equality(moment, keys, residuals, 0.0)
+        values = torch.linalg.eigvalsh(moment)
+        most = int((values.cumsum(0) <= 0.1 * values.sum()).sum())
+        projection = editing.null_space(moment, float(values[most - 1 : most + 1].mean()))
+        return editing.in_null_space(projection, keys, residuals, none, 1e-3)
+
+    return update
+
+
+@every
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_given_z_the_updates_are_those_of_the_literal_loop(kind, arch, name):
+    """One text at a time through public hooks, with explicit inverses, in a float64 model."""
+    model = shared(kind, arch, torch.float64)
+    stats = stats_of(model)
+    editor = EDITORS[name](stats)
+    before = [editing.before(model, fact, LAYERS[-1], bos=True, where="resid")[0] for fact in FACTS]
+    wanted = torch.stack(before) + noise(len(FACTS), 32, seed=9)
+    with quiet(model), torch.no_grad():
+        prepared = {layer: editor._prepare(stats[layer]) for layer in LAYERS}
+        asked = [fe.Wish(fact) for fact in FACTS]
+        found = spread(model, asked, LAYERS, wanted, prepared, laws.CONTEXTS, prepend_bos=True, progress=False)
+    expected = editing.spread(
+        model, FACTS, list(LAYERS), laws.CONTEXTS, wanted, literal(name, stats), bos=True, reached="hook_resid_post"
+    )
+    for each in found:
+        keys, residuals, delta = expected[each.delta.layer]
+        for mine, theirs in ((each.keys, keys), (each.residuals, residuals), (each.delta.dense, delta)):
+            assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+    # What is wrong is seen: keys of the bare prompt alone, and a second layer that doesn't know of the first.
+    alone = editing.spread(model, FACTS, list(LAYERS), ("",), wanted, literal(name, stats), bos=True)
+    assert (alone[1][2] - expected[1][2]).norm() > 1e-3 * expected[1][2].norm()
+    fresh = editing.spread(model, FACTS, [LAYERS[-1]], laws.CONTEXTS, wanted, literal(name, stats), bos=True)
+    assert (fresh[2][2] - expected[2][2]).norm() > 1e-2 * expected[2][2].norm()
+
+
+@every
+def test_with_its_own_z_it_makes_the_edit_of_the_literal_loop(kind, name):
+    """To 1 %: Adam divides by the gradient's own size, and multiplies what its float32 sums differ by."""
+    model = shared(kind, "gpt2", torch.float64)
+    stats = stats_of(model)
+    edit = EDITORS[name](stats)(model, FACTS)
+    options = {"steps": 4, "lr": 0.5, "clamp": 0.75, "stop_below": 0.05, "kl_weight": 0.0625, "decay": 0.5}
+    wanted = []
+    for fact in FACTS:
+        delta, _ = editing.fit_value(model, fact, LAYERS[-1], laws.CONTEXTS, bos=True, where="resid", **options)
+        wanted.append(editing.before(model, fact, LAYERS[-1], bos=True, where="resid")[0] + delta)
+    expected = editing.spread(
+        model, FACTS, list(LAYERS), laws.CONTEXTS, torch.stack(wanted), literal(name, stats), bos=True
+    )
+    for delta in edit.deltas:
+        theirs = expected[delta.layer][2]
+        assert (delta.dense - theirs).norm() <= 1e-2 * theirs.norm()
+
+
 # ---------------------------------------------------------------------------------------- closed forms
 
 
-def memory(n: int = 5, m: int = 12, d: int = 6, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    root = torch.randn(m, m, generator=generator, dtype=torch.float64)
-    moment = root @ root.T / m + 0.1 * torch.eye(m, dtype=torch.float64)
-    keys = torch.randn(n, m, generator=generator, dtype=torch.float64)
-    return moment, keys, torch.randn(n, d, generator=generator, dtype=torch.float64)
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("n", [1, 5, 12, 30])
-def test_primal_and_dual_are_the_literal_formula(n):
-    moment, keys, residuals = memory(n)
-    found = solve.least_squares(keys, residuals, solve.cholesky(moment), 2.5)
-    literal = torch.linalg.inv(2.5 * moment + keys.T @ keys) @ keys.T @ residuals
-    torch.testing.assert_close(found.left @ found.right, literal, rtol=1e-9, atol=1e-9)
-    assert found.left.shape[1] == min(n, 6)
+class Memory:
+    """Keys from N(0, C) with a known, far from round C, a W that answers them, and facts to be written."""
+
+    def __init__(self, n: int = 5, m: int = 12, d: int = 6):
+        self.root = torch.linalg.qr(noise(m, m, seed=1))[0] * torch.logspace(-1, 1, m, dtype=torch.float64)
+        self.moment = self.root @ self.root.T
+        self.W = noise(m, d, seed=2)
+        self.keys = self.draw(n, seed=3)
+        self.residuals = noise(n, d, seed=4) - self.keys @ self.W
+        self.earlier = self.draw(2, seed=5)
+        self.projection = solve.null_space(self.moment, share=0.3)
+
+    def draw(self, count: int, *, seed: int) -> torch.Tensor:
+        return noise(count, len(self.root), seed=seed) @ self.root.T
+
+    def memit(self, weight: float = 2.5, moment: torch.Tensor | None = None) -> torch.Tensor:
+        lower = solve.cholesky(self.moment if moment is None else moment)
+        return dense(solve.least_squares(self.keys, self.residuals, lower, weight))
+
+    def emmet(self, moment: torch.Tensor | None = None) -> torch.Tensor:
+        return self.memit(0.0, moment)
+
+    def alphaedit(self, weight: float = 0.5) -> torch.Tensor:
+        return dense(solve.in_null_space(self.keys, self.residuals, self.projection, self.earlier, weight))
+
+    def cost(self, delta: torch.Tensor) -> float:
+        """E‖Δᵀk‖² over keys: how much the update disturbs what is stored."""
+        return float(torch.trace(delta.T @ self.moment @ delta))
+
+    def missed(self, delta: torch.Tensor) -> float:
+        return float((self.keys @ delta - self.residuals).square().sum())
 
 
-def test_without_weight_it_is_rank_one_for_one_fact_and_meets_all_for_several():
-    moment, keys, residuals = memory()
-    lower = solve.cholesky(moment)
-    exact = solve.least_squares(keys, residuals, lower, 0.0)
-    torch.testing.assert_close(keys @ exact.left @ exact.right, residuals, rtol=1e-9, atol=1e-9)
-    small = solve.least_squares(keys, residuals, lower, 1e-10)
-    torch.testing.assert_close(small.left @ small.right, exact.left @ exact.right, rtol=1e-6, atol=1e-6)
-    one = solve.least_squares(keys[:1], residuals[:1], lower, 0.0)
-    rome = solve.rank_one(solve.whiten(lower, keys[0]), keys[0], residuals[0])
-    torch.testing.assert_close(one.left @ one.right, rome.left @ rome.right, rtol=1e-9, atol=1e-9)
+def dense(factors) -> torch.Tensor:
+    return factors.left @ factors.right
 
 
-def test_emmet_with_a_weight_is_memit_of_the_scaled_moment():
-    moment, keys, residuals = memory()
+SIZES = [(3, 24, 10), (3, 10, 24), (5, 16, 16)]
+
+
+@pytest.fixture(params=SIZES, ids="{0[0]} facts, {0[1]}x{0[2]}".format)
+def memory(request) -> Memory:
+    return Memory(*request.param)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (1, 12, 6), (12, 12, 6), (30, 12, 6), (40, 24, 10), (40, 10, 24)])
+def test_primal_and_dual_are_the_literal_formula(size):
+    memory = Memory(*size)
+    found = solve.least_squares(memory.keys, memory.residuals, solve.cholesky(memory.moment), 2.5)
+    expected = editing.least_squares(memory.moment, memory.keys, memory.residuals, 2.5)
+    torch.testing.assert_close(dense(found), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    assert found.left.shape[1] == min(size[0], size[2])
+    assert not torch.allclose(dense(found), expected.roll(1, 0), rtol=1e-3)
+
+
+def test_without_weight_all_residuals_are_met_as_by_the_literal_formula(memory):
+    delta = memory.emmet()
+    expected = editing.equality(memory.moment, memory.keys, memory.residuals, 0.0)
+    torch.testing.assert_close(delta, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
+    torch.testing.assert_close(memory.keys @ delta, memory.residuals, **EXACT)
+    # A weight leaves a rest; and rank-one updates one by one, added up, write into each other.
+    assert memory.missed(memory.memit()) > 1e-3
+    each = [
+        solve.rank_one(solve.whiten_key(memory.moment, key), key, residual)
+        for key, residual in zip(memory.keys, memory.residuals, strict=True)
+    ]
+    assert memory.missed(sum(map(dense, each))) > 1e-3
+
+
+def test_less_and_less_weight_leads_there_and_for_one_fact_it_is_romes(memory):
+    delta = memory.emmet()
+    off = [float((memory.memit(weight) - delta).norm() / delta.norm()) for weight in (1e-3, 1e-6, 1e-9)]
+    assert off[0] > 100 * off[1] > 1e4 * off[2]
+    one = solve.least_squares(memory.keys[:1], memory.residuals[:1], solve.cholesky(memory.moment), 0.0)
+    rome = solve.rank_one(solve.whiten_key(memory.moment, memory.keys[0]), memory.keys[0], memory.residuals[0])
+    torch.testing.assert_close(dense(one), dense(rome), **EXACT)
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0, 100.0])
+def test_one_fact_is_left_unmet_by_lambda_over_lambda_plus_s(memory, weight):
+    key, residual = memory.keys[:1], memory.residuals[:1]
+    found = dense(solve.least_squares(key, residual, solve.cholesky(memory.moment), weight))
+    s = float(key @ torch.linalg.inv(memory.moment) @ key.T)
+    torch.testing.assert_close(residual - key @ found, residual * weight / (weight + s), **EXACT)
+
+
+def test_emmet_with_a_weight_is_memit_of_the_scaled_moment(memory):
     w, e = 3.0, 0.2
-    emmet = solve.least_squares(keys, residuals, solve.cholesky(w * moment), e)
-    memit = solve.least_squares(keys, residuals, solve.cholesky(moment), w * e)
-    torch.testing.assert_close(emmet.left @ emmet.right, memit.left @ memit.right, rtol=1e-9, atol=1e-9)
-    other = solve.least_squares(keys, residuals, solve.cholesky(moment), e)
-    assert not torch.allclose(other.left @ other.right, memit.left @ memit.right, rtol=1e-3)
+    emmet = memory.memit(e, w * memory.moment)
+    torch.testing.assert_close(emmet, memory.memit(w * e), **EXACT)
+    literal = editing.equality(w * memory.moment, memory.keys, memory.residuals, e)
+    torch.testing.assert_close(emmet, literal, rtol=1e-8, atol=1e-9)
+    assert not torch.allclose(memory.memit(e), emmet, rtol=1e-3)
 
 
-def test_of_all_updates_that_meet_the_residuals_it_costs_least():
-    moment, keys, residuals = memory(n=3)
-    exact = solve.least_squares(keys, residuals, solve.cholesky(moment), 0.0)
-    delta = exact.left @ exact.right
-
-    def cost(update):
-        return float(torch.trace(update.T @ moment @ update))
-
-    free = torch.eye(12, dtype=torch.float64) - torch.linalg.pinv(keys) @ keys  # what no key sees
-    for seed in range(200):
-        noise = torch.randn(12, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        assert cost(delta + 0.1 * free @ noise) > cost(delta)
+def others(memory: Memory, like: torch.Tensor, size: float) -> torch.Tensor:
+    """Two thousand changes at random."""
+    return size * noise(2_000, *like.shape, seed=6)
 
 
-def test_the_null_space_update_is_the_published_formula():
-    moment, keys, residuals = memory()
-    projection = solve.null_space(moment, share=0.2)
-    torch.testing.assert_close(projection @ projection, projection, rtol=1e-9, atol=1e-9)
-    before = memory(seed=3)[1][:2]
-    found = solve.in_null_space(keys, residuals, projection, before, 0.5)
-    gram = keys.T @ keys + before.T @ before
-    literal = torch.linalg.inv(projection @ gram + 0.5 * torch.eye(12, dtype=torch.float64))
-    torch.testing.assert_close(
-        found.left @ found.right, literal @ projection @ keys.T @ residuals, rtol=1e-8, atol=1e-9
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_of_all_updates_that_meet_the_residuals_emmets_costs_least(memory, size):
+    delta = memory.emmet()
+    gram = memory.keys @ torch.linalg.inv(memory.moment) @ memory.keys.T
+    best = memory.cost(delta)
+    wanted = float(torch.trace(memory.residuals.T @ torch.linalg.inv(gram) @ memory.residuals))
+    assert best == pytest.approx(wanted, rel=1e-9)
+    unseen = torch.eye(len(delta), dtype=torch.float64) - torch.linalg.pinv(memory.keys) @ memory.keys
+    changes = unseen @ others(memory, delta, size)
+    torch.testing.assert_close(memory.keys @ (delta + changes[0]), memory.residuals, **EXACT)
+    costs = (memory.root.T @ (delta + changes)).square().sum((1, 2))
+    assert float(costs[0]) == pytest.approx(memory.cost(delta + changes[0]), rel=1e-9)
+    assert (costs > best).all()
+    plain = torch.linalg.pinv(memory.keys) @ memory.residuals
+    torch.testing.assert_close(memory.keys @ plain, memory.residuals, **EXACT)
+    assert plain.norm() < delta.norm() and memory.cost(plain) > best
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_memits_minimises_what_is_missed_and_what_is_disturbed(memory, size):
+    def worth(delta):
+        return (memory.keys @ delta - memory.residuals).square().sum((-2, -1)) + 2.5 * (
+            memory.root.T @ delta
+        ).square().sum((-2, -1))
+
+    delta = memory.memit()
+    assert (worth(delta + others(memory, delta, size)) > worth(delta)).all()
+    assert worth(memory.emmet()) > worth(delta)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_alphaedits_minimises_what_is_missed_and_its_own_size_within_the_null_space(memory, size):
+    def worth(delta):
+        missed = (memory.keys @ delta - memory.residuals).square().sum((-2, -1))
+        kept = (memory.earlier @ delta).square().sum((-2, -1))
+        return missed + kept + 0.5 * delta.square().sum((-2, -1))
+
+    delta = memory.alphaedit()
+    changes = others(memory, delta, size)
+    assert (worth(delta + memory.projection @ changes) > worth(delta)).all()
+    # Outside of it there are better ones, which would disturb what is stored.
+    free = torch.linalg.inv(
+        memory.keys.T @ memory.keys
+        + memory.earlier.T @ memory.earlier
+        + 0.5 * torch.eye(len(delta), dtype=torch.float64)
     )
+    assert worth(free @ memory.keys.T @ memory.residuals) < worth(delta)
+
+
+def test_keys_that_are_orthogonal_in_the_metric_of_c_are_spared(memory):
+    u = torch.linalg.inv(memory.moment) @ memory.keys.T
+    keys = memory.draw(5, seed=7)
+    spared = keys - keys @ u @ torch.linalg.pinv(u)
+    euclidean = keys - keys @ torch.linalg.pinv(memory.keys) @ memory.keys
+    for delta in (memory.memit(), memory.emmet()):
+        torch.testing.assert_close(spared @ delta, torch.zeros(5, delta.shape[1]).double(), **EXACT)
+        assert ((euclidean @ delta).norm(dim=1) > 1e-3).all()
+
+
+def test_alphaedit_answers_nothing_outside_of_its_null_space(memory):
+    delta = memory.alphaedit()
+    outside = torch.eye(len(delta), dtype=torch.float64) - memory.projection
+    torch.testing.assert_close(outside @ delta, torch.zeros_like(delta), **EXACT)
+    keys = memory.draw(5, seed=7)
+    torch.testing.assert_close(keys @ outside @ (memory.W + delta), keys @ outside @ memory.W, **EXACT)
+    assert ((keys @ delta).norm(dim=1) > 1e-6).all()
+    for careless in (memory.memit(), memory.emmet()):
+        assert (outside @ careless).norm() > 1e-3
+
+
+def test_the_null_space_update_is_the_published_formula(memory):
+    values = torch.linalg.eigvalsh(memory.moment)
+    threshold = float(values[len(values) // 2 - 1 : len(values) // 2 + 1].mean())
+    projection = solve.null_space(memory.moment, threshold=threshold)
+    torch.testing.assert_close(projection, editing.null_space(memory.moment, threshold), **EXACT)
+    torch.testing.assert_close(projection @ projection, projection, **EXACT)
+    found = solve.in_null_space(memory.keys, memory.residuals, projection, memory.earlier, 0.5)
+    expected = editing.in_null_space(projection, memory.keys, memory.residuals, memory.earlier, 0.5)
+    torch.testing.assert_close(dense(found), expected, **EXACT)
+    forgetful = editing.in_null_space(projection, memory.keys, memory.residuals, memory.earlier[:0], 0.5)
+    assert not torch.allclose(dense(found), forgetful, rtol=1e-3)
     with pytest.raises(ValueError, match="needed one of the two"):
-        solve.null_space(moment)
+        solve.null_space(memory.moment)
     with pytest.raises(ValueError, match="no direction is left"):
-        solve.null_space(moment, threshold=1e-9)
+        solve.null_space(memory.moment, threshold=1e-9)
+
+
+@pytest.mark.parametrize("update", ["memit", "emmet"])
+def test_a_moment_from_samples_does_less_damage_than_none_and_the_least_in_the_limit(update):
+    memory = Memory(3, 24, 10)
+
+    def worth(delta):
+        """What the editor makes small: damage, and (MEMIT) what it misses."""
+        return memory.cost(delta) if update == "emmet" else memory.missed(delta) + 2.5 * memory.cost(delta)
+
+    best = worth(getattr(memory, update)())
+
+    def excess(count: int) -> float:
+        found = []
+        for seed in range(20):
+            keys = memory.draw(count, seed=100 + seed)
+            found.append(worth(getattr(memory, update)(moment=keys.T @ keys / count)) / best - 1)
+        return sum(found) / len(found)
+
+    at = {count: excess(count) for count in (240, 960, 3840)}
+    plain = getattr(memory, update)(moment=torch.eye(24, dtype=torch.float64))
+    assert 0 < at[240] < worth(plain) / best - 1
+    # Of second order in the error of C, which falls as 1/sqrt(T): four times the tokens, a quarter.
+    assert at[240] / at[960] == pytest.approx(4, rel=0.5)
+    assert at[960] / at[3840] == pytest.approx(4, rel=0.5)
+
+
+@every
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("d_mlp", [16, 32], ids=["fewer keys than values", "square"])
+def test_weights_of_any_shape_and_orientation_get_the_update_the_right_way_round(kind, arch, d_mlp, name):
+    """GPT-2 stores W_out as [d_mlp, d_model], Llama as its transpose; where both are 32 no shape tells."""
+    model = tiny.model(kind, arch, d_mlp=d_mlp)
+    stats = {layer: laws.stats(model, layer) for layer in LAYERS}
+    edit = EDITORS[name](stats)(model, FACTS)
+    site, delta, key = down_proj(model, 1), edit.deltas[0], edit.keys[1]
+    ids = model.to_tokens(laws.FACT.text, prepend_bos=True)[0].tolist()
+    seen, before = editing.key_and_value(model, 1, ids, 3)
+    with edit.applied(model):
+        after = editing.key_and_value(model, 1, ids, 3)[1]
+        moved = site.value(key)
+    torch.testing.assert_close((after - before).double(), seen.double() @ delta.dense, rtol=1e-3, atol=1e-4)
+    assert (after - before).norm() > 1e-2
+    torch.testing.assert_close(moved - site.value(key), key @ delta.dense, rtol=1e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------- values of many facts

@@ -1,6 +1,7 @@
 """Nulls are null where nothing is known, and each sees what it is there to see."""
 
 import functools
+import itertools
 import math
 from collections import Counter
 
@@ -18,9 +19,9 @@ from tl_factedit.probes.linear import decode, train_ruler
 from tl_factedit.probes.nulls import (
     RandomWeights,
     control_task,
-    excess,
+    excess_over_nulls,
     name_ngrams,
-    one_hot,
+    one_hot_objects,
     permutation_test,
     subject_embeddings,
 )
@@ -59,7 +60,7 @@ def test_ngrams_are_counted_and_weighted_as_written():
 
     def grams(name: str) -> Counter[str]:
         spelt = f" {name} "
-        return Counter([*spelt, *(a + b for a, b in zip(spelt, spelt[1:], strict=False))])
+        return Counter([*spelt, *(a + b for a, b in itertools.pairwise(spelt))])
 
     known = sorted(set().union(*(grams(f.subject) for f in train)))
     for states_, some in ((learnt, train), (asked, test)):
@@ -106,15 +107,15 @@ def test_the_organisms_names_say_nothing_and_its_states_more_than_they():
         assert null.pooled().low < 0.5 < null.pooled().high
         assert null.accuracy.low < 1 / 16 < null.accuracy.high
     found = decode(ruler("base"), states("base", "oracle0"))
-    over = excess(found, [spelling, embedded])
+    over = excess_over_nulls(found, [spelling, embedded])
     best = max(float(null.accuracy.mean) for null in (spelling, embedded))
     torch.testing.assert_close(over.mean, found.accuracy.mean - best)
     assert over.low[4, 0] > 0.3
     assert over.low[0, 0] < 0.0
     with pytest.raises(ValueError, match="nulls is empty"):
-        excess(found, [])
+        excess_over_nulls(found, [])
     with pytest.raises(ValueError, match="of other facts"):
-        excess(found, [decode(ruler("base"), states("base", "strangers"))])
+        excess_over_nulls(found, [decode(ruler("base"), states("base", "strangers"))])
 
 
 # ---------------------------------------------------------------------------------------- random weights
@@ -129,7 +130,8 @@ def test_random_weights_are_the_models_own_in_another_order(kind, arch):
     matrices = {name: param.detach().clone() for name, param in some.named_parameters()}
     with RandomWeights(3).applied(some):
         for name, param in some.named_parameters():
-            assert torch.equal(param, matrices[name]) is (param.ndim < 2)
+            if matrices[name].any():  # a HookedTransformer has biases of zeros where there are none
+                assert torch.equal(param, matrices[name]) is (param.ndim < 2)
             if param.untyped_storage().nbytes() == param.numel() * param.element_size():  # no part of a joint q, k, v
                 assert torch.equal(param.flatten().sort().values, matrices[name].flatten().sort().values)
         first = laws.logits(some)
@@ -175,14 +177,14 @@ def test_new_objects_that_follow_from_the_old_ones_are_flagged(chosen):
         return [CITIES[(CITIES.index(fact.target_true) + 5) % 16] for fact in some]
 
     train, test = facts("calibration"), facts("oracle0")
-    learnt, asked = (one_hot(some, news(some), CITIES) for some in (train, test))
+    learnt, asked = (one_hot_objects(some, news(some), CITIES) for some in (train, test))
     leak = decode(train_ruler(learnt, objects=CITIES, classifier=QUICK), asked, new=news(test)).pooled()
     if chosen == "uniformly":
         assert leak.low < 0.5 < leak.high
     else:
         assert leak.low > 0.95
     with pytest.raises(ValueError, match="object ' Paris' is none of the 16"):
-        one_hot(test, [" Paris"] * 300, CITIES)
+        one_hot_objects(test, [" Paris"] * 300, CITIES)
 
 
 # ---------------------------------------------------------------------------------------- permutation
@@ -280,7 +282,7 @@ def test_permutations_come_from_their_seed_alone():
 
 
 def test_features_and_states_are_read_by_one_ruler_each():
-    learnt = one_hot(facts("calibration"), [f.target_true for f in facts("calibration")], CITIES)
+    learnt = one_hot_objects(facts("calibration"), [f.target_true for f in facts("calibration")], CITIES)
     of = train_ruler(learnt, objects=CITIES, classifier=QUICK)
     assert isinstance(learnt, States)
     with pytest.raises(ValueError, match="the ruler has"):

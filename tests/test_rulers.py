@@ -31,6 +31,7 @@ from tl_factedit.states import States, read_states
 WEIGHTS = Path(__file__).parent / "organism_weights"
 CITIES = tuple(f" {city}" for city in organism.CITIES)
 S, Q = "subject", "last"
+SIZES = (1e-3, 1e-2, 1e-1, 1.0)  # of the logistic regression's inverse penalty
 
 
 @functools.cache
@@ -140,9 +141,35 @@ def test_a_rulers_cells_are_fits_of_its_cells_states():
     assert "600 facts of 'organism-base'" in repr(of)
 
 
+@pytest.mark.parametrize(("layer", "position"), [(1, S), (3, S), (2, Q), (3, Q), (5, S)])
+def test_a_ruler_reads_as_well_as_scikit_learns_logistic_regression(layer, position):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    model_selection = pytest.importorskip("sklearn.model_selection")
+    learnt, asked = (states("base", some).at(layer=layer, position=position) for some in ("calibration", "oracle0"))
+    truth = [CITIES.index(fact.target_true) for fact in facts("oracle0")]
+    y = [CITIES.index(fact.target_true) for fact in facts("calibration")]
+    mean, sd = learnt.mean(0), learnt.std(0)
+    x, asked = (((part - mean) / sd).numpy() for part in (learnt, asked))
+
+    def logistic(c: float):
+        return linear_model.LogisticRegression(C=c, class_weight="balanced", max_iter=300)
+
+    # Its penalty is chosen as ours is, by log-loss on held-out rows.
+    losses = {c: model_selection.cross_val_score(logistic(c), x, y, cv=3, scoring="neg_log_loss").mean() for c in SIZES}
+    best = logistic(max(losses, key=losses.__getitem__)).fit(x, y)
+    other = torch.tensor(best.decision_function(asked))[:, None, None]
+    table = candidates(other, read("base").new)
+    theirs = table[torch.arange(300), 0, 0, truth]
+    cell = states("base", "oracle0").layers.index(layer), (S, Q).index(position)
+    ours = read("base").percentile[:, cell[0], cell[1]]
+    assert abs(float(ours.mean() - theirs.mean())) < 0.025
+    assert float(ours.mean() - theirs.mean()) > -0.01
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.6
+
+
 def test_a_ruler_refuses_what_it_cannot_measure():
     of, learnt, some = ruler("base"), states("base", "calibration"), states("base", "oracle0")
-    with pytest.raises(ValueError, match="1 of the subjects, such as .* were used in training"):
+    with pytest.raises(ValueError, match=r"1 of the subjects, such as .* were used in training"):
         decode(of, learnt.take([5]))
     assert of.scores(learnt.take([5]), seen=True).shape == (1, 7, 2, 16)
     with pytest.raises(ValueError, match="the ruler has"):

@@ -1,6 +1,8 @@
 """Second moments of keys: a literal sum over tokens, kept in files that can't be mistaken for another collection."""
 
 import copy
+import itertools
+import json
 import random
 
 import laws
@@ -10,6 +12,7 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
+from tl_factedit import files
 from tl_factedit.model import Runner, down_proj
 
 TEXTS = ["The Eiffel Tower is in Paris", "Rome", *laws.texts(3, seed=1, words=12), "  ", "John speaks French . " * 3]
@@ -128,11 +131,17 @@ def test_it_works_in_every_mode_and_leaves_everything_as_it_was(model, mode):
         ({"texts": "Paris"}, r"one string.*write \[text\]"),
         ({"texts": []}, "hold no tokens"),
         ({"texts": [" ", "\n"]}, "hold no tokens"),
+        ({"save_every": 0}, "save_every is 0"),
     ],
 )
 def test_bad_questions_are_refused(model, options, message):
     with laws.untouched(model), pytest.raises(ValueError, match=message):
         collect(model, **{"layers": 1, **options})
+
+
+def test_what_is_no_text_is_named(model):
+    with laws.untouched(model), pytest.raises(ValueError, match="text 1 is a NoneType, needed a string"):
+        collect(model, texts=iter(["Rome", None]))
 
 
 def test_a_model_that_overflows_is_noticed(kind):
@@ -198,8 +207,8 @@ def test_the_identity_survives_a_file_too(model, tmp_path):
 def test_a_second_call_reads_what_the_first_has_written_without_running_the_model(model, tmp_path, forbidden, place):
     path = tmp_path / place
     first = collect(model, [1, 2], path=path)
-    files = {file.name for file in tmp_path.rglob("*.safetensors")}
-    assert files == ({place} if place.endswith("s") else {"layer_1.safetensors", "layer_2.safetensors"})
+    names = {file.name for file in tmp_path.rglob("*.safetensors")}
+    assert names == ({place} if place.endswith("s") else {"layer_1.safetensors", "layer_2.safetensors"})
     forbidden()
     again = collect(model, [1, 2], path=path, texts=iter(TEXTS))
     assert all(torch.equal(again[layer].moment, first[layer].moment) for layer in (1, 2))
@@ -224,14 +233,19 @@ def test_a_file_cannot_be_given_another_layer_afterwards(model, tmp_path):
     collect(model, 1, path=tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match=r"one\.safetensors holds layers \[1\], not \[2\]"):
         collect(model, [1, 2], path=tmp_path / "one.safetensors")
-    with pytest.raises(ValueError, match="holds layers"):
-        collect(model, [1, 2], path=tmp_path / "two.safetensors")
-        fe.KeyStats.load(tmp_path / "two.safetensors")
+
+
+def test_one_layer_of_a_file_of_several_is_loaded_by_name(model, tmp_path):
+    found = collect(model, [1, 2], path=tmp_path / "two.safetensors")
+    assert torch.equal(fe.KeyStats.load(tmp_path / "two.safetensors", layer=2).moment, found[2].moment)
+    for layer in (None, 3):
+        with pytest.raises(ValueError, match=r"holds layers \[1, 2\], asked for (one|3)"):
+            fe.KeyStats.load(tmp_path / "two.safetensors", layer)
 
 
 def other_weights(model):
     other = copy.deepcopy(model)
-    down_proj(other, 3).param.data[0, 0] += 1
+    down_proj(other, 2).param.data[0, 0] += 1
     return other
 
 
@@ -264,6 +278,38 @@ def test_files_of_another_collection_are_refused_and_left_as_they_are(
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 
 
+VERSIONS = {"torch": "0.1", "transformers": "0.1", "transformer-lens": "0.1", "tl-factedit": "0.1"}
+
+
+def test_statistics_of_other_versions_are_refused_where_the_same_collection_is_asked_for(
+    model, tmp_path, monkeypatch, forbidden
+):
+    here = collect(model, path=tmp_path / "one.safetensors")[1]
+    monkeypatch.setattr("tl_factedit.provenance.versions", lambda: VERSIONS)
+    there = collect(model)[1]
+    forbidden()
+    with pytest.raises(ValueError, match=r"one\.safetensors was collected with torch .* \(not 0\.1\).*KeyStats\.load"):
+        collect(model, path=tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match=r"can't merge .* collected with torch"):
+        here + there
+    # The way out: a file can be taken as it is, as the weights are the same.
+    fe.KeyStats.load(tmp_path / "one.safetensors").check(model, here.provenance.weights)
+
+
+def test_the_revision_is_recorded_and_compared_where_the_config_has_one(tmp_path, monkeypatch):
+    model = tiny.bridge("llama")
+    unknown = collect(model)[1]
+    assert unknown.provenance.revision is None
+    model.original_model.config._commit_hash = "1234abcd"
+    collect(model, path=tmp_path)
+    read = collect(model, path=tmp_path)[1]
+    assert read.provenance.revision == "1234abcd"
+    assert (read + unknown).n_tokens == 2 * unknown.n_tokens  # nothing is known against it
+    model.original_model.config._commit_hash = "5678"
+    with pytest.raises(ValueError, match=r"revision 1234abcd of the model \(not 5678\)"):
+        collect(model, path=tmp_path)
+
+
 def test_a_corpus_that_goes_on_is_another_if_the_first_ended_too_soon(model, tmp_path):
     collect(model, texts=TEXTS[:4], n_tokens=500, path=tmp_path)
     with pytest.raises(ValueError, match="other texts"):
@@ -279,6 +325,290 @@ def test_a_collection_of_an_edited_model_is_of_other_weights(model, tmp_path):
     with pytest.raises(ValueError, match="other weights"):
         collect(model, n_tokens=1_000, path=tmp_path / "edited")
     assert edited.provenance.weights != edit.provenance.weights
+
+
+# ---------------------------------------------------------------------------------------- a kill, and going on
+
+LONG = [*TEXTS, *laws.texts(8, seed=2)]
+STEPS = {"n_tokens": 150, "context": 7, "batch_tokens": 20, "save_every": 30}
+
+
+@pytest.fixture(scope="module")
+def small(kind):
+    """Shared, as nothing here may change it."""
+    return tiny.model(kind, "llama", n_layers=3)
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """A collection that is interrupted before its n-th forward pass."""
+
+    def kill(model, passes, layers=(1, 2), texts=LONG, **options):
+        capture, left = Runner.capture, itertools.count(passes, -1)
+
+        def until(*args, **kwargs):
+            if next(left) == 0:
+                raise KeyboardInterrupt
+            return capture(*args, **kwargs)
+
+        with monkeypatch.context() as patch, laws.untouched(model), pytest.raises(KeyboardInterrupt):
+            patch.setattr(Runner, "capture", until)
+            collect(model, layers, texts, **{**STEPS, **options})
+
+    return kill
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts forward passes."""
+    capture, seen = Runner.capture, []
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        return capture(*args, **kwargs)
+
+    monkeypatch.setattr(Runner, "capture", counted)
+    return seen
+
+
+def unfinished(folder):
+    return [file for file in folder.rglob("*unfinished*") if file.is_file()]
+
+
+def same_bits(a, b):
+    assert list(a) == list(b)
+    for layer in a:
+        assert torch.equal(a[layer].moment, b[layer].moment)
+        for field in ("n_tokens", "corpus", "provenance"):
+            assert getattr(a[layer], field) == getattr(b[layer], field)
+
+
+@pytest.mark.parametrize(("place", "bos"), [("all.safetensors", True), ("folder", False)])
+def test_what_was_killed_goes_on_to_the_same_bits(model, tmp_path, killed, passes, place, bos):
+    asked = {**STEPS, "prepend_bos": bos}
+    whole = collect(model, [1, 2], LONG, path=tmp_path / "whole" / place, **asked)
+    needed = len(passes)
+    for stop in (3, needed - 1):
+        path = tmp_path / f"{stop}" / place
+        killed(model, stop, path=path, prepend_bos=bos)
+        assert len(unfinished(tmp_path)) == 1
+        passes.clear()
+        same_bits(collect(model, [1, 2], iter(LONG), path=path, **asked), whole)
+        assert len(passes) < needed - stop + 30 // 7 + 2  # no more is run again than lies between two saves
+        for file in path.parent.rglob("*.safetensors"):
+            header, tensors = files.read(file, "key statistics")
+            expected = files.read(tmp_path / "whole" / file.relative_to(path.parent), "key statistics")
+            assert header == expected[0]
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in expected[1].items())
+    assert unfinished(tmp_path) == []
+
+
+def test_it_can_be_killed_again_and_again(small, tmp_path, killed):
+    for _ in range(20):
+        try:
+            killed(small, 4, path=tmp_path)
+        except pytest.fail.Exception:  # it came to its end
+            break
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["layer_1.safetensors", "layer_2.safetensors"]
+    same_bits(collect(small, [1, 2], LONG, path=tmp_path, **STEPS), collect(small, [1, 2], LONG, **STEPS))
+
+
+def test_texts_that_end_soon_and_larger_batches_go_on_too(small, tmp_path, killed):
+    asked = {**STEPS, "n_tokens": 10_000}
+    whole = collect(small, [1, 2], LONG, **asked)
+    killed(small, 6, path=tmp_path, n_tokens=10_000)
+    found = collect(small, [1, 2], LONG, path=tmp_path, **{**asked, "batch_tokens": 500})
+    for layer in (1, 2):
+        assert found[layer].n_tokens == whole[layer].n_tokens < 10_000
+        torch.testing.assert_close(found[layer].moment, whole[layer].moment, **FLOAT32)
+
+
+def test_nothing_is_saved_without_a_path_or_before_its_time(small, tmp_path, killed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    killed(small, 6)
+    killed(small, 6, path=tmp_path / "late", save_every=1_000)
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_a_kill_while_the_sums_are_saved_leaves_those_saved_before(small, tmp_path, killed, monkeypatch):
+    killed(small, 5, path=tmp_path)
+    kept = unfinished(tmp_path)[0].read_bytes()
+
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tl_factedit.files.save_file", half)
+        collect(small, [1, 2], LONG, path=tmp_path, **STEPS)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [kept]
+    same_bits(collect(small, [1, 2], LONG, path=tmp_path, **STEPS), collect(small, [1, 2], LONG, **STEPS))
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_kill_between_two_files_of_the_result(small, tmp_path, monkeypatch, last):
+    write, done = files.write, []
+
+    def until(path, what, *rest):
+        write(path, what, *rest)
+        done.extend([path] if what == "key statistics" else [])
+        if len(done) == last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tl_factedit.files.write", until)
+        collect(small, [1, 2], LONG, path=tmp_path, **STEPS)
+    assert len(unfinished(tmp_path)) == 1
+    same_bits(collect(small, [1, 2], LONG, path=tmp_path, **STEPS), collect(small, [1, 2], LONG, **STEPS))
+    assert unfinished(tmp_path) == []
+
+
+def test_no_text_is_read_further_than_before_when_it_goes_on(small, tmp_path, killed):
+    read = []
+
+    def watched():
+        for text in LONG:
+            read.append(text)
+            yield text
+
+    collect(small, [1, 2], watched(), **STEPS)
+    whole, _ = list(read), read.clear()
+    killed(small, 6, path=tmp_path)
+    collect(small, [1, 2], watched(), path=tmp_path, **STEPS)
+    assert read == whole != LONG
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_tokens": 151}, "unfinished collection of .*'n_asked': 150.*asked for .*'n_asked': 151"),
+        ({"context": 8}, "'context'"),
+        ({"layers": [1]}, r"'layers': \[1, 2\].*'layers': \[1\]"),
+        ({"texts": LONG[1:]}, "other texts than these"),
+        ({"texts": [*LONG[:2], *LONG[3:]]}, "other texts than these"),
+        ({"texts": LONG[:1]}, "other texts than these"),
+        ({"texts": []}, "other texts than these"),
+        ({"prepend_bos": False}, r"prepend_bos=True \(not False\)"),
+        ({"model": other_weights}, "other weights"),
+    ],
+    ids=["n_tokens", "context", "layers", "texts", "a text less", "too few texts", "no texts", "bos", "weights"],
+)
+def test_an_unfinished_collection_of_something_else_is_refused_and_left_as_it_is(
+    small, tmp_path, killed, forbidden, change, message
+):
+    killed(small, 8, path=tmp_path)
+    (file,) = unfinished(tmp_path)
+    kept = file.read_bytes()
+    asked = {"layers": [1, 2], "texts": LONG, "prepend_bos": True, **STEPS, **change}
+    asked["model"] = asked.pop("model", lambda same: same)(small)
+    forbidden()
+    with pytest.raises(ValueError, match=message) as error:
+        collect(path=tmp_path, **asked)
+    assert str(file) in str(error.value)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [kept]
+
+
+def test_an_unfinished_collection_of_other_versions_is_refused(small, tmp_path, killed, monkeypatch):
+    killed(small, 5, path=tmp_path)
+    monkeypatch.setattr("tl_factedit.provenance.versions", lambda: VERSIONS)
+    with pytest.raises(ValueError, match=r"unfinished\.safetensors was collected with torch"):
+        collect(small, [1, 2], LONG, path=tmp_path, **STEPS)
+
+
+@pytest.mark.parametrize("harm", ["cut short", "changed", "empty"])
+def test_a_damaged_unfinished_collection_is_refused_by_name_and_left_as_it_is(small, tmp_path, killed, forbidden, harm):
+    path = tmp_path / "all.safetensors"
+    killed(small, 5, path=path)
+    (file,) = unfinished(tmp_path)
+    assert file.name == "all.unfinished.safetensors"
+    data = file.read_bytes()
+    middle = len(data) // 2
+    data = {
+        "cut short": data[:-9],
+        "changed": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "empty": b"",
+    }[harm]
+    file.write_bytes(data)
+    forbidden()
+    with pytest.raises(ValueError, match="delete it to begin again") as error:
+        collect(small, [1, 2], LONG, path=path, **STEPS)
+    assert str(file) in str(error.value)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [data]
+
+
+def test_sums_that_lack_a_layer_are_refused(small, tmp_path, killed):
+    collect(small, 1, LONG, path=tmp_path, **STEPS)
+    killed(small, 5, path=tmp_path)  # needs layer 2 only
+    (tmp_path / "layer_1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"unfinished\.safetensors holds no sums of layer 1"):
+        collect(small, [1, 2], LONG, path=tmp_path, **STEPS)
+
+
+def test_sums_so_far_are_no_statistics(small, tmp_path, killed):
+    killed(small, 5, path=tmp_path)
+    with pytest.raises(ValueError, match="holds 'unfinished key statistics', needed 'key statistics'"):
+        fe.KeyStats.load(unfinished(tmp_path)[0])
+
+
+def test_a_model_that_overflows_saves_nothing(kind, tmp_path):
+    model = tiny.model(kind, "gpt2")
+    down_proj(model, 0).param.data.fill_(float("inf"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        collect(model, [1, 2], LONG, path=tmp_path, **STEPS)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- corpora
+
+
+@pytest.fixture(params=["json", "parquet", "folder"])
+def corpus(request, tmp_path):
+    """Texts in a file that `datasets` reads, between other columns."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rows = [{"n": i, "text": text, "body": text.upper()} for i, text in enumerate(LONG)]
+    if request.param == "parquet":
+        pandas = pytest.importorskip("pandas")
+        pandas.DataFrame(rows).to_parquet(folder / "texts.parquet")
+        return fe.data.corpus("parquet", data_files=folder / "texts.parquet")
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if request.param == "folder":
+        return fe.data.corpus(str(folder))
+    return fe.data.corpus("json", data_files=[folder / "texts.jsonl"])
+
+
+def test_a_corpus_gives_its_texts_again_and_again(corpus):
+    assert list(corpus) == LONG == list(corpus)
+    assert next(iter(corpus)) == LONG[0]
+    assert repr(corpus).startswith("Corpus('") and "split='train', field='text'" in repr(corpus)
+
+
+def test_a_collection_on_a_corpus_goes_on_after_a_kill(small, corpus, tmp_path, killed):
+    killed(small, 6, texts=corpus, path=tmp_path / "stats")
+    for _ in range(2):  # goes on, then reads what is there
+        found = collect(small, [1, 2], corpus, path=tmp_path / "stats", **STEPS)
+        same_bits(found, collect(small, [1, 2], LONG, **STEPS))
+
+
+def test_a_corpus_says_what_it_lacks(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"body": "Rome", "n": 1}\n')
+    texts = fe.data.corpus("json", data_files=tmp_path / "texts.jsonl")
+    with pytest.raises(ValueError, match=r"no text in 'text'; fields with text: \['body'\]"):
+        list(texts)
+    assert list(fe.data.corpus("json", data_files=tmp_path / "texts.jsonl", field="body")) == ["Rome"]
+    with pytest.raises(ValueError, match="no text in 'n'"):
+        list(fe.data.corpus("json", data_files=tmp_path / "texts.jsonl", field="n"))
+    with pytest.raises(ValueError, match="test"):
+        list(fe.data.corpus("json", data_files=tmp_path / "texts.jsonl", split="test"))
+
+
+@pytest.mark.parametrize("name", ["wikimedia/wikipedia", "json"])
+def test_a_corpus_that_cannot_be_had_is_an_os_error_that_says_what_to_do(small, tmp_path, name):
+    missing = tmp_path / "none.jsonl" if name == "json" else None
+    texts = fe.data.corpus(name, data_files=missing, revision=None if missing else "main")  # nothing is asked yet
+    with pytest.raises(OSError, match=rf"Corpus\('{name}'.*could not be had .*sample_texts") as error:
+        collect(small, 1, texts)
+    assert ("revision='main'" in str(error.value)) is (missing is None)
 
 
 # ---------------------------------------------------------------------------------------- damage

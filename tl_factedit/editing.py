@@ -12,25 +12,29 @@ from torch import Tensor
 from tl_factedit.contexts import SampledContexts
 from tl_factedit.facts import Fact
 from tl_factedit.model import Fingerprint, Model, bos_policy
+from tl_factedit.objectives import Inject, Objective, Wish
 from tl_factedit.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.stats import TOKENS_PER_DIMENSION, KeyStats
 from tl_factedit.tokens import align
 from tl_factedit.values import Fitted, ValueFit
 
 
-def check_facts(facts: Sequence[Fact]) -> tuple[Fact, ...]:
-    """The facts, if there is one at least and each says what to write.
+def check_facts(facts: Sequence[Fact], objective: Objective | None = None) -> tuple[Fact, ...]:
+    """The facts, if there is one at least and each has what the objective needs.
+
+    Args:
+        facts: What to edit.
+        objective: What for; None for `Inject`, which needs a ``target_new``.
 
     Raises:
-        ValueError: One fact instead of a list, none, a fact without ``target_new``, or one subject and prompt twice.
+        ValueError: One fact instead of a list, none, a fact that lacks what the objective needs (``target_new``), or
+            one subject and prompt twice.
     """
     if isinstance(facts, Fact):
         raise ValueError("facts is one Fact, needed a list of them: write [fact]")
     if not facts:
         raise ValueError("facts is empty, needed at least one")
-    for fact in facts:
-        if fact.target_new is None:
-            raise ValueError(f"fact {fact.name!r} has no target_new, needed one to write: fact.but(target_new=...)")
+    (objective or Inject()).check(facts)
     texts = [fact.text for fact in facts]
     twice = {text for text in texts if texts.count(text) > 1} if len(set(texts)) < len(texts) else set()
     if twice:
@@ -90,6 +94,12 @@ def prefixes(contexts: SampledContexts | Sequence[str], model: Model) -> tuple[s
     return tuple(contexts) if contexts and contexts[0] == "" else ("", *contexts)
 
 
+def check_objective(objective: Objective) -> None:
+    """A class is no value of it."""
+    if isinstance(objective, type):
+        raise ValueError(f"objective is the class {objective.__name__}, needed a value: write {objective.__name__}()")
+
+
 def check_contexts(contexts: SampledContexts | Sequence[str]) -> None:
     """A string is no list of strings."""
     if isinstance(contexts, str):
@@ -117,9 +127,11 @@ def described(contexts: SampledContexts | Sequence[str]) -> Any:
     return plain(asdict(contexts)) if isinstance(contexts, SampledContexts) else "given"
 
 
-def record(fitted: Fitted) -> dict[str, Any]:
-    """How a value was found, as plain data."""
+def record(fitted: Fitted, wish: Wish | None = None) -> dict[str, Any]:
+    """How a value was found, and (of a wish) what for, as plain data."""
+    asked = {} if wish is None else {"target": wish.fact.target_new, "unlikely": wish.unlikely}
     return {
+        **asked,
         "losses": list(fitted.losses),
         "target_prob": list(fitted.target_prob),
         "stopped": fitted.stopped,

@@ -130,7 +130,7 @@ def random_subspace(x: Float[Tensor, "row d_model"], rank: int, *, seed: int = 0
 class Erasure:
     """An eraser at work in a model: a change of its residual stream after one block; weights aren't touched.
 
-    Laid over a model like an edit, ``with erasure.applied(model)``, and audited like one. Made by `erase`.
+    Laid over a model like an edit, ``with erasure.applied(model)``, and audited like one. Made by `erase_states`.
 
     Attributes:
         eraser: What is taken.
@@ -175,7 +175,7 @@ class Erasure:
         return f"Erasure({self.eraser.rank} of {len(self.eraser.mean)} directions after layer {self.layer}, at {where})"
 
 
-def erase(
+def erase_states(
     model: Model,
     eraser: Eraser,
     layer: int,
@@ -247,8 +247,8 @@ class _Finder:
         found, self.seen = self.seen, None
         if found is None or found.shape != value.shape[:2]:
             raise ValueError(
-                "a pass begins behind the embeddings, so the subjects can't be found in it: run whole prompts, or erase "
-                "at every token (everywhere=True)"
+                "a pass begins behind the embeddings, so the subjects can't be found in it: run whole prompts, or "
+                "erase at every token (everywhere=True)"
             )
         changed = value.clone()
         changed[found.to(value.device)] = eraser(value[found.to(value.device)])

@@ -42,6 +42,9 @@ SURVIVES = 0.5
 LEAST_REFERENCES = 5
 """With fewer, the mean is still about somebody."""
 
+ENOUGH_TOKENS = 128
+"""In one forward pass: with fewer, most of the time isn't spent on arithmetic."""
+
 QUANTITIES = ("old_first", "new_first", "control_first", "logp_old", "logp_new", "logp_control")
 
 
@@ -358,10 +361,9 @@ def _read(
     batch_tokens: int,
 ) -> Float[Tensor, "fact strength window quantity"]:
     """`QUANTITIES` under each window's knock-out: only the blocks from its first layer on are run for it."""
-    begins: dict[int, list[int]] = {}
-    for w, window in enumerate(windows):
-        begins.setdefault(window[0] if window else runner.n_layers, []).append(w)
-    most = len(strengths) * max(map(len, begins.values()))
+    enough = min(ENOUGH_TOKENS, batch_tokens)
+    alone = _passes(windows, runner.n_layers, 1, 0)
+    most = len(strengths) * max(len(here) for _, here in alone)
     streams = [*(resid_pre(layer) for layer in range(runner.n_layers)), resid_post(runner.n_layers - 1)]
     out = torch.full((len(rows), len(strengths), len(windows), len(QUANTITIES)), math.nan)
     asked = [i for i, row in enumerate(rows) if row.objects]
@@ -371,7 +373,7 @@ def _read(
         ends = torch.tensor([len(rows[i].ids) - 1 for i in some])
         last = torch.tensor([rows[i].last for i in some])
         clean = runner.capture(tokens, streams)
-        for begin, here in begins.items():
+        for begin, here in _passes(windows, runner.n_layers, len(strengths) * tokens.numel(), enough):
             # All facts under the first of these cells, then all under the next …
             cells = list(itertools.product(range(len(strengths)), here))
             hooks: list[Hook] = []
@@ -392,6 +394,30 @@ def _read(
                 for i, row in zip(some, found, strict=True):
                     out[i, s, w] = _quantities(row, rows[i].objects)
     return out
+
+
+def _passes(windows: Sequence[Window], layers: int, tokens: int, enough: int) -> list[tuple[int, list[int]]]:
+    """Which windows are run together, and from which block on.
+
+    Those that begin at one layer go together. Where they are few tokens, as with one fact, those that begin at the
+    next layers go with them: running some blocks that nothing changed costs less than another pass.
+
+    Args:
+        windows: All of them.
+        layers: How many the model has.
+        tokens: What one window costs.
+        enough: How many tokens a pass may have through those that begin higher.
+    """
+    begins: dict[int, list[int]] = {}
+    for w, window in enumerate(windows):
+        begins.setdefault(window[0] if window else layers, []).append(w)
+    passes: list[tuple[int, list[int]]] = []
+    for begin, here in sorted(begins.items()):
+        if passes and begin < layers and (len(passes[-1][1]) + len(here)) * tokens <= enough:
+            passes[-1][1].extend(here)
+        else:
+            passes.append((begin, list(here)))
+    return passes
 
 
 def _mix(rows: Tensor, positions: Tensor, mean: Float[Tensor, "row d_model"], share: Float[Tensor, "row"]) -> HookFn:

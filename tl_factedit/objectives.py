@@ -11,6 +11,7 @@ Hase et al. 2023 (arXiv:2301.04213, sec. 5). An objective turns facts into wishe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from tl_factedit.corruption import Corruption, GaussianNoise, subject_of
 from tl_factedit.facts import Fact
-from tl_factedit.model import EMBED, Model, Runner, quiet
-from tl_factedit.tokens import align
+from tl_factedit.model import EMBED, Hook, Model, Runner, quiet
+from tl_factedit.tokens import align, continuation
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,16 @@ class Wish:
     fact: Fact
     unlikely: bool = False
     embeddings: Float[Tensor, "position d_model"] | None = None
+
+    def spelt(self, length: int) -> Float[Tensor, "position d_model"] | None:
+        """The embeddings for a text in which the subject has so many tokens.
+
+        A subject may be spelt in other tokens after a space than at the beginning of a text. They are counted from
+        the last token, where a fact is looked up; the first stands for all that come before it.
+        """
+        if self.embeddings is None or len(self.embeddings) == length:
+            return self.embeddings
+        return self.embeddings[(torch.arange(length) - length + len(self.embeddings)).clamp(min=0)]
 
 
 @runtime_checkable
@@ -120,6 +131,8 @@ class Force:
 class Reverse:
     """Make the model say of the subject what it says when the subject is noised: one token, its first choice.
 
+    Tokens that are no text of their own (parts of a character, BOS) are passed over.
+
     Attributes:
         corruption: What the noise is; its first sample is taken for each fact.
     """
@@ -132,10 +145,36 @@ class Reverse:
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[Wish, ...]:
         """What the noised runs say."""
         noised = _noised(model, facts, self.corruption, prepend_bos)
-        return tuple(
-            Wish(fact.but(target_new=_said(model, fact, embeddings, prepend_bos)))
-            for fact, embeddings in zip(facts, noised, strict=True)
-        )
+        said = [_said(model, fact, embeddings, prepend_bos) for fact, embeddings in zip(facts, noised, strict=True)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of words that go on inside the prompt's last: the model said so
+            return tuple(Wish(fact.but(target_new=each)) for fact, each in zip(facts, said, strict=True))
+
+
+def set_subjects(rows: Sequence[tuple[Wish, tuple[int, int]]]) -> list[Hook]:
+    """What puts the embeddings that wishes give into a batch.
+
+    Args:
+        rows: Of each row, the wish it is of, and where its subject lies, (start, stop).
+
+    Returns:
+        A hook at the embeddings; none if no wish gives any.
+    """
+    given = [
+        (row, start, stop, embeddings)
+        for row, (wish, (start, stop)) in enumerate(rows)
+        if (embeddings := wish.spelt(stop - start)) is not None
+    ]
+    if not given:
+        return []
+
+    def put(value: Tensor, hook: object = None) -> Tensor:
+        value = value.clone()
+        for row, start, stop, embeddings in given:
+            value[row, start:stop] = embeddings.to(value)
+        return value
+
+    return [(EMBED, put)]
 
 
 def _noised(
@@ -154,18 +193,28 @@ def _noised(
 
 
 def _said(model: Model, fact: Fact, embeddings: Tensor, prepend_bos: bool) -> str:
-    """The token that the model puts first after the fact's prompt with these embeddings."""
+    """The token that the model puts first after the fact's prompt with these embeddings, of those that can be spelt."""
     row = align(model.tokenizer, fact, prepend_bos=prepend_bos)
-
-    def put(value: Tensor, hook: object = None) -> Tensor:
-        value = value.clone()
-        value[:, slice(*row.subject)] = embeddings.to(value)
-        return value
-
+    hooks = set_subjects([(Wish(fact, embeddings=embeddings), row.subject)])
     with quiet(model), torch.no_grad():
-        logits = Runner(model).logits(row.ids[None], at=torch.tensor([[len(row.ids) - 1]]), hooks=[(EMBED, put)])[0, 0]
+        logits = Runner(model).logits(row.ids[None], at=torch.tensor([[len(row.ids) - 1]]), hooks=hooks)[0, 0]
+    ids = row.ids.tolist()
+    before = _spell(model, ids)
     for token in logits.argsort(descending=True)[:20].tolist():
-        said = model.tokenizer.decode([token])
-        if said.strip() and "\ufffd" not in said:
+        # Within the text, as some tokenizers spell a token that stands alone without the space before it.
+        said = _spell(model, [*ids, token])[len(before) :]
+        if token not in model.tokenizer.all_special_ids and said.strip() and _reads(model, row.text, said) == [token]:
             return said
     raise ValueError(f"what {fact.subject!r} leads to when noised can't be spelt: take another seed")
+
+
+def _spell(model: Model, ids: list[int]) -> str:
+    return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _reads(model: Model, text: str, said: str) -> list[int]:
+    """The tokens that go on after a text; none if they merge with its own."""
+    try:
+        return continuation(model.tokenizer, text, said).tolist()
+    except ValueError:
+        return []

@@ -10,8 +10,8 @@ retained
 removed
     the state is another subject's, who has the new object: nothing of the old one is left, whatever reads it;
 rotated
-    the same, and the old object's part is added along directions in which nothing was read before. A ruler trained before
-    finds nothing; one trained on such states finds all.
+    the same, and the old object's part is added along directions in which nothing was read before. A ruler trained
+    before finds nothing; one trained on such states finds all.
 """
 
 from __future__ import annotations

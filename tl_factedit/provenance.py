@@ -20,6 +20,10 @@ class Provenance:
         prepend_bos: Whether prompts ran with BOS in front.
         dtype: The weights' type, e.g. ``"float32"``.
         versions: Of torch, transformers, transformer-lens and tl-factedit.
+        revision: The commit of the hub that the weights were taken from, if the model's config says so.
+
+    Example:
+        >>> fe.Provenance.of(model).versions["torch"]             # doctest: +SKIP
     """
 
     model: str
@@ -27,6 +31,7 @@ class Provenance:
     prepend_bos: bool
     dtype: str
     versions: Mapping[str, str]
+    revision: str | None = None
 
     @classmethod
     def of(cls, model: Model, prepend_bos: bool | None = None, *, weights: Fingerprint | None = None) -> Provenance:
@@ -38,6 +43,7 @@ class Provenance:
             prepend_bos=bos_policy(model, prepend_bos),
             dtype=str(dtype).removeprefix("torch."),
             versions=versions(),
+            revision=_revision(model),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -49,6 +55,7 @@ class Provenance:
             "prepend_bos": self.prepend_bos,
             "dtype": self.dtype,
             "versions": dict(self.versions),
+            "revision": self.revision,
         }
 
     @classmethod
@@ -61,7 +68,15 @@ class Provenance:
             prepend_bos=data["prepend_bos"],
             dtype=data["dtype"],
             versions=data["versions"],
+            revision=data.get("revision"),
         )
+
+
+def _revision(model: Model) -> str | None:
+    """The commit that transformers notes in a config it took from the hub; a HookedTransformer keeps none."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    found = getattr(config, "_commit_hash", None)
+    return None if found is None else str(found)
 
 
 def versions() -> dict[str, str]:

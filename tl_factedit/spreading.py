@@ -1,8 +1,9 @@
 """Many facts over several layers: the values wanted at the last of them, approached layer by layer (MEMIT's way).
 
 Meng et al. 2023 (arXiv:2210.07229, algorithm 1). For each fact, z is what the residual stream after the last edited
-layer L* should be at the last subject token. Layer by layer from below, with the layers before already
-changed, what is still missing is spread over the layers that are left::
+layer L* should be at the last subject token (for PMET: what ``W_out`` of that layer should answer there). Layer by
+layer from below, with the layers before already changed, what is still missing is spread over the layers that are
+left::
 
     R_i = (Z − h^{L*}) / (r − i)      i = 0 … r−1
     Δ_i : keys K_i → R_i               by the editor's own closed form
@@ -35,11 +36,12 @@ from tl_factedit.editing import (
 )
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model, Runner, down_proj, gather, quiet, resid_post, resid_pre
+from tl_factedit.objectives import Inject, Objective, Wish, set_subjects
 from tl_factedit.provenance import Provenance
 from tl_factedit.solve import Factors
 from tl_factedit.stats import KeyStats
 from tl_factedit.tokens import align, pad
-from tl_factedit.values import ValueFit, fit_values
+from tl_factedit.values import ValueFit, Where, fit_values
 
 Divide = Literal["even", "root"]
 """How what is missing is spread over n layers that are left: 1/n of it, or (PMET) 1/√n."""
@@ -93,6 +95,8 @@ def spread_edit(
     ridge: float,
     prepend_bos: bool | None,
     editor: Mapping[str, Any],
+    objective: Objective | None = None,
+    where: Where = "resid",
     divide: Divide = "even",
     memory: float = 2.0,
     progress: bool = True,
@@ -101,7 +105,7 @@ def spread_edit(
 
     Args:
         model: Either class; its weights are as before afterwards.
-        facts: With ``target_new``.
+        facts: With what the objective needs.
         stats: By layer, ascending.
         prepare: The editor's closed form for one layer, from its statistics; called before any forward pass.
         fit: How z is found, at the last of the layers.
@@ -109,11 +113,15 @@ def spread_edit(
         ridge: Of the statistics (what the check of their tokens has to know).
         prepend_bos: BOS policy; None for that of the statistics, or else the model's.
         editor: Name and hyperparameters, as plain data.
+        objective: What is wanted of the facts; None for their ``target_new``.
+        where: Where z is found, and met: in the stream after the last layer, or (for anything else) in what its
+            ``W_out`` answers.
         divide: Of `Divide`.
         memory: Of `fit_values`.
         progress: Whether to show a bar on what takes longer than a second.
     """
-    facts = check_facts(facts)
+    objective = objective or Inject()
+    facts = check_facts(facts, objective)
     layers = list(stats)
     for layer in layers:
         down_proj(model, layer)
@@ -124,13 +132,23 @@ def spread_edit(
     solve = {layer: prepare(stats[layer]) for layer in layers}
     texts = prefixes(contexts, model)
     with quiet(model):
+        wishes = objective.wishes(model, facts, prepend_bos=bos)
         fitted = fit_values(
-            model, facts, layers[-1], texts, where="resid", fit=fit, prepend_bos=bos, memory=memory, progress=progress
+            model, wishes, layers[-1], texts, where=where, fit=fit, prepend_bos=bos, memory=memory, progress=progress
         )
         with torch.no_grad():
             wanted = torch.stack([each.outputs[0] + each.delta for each in fitted])
             found = spread(
-                model, facts, layers, wanted, solve, texts, prepend_bos=bos, divide=divide, progress=progress
+                model,
+                wishes,
+                layers,
+                wanted,
+                solve,
+                texts,
+                where=where,
+                prepend_bos=bos,
+                divide=divide,
+                progress=progress,
             )
             sites = {each.delta.layer: down_proj(model, each.delta.layer) for each in found}
             return Edit(
@@ -147,7 +165,7 @@ def spread_edit(
                     diagnose_many(sites[each.delta.layer], each.delta, _directions(each), each.keys, each.residuals)
                     for each in found
                 ),
-                fits=tuple(record(each) for each in fitted),
+                fits=tuple(record(each, wish) for each, wish in zip(fitted, wishes, strict=True)),
                 provenance=Provenance.of(model, bos, weights=base),
             )
 
@@ -160,37 +178,40 @@ def _directions(written: Spread) -> Float[Tensor, "fact d_mlp"]:
 
 def spread(
     model: Model,
-    facts: Sequence[Fact],
+    wishes: Sequence[Wish],
     layers: Sequence[int],
     wanted: Float[Tensor, "fact d_model"],
     solve: Mapping[int, Solve],
     contexts: Sequence[str],
     *,
+    where: Where = "resid",
     prepend_bos: bool,
     divide: Divide = "even",
     progress: bool = True,
 ) -> list[Spread]:
-    """Bring each fact's residual stream at the last layer to what is wanted; the weights are as before afterwards.
+    """Bring what stands at the last layer for each fact to what is wanted; the weights are as before afterwards.
 
     Args:
         model: Either class, inside `quiet` and without gradients.
-        facts: The facts.
+        wishes: Of which facts, and with which embeddings.
         layers: To be changed, ascending.
         wanted: Z, float64.
         solve: The editor's closed form, by layer.
         contexts: Prefixes, the bare one first.
+        where: What is wanted: the stream after the last layer (``"resid"``), or what its ``W_out`` answers.
         prepend_bos: BOS policy.
         divide: Of `Divide`.
         progress: Whether to show a bar on what takes longer than a second.
     """
-    asked = _Subjects.of(model, facts, contexts, prepend_bos, layers[0])
+    asked = _Subjects.of(model, wishes, contexts, prepend_bos, layers[0])
+    reached = asked.stream_after if where == "resid" else asked.answers
     found: list[Spread] = []
     with _restored(model, layers):
         for i, layer in enumerate(tqdm(layers, desc="solving layers", delay=1, disable=not progress, leave=False)):
             site = down_proj(model, layer)
             keys = asked.keys(layer)
             left = len(layers) - i
-            missing = wanted.to(keys.device) - asked.stream_after(layers[-1])
+            missing = wanted.to(keys.device) - reached(layers[-1])
             residuals = missing / (left if divide == "even" else math.sqrt(left))
             factors = solve[layer](keys, residuals)
             delta = Delta(layer, factors.left.cpu(), factors.right.cpu())
@@ -220,7 +241,7 @@ class _Subjects:
     Attributes:
         runner: Of the model.
         first: That layer.
-        facts: How many facts there are.
+        facts: How many there are.
         batches: Token ids of some rows, their lookups, their places among all rows, and the stream before `first`.
         contexts: How many contexts a fact has; its rows stand together, the bare one first.
     """
@@ -233,15 +254,16 @@ class _Subjects:
 
     @classmethod
     def of(
-        cls, model: Model, facts: Sequence[Fact], contexts: Sequence[str], prepend_bos: bool, first: int
+        cls, model: Model, wishes: Sequence[Wish], contexts: Sequence[str], prepend_bos: bool, first: int
     ) -> _Subjects:
         runner = Runner(model)
-        rows, lookups = [], []
-        for fact in facts:
+        rows, lookups, subjects = [], [], []
+        for wish in wishes:
             for context in contexts:
-                row = align(model.tokenizer, fact, prepend_bos=prepend_bos, prefix=context)
+                row = align(model.tokenizer, wish.fact, prepend_bos=prepend_bos, prefix=context)
                 rows.append(row.ids[: row.last + 1])  # nothing after the subject matters to it
                 lookups.append(row.last)
+                subjects.append((wish, row.subject))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         batches, batch = [], list[int]()
         for i in order:
@@ -253,9 +275,10 @@ class _Subjects:
         kept = []
         for places in batches:
             tokens = pad([rows[i] for i in places], 0)
-            stream = runner.capture(tokens, [resid_pre(first)], stop=first)[resid_pre(first)]
+            hooks = set_subjects([subjects[i] for i in places])
+            stream = runner.capture(tokens, [resid_pre(first)], stop=first, hooks=hooks)[resid_pre(first)]
             kept.append((tokens, torch.tensor([lookups[i] for i in places]), torch.tensor(places), stream))
-        return cls(runner, first, len(facts), kept, len(contexts))
+        return cls(runner, first, len(wishes), kept, len(contexts))
 
     def keys(self, layer: int) -> Float[Tensor, "fact d_mlp"]:
         """Of each fact, with the weights as they are now."""
@@ -268,6 +291,11 @@ class _Subjects:
     def stream_after(self, layer: int) -> Float[Tensor, "fact d_model"]:
         """H after a layer in the bare prompts, with the weights as they are now."""
         return self._at_lookup(resid_post(layer), layer, bare=True)
+
+    def answers(self, layer: int) -> Float[Tensor, "fact d_model"]:
+        """What a layer's W_out answers in the bare prompts, with the weights as they are now."""
+        site = down_proj(self.runner.model, layer)
+        return site.value(self._at_lookup(site.key_hook, layer, bare=True))
 
     def _at_lookup(self, place: str, layer: int, *, bare: bool = False) -> Tensor:
         values: dict[int, Tensor] = {}

@@ -2,6 +2,9 @@
 
 Uncentred, over the input of ``W_out`` at every token of some text (Meng et al. 2022,
 arXiv:2202.05262, eq. 2 and app. E.2), summed in float64.
+
+A sum is symmetric, so only its upper triangle is ever read: that is what files hold, and what a collection that was
+killed goes on from, bit for bit.
 """
 
 from __future__ import annotations
@@ -9,22 +12,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit import files
-from tl_factedit.model import Fingerprint, Model, Runner, check_layer, device, down_proj, quiet
+from tl_factedit.model import DownProj, Fingerprint, Model, Runner, check_layer, device, down_proj, quiet
 from tl_factedit.provenance import Provenance
 from tl_factedit.tokens import encode, pad
 
 TOKENS_PER_DIMENSION = 10
 """How many tokens a second moment wants for each of its d_mlp dimensions before it is inverted as it is."""
+UNFINISHED = "unfinished key statistics"
+"""What the file of a collection calls itself that has not come to its end."""
 
 
 @dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
@@ -37,6 +42,10 @@ class KeyStats:
         n_tokens: How many tokens it averages; 0 for the identity, which averages none.
         corpus: What was read: a hash of the texts, or ``"identity"``.
         provenance: Model, weights and BOS policy; None for the identity, which fits any weights.
+
+    Example:
+        >>> fe.KeyStats(8, torch.eye(64).double(), 1_000, "made up", None)
+        KeyStats(layer=8, 1,000 tokens, d_mlp=64, any model)
     """
 
     layer: int
@@ -47,13 +56,22 @@ class KeyStats:
 
     @classmethod
     def identity(cls, model: Model, layer: int) -> KeyStats:
-        """The identity in place of C: turns ROME's update into the plain ``r kᵀ / kᵀk``."""
+        """The identity in place of C: turns ROME's update into the plain ``r kᵀ / kᵀk``.
+
+        Example:
+            >>> edit = fe.Rome(fe.KeyStats.identity(model, 8))(model, [fact])    # doctest: +SKIP
+        """
         size = down_proj(model, layer).W.shape[0]
         return cls(layer, torch.eye(size, dtype=torch.float64), 0, "identity", None)
 
     @property
     def wanted_tokens(self) -> int:
-        """How many tokens an unridged inverse wants: ten for each dimension."""
+        """How many tokens an unridged inverse wants: ten for each dimension.
+
+        Example:
+            >>> fe.KeyStats(8, torch.eye(64).double(), 500, "made up", None).wanted_tokens
+            640
+        """
         return TOKENS_PER_DIMENSION * len(self.moment)
 
     def check(self, model: Model, weights: Fingerprint) -> None:
@@ -65,6 +83,9 @@ class KeyStats:
 
         Raises:
             ValueError: Another layer, size, model or weights.
+
+        Example:
+            >>> stats[8].check(model, fingerprint(model))         # doctest: +SKIP
         """
         check_layer(model, self.layer)
         size = down_proj(model, self.layer).W.shape[0]
@@ -83,7 +104,10 @@ class KeyStats:
         """Both together, weighted by their tokens.
 
         Raises:
-            ValueError: They are of different layers, weights or BOS policies.
+            ValueError: They are of different layers, weights, BOS policies or versions.
+
+        Example:
+            >>> both = fe.key_stats(model, 8, books)[8] + fe.key_stats(model, 8, news)[8]    # doctest: +SKIP
         """
         mine, theirs = self.provenance, other.provenance
         if self.layer != other.layer or mine is None or theirs is None:
@@ -93,26 +117,44 @@ class KeyStats:
             )
         if not mine.weights.matches(theirs.weights) or mine.prepend_bos != theirs.prepend_bos:
             raise ValueError("can't merge statistics of different weights or BOS policies: collect both on one model")
+        if differs := _difference(mine, theirs):
+            raise ValueError(f"can't merge statistics that were collected with {differs}: collect both alike")
         total = self.n_tokens + other.n_tokens
-        moment = (self.moment * self.n_tokens + other.moment * other.n_tokens) / total
+        moment = (self.moment * (self.n_tokens / total)).add_(other.moment, alpha=other.n_tokens / total)
         corpus = hashlib.sha256(f"{self.corpus} {other.corpus}".encode()).hexdigest()[:16]
         return KeyStats(self.layer, moment, total, corpus, mine)
 
     def save(self, path: str | Path) -> None:
-        """Write one file (safetensors: the upper triangle, and where it came from)."""
+        """Write one file (safetensors: the upper triangle, and where it came from).
+
+        Example:
+            >>> stats[8].save("layer_8.safetensors")              # doctest: +SKIP
+        """
         _write([self], Path(path), {})
 
     @classmethod
-    def load(cls, path: str | Path) -> KeyStats:
-        """Read a file of `save`.
+    def load(cls, path: str | Path, layer: int | None = None) -> KeyStats:
+        """Read one layer of a file of `save` or `key_stats`, whatever versions it was made with.
+
+        Args:
+            path: The file.
+            layer: Which of its layers; may be left out if it holds only one.
 
         Raises:
-            ValueError: The file is cut short, changed, or holds several layers.
+            FileNotFoundError: No such file.
+            ValueError: The file is cut short or changed, holds several layers and none was named, or not this one.
+
+        Example:
+            >>> stats = fe.KeyStats.load("layer_8.safetensors")   # doctest: +SKIP
         """
         _, found = _read(Path(path))
-        if len(found) != 1:
-            raise ValueError(f"{path} holds layers {[s.layer for s in found]}: read it with key_stats(..., path=...)")
-        return found[0]
+        chosen = [s for s in found if layer is None or s.layer == layer]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"{path} holds layers {[s.layer for s in found]}, asked for {'one' if layer is None else layer}: "
+                "name one of them with KeyStats.load(path, layer=...)"
+            )
+        return chosen[0]
 
     def __repr__(self) -> str:
         """Layer, tokens and size in a line."""
@@ -130,12 +172,18 @@ def key_stats(
     prepend_bos: bool | None = None,
     context: int = 256,
     batch_tokens: int = 4096,
+    save_every: int = 25_000,
     progress: bool = True,
 ) -> dict[int, KeyStats]:
     """Collect the second moments of the keys of some layers, in one pass over some texts.
 
     Long texts are cut into pieces of `context` tokens, each with its own BOS if there is one. The
     keys of BOS are counted: every prompt has them, so an edit must spare them.
+
+    With a `path` the sums so far are kept beside the final files (``….unfinished.safetensors``) until those are
+    written. The same call with the same texts goes on from there; what was counted already is read and hashed again,
+    but not run. The result has the same bits as that of a collection that was never interrupted (in batches of the
+    same size, on as many threads).
 
     Args:
         model: Either class; its weights as they are now.
@@ -147,125 +195,374 @@ def key_stats(
         prepend_bos: Whether each piece begins with BOS; None for the model's default.
         context: Longest piece, in tokens with BOS.
         batch_tokens: Padded tokens in one forward pass.
+        save_every: Tokens between two saves of the sums so far, if there is a `path`. A save writes 4 d_mlp² bytes a
+            layer: let it be rarer where a model is wide and fast.
         progress: Whether to show a bar on what takes longer than a second.
 
     Returns:
         Statistics by layer.
 
     Raises:
-        ValueError: No such layer, no text, or the files at `path` are damaged or of another
-            model, weights, corpus or number of tokens (they are left as they are).
+        ValueError: No such layer, no text, or the files at `path` are damaged or of another model, weights, dtype,
+            revision, corpus, number of tokens, BOS policy or versions (they are left as they are).
+        RuntimeError: The model overflows.
 
     Example:
         >>> stats = fe.key_stats(model, [8], texts, n_tokens=20_000)       # doctest: +SKIP
         >>> edit = fe.Rome(stats[8])(model, [fact])                        # doctest: +SKIP
+        >>> fe.key_stats(model, [4, 8], texts, path="stats/")              # doctest: +SKIP
     """
     wanted = [layers] if isinstance(layers, int) else sorted(set(layers))
     if not wanted:
         raise ValueError("layers is empty, needed at least one")
     sites = {layer: down_proj(model, layer) for layer in wanted}
+    check_amounts(texts, n_tokens, context)
+    if save_every <= 0:
+        raise ValueError(f"save_every is {save_every}, needed at least 1 token")
+    provenance = Provenance.of(model, prepend_bos)
+    asked = {"n_asked": n_tokens, "context": context}
+    path = None if path is None else Path(path)
+    places = _places(path, wanted)
+    there = {file: held for file, held in places.items() if file.exists()}
+    # A one-way iterator would be used up by checking what is there; a list or a corpus is simply read twice.
+    texts, again = itertools.tee(texts) if there and iter(texts) is texts else (texts, texts)
+    kept = _reuse(there, again, provenance, asked)
+    sites = {layer: site for layer, site in sites.items() if layer not in kept}
+    draft = None if path is None else _Draft(_unfinished(path), asked, tuple(wanted), provenance)
+    if not sites:
+        if draft is not None:
+            draft.drop_if_mine()
+        return {layer: kept[layer] for layer in wanted}
+
+    reader = Reader(texts)
+    with tqdm(total=n_tokens, unit="token", desc="key statistics", delay=1, disable=not progress) as bar:
+        sums = _collect(model, sites, reader, provenance, n_tokens, context, batch_tokens, draft, save_every, bar)
+    found = {
+        layer: KeyStats(layer, mirror_(total).div_(sums.counted).cpu(), sums.counted, reader.digest, provenance)
+        for layer, total in sums.totals.items()
+    }
+    for file, held in places.items():
+        if file not in there:
+            _write([found[layer] for layer in held], file, {**asked, "n_texts": reader.count})
+    if draft is not None:
+        draft.file.unlink(missing_ok=True)
+    return {layer: {**kept, **found}[layer] for layer in wanted}
+
+
+def _collect(
+    model: Model,
+    sites: Mapping[int, DownProj],
+    reader: Reader,
+    provenance: Provenance,
+    n_tokens: int,
+    context: int,
+    batch_tokens: int,
+    draft: _Draft | None,
+    save_every: int,
+    bar: tqdm,
+) -> _Sums:
+    """The sums over the texts, beginning with those in the draft; kept there on the way."""
+    with quiet(model), torch.no_grad():
+        # Made inside `quiet`: a caller's inference_mode would make tensors that can't be added to in it.
+        runner, sums = Runner(model), _Sums.zeros(sites, where(model))
+        if draft is not None and draft.file.exists():
+            sums = draft.read_into_(sums)
+            reader.skip_to(sums.place, draft.file)
+            bar.update(sums.counted)
+        left = n_tokens - sums.counted
+        for batch in stream_keys(runner, sites, reader, provenance.prepend_bos, context, left, batch_tokens):
+            saved = sums.counted // save_every
+            sums.add_(batch)
+            bar.update(batch.n_tokens)
+            if draft is not None and sums.counted // save_every > saved and sums.counted < n_tokens:
+                draft.write(sums)
+    if sums.counted == 0:
+        raise ValueError("the texts hold no tokens: give some text")
+    sums.check_finite()
+    return sums
+
+
+def check_amounts(texts: Iterable[str], n_tokens: int, context: int) -> None:
+    """See that there is something to read, and how much.
+
+    Raises:
+        ValueError: One string in place of several, no tokens asked for, or pieces too short to hold text.
+    """
     if n_tokens <= 0:
         raise ValueError(f"n_tokens is {n_tokens}, needed at least 1")
     if context < 2:
         raise ValueError(f"context is {context}, needed at least 2 tokens")
     if isinstance(texts, str):
         raise ValueError("texts is one string, needed an iterable of strings: write [text]")
-    provenance = Provenance.of(model, prepend_bos)
-    bos = provenance.prepend_bos
-    asked = {"n_asked": n_tokens, "context": context}
-    places = _places(None if path is None else Path(path), wanted)
-    there = {file: held for file, held in places.items() if file.exists()}
-    texts, again = itertools.tee(texts) if there else (texts, texts)
-    kept = _reuse(there, again, provenance, asked)
-    sites = {layer: site for layer, site in sites.items() if layer not in kept}
-    if not sites:
-        return {layer: kept[layer] for layer in wanted}
-
-    reader = _Reader(texts)
-    counted = 0
-    with (
-        quiet(model),
-        torch.no_grad(),
-        tqdm(total=n_tokens, unit="token", desc="key statistics", delay=1, disable=not progress) as bar,
-    ):
-        runner = Runner(model)
-        # Made inside `quiet`: a caller's inference_mode would make tensors that can't be added to in it.
-        sums = {
-            layer: torch.zeros(len(site.W), len(site.W), dtype=torch.float64, device=device(model))
-            for layer, site in sites.items()
-        }
-        for rows in _batches(_pieces(model, reader, bos, context), n_tokens, batch_tokens):
-            ids = pad(rows, fill=0)
-            real = (torch.arange(ids.shape[1])[None] < torch.tensor([len(r) for r in rows])[:, None]).to(device(model))
-            caught = runner.capture(ids, [s.key_hook for s in sites.values()], stop=max(sites) + 1)
-            for layer, site in sites.items():
-                keys = caught[site.key_hook][real].double()
-                sums[layer] += keys.T @ keys
-            counted += int(real.sum())
-            bar.update(int(real.sum()))
-    if counted == 0:
-        raise ValueError("the texts hold no tokens: give some text")
-    if not all(bool(total.isfinite().all()) for total in sums.values()):
-        raise RuntimeError("key statistics are not finite: the model overflows on this text (try another dtype)")
-    found = {
-        layer: KeyStats(layer, ((total + total.T) / (2 * counted)).cpu(), counted, reader.digest, provenance)
-        for layer, total in sums.items()
-    }
-    for file, held in places.items():
-        if file not in there:
-            _write([found[layer] for layer in held], file, {**asked, "n_texts": reader.count})
-    return {layer: {**kept, **found}[layer] for layer in wanted}
 
 
 # ------------------------------------------------------------------------------------ reading text
 
 
-class _Reader:
+@dataclass(frozen=True)
+class Place:
+    """How far texts have been counted.
+
+    Attributes:
+        texts: So many texts whole,
+        parts: and so many pieces of the next one.
+        digest: Of the texts up to and with that next one.
+    """
+
+    texts: int
+    parts: int
+    digest: str
+
+
+class Reader:
     """An iterable of texts that remembers what was read of it."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = iter(texts)
         self._hash = hashlib.sha256()
+        self._begun: Place | None = None
+        self._held: str | None = None
         self.count = 0
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Each text, and how many of its pieces are counted already."""
+        if self._held is not None and self._begun is not None:
+            text, self._held = self._held, None
+            yield text, self._begun.parts
         for text in self._texts:
+            if not isinstance(text, str):
+                raise ValueError(f"text {self.count} is a {type(text).__name__}, needed a string")
             self._hash.update(text.encode() + b"\0")
             self.count += 1
-            yield text
+            yield text, 0
+
+    def skip_to(self, place: Place, file: Path) -> None:
+        """Read what was counted already, and see that it is what was counted.
+
+        Raises:
+            ValueError: These are other texts.
+        """
+        for text, _ in itertools.islice(self, place.texts + 1):
+            self._held = text
+        if self.count != place.texts + 1 or self.digest != place.digest:
+            raise ValueError(
+                f"{file} was collected on other texts than these: give the same texts from their beginning to go on "
+                "with it, name another path, or delete it"
+            )
+        self._begun = place
 
     @property
     def digest(self) -> str:
+        """Of all texts read so far."""
         return self._hash.hexdigest()[:16]
 
 
-def _pieces(model: Model, texts: Iterable[str], bos: bool, context: int) -> Iterator[Int[Tensor, "pos"]]:
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Token ids that are run as one row, with BOS if there is one.
+
+    Attributes:
+        ids: The ids.
+        place: How far texts are counted once this is.
+    """
+
+    ids: Int[Tensor, "pos"]
+    place: Place
+
+
+def pieces(model: Model, reader: Reader, bos: bool, context: int) -> Iterator[Piece]:
+    """Texts cut to the length of the context; white space alone is no text."""
     room = min(context, int(getattr(model.cfg, "n_ctx", None) or context))
-    for text in texts:
+    for text, done in reader:
         if not text.strip():
             continue
+        digest = reader.digest
         ids, _ = encode(model.tokenizer, text, prepend_bos=bos)
         first, body = ids[: int(bos)], ids[int(bos) :]
-        for part in body.split(room - bos):
-            yield torch.cat([first, part])
+        for i, part in enumerate(body.split(room - bos)):
+            if i >= done:
+                yield Piece(torch.cat([first, part]), Place(reader.count - 1, i + 1, digest))
 
 
-def _batches(
-    pieces: Iterable[Int[Tensor, "pos"]], n_tokens: int, batch_tokens: int
-) -> Iterator[list[Int[Tensor, "pos"]]]:
-    rows: list[Tensor] = []
+@dataclass(frozen=True, eq=False)
+class KeyBatch:
+    """The keys of some layers at every token of some pieces.
+
+    Attributes:
+        caught: By layer, what went into ``W_out``, [row pos d_mlp].
+        real: Which tokens are no padding, [row pos].
+        place: How far texts are counted with these.
+    """
+
+    caught: Mapping[int, Tensor]
+    real: Bool[Tensor, "row pos"]
+    place: Place
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens they are of."""
+        return int(self.real.sum())
+
+    def keys(self, layer: int, at: torch.device) -> Float[Tensor, "token d_mlp"]:
+        """The keys in the order in which texts are counted, in float64."""
+        return self.caught[layer][self.real].to(at).double()
+
+
+def stream_keys(
+    runner: Runner,
+    sites: Mapping[int, DownProj],
+    reader: Reader,
+    bos: bool,
+    context: int,
+    n_tokens: int,
+    batch_tokens: int,
+) -> Iterator[KeyBatch]:
+    """Keys at every token of some texts, in batches of forward passes that stop at the last layer.
+
+    Args:
+        runner: Made inside ``quiet(model)``, which must still hold.
+        sites: The layers' ``W_out``.
+        reader: The texts.
+        bos: Whether pieces begin with BOS.
+        context: Longest piece.
+        n_tokens: How many to stop after.
+        batch_tokens: Padded tokens in one pass.
+    """
+    model = runner.model
+    names = [site.key_hook for site in sites.values()]
+    for rows in _batches(pieces(model, reader, bos, context), n_tokens, batch_tokens):
+        ids = pad([row.ids for row in rows], fill=0)
+        lengths = torch.tensor([len(row.ids) for row in rows])
+        real = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        caught = runner.capture(ids, names, stop=max(sites) + 1)
+        yield KeyBatch(
+            {layer: caught[site.key_hook] for layer, site in sites.items()}, real.to(device(model)), rows[-1].place
+        )
+
+
+def where(model: Model) -> torch.device:
+    """Where sums are kept: with the model, unless that is where float64 isn't known (Apple's MPS)."""
+    return torch.device("cpu") if device(model).type == "mps" else device(model)
+
+
+def _batches(found: Iterable[Piece], n_tokens: int, batch_tokens: int) -> Iterator[list[Piece]]:
+    """Rows for one pass each. A batch depends on the pieces from its first one on, never on those before."""
+    rows: list[Piece] = []
     longest, left = 0, n_tokens
-    for piece in pieces:
-        piece = piece[:left]
-        if rows and max(longest, len(piece)) * (len(rows) + 1) > batch_tokens:
+    if left == 0:
+        return
+    for piece in found:
+        ids = piece.ids[:left]
+        if rows and max(longest, len(ids)) * (len(rows) + 1) > batch_tokens:
             yield rows
             rows, longest = [], 0
-        rows.append(piece)
-        longest, left = max(longest, len(piece)), left - len(piece)
+        rows.append(Piece(ids, piece.place))
+        longest, left = max(longest, len(ids)), left - len(ids)
         if left == 0:
             break
     if rows:
         yield rows
+
+
+# ------------------------------------------------------------------------------------ sums
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Σ k kᵀ by layer, so far; of each matrix only the upper triangle (with the diagonal) is meant."""
+
+    totals: dict[int, Float[Tensor, "d_mlp d_mlp"]]
+    counted: int
+    place: Place
+
+    @classmethod
+    def zeros(cls, sites: Mapping[int, DownProj], at: torch.device) -> _Sums:
+        """Nothing summed yet."""
+        sizes = {layer: len(site.W) for layer, site in sites.items()}
+        totals = {layer: torch.zeros(size, size, dtype=torch.float64, device=at) for layer, size in sizes.items()}
+        return cls(totals, 0, Place(0, 0, ""))
+
+    def add_(self, batch: KeyBatch) -> None:
+        """Count a batch. In place, as one matrix of a wide layer is a large part of the memory."""
+        for layer, total in self.totals.items():
+            keys = batch.keys(layer, total.device)
+            total.addmm_(keys.T, keys)
+        self.counted += batch.n_tokens
+        self.place = batch.place
+
+    def check_finite(self) -> None:
+        """By the diagonal, as |C_ij|² <= C_ii C_jj."""
+        if not all(bool(total.diagonal().isfinite().all()) for total in self.totals.values()):
+            raise RuntimeError("key statistics are not finite: the model overflows on this text (try another dtype)")
+
+
+def mirror_(upper: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "d_mlp d_mlp"]:
+    """Overwrite the lower triangle by the upper one."""
+    upper.triu_()
+    return upper.add_(upper.triu(1).T)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """The file of a collection that isn't finished.
+
+    Attributes:
+        file: Where it is.
+        asked: What was asked for, as plain data.
+        layers: All layers asked for.
+        provenance: Of the model now.
+    """
+
+    file: Path
+    asked: Mapping[str, Any]
+    layers: tuple[int, ...]
+    provenance: Provenance
+
+    def write(self, sums: _Sums) -> None:
+        """Keep the sums so far, in place of those before."""
+        sums.check_finite()
+        header = {
+            "asked": dict(self.asked),
+            "layers": list(self.layers),
+            "counted": sums.counted,
+            "place": asdict(sums.place),
+            "provenance": self.provenance.to_json(),
+        }
+        files.write(self.file, UNFINISHED, header, {f"layer.{n}": _pack(total) for n, total in sums.totals.items()})
+
+    def read_into_(self, empty: _Sums) -> _Sums:
+        """The sums so far of the layers in `empty`, in the same memory.
+
+        Raises:
+            ValueError: The file is damaged, or of another collection.
+        """
+        header, tensors = self._content()
+        given = {**header["asked"], "layers": header["layers"]}
+        wanted = {**self.asked, "layers": list(self.layers)}
+        if given != wanted:
+            raise ValueError(
+                f"{self.file} is an unfinished collection of {given}, asked for {wanted}: ask for the same to finish "
+                "it, name another path, or delete it"
+            )
+        _check_origin(self.file, Provenance.from_json(header["provenance"]), self.provenance)
+        for layer, total in empty.totals.items():
+            if f"layer.{layer}" not in tensors:  # it was finished, and that file is gone
+                raise ValueError(f"{self.file} holds no sums of layer {layer}: name another path, or delete it")
+            total.copy_(_unpack(tensors.pop(f"layer.{layer}"), len(total)))
+        return _Sums(empty.totals, header["counted"], Place(**header["place"]))
+
+    def drop_if_mine(self) -> None:
+        """Remove what a kill between writing the result and tidying up has left."""
+        if self.file.exists():
+            header, _ = self._content()
+            if header["asked"] == self.asked and tuple(header["layers"]) == self.layers:
+                self.file.unlink()
+
+    def _content(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        try:
+            return files.read(self.file, UNFINISHED)
+        except ValueError as error:
+            raise ValueError(f"{error}; it is only the sums so far: delete it to begin again") from error
 
 
 # ------------------------------------------------------------------------------------ files
@@ -278,6 +575,13 @@ def _places(path: Path | None, layers: Sequence[int]) -> dict[Path, list[int]]:
     if path.suffix == ".safetensors":
         return {path: list(layers)}
     return {path / f"layer_{layer}.safetensors": [layer] for layer in layers}
+
+
+def _unfinished(path: Path) -> Path:
+    """Where the sums so far are kept."""
+    if path.suffix == ".safetensors":
+        return path.with_name(f"{path.stem}.unfinished.safetensors")
+    return path / "unfinished.safetensors"
 
 
 def _write(stats: Sequence[KeyStats], path: Path, asked: dict[str, Any]) -> None:
@@ -333,31 +637,51 @@ def _reuse(
             raise ValueError(f"{path} holds layers {sorted(held)}, not {missing}: name another path or delete it")
         for layer in layers:
             s = held[layer]
-            if s.provenance is None or not s.provenance.weights.matches(now.weights):
-                raise ValueError(f"{path} is of other weights than the model's ({now.weights}): name another path")
-            if s.provenance.prepend_bos != now.prepend_bos:
-                raise ValueError(f"{path} was collected with prepend_bos={s.provenance.prepend_bos}: name another path")
+            _check_origin(path, s.provenance, now)
             if s.corpus != digest:
                 raise ValueError(f"{path} was collected on other texts: name another path or delete it")
             found[layer] = s
     return found
 
 
+def _check_origin(path: Path, then: Provenance | None, now: Provenance) -> None:
+    """See that what is in a file was collected as it would be now."""
+    if then is None or not then.weights.matches(now.weights):
+        raise ValueError(f"{path} is of other weights than the model's ({now.weights}): name another path")
+    if differs := _difference(then, now):
+        raise ValueError(
+            f"{path} was collected with {differs}: name another path, or take it as it is with KeyStats.load"
+        )
+
+
+def _difference(then: Provenance, now: Provenance) -> str | None:
+    """What two collections on the same weights differ in. A model's name is none of it: the weights are."""
+    if then.prepend_bos != now.prepend_bos:
+        return f"prepend_bos={then.prepend_bos} (not {now.prepend_bos})"
+    if then.dtype != now.dtype:
+        return f"dtype {then.dtype} (not {now.dtype})"
+    if None not in (then.revision, now.revision) and then.revision != now.revision:
+        return f"revision {then.revision} of the model (not {now.revision})"
+    changed = [name for name in {**then.versions, **now.versions} if then.versions.get(name) != now.versions.get(name)]
+    if changed:
+        return ", ".join(f"{name} {then.versions.get(name)} (not {now.versions.get(name)})" for name in changed)
+    return None
+
+
 def _digest_of(texts: Iterator[str], count: int) -> str:
-    reader = _Reader(itertools.islice(texts, count))
+    reader = Reader(itertools.islice(texts, count))
     for _ in reader:
         pass
     return reader.digest
 
 
 def _pack(moment: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "packed"]:
-    rows, cols = torch.triu_indices(*moment.shape)
-    return moment.cpu()[rows, cols]
+    """The upper triangle row by row: an index of it would be as large as the matrix."""
+    return torch.cat([row[i:] for i, row in enumerate(moment.cpu())])
 
 
 def _unpack(packed: Float[Tensor, "packed"], size: int) -> Float[Tensor, "size size"]:
-    rows, cols = torch.triu_indices(size, size)
     moment = torch.zeros(size, size, dtype=packed.dtype)
-    moment[rows, cols] = packed
-    moment[cols, rows] = packed
-    return moment
+    for i, row in enumerate(packed.split(list(range(size, 0, -1)))):
+        moment[i, i:] = row
+    return mirror_(moment)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from tl_factedit.contexts import SampledContexts
 from tl_factedit.edit import Edit
-from tl_factedit.editing import check_contexts, described, plain
+from tl_factedit.editing import check_contexts, check_objective, described, plain
 from tl_factedit.editors.memit import STARTS
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model
+from tl_factedit.objectives import Inject, Objective
 from tl_factedit.solve import Factors, in_null_space, null_space
 from tl_factedit.spreading import Solve, by_layer, spread_edit
 from tl_factedit.stats import KeyStats
@@ -37,6 +38,7 @@ class AlphaEdit:
         share: Or: the smallest eigenvalues that hold this share of C's trace do. The default, at 0.02.
         weight: λ, which keeps the update small.
         earlier: Edits whose keys this one is to keep, as in their sequences of edits (K_p).
+        objective: What is wanted of the facts: `Inject` (their ``target_new``), `Erase`, `Amplify`, `Force`, `Reverse`.
         fit: How z is found; its clamp is 0.75, not ROME's 4.
         contexts: Prefixes to average over: how to sample them, or the texts themselves.
         prepend_bos: BOS policy; None for that of the statistics, or else the model's.
@@ -55,6 +57,7 @@ class AlphaEdit:
     share: float | None = None
     weight: float = 10.0
     earlier: Sequence[Edit] = ()
+    objective: Objective = field(default_factory=Inject)
     fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
     contexts: SampledContexts | Sequence[str] = field(
         default_factory=lambda: SampledContexts(lengths=((5, 10),), starts=STARTS)
@@ -72,13 +75,15 @@ class AlphaEdit:
             raise ValueError(f"threshold is {self.threshold} and share is {self.share}, needed one of the two")
         if not self.weight > 0:
             raise ValueError(f"weight is {self.weight}, needed more than 0")
+        check_objective(self.objective)
         check_contexts(self.contexts)
 
     def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Make the edit; the weights are as before when it returns.
 
         Raises:
-            ValueError: No facts, a fact without ``target_new``, statistics of other weights, or no direction left.
+            ValueError: No facts, a fact that lacks what the objective needs, statistics of other weights, or no
+                direction left.
             RuntimeError: The optimisation is not finite.
         """
         return spread_edit(
@@ -91,6 +96,7 @@ class AlphaEdit:
             ridge=0.0,
             prepend_bos=self.prepend_bos,
             editor=self.describe(),
+            objective=self.objective,
             memory=self.memory,
             progress=self.progress,
         )
@@ -106,6 +112,7 @@ class AlphaEdit:
             "earlier": [edit.digest for edit in self.earlier],
             "n_tokens": [each.n_tokens for each in self.stats.values()],
             "corpus": [each.corpus for each in self.stats.values()],
+            "objective": repr(self.objective),
             "fit": plain(asdict(self.fit)),
             "contexts": described(self.contexts),
         }

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tl_factedit.contexts import SampledContexts
 from tl_factedit.edit import Edit
-from tl_factedit.editing import check_contexts, described, factor, plain
+from tl_factedit.editing import check_contexts, check_objective, described, factor, plain
 from tl_factedit.editors.memit import STARTS
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model
+from tl_factedit.objectives import Inject, Objective
 from tl_factedit.solve import Factors, NotPositiveDefiniteError, least_squares
 from tl_factedit.spreading import Solve, by_layer, spread_edit
 from tl_factedit.stats import KeyStats
@@ -34,6 +35,7 @@ class Emmet:
         stats: Second moments of the keys by layer: the layers to edit (what `key_stats` returns).
         weight: ε, added to K C⁻¹Kᵀ: 0 meets all residuals, which needs keys that aren't nearly the same; their code
             takes 0.1 for several facts. With C scaled by w there, it is MEMIT with λ = w ε.
+        objective: What is wanted of the facts: `Inject` (their ``target_new``), `Erase`, `Amplify`, `Force`, `Reverse`.
         fit: How z is found; its clamp is 0.75, not ROME's 4.
         contexts: Prefixes to average over: how to sample them, or the texts themselves.
         ridge: Added to C, as a share of its mean eigenvalue; 0 asks for ten tokens a dimension.
@@ -49,6 +51,7 @@ class Emmet:
 
     stats: Mapping[int, KeyStats]
     weight: float = 0.0
+    objective: Objective = field(default_factory=Inject)
     fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
     contexts: SampledContexts | Sequence[str] = field(
         default_factory=lambda: SampledContexts(lengths=((5, 10),), starts=STARTS)
@@ -65,14 +68,15 @@ class Emmet:
             raise ValueError(f"weight is {self.weight}, needed 0 or more")
         if self.ridge < 0:
             raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
+        check_objective(self.objective)
         check_contexts(self.contexts)
 
     def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Make the edit; the weights are as before when it returns.
 
         Raises:
-            ValueError: No facts, a fact without ``target_new``, statistics of other weights, or a second moment that
-                can't be inverted.
+            ValueError: No facts, a fact that lacks what the objective needs, statistics of other weights, or a second
+                moment that can't be inverted.
             RuntimeError: The optimisation is not finite.
         """
         return spread_edit(
@@ -85,6 +89,7 @@ class Emmet:
             ridge=self.ridge,
             prepend_bos=self.prepend_bos,
             editor=self.describe(),
+            objective=self.objective,
             memory=self.memory,
             progress=self.progress,
         )
@@ -98,6 +103,7 @@ class Emmet:
             "n_tokens": [each.n_tokens for each in self.stats.values()],
             "corpus": [each.corpus for each in self.stats.values()],
             "ridge": self.ridge,
+            "objective": repr(self.objective),
             "fit": plain(asdict(self.fit)),
             "contexts": described(self.contexts),
         }

@@ -15,9 +15,10 @@ from typing import Any
 
 from tl_factedit.contexts import SampledContexts
 from tl_factedit.edit import Edit
-from tl_factedit.editing import check_contexts, described, factor, plain
+from tl_factedit.editing import check_contexts, check_objective, described, factor, plain
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model
+from tl_factedit.objectives import Inject, Objective
 from tl_factedit.solve import least_squares
 from tl_factedit.spreading import Solve, by_layer, spread_edit
 from tl_factedit.stats import KeyStats
@@ -35,6 +36,7 @@ class Memit:
         stats: Second moments of the keys by layer: the layers to edit (what `key_stats` returns).
         weight: λ, in units of C = E[k kᵀ]: 15,000 is Meng et al.'s for GPT-J, 20,000 for GPT-2 XL. Look at
             `Diagnostics.unmet` for what it means on another model.
+        objective: What is wanted of the facts: `Inject` (their ``target_new``), `Erase`, `Amplify`, `Force`, `Reverse`.
         fit: How z is found; its clamp is 0.75, not ROME's 4.
         contexts: Prefixes to average over: how to sample them, or the texts themselves.
         ridge: Added to C, as a share of its mean eigenvalue; 0 asks for ten tokens a dimension.
@@ -50,6 +52,7 @@ class Memit:
 
     stats: Mapping[int, KeyStats]
     weight: float = 15_000.0
+    objective: Objective = field(default_factory=Inject)
     fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
     contexts: SampledContexts | Sequence[str] = field(
         default_factory=lambda: SampledContexts(lengths=((5, 10),), starts=STARTS)
@@ -66,14 +69,15 @@ class Memit:
             raise ValueError(f"weight is {self.weight}, needed more than 0 (Emmet meets all residuals exactly)")
         if self.ridge < 0:
             raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
+        check_objective(self.objective)
         check_contexts(self.contexts)
 
     def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Make the edit; the weights are as before when it returns.
 
         Raises:
-            ValueError: No facts, a fact without ``target_new``, statistics of other weights, or a second moment that
-                can't be inverted.
+            ValueError: No facts, a fact that lacks what the objective needs, statistics of other weights, or a second
+                moment that can't be inverted.
             RuntimeError: The optimisation is not finite.
         """
         return spread_edit(
@@ -86,6 +90,7 @@ class Memit:
             ridge=self.ridge,
             prepend_bos=self.prepend_bos,
             editor=self.describe(),
+            objective=self.objective,
             memory=self.memory,
             progress=self.progress,
         )
@@ -99,6 +104,7 @@ class Memit:
             "n_tokens": [each.n_tokens for each in self.stats.values()],
             "corpus": [each.corpus for each in self.stats.values()],
             "ridge": self.ridge,
+            "objective": repr(self.objective),
             "fit": plain(asdict(self.fit)),
             "contexts": described(self.contexts),
         }

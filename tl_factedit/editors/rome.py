@@ -23,6 +23,7 @@ from tl_factedit.editing import (
     bos_of,
     check_contexts,
     check_facts,
+    check_objective,
     check_stats,
     described,
     factor,
@@ -32,6 +33,7 @@ from tl_factedit.editing import (
 )
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model, down_proj, quiet
+from tl_factedit.objectives import Inject, Objective
 from tl_factedit.provenance import Provenance
 from tl_factedit.solve import Factors, rank_one, whiten
 from tl_factedit.stats import KeyStats
@@ -51,6 +53,7 @@ class Rome:
         stats: Second moment of the keys of the layer to edit (or what `key_stats` returned for one).
         variant: ``"consistent"`` (one key, R-ROME) or ``"original"`` (Meng et al.).
         target_ref: To which value δ is added in the consistent variant.
+        objective: What is wanted of the fact: `Inject` (its ``target_new``), `Erase`, `Amplify`, `Force`, `Reverse`.
         fit: How v* is optimised.
         contexts: Prefixes to average over: how to sample them, or the texts themselves (the bare
             prompt is always the first).
@@ -67,6 +70,7 @@ class Rome:
     stats: KeyStats | Mapping[int, KeyStats]
     variant: Literal["consistent", "original"] = "consistent"
     target_ref: Literal["mean", "bare"] = "mean"
+    objective: Objective = field(default_factory=Inject)
     fit: ValueFit = field(default_factory=ValueFit)
     contexts: SampledContexts | Sequence[str] = field(default_factory=SampledContexts)
     ridge: float = 0.0
@@ -90,17 +94,18 @@ class Rome:
             raise ValueError(f"target_ref {self.target_ref!r} is unknown, needed 'mean' or 'bare'")
         if self.ridge < 0:
             raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
+        check_objective(self.objective)
         check_contexts(self.contexts)
 
     def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Make the edit of one fact; the weights are as before when it returns.
 
         Raises:
-            ValueError: Not exactly one fact, no ``target_new``, a layer outside the model, statistics
-                of other weights, or a second moment that can't be inverted.
+            ValueError: Not exactly one fact, one that lacks what the objective needs, a layer outside the model,
+                statistics of other weights, or a second moment that can't be inverted.
             RuntimeError: The optimisation is not finite.
         """
-        fact = _one(facts)
+        fact = _one(facts, self.objective)
         stats = self._stats
         site = down_proj(model, stats.layer)
         base = base_fingerprint(model)
@@ -111,8 +116,9 @@ class Rome:
         lower = None if stats.provenance is None else factor(stats, self.ridge)
         contexts = prefixes(self.contexts, model)
         with quiet(model):
+            (wish,) = self.objective.wishes(model, [fact], prepend_bos=prepend_bos)
             fitted = fit_value(
-                model, fact, stats.layer, contexts, fit=self.fit, prepend_bos=prepend_bos, progress=self.progress
+                model, wish, stats.layer, contexts, fit=self.fit, prepend_bos=prepend_bos, progress=self.progress
             )
             mean_key = fitted.keys.mean(0)
             direction = mean_key if lower is None else whiten(lower, mean_key)
@@ -127,7 +133,7 @@ class Rome:
                 editor=self.describe(),
                 contexts=tuple(contexts),
                 diagnostics=(diagnose(site, delta, direction, key, value),),
-                fits=(record(fitted),),
+                fits=(record(fitted, wish),),
                 provenance=Provenance.of(model, prepend_bos, weights=base),
             )
 
@@ -142,6 +148,7 @@ class Rome:
             "n_tokens": stats.n_tokens,
             "corpus": stats.corpus,
             "ridge": self.ridge,
+            "objective": repr(self.objective),
             "fit": plain(asdict(self.fit)),
             "contexts": described(self.contexts),
         }
@@ -171,7 +178,7 @@ class Rome:
         return key, value, value - now
 
 
-def _one(facts: Sequence[Fact]) -> Fact:
-    if len(facts := check_facts(facts)) != 1:
+def _one(facts: Sequence[Fact], objective: Objective) -> Fact:
+    if len(facts := check_facts(facts, objective)) != 1:
         raise ValueError(f"Rome writes one fact, got {len(facts)}: make an edit of each and apply them one by one")
     return facts[0]

@@ -204,8 +204,8 @@ class Decoded:
         own = f"{float(ruler.held_out_accuracy.max()):.2f} of its own held-out facts"
         other = "not tried" if self.unchanged is None else f"{float(self.unchanged.mean.max()):.2f}"
         return (
-            f"Decoded({self.pooled():.3f} of {self.model!r} by a ruler of {ruler.n_train} facts of {ruler.trained_on!r}; "
-            f"right, at its best cell, on {own}; on unchanged facts of what it reads: {other})"
+            f"Decoded({self.pooled():.3f} of {self.model!r} by a ruler of {ruler.n_train} facts of "
+            f"{ruler.trained_on!r}; right, at its best cell, on {own}; on unchanged facts of what it reads: {other})"
         )
 
     def _score_of(self, places: Int[Tensor, "fact"]) -> Float[Tensor, "fact layer position"]:

@@ -6,7 +6,7 @@ best of many cells is always good. So beside each reading stand
 - the same probe on names: token embeddings (`subject_embeddings`), character n-grams (`name_ngrams`);
 - the same probe on random weights (`RandomWeights`), and on facts that the model doesn't know;
 - a control task of random labels (Hewitt and Liang 2019, arXiv:1909.03368; `control_task`);
-- the same probe on the new object alone (`one_hot`);
+- the same probe on the new object alone (`one_hot_objects`);
 - labels permuted among the facts, against the best of all cells (`permutation_test`).
 """
 
@@ -93,7 +93,7 @@ def _ngrams(name: str, sizes: Sequence[int]) -> Counter[str]:
 # ---------------------------------------------------------------------------------------- the new object
 
 
-def one_hot(facts: Sequence[Fact], named: Sequence[str], objects: Sequence[str]) -> States:
+def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequence[str]) -> States:
     """One object of each fact as the only feature: fed with the new one, a probe must not find the old one.
 
     If it does, the new objects were chosen by the old ones, and an adaptive ruler may read the new one only: draw new
@@ -116,7 +116,7 @@ def one_hot(facts: Sequence[Fact], named: Sequence[str], objects: Sequence[str])
 class RandomWeights:
     """The same architecture with random weights: within each matrix, its numbers in random order.
 
-    So every matrix keeps its size and spread; vectors (norms, biases) stay as they are. A change like an edit:
+    So every matrix keeps its size and spread; vectors (norms, most biases) stay as they are. A change like an edit:
     ``with RandomWeights().applied(model)``, or for `read_states_edited`.
 
     Attributes:
@@ -225,7 +225,7 @@ def control_task(
     )
 
 
-def excess(decoded: Decoded, nulls: Sequence[Decoded]) -> Estimates:
+def excess_over_nulls(decoded: Decoded, nulls: Sequence[Decoded]) -> Estimates:
     """By how much a probe is right more often than the best cell of its nulls, paired by fact, [layer position].
 
     Args:
@@ -358,7 +358,7 @@ def _permuted(
 def _walk_(
     labels: Int[Tensor, "draw fact"], new: Int[Tensor, "fact"], pairings: Sequence[Tensor], draw: torch.Generator
 ) -> None:
-    """For each pairing in turn, swap the labels of a pair with probability ½, unless one would get its own new object."""
+    """For each pairing in turn, swap a pair's labels with probability ½, unless one would get its own new object."""
     half = len(new) // 2
     for pairing in pairings:
         one, two = pairing[:half], pairing[half : 2 * half]

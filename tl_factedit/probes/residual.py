@@ -4,8 +4,8 @@ With a the mean percentile of the old object over facts and over some cells, bef
 
     ρ = (a_e − ½) / (a_0 − ½)
 
-1 says untouched, 0 nothing left, above 1 more than before, and below 0 that the old object is *avoided*: it is put below
-objects that are neither old nor new, which is a trace as well. Cells where a_0 − ½ is small have no ρ: a small
+1 says untouched, 0 nothing left, above 1 more than before, and below 0 that the old object is *avoided*: it is put
+below objects that are neither old nor new, which is a trace as well. Cells where a_0 − ½ is small have no ρ: a small
 denominator makes anything of noise. They are masked, never clipped.
 
 A high ρ says that the old object can be read, not that the model uses it: an edit that adds to the residual stream
@@ -126,13 +126,13 @@ def residual_knowledge(
 
     positions = before.ruler.positions
     ends = [over(_only(counts, divmod(i, len(positions)))) for i in range(counts.numel())]
-    by_cell = [torch.tensor([getattr(e, name) for e in ends]).reshape(counts.shape) for name in ("mean", "low", "high")]
-    nobody = torch.tensor([e.n for e in ends]).reshape(counts.shape)
+    table = torch.tensor([[e.mean, e.low, e.high] for e in ends], dtype=torch.float64).reshape(*counts.shape, 3)
+    mean, low, high = table.unbind(-1)
     each = after.each(counts)
     return Residual(
         pooled=over(counts),
         by_position={label: over(counts & (torch.arange(len(positions)) == j)) for j, label in enumerate(positions)},
-        by_cell=Estimates(*by_cell, nobody),
+        by_cell=Estimates(mean, low, high, torch.tensor([e.n for e in ends]).reshape(counts.shape)),
         cells=counts,
         before=before.pooled(counts, seed=seed),
         after=after.pooled(counts, seed=seed),

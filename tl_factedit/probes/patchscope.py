@@ -1,0 +1,339 @@
+"""Patchscope: put a state of the fact's prompt into another prompt, and let a model go on from it.
+
+Ghandeharioun et al. 2024 (arXiv:2401.06102). The state h_S^(l) at the last subject token, after block l, replaces the
+state of a placeholder token of a target prompt after block l'; what follows is the model's own reading of it. A target
+prompt that repeats tokens asks what the state stands for; one that states a relation ("The city of ? is") asks for the
+object, and can find what no fixed projection finds.
+
+The target prompt is read by a model too, and that may be the edited one. **After block l' the vector runs through
+blocks l'+1 and on: if the edited layer is among them, it is edited (again).** An old object that is found only at
+l' ≥ the edited layer is in the state; one that is not found at l' below it may have been overwritten on the way. So
+read into the unedited model as well, and look at both sides (`crossed_patchscope`). The target prompt's *other* tokens
+run through the edited layer at every l', but see little of an edit that was made for one subject.
+
+Two nulls belong beside it: control objects, and the states of other subjects (`states_of_others`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_factedit.change import Change, Changed, bos_of_change, each
+from tl_factedit.facts import Fact
+from tl_factedit.model import Model, Runner, bos_policy, device, n_layers, quiet, resid_post, resid_pre
+from tl_factedit.probe import Reading
+from tl_factedit.states import INPUT, POSITIONS, States, read_states
+from tl_factedit.tokens import continuation, encode, find_span, spell
+
+QUANTITIES = ("logp_old", "logp_new", "percentile_old", "percentile_new")
+IDENTITY = "sun -> sun; 27 -> 27; table -> table; {} ->"
+"""Repeats what stands before each arrow."""
+MODELS = ("unedited", "changed")
+
+
+@dataclass(frozen=True)
+class Patchscope:
+    """Log-probability (nats) of a fact's objects after a target prompt with its state, by source and target layer.
+
+    Objects are scored whole, as the continuation of the target prompt. ``percentile_old`` is the share of the control
+    objects that are less likely than the old one (ties half); NaN without controls. It is ½ on average if the state
+    knows nothing of it *and* the old object could as well have been any of the controls. Real facts' objects are not
+    like that: famous things have frequent objects, which any prompt favours. Read `states_of_others` beside them.
+
+    Layers are labelled by the block that a state comes out of, -1 for what goes into the first block.
+
+    Attributes:
+        template: The target prompt, with one ``"{}"`` where the placeholder goes.
+        placeholder: What stands there; its last token is patched.
+        source_layers: Where states are taken; None for all, from -1 on.
+        target_layers: Where they are put; None for all, from -1 on.
+        position: Of the source: the last token of the subject, or of the prompt.
+        prepend_bos: BOS policy of both prompts; None for the model's default.
+        batch_tokens: Most tokens in one forward pass.
+
+    Example:
+        >>> scope = fe.Patchscope("The city of {} is called", target_layers=range(4))          # doctest: +SKIP
+        >>> fe.compare(scope, model, edit, facts).after.at(quantity="percentile_old").mean(0)   # doctest: +SKIP
+    """
+
+    template: str = IDENTITY
+    placeholder: str = "?"
+    source_layers: Sequence[int] | None = None
+    target_layers: Sequence[int] | None = None
+    position: Literal["subject", "last"] = "subject"
+    prepend_bos: bool | None = None
+    batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        """Check the target prompt."""
+        if self.template.count("{}") != 1:
+            raise ValueError(
+                f'template {self.template!r} holds {self.template.count("{}")} "{{}}", needed exactly one: put "{{}}" '
+                "where the placeholder goes"
+            )
+        if not self.placeholder.strip():
+            raise ValueError(f"placeholder is {self.placeholder!r}, needed some text, such as '?'")
+        if self.position not in POSITIONS:
+            raise ValueError(f"position {self.position!r} is unknown, needed one of {POSITIONS}")
+        for name in ("source_layers", "target_layers"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else tuple(given))
+
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
+        """States and target prompt in one model; axes are fact, source_layer, target_layer, quantity."""
+        facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+        return self.read(model, read_states(model, facts, prepend_bos=self.prepend_bos))
+
+    def read(self, model: Model, states: States) -> Reading:
+        """Read states of one model, as `read_states` gives them, by another (or the same): the target prompt's model.
+
+        Args:
+            model: Runs the target prompt.
+            states: Of the facts' own prompts.
+
+        Raises:
+            ValueError: No such layer, states of another width, an object that doesn't continue the target prompt's
+                tokens, or a placeholder that doesn't end on a token boundary.
+        """
+        if states.values.shape[-1] != model.cfg.d_model:
+            raise ValueError(
+                f"states of {states.model!r} have {states.values.shape[-1]} dimensions, the target's model has "
+                f"{model.cfg.d_model}: needed the same"
+            )
+        sources = states.layers if self.source_layers is None else self.source_layers
+        targets = range(INPUT, n_layers(model)) if self.target_layers is None else self.target_layers
+        _check(sources, states.layers, "source")
+        _check(targets, range(INPUT, n_layers(model)), "target")
+        place = [states.layers.index(layer) for layer in sources]
+        vectors = states.values[:, place, states.positions.index(self.position)]
+        prompt = self._prompt(model)
+        asked = [_Objects.of(model, prompt, fact) for fact in states.facts]
+        with quiet(model), torch.no_grad():
+            log_p = _log_probs(Runner(model), prompt, vectors, tuple(targets), asked, self.batch_tokens)
+        values = [_quantities(table, objects) for table, objects in zip(log_p, asked, strict=True)]
+        return Reading(
+            name="patchscope",
+            values=torch.stack(values),
+            axes={
+                "fact": [fact.name for fact in states.facts],
+                "source_layer": tuple(sources),
+                "target_layer": tuple(targets),
+                "quantity": QUANTITIES,
+            },
+            unit="nats (logp), share of controls below",
+        )
+
+    def _prompt(self, model: Model) -> _Prompt:
+        bos = bos_policy(model, self.prepend_bos)
+        text = self.template.replace("{}", self.placeholder)
+        ids, offsets = encode(model.tokenizer, text, prepend_bos=bos)
+        begin = self.template.index("{}")
+        end = begin + len(self.placeholder)
+        span = find_span(text, offsets, begin, end, spell(model.tokenizer, ids), self.placeholder)
+        return _Prompt(text, ids, span[1] - 1, bos)
+
+
+def states_of_others(states: States, *, seed: int = 0) -> States:
+    """The null of states: each fact gets those of another fact of its relation, with another old object.
+
+    What a Patchscope then reads of the fact's objects comes from the target prompt and from what all subjects of the
+    relation have in common. Where a fact has a new object, the other's old object is not that one either.
+
+    Args:
+        states: Of some facts.
+        seed: Of the draw among the facts that fit.
+
+    Raises:
+        ValueError: No other fact fits one of them.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    chosen = []
+    for fact in states.facts:
+        fits = [
+            j
+            for j, other in enumerate(states.facts)
+            if other.relation == fact.relation
+            and other.subject != fact.subject
+            and other.target_true not in (fact.target_true, fact.target_new)
+        ]
+        if not fits:
+            raise ValueError(
+                f"no other fact of relation {fact.relation!r} has another object than {fact.name!r}, needed at least "
+                "one: read more facts together"
+            )
+        chosen.append(fits[int(torch.randint(len(fits), (1,), generator=draw))])
+    return replace(states, values=states.values[chosen], model=f"{states.model}, of other subjects")
+
+
+# ---------------------------------------------------------------------------------------- edited and unedited
+
+
+@dataclass(frozen=True, eq=False)
+class CrossedPatchscope:
+    """States of the unedited and of the changed model, each read by both.
+
+    Attributes:
+        reading: Axes are source_model, target_model (``"unedited"``, ``"changed"``), fact, source_layer, target_layer,
+            quantity.
+        edited_layers: The layers that the change changes; None if another model was given, where all may differ.
+    """
+
+    reading: Reading
+    edited_layers: tuple[int, ...] | None
+
+    @property
+    def passes_again(self) -> Bool[Tensor, "target_layer"]:
+        """At which target layers a vector still runs through a changed layer, if the changed model reads it."""
+        targets: Any = self.reading.axes["target_layer"]
+        last = math.inf if self.edited_layers is None else max(self.edited_layers, default=INPUT)
+        return torch.tensor([layer < last for layer in targets], dtype=torch.bool)
+
+    def clear(self) -> Reading:
+        """Only the target layers after which no vector runs through a changed layer.
+
+        Raises:
+            ValueError: There are none.
+        """
+        keep = (~self.passes_again).nonzero()[:, 0]
+        if not len(keep):
+            raise ValueError(
+                f"vectors run through the changed layers {self.edited_layers} at every target layer, needed some at or "
+                "after the last of them: give such target_layers (with another model there are none)"
+            )
+        axes = dict(self.reading.axes)
+        dim = list(axes).index("target_layer")
+        axes["target_layer"] = tuple(axes["target_layer"][i] for i in keep.tolist())
+        return replace(self.reading, values=self.reading.values.index_select(dim, keep), axes=axes)
+
+
+def crossed_patchscope(scope: Patchscope, model: Model, changed: Changed, facts: Sequence[Fact]) -> CrossedPatchscope:
+    """Read states of the unedited and of the changed model by both models.
+
+    Args:
+        scope: What to read with.
+        model: The unedited model.
+        changed: One change, a change for each fact, or another model.
+        facts: What to read about.
+
+    Raises:
+        ValueError: As in `each`, in `Patchscope.read`, or about the BOS policy.
+    """
+    bos = bos_of_change(model, changed, scope.prepend_bos)
+    scope = replace(scope, prepend_bos=bos)
+    before = read_states(model, facts, prepend_bos=bos)
+    reading = scope.read(model, before)
+    values = reading.values.new_full((2, 2, *reading.values.shape), math.nan)
+    values[0, 0] = reading.values
+    for part in each(model, changed, facts):
+        mine = list(part.indices)
+        with part.applied() as other:
+            after = read_states(other, part.facts, prepend_bos=bos)
+            values[1, 1, mine] = scope.read(other, after).values
+            values[0, 1, mine] = scope.read(other, before.take(mine)).values
+        values[1, 0, mine] = scope.read(model, after).values
+    axes = {"source_model": MODELS, "target_model": MODELS, **reading.axes}
+    return CrossedPatchscope(replace(reading, values=values, axes=axes), _edited(changed))
+
+
+def _edited(changed: Changed) -> tuple[int, ...] | None:
+    if isinstance(changed, Sequence):
+        return tuple(sorted({layer for change in changed for layer in change.layers}))
+    return changed.layers if isinstance(changed, Change) else None
+
+
+# ---------------------------------------------------------------------------------------- one reading
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """A target prompt as run, and the position that is patched."""
+
+    text: str
+    ids: Int[Tensor, "pos"]
+    place: int
+    bos: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Objects:
+    """A fact's objects as continuations of the target prompt: the old one, the new one if any, the controls."""
+
+    ids: tuple[tuple[int, ...], ...]
+    any_new: bool
+
+    @classmethod
+    def of(cls, model: Model, prompt: _Prompt, fact: Fact) -> _Objects:
+        def spelt(text: str) -> tuple[int, ...]:
+            return tuple(continuation(model.tokenizer, prompt.text, text, prepend_bos=prompt.bos).tolist())
+
+        both = [spelt(fact.target_true)] + ([] if fact.target_new is None else [spelt(fact.target_new)])
+        controls = dict.fromkeys(spelt(text) for text in fact.controls)
+        return cls((*both, *(ids for ids in controls if ids not in both)), fact.target_new is not None)
+
+
+def _log_probs(
+    runner: Runner,
+    prompt: _Prompt,
+    vectors: Float[Tensor, "fact source d_model"],
+    targets: Sequence[int],
+    asked: Sequence[_Objects],
+    batch_tokens: int,
+) -> list[Float[Tensor, "source target object"]]:
+    """Log-probability of each fact's objects with its vectors patched in; only the blocks behind a patch are run."""
+    out = [torch.full((vectors.shape[1], len(targets), len(objects.ids)), math.nan) for objects in asked]
+    # An object's tokens but the last stand behind the prompt: objects that share them share the rows.
+    beginnings: dict[tuple[int, ...], dict[int, list[int]]] = {}
+    for i, objects in enumerate(asked):
+        for j, ids in enumerate(objects.ids):
+            beginnings.setdefault(ids[:-1], {}).setdefault(i, []).append(j)
+    for beginning, wanted in beginnings.items():
+        ids = torch.cat([prompt.ids, torch.tensor(beginning, dtype=torch.long)])
+        at = torch.arange(len(prompt.ids) - 1, len(ids))
+        names = [resid_pre(0) if layer == INPUT else resid_post(layer) for layer in targets]
+        streams = runner.capture(ids[None], list(dict.fromkeys(names)))
+        facts = list(wanted)
+        rows = vectors[facts].flatten(0, 1).to(streams[names[0]])
+        for t, (layer, name) in enumerate(zip(targets, names, strict=True)):
+            found = []
+            for some in rows.split(max(1, batch_tokens // len(ids))):
+                patched = streams[name].repeat(len(some), 1, 1)
+                patched[:, prompt.place] = some
+                tokens = ids.to(device(runner.model)).expand(len(some), -1)
+                logits = runner.logits(tokens, at=at.expand(len(some), -1), start=(layer + 1, patched))
+                found.append(logits.float().log_softmax(-1).cpu())
+            log_p = torch.cat(found).unflatten(0, (len(facts), -1))
+            for row, i in zip(log_p, facts, strict=True):
+                for j in wanted[i]:
+                    target = torch.tensor(asked[i].ids[j])
+                    out[i][:, t, j] = row[:, torch.arange(len(target)), target].sum(-1)
+    return out
+
+
+def _quantities(
+    log_p: Float[Tensor, "source target object"], objects: _Objects
+) -> Float[Tensor, "source target quantity"]:
+    nothing = torch.full(log_p.shape[:2], math.nan)
+    controls = log_p[..., 1 + objects.any_new :]
+
+    def percentile(mine: Tensor) -> Tensor:
+        # The mean over no controls is NaN, as it should be.
+        return ((controls < mine[..., None]).float() + 0.5 * (controls == mine[..., None]).float()).mean(-1)
+
+    old, new = log_p[..., 0], log_p[..., 1] if objects.any_new else None
+    columns = [old, nothing if new is None else new, percentile(old), nothing if new is None else percentile(new)]
+    return torch.stack(columns, -1)
+
+
+def _check(layers: Sequence[Hashable], there: Sequence[Hashable], what: str) -> None:
+    if not len(layers):
+        raise ValueError(f"{what}_layers is empty, needed at least one")
+    unknown = [layer for layer in layers if layer not in there]
+    if unknown:
+        raise ValueError(f"{what} layer {unknown[0]} is outside the model, which has {list(there)}: -1 is its input")
