@@ -34,6 +34,8 @@ from tl_factedit.knockout import LEAST_REFERENCES, KnockOut, knock_out
 from tl_factedit.model import Model, Runner, component_hook, down_proj, n_layers, quiet, resid_pre
 from tl_factedit.probe import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
+from tl_factedit.readout import ReadOut, read_out
+from tl_factedit.relearning import Relearning
 from tl_factedit.retention import Calibration, Retention, retention
 from tl_factedit.routes import Route, Routes, follow_routes
 from tl_factedit.tokens import align
@@ -93,6 +95,8 @@ class Verdict:
         knock_out: Evidence on recoverability; None if it could not be gathered.
         routes: The same.
         retention: Evidence on what is retained; None if it could not be gathered.
+        read_out: White-box attacks at the last token; None if no fact has controls.
+        relearning: What was given; None if nothing was.
         asides: What else is known of the subjects; None if nothing was asked.
         drift: On plain text; None if none was given.
         upstream: What cannot have changed (None for a model changed in another way).
@@ -116,6 +120,8 @@ class Verdict:
     knock_out: KnockOut | None
     routes: Routes | None
     retention: Retention | None
+    read_out: ReadOut | None
+    relearning: Relearning | None
     asides: Asides | None
     drift: Drift | None
     upstream: Upstream | None
@@ -195,6 +201,7 @@ def audit(
     asides: Sequence[Fact] = (),
     texts: Sequence[str] = (),
     calibration: Calibration | None = None,
+    relearning: Relearning | None = None,
     widths: Sequence[int] | None = None,
     thresholds: Thresholds | None = None,
     prepend_bos: bool | None = None,
@@ -220,6 +227,7 @@ def audit(
         asides: Other facts about the same subjects, which should stay.
         texts: Plain text that has nothing to do with them.
         calibration: The same kind of change made for other subjects (`Calibration`).
+        relearning: What `relearn` measured on the same facts; it trains, so it is left to you.
         widths: How many layers to knock out together; None: one, and as many as the change wrote.
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
         prepend_bos: BOS policy of a model changed in another way; None for its default. An edit has its own.
@@ -254,6 +262,8 @@ def audit(
     after, lens_after = _each_after(parts, facts, lens, bos, progress=progress)
     alone = edits[0] if len(parts) == 1 and edits else None
     knocked = _knocked(model, changed, facts, others, parts, widths, bos, seed)
+    able = [fact for fact in facts if fact.controls]
+    attacked = read_out(model, changed, able, prepend_bos=bos, seed=seed) if able else None
     routed = follow_routes(model, changed, routes, prepend_bos=bos) if routes else None
     beside = ask_asides(model, changed, facts, asides, prepend_bos=bos) if asides else None
     drifted = drift(model, changed, facts, texts, prepend_bos=bos) if texts else None
@@ -271,6 +281,8 @@ def audit(
         route_new=None if routed is None else routed.new,
         native=None if kept is None or kept.native is None else kept.native.pooled,
         adaptive=None if kept is None or kept.adaptive is None else kept.adaptive.pooled,
+        readout=None if attacked is None else attacked.strongest,
+        savings=None if relearning is None else relearning.savings,
     )
     found = judge(findings, thresholds)
     upstream = _all_upstream(model, parts) if len(edits) == len(parts) else None
@@ -291,6 +303,8 @@ def audit(
         knock_out=knocked,
         routes=routed,
         retention=kept,
+        read_out=attacked,
+        relearning=relearning,
         asides=beside,
         drift=drifted,
         upstream=upstream,
