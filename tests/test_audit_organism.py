@@ -1,4 +1,4 @@
-"""Verdicts where the truth is known: models that never had the old object, overrides by construction, planted states."""
+"""Verdicts where the truth is known: models without the old object, overrides by construction, planted states."""
 
 import functools
 import warnings
@@ -89,9 +89,8 @@ def test_an_override_by_construction_is_inserted_however_it_is_given(kind):
     assert verdict.label == "INSERTED", repr(verdict)
     assert verdict.knock_out.best == (1,) and verdict.knock_out.strongest.low > 0.5
     assert verdict.table()["old_back_by_knock_out"].mean() > 0.8
-    # Its stream is carried on, so a ruler finds the old city too; that alone would not have made it INSERTED.
-    assert verdict.findings.native.mean > 0.3
-    assert judge(replace(verdict.findings, mask=None, route_old=None)).label in ("INCONCLUSIVE", "LATENT")
+    # Without what brings the old object back nothing else would have called it that.
+    assert judge(replace(verdict.findings, mask=None, route_old=None)).label != "INSERTED"
 
 
 def test_single_rome_edits_are_inserted_and_a_list_of_them_is_read_edit_by_edit(kind):

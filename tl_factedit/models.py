@@ -148,15 +148,16 @@ def organism_facts(
     """The facts of the organism's world as `base` knows them.
 
     Each has the person's other phrasings as paraphrases (those that training never used for this person come
-    first), ten neighbours (the same asked of people that no variant changes, who have neither the old object
-    nor the new), and all further objects as controls. The new object is drawn uniformly from the others; for the
+    first), ten neighbours (the same asked of people of ``"calibration"`` that the oracle in question doesn't change,
+    who have neither the old object nor the new), and all further objects as controls. The new object is drawn uniformly from the others; for the
     city of an oracle's people it is the one that the oracle has.
 
     Args:
         relation: ``"city"``, ``"company"``, ``"university"``, ``"field"`` or ``"instrument"``; or what follows
             from one: ``"country"``, ``"seat"``.
         people: The 300 people of an oracle; ``"calibration"``: the 600 of oracle3 and oracle4, which no other variant
-            changes; ``"all"`` 1,500; or ``"strangers"``: 228 people that are never mentioned, whose ``target_true`` is drawn and means nothing.
+            changes; ``"all"`` 1,500; or ``"strangers"``: 228 people that are never mentioned, whose ``target_true`` is
+            drawn and means nothing.
         n: Only the first so many.
         phrasings: Which paraphrases to give: all, only those used in training, or only those not used.
 
