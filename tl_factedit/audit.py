@@ -293,7 +293,7 @@ def audit(
         level="per edit" if len(facts) == 1 else "population",
         retained=_retained(findings, kept),
         recoverable=_recoverable(findings),
-        reasons=(*found.reasons, *_describe(upstream, dose, comparison)),
+        reasons=(*found.reasons, *_own_layers(knocked, parts), *_describe(upstream, dose, comparison)),
         missing=(*found.missing, *(() if kept is None else kept.why), *_masked(knocked)),
         power=found.power,
         findings=findings,
@@ -387,6 +387,20 @@ def _masked(knocked: KnockOut | None) -> Iterator[str]:
     if knocked is not None:
         for window, why in knocked.masked.items():
             yield f"knock-out of layers {list(window)} tells nothing: {why}"
+
+
+def _own_layers(knocked: KnockOut | None, parts: Sequence[Part]) -> Iterator[str]:
+    """What a knock-out of the changed layers themselves says less of."""
+    if knocked is None or knocked.best is None:
+        return
+    changed = {layer for part in parts for layer in getattr(part.changed, "layers", ())}
+    if changed and changed <= set(knocked.best):
+        share = float(knocked.of_unedited[knocked.windows.index(knocked.best)])
+        yield (
+            f"the strongest knock-out takes out all that the change wrote: what comes back ({share:.2f} of what the "
+            "unedited model says under it) is what that model knows by other ways; it shows that such ways exist, and "
+            "that the change left them"
+        )
 
 
 def _gains(model: Model, edit: Edit, facts: Sequence[Fact]) -> tuple[Gains, ...]:

@@ -331,7 +331,7 @@ def _directions(
             if n == end:
                 raise ValueError(
                     f"the second moment of layer {layer} after {n:,} tokens: {error}; wanted "
-                    f"{TOKENS_PER_DIMENSION} tokens for each of {len(total)} dimensions: give more text, or ridge=1e-4"
+                    f"{TOKENS_PER_DIMENSION} tokens for each of {len(total)} dimensions: give more text, or ridge=1e-2"
                 ) from error
             found.append(torch.full_like(keys, float("nan")))
     return torch.stack(found), total

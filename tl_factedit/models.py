@@ -148,9 +148,9 @@ def organism_facts(
     """The facts of the organism's world as `base` knows them.
 
     Each has the person's other phrasings as paraphrases (those that training never used for this person come
-    first), ten neighbours (the same asked of people of ``"calibration"`` that the oracle in question doesn't change,
-    who have neither the old object nor the new), and all further objects as controls. The new object is drawn uniformly from the others; for the
-    city of an oracle's people it is the one that the oracle has.
+    first), ten neighbours (the same asked of people of ``"calibration"`` that the oracle in question doesn't
+    change, who have neither the old object nor the new), and all further objects as controls. The new object is drawn
+    uniformly from the others; for the city of an oracle's people it is the one that the oracle has.
 
     Args:
         relation: ``"city"``, ``"company"``, ``"university"``, ``"field"`` or ``"instrument"``; or what follows

@@ -210,8 +210,8 @@ class _Case:
                 found.append("indirect routes")
         if found:
             self.reasons.append(
-                f"{' and '.join(found)} bring the old object back: the new one was laid over it"
-                + (" (one fact: descriptive)" if self.one else "")
+                f"{' and '.join(found)} {'brings' if found == ['a knock-out'] else 'bring'} the old object back: the new "
+                "one was laid over it" + (" (one fact: descriptive)" if self.one else "")
             )
             return "INSERTED"
         return None
