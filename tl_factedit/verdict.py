@@ -209,9 +209,10 @@ class _Case:
             if self._present(route):
                 found.append("indirect routes")
         if found:
+            verb = "brings" if found == ["a knock-out"] else "bring"
             self.reasons.append(
-                f"{' and '.join(found)} {'brings' if found == ['a knock-out'] else 'bring'} the old object back: the new "
-                "one was laid over it" + (" (one fact: descriptive)" if self.one else "")
+                f"{' and '.join(found)} {verb} the old object back: the new one was laid over it"
+                + (" (one fact: descriptive)" if self.one else "")
             )
             return "INSERTED"
         return None
