@@ -235,7 +235,7 @@ def test_too_few_tokens(model, refuse):
 
 def test_a_singular_moment_of_many_tokens(model, refuse):
     same = fe.key_stats(model, LAYER, ["The Eiffel Tower is in Paris"] * 100, n_tokens=700, progress=False)
-    words = ("layer 1 is over 700 tokens", "wanted 10 tokens for each of 64", "collect more text, or pass ridge=1e-4")
+    words = ("layer 1 is over 700 tokens", "wanted 10 tokens for each of 64", "collect more text, or pass ridge=1e-2")
     refuse(lambda: rome(same)(model, [FACT]), *words)
     assert rome(same, ridge=1e-2)(model, [FACT]).diagnostics[0].exactness < 1e-5
 

@@ -13,7 +13,7 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit import solve
+from tl_factedit import solve, values
 from tl_factedit.editing import check_facts
 from tl_factedit.model import Runner, down_proj, quiet
 from tl_factedit.spreading import spread
@@ -116,7 +116,7 @@ def test_the_stream_at_the_last_layer_is_what_was_wanted(kind):
     """EMMET meets every residual, so that only the blocks between leave a rest, which the last layer takes up."""
     model = shared(kind)
     edit = EDITORS["emmet"](stats_of(model))(model, FACTS)
-    values = fit_values(
+    fitted = fit_values(
         model, FACTS, 2, laws.CONTEXTS, where="resid", fit=FIT, prepend_bos=edit.provenance.prepend_bos, progress=False
     )
     with edit.applied(model):
@@ -130,7 +130,7 @@ def test_the_stream_at_the_last_layer_is_what_was_wanted(kind):
             prepend_bos=edit.provenance.prepend_bos,
             progress=False,
         )
-    for wanted, now in zip(values, after, strict=True):
+    for wanted, now in zip(fitted, after, strict=True):
         # Keys are means over contexts, so the bare prompt's own key is met nearly, not exactly.
         rest = (wanted.outputs[0] + wanted.delta - now.outputs[0]).norm()
         assert rest < 0.5 * wanted.delta.norm()
@@ -191,9 +191,9 @@ def literal(name: str, stats: dict[int, fe.KeyStats]):
             return editing.least_squares(moment, keys, residuals, 1.0)
         if name == "emmet":
             return editing.equality(moment, keys, residuals, 0.0)
-        values = torch.linalg.eigvalsh(moment)
-        most = int((values.cumsum(0) <= 0.1 * values.sum()).sum())
-        projection = editing.null_space(moment, float(values[most - 1 : most + 1].mean()))
+        spectrum = torch.linalg.eigvalsh(moment)
+        most = int((spectrum.cumsum(0) <= 0.1 * spectrum.sum()).sum())
+        projection = editing.null_space(moment, float(spectrum[most - 1 : most + 1].mean()))
         return editing.in_null_space(projection, keys, residuals, none, 1e-3)
 
     return update
@@ -423,8 +423,8 @@ def test_alphaedit_answers_nothing_outside_of_its_null_space(memory):
 
 
 def test_the_null_space_update_is_the_published_formula(memory):
-    values = torch.linalg.eigvalsh(memory.moment)
-    threshold = float(values[len(values) // 2 - 1 : len(values) // 2 + 1].mean())
+    spectrum = torch.linalg.eigvalsh(memory.moment)
+    threshold = float(spectrum[len(spectrum) // 2 - 1 : len(spectrum) // 2 + 1].mean())
     projection = solve.null_space(memory.moment, threshold=threshold)
     torch.testing.assert_close(projection, editing.null_space(memory.moment, threshold), **EXACT)
     torch.testing.assert_close(projection @ projection, projection, **EXACT)
@@ -514,6 +514,56 @@ def test_packed_values_are_those_of_whole_sequences(kind, monkeypatch):
     plain = fit_value(model, laws.FACT, 1, laws.CONTEXTS, fit=FIT, prepend_bos=True, progress=False)
     assert packed.losses == pytest.approx(plain.losses, rel=2e-4)
     torch.testing.assert_close(packed.delta, plain.delta, rtol=2e-3, atol=2e-3)
+
+
+# ---------------------------------------------------------------------------------------- weights of half the digits
+
+
+ALL = {
+    **EDITORS,
+    "pmet": lambda stats: fe.Pmet(stats, weight=1.0, fit=FIT, contexts=laws.CONTEXTS, progress=False),
+    "rome": lambda stats: fe.Rome(stats[1], fit=FIT, contexts=laws.CONTEXTS, progress=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::tl_factedit.edit.EditWarning")
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_in_bfloat16_an_edit_is_solved_in_float64_and_rounded_once(kind, arch, name, monkeypatch):
+    model = tiny.model(kind, arch, dtype=torch.bfloat16)
+    stats = {layer: laws.stats(model, layer, n_tokens=2_000) for layer in LAYERS}
+    seen = []
+    step = values._adam
+
+    def watched(value, gradient, *rest):
+        seen.append((value.dtype, gradient.dtype))
+        return step(value, gradient, *rest)
+
+    monkeypatch.setattr(values, "_adam", watched)
+    facts = FACTS[:1] if name == "rome" else FACTS
+    edit = laws.leaves_everything_as_it_was(lambda: ALL[name](stats)(model, facts), model)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    for delta, found in zip(edit.deltas, edit.diagnostics, strict=True):
+        assert delta.left.dtype == delta.right.dtype == edit.keys[delta.layer].dtype == torch.float64
+        assert not torch.equal(delta.dense.bfloat16().double(), delta.dense)
+        site = down_proj(model, delta.layer)
+        before, key = site.W.clone(), edit.keys[delta.layer]
+        with edit.applied(model):
+            assert site.W.dtype == torch.bfloat16
+            assert torch.equal(site.W, (before.double() + delta.dense).bfloat16())
+            moved = key @ (site.W.double() - before.double())
+        wanted = key @ delta.dense
+        lost = float((moved - wanted).norm() / wanted.norm())
+        assert found.exactness == pytest.approx(lost, rel=1e-6)
+        assert 1e-4 < lost < 0.5
+    laws.comes_off_bit_for_bit(edit, model)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_in_float32_next_to_nothing_is_lost(kind, name):
+    model = shared(kind)
+    edit = ALL[name](stats_of(model))(model, FACTS[:1])
+    assert max(found.exactness for found in edit.diagnostics) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------- bad input

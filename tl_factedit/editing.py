@@ -111,7 +111,7 @@ def too_few(stats: KeyStats, why: str) -> str:
     return (
         f"the second moment of layer {stats.layer} is over {stats.n_tokens:,} tokens: {why}; wanted "
         f"{TOKENS_PER_DIMENSION} tokens for each of {len(stats.moment)} dimensions = {stats.wanted_tokens:,} or more: "
-        "collect more text, or pass ridge=1e-4"
+        "collect more text, or pass ridge=1e-2"
     )
 
 

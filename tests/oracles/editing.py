@@ -217,7 +217,7 @@ def fit_value(
         if not how.get("unlikely"):
             if losses[-1] < stop_below:
                 break
-            if stop_kl is not None and first and float(kl_weight * drift) <= stop_kl:
+            if stop_kl is not None and first and float(kl_weight * torch.as_tensor(drift).detach()) <= stop_kl:
                 break
             count = ease if first else 1.0
         if step == steps:
