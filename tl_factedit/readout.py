@@ -59,7 +59,7 @@ class ReadOut:
         layers: Whose residual stream (after the block) was read.
         known: Whether a fact counts, [fact].
         before: The unedited model: axes fact, attack, quantity. ``old`` and ``new`` are 1 where the object is in C,
-            ``control`` is the mean of this over the controls, ``size`` is |C|.
+            ``control`` is the mean of this over the controls, ``size`` is how many C holds.
         after: The changed model, the same.
         excess: In the changed model, with 95 % intervals, [attack].
         corrected: The same with intervals that hold for the three attacks together (Bonferroni).
