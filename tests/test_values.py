@@ -1,6 +1,7 @@
 """The value that is written: the loss and its descent against full forwards through public hooks, row by row."""
 
 import copy
+import random
 
 import laws
 import pytest
@@ -11,7 +12,7 @@ from oracles import editing
 import tl_factedit as fe
 from tl_factedit.model import Runner
 from tl_factedit.tokens import align
-from tl_factedit.values import Fitted, ValueFit, fit_value
+from tl_factedit.values import Fitted, ValueFit, _Sheet, fit_value, fit_values
 
 LAYER = 1
 # Partial and full forwards differ in the order of float32 sums: 1e-6 of logits of size 10. Adam divides by the
@@ -154,6 +155,70 @@ def test_target_prob_is_the_mean_probability_of_the_new_object(model):
     assert fit(model, contexts=("",), steps=1).target_prob[0] == pytest.approx(
         float(torch.tensor(-nll).exp()), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("where", ["mlp", "resid"])
+@pytest.mark.parametrize("layer", [0, 3], ids=["first layer", "last layer"])
+def test_the_ends_of_the_model_are_layers_like_others(model, layer, where):
+    """Read at the subject itself, as above the last layer no other token hears of it."""
+    fact = MANY_TOKENS.but(prompt="John lives near {}")
+    options = {"steps": 4, "lr": 0.2, "clamp": 4.0, "stop_below": 0.05, "kl_weight": 0.0625, "decay": 0.5}
+    (found,) = fit_values(
+        model,
+        [fact],
+        layer,
+        laws.CONTEXTS,
+        where=where,
+        fit=ValueFit(**options),
+        prepend_bos=True,
+        progress=False,
+    )
+    delta, losses = editing.fit_value(model, fact, layer, laws.CONTEXTS, bos=True, where=where, **options)
+    assert found.losses == pytest.approx(losses, **LOSS)
+    torch.testing.assert_close(found.delta, delta.double(), **DELTA)
+
+
+# ---------------------------------------------------------------------------------------- pieces side by side
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_each_token_of_a_sheet_sees_its_own_sequence_so_far_and_nothing_else(seed, apart):
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 6) for _ in range(12)]
+    begins = [draw.randint(0, 4) * (seed > 1) for _ in lengths]  # also with nothing behind
+    sheet = _Sheet.of(lengths, begins, apart=apart)
+    rows, width = sheet.owner.shape
+    assert width == max(lengths)
+    real = 0
+    for piece, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
+        row, start = int(sheet.row[piece]), int(sheet.start[piece])
+        for query in range(start, start + length):
+            real += 1
+            assert int(sheet.owner[row, query]) == piece
+            assert int(sheet.places[row, query]) == begin + query - start
+            seen = []
+            for key in sheet.visible[row, query].nonzero()[:, 0].tolist():
+                depth = sheet.behind.shape[1]
+                of, at = (sheet.behind, sheet.behind_places) if key < depth else (sheet.owner, sheet.places)
+                key -= 0 if key < depth else depth
+                seen.append((int(of[row, key]), int(at[row, key])))
+            assert sorted(seen) == [(piece, place) for place in range(begin + query - start + 1)]
+    # Only what fills up a row is left: it sees itself, so that no softmax is of nothing.
+    assert sheet.visible.any(-1).all()
+    filled = rows * width - real
+    assert int(sheet.visible.sum()) == filled + sum(
+        b + q + 1 for n, b in zip(lengths, begins, strict=True) for q in range(n)
+    )
+    assert rows == len(lengths) if apart else filled < width * len(lengths) - sum(lengths)
+
+
+def test_rows_are_filled_up_by_shorter_pieces_where_the_least_is_behind():
+    sheet = _Sheet.of([5, 2, 5, 3, 2], [9, 1, 1, 1, 1])
+    assert sheet.row.tolist() == [0, 2, 1, 2, 3]
+    assert sheet.behind.shape == (4, 9)
+    # Of two rows with room, the one with less behind it.
+    assert _Sheet.of([4, 4, 5, 1], [7, 2, 1, 1]).row.tolist() == [1, 2, 0, 2]
 
 
 # ---------------------------------------------------------------------------------------- what it leaves behind

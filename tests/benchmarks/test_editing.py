@@ -49,12 +49,12 @@ class Method:
 
 
 METHODS = {
-    "ROME": Method("ROME", 5, "mlp", ValueFit(steps=20, stop_below=0), fe.SampledContexts()),
+    "ROME": Method("ROME", 5, "mlp", ValueFit(steps=20, stop_below=0.0), fe.SampledContexts()),
     "MEMIT": Method(
         "MEMIT",
         7,
         "resid",
-        ValueFit(steps=25, clamp=0.75, stop_below=0),
+        ValueFit(steps=25, clamp=0.75, stop_below=0.0),
         fe.SampledContexts(lengths=((5, 10),), starts=("The", "Therefore", "Because", "I", "You")),
     ),
 }
@@ -199,7 +199,7 @@ def test_one_of_32_facts_costs_no_more_than_one_alone(smollm2, contexts, capsys)
     """Of six steps, as each costs the same."""
     method = METHODS["MEMIT"]
     facts = fe.data.world()[::2][:32]
-    few = ValueFit(steps=6, clamp=0.75, stop_below=0)
+    few = ValueFit(steps=6, clamp=0.75, stop_below=0.0)
 
     def fit(some: list[fe.Fact]) -> object:
         return fit_values(

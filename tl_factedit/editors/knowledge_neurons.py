@@ -74,7 +74,7 @@ class KnowledgeNeurons:
     Example:
         >>> edit = fe.KnowledgeNeurons()(model, [fact])           # doctest: +SKIP
         >>> edit.fits[0]["neurons"][:3]                           # doctest: +SKIP
-        >>> fe.KnowledgeNeurons(objective=Erase())(model, [fact])  # doctest: +SKIP
+        >>> fe.KnowledgeNeurons(objective=fe.Erase())(model, [fact])  # doctest: +SKIP
     """
 
     threshold: float = 0.2
