@@ -566,6 +566,16 @@ def test_in_float32_next_to_nothing_is_lost(kind, name):
     assert max(found.exactness for found in edit.diagnostics) < 1e-5
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_measured_how_much_is_added_at_other_tokens(kind, name):
+    model = shared(kind)
+    edit = ALL[name](stats_of(model))(model, FACTS[:1] if name == "rome" else FACTS)
+    found = fe.spill(model, edit)
+    for diagnostics in edit.diagnostics:
+        assert diagnostics.spill == pytest.approx(found[diagnostics.layer], rel=1e-3)
+        assert min(diagnostics.spill) > 0
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 

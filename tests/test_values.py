@@ -182,12 +182,12 @@ def test_the_ends_of_the_model_are_layers_like_others(model, layer, where):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
-def test_each_token_of_a_sheet_sees_its_own_sequence_so_far_and_nothing_else(seed, apart):
+@pytest.mark.parametrize("how", [{}, {"apart": True}, {"mixed": False}], ids=["together", "apart", "unmixed"])
+def test_each_token_of_a_sheet_sees_its_own_sequence_so_far_and_nothing_else(seed, how):
     draw = random.Random(seed)
     lengths = [draw.randint(1, 6) for _ in range(12)]
     begins = [draw.randint(0, 4) * (seed > 1) for _ in lengths]  # also with nothing behind
-    sheet = _Sheet.of(lengths, begins, apart=apart)
+    sheet = _Sheet.of(lengths, begins, **how)
     rows, width = sheet.owner.shape
     assert width == max(lengths)
     real = 0
@@ -210,7 +210,9 @@ def test_each_token_of_a_sheet_sees_its_own_sequence_so_far_and_nothing_else(see
     assert int(sheet.visible.sum()) == filled + sum(
         b + q + 1 for n, b in zip(lengths, begins, strict=True) for q in range(n)
     )
-    assert rows == len(lengths) if apart else filled < width * len(lengths) - sum(lengths)
+    assert rows == len(lengths) if "apart" in how else filled < width * len(lengths) - sum(lengths) or how != {}
+    if "mixed" in how:
+        assert all(len(set(row[row >= 0].tolist())) < 2 for row in sheet.behind)
 
 
 def test_rows_are_filled_up_by_shorter_pieces_where_the_least_is_behind():

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many
+from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, measure_spill
 from tl_factedit.editing import (
     align_facts,
     bos_of,
@@ -151,9 +151,11 @@ def spread_edit(
                 progress=progress,
             )
             sites = {each.delta.layer: down_proj(model, each.delta.layer) for each in found}
+            deltas = tuple(each.delta for each in found)
+            spill = measure_spill(model, facts, deltas, prepend_bos=bos)
             return Edit(
                 facts=facts,
-                deltas=tuple(each.delta for each in found),
+                deltas=deltas,
                 keys={each.delta.layer: each.keys for each in found},
                 values={
                     each.delta.layer: sites[each.delta.layer].value(each.keys.to(wanted.device)).cpu() + each.residuals
@@ -162,7 +164,14 @@ def spread_edit(
                 editor=dict(editor),
                 contexts=texts,
                 diagnostics=tuple(
-                    diagnose_many(sites[each.delta.layer], each.delta, _directions(each), each.keys, each.residuals)
+                    diagnose_many(
+                        sites[each.delta.layer],
+                        each.delta,
+                        _directions(each),
+                        each.keys,
+                        each.residuals,
+                        spill=spill[each.delta.layer],
+                    )
                     for each in found
                 ),
                 fits=tuple(record(each, wish) for each, wish in zip(fitted, wishes, strict=True)),

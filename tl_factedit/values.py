@@ -179,7 +179,7 @@ def fit_values(
         raise ValueError('contexts must begin with the bare one, ""')
     down_proj(model, layer)
     asked = [_Asked.of(model, wish, contexts, fit, prepend_bos) for wish in wanted]
-    found: list[Fitted] = []
+    found: dict[int, Fitted] = {}
     with (
         quiet(model),
         tqdm(total=len(asked), unit="fact", desc="fitting values", delay=1, disable=not progress) as bar,
@@ -188,13 +188,17 @@ def fit_values(
         with torch.no_grad():
             longest = max((row for each in asked for row in each.rows), key=len)
             packed = not runner.packs(longest[:TRIAL], len(longest))
-        for batch in _batches(model, asked, layer, memory):
+        # A HookedTransformer turns the keys of a past by where they stand in it, so that it has to be of one sequence.
+        mixed = packed and runner.kind == "bridge"
+        for batch in _batches(model, asked, layer, memory, mixed=mixed):
+            some = [asked[i] for i in batch]
             try:
-                found += _Descent(runner, batch, layer, where, fit, packed=packed).run()
+                done = _Descent(runner, some, layer, where, fit, packed=packed, mixed=mixed).run()
             finally:
                 _drop_graphs(model)
+            found.update(zip(batch, done, strict=True))
             bar.update(len(batch))
-    return found
+    return [found[i] for i in range(len(asked))]
 
 
 def _drop_graphs(model: Model) -> None:
@@ -269,9 +273,9 @@ class _Asked:
         return [stop - 1 for _, stop in self.subjects]
 
     @property
-    def queries(self) -> int:
-        """How many tokens have to be run at a step."""
-        return sum(len(row) - at for row, at in zip(self.rows, self.lookup, strict=True))
+    def queries(self) -> list[int]:
+        """How many tokens of each row have to be run at a step."""
+        return [len(row) - at for row, at in zip(self.rows, self.lookup, strict=True)]
 
 
 def _new_ids(row: Aligned) -> Int[Tensor, "target"]:
@@ -280,19 +284,20 @@ def _new_ids(row: Aligned) -> Int[Tensor, "target"]:
     return row.new_ids
 
 
-def _batches(model: Model, asked: Sequence[_Asked], layer: int, memory: float) -> Iterator[list[_Asked]]:
-    """As many facts at a time as their graphs leave room for."""
+def _batches(model: Model, asked: Sequence[_Asked], layer: int, memory: float, *, mixed: bool) -> Iterator[list[int]]:
+    """As many facts at a time as their graphs leave room for; those of one width, if shorter rows can't be joined."""
     cfg = model.cfg
     above = len(model.blocks) - layer  # type: ignore[attr-defined]
     token = above * (12 * cfg.d_model + 6 * (cfg.d_mlp or 4 * cfg.d_model)) * 4
-    batch: list[_Asked] = []
+    widths = [0 if mixed else max(each.queries) for each in asked]
+    batch: list[int] = []
     used = 0
-    for each in asked:
-        need = each.queries * token + sum(map(len, each.read)) * 4 * 4 * cfg.d_vocab
-        if batch and used + need > memory * GIB:
+    for i in sorted(range(len(asked)), key=lambda i: widths[i]):
+        need = sum(asked[i].queries) * token + sum(map(len, asked[i].read)) * 4 * 4 * cfg.d_vocab
+        if batch and (used + need > memory * GIB or widths[i] != widths[batch[-1]]):
             yield batch
             batch, used = [], 0
-        batch.append(each)
+        batch.append(i)
         used += need
     if batch:
         yield batch
@@ -324,7 +329,7 @@ class _Sheet:
     behind_places: Int[Tensor, "row past"]
 
     @classmethod
-    def of(cls, lengths: Sequence[int], begins: Sequence[int], *, apart: bool = False) -> _Sheet:
+    def of(cls, lengths: Sequence[int], begins: Sequence[int], *, apart: bool = False, mixed: bool = True) -> _Sheet:
         """Lay out pieces by how long they are and at which place of its sequence each begins.
 
         Rows are as wide as the longest piece. A shorter one goes where there is room and the least behind.
@@ -333,14 +338,19 @@ class _Sheet:
             lengths: Of each piece.
             begins: How many tokens of its sequence come before it.
             apart: Whether each gets a row of its own.
+            mixed: Whether what is behind the pieces of a row may be of several sequences.
         """
         width = max(lengths)
         rows: list[list[int]] = []
         used: list[int] = []
         depth: list[int] = []
         for piece in range(len(lengths)) if apart else sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            free = [] if apart else [r for r, taken in enumerate(used) if taken + lengths[piece] <= width]
-            if free:
+            free = [
+                r
+                for r, taken in enumerate(used)
+                if taken + lengths[piece] <= width and (mixed or not depth[r] or not begins[piece])
+            ]
+            if free and not apart:
                 r = min(free, key=lambda r: depth[r])
             else:
                 r = len(rows)
@@ -426,9 +436,18 @@ class _Descent:
     """The optimisation of some facts' values at once."""
 
     def __init__(
-        self, runner: Runner, asked: Sequence[_Asked], layer: int, where: Where, fit: ValueFit, *, packed: bool
+        self,
+        runner: Runner,
+        asked: Sequence[_Asked],
+        layer: int,
+        where: Where,
+        fit: ValueFit,
+        *,
+        packed: bool,
+        mixed: bool,
     ) -> None:
-        self.runner, self.asked, self.fit, self.packed, self.where = runner, asked, fit, packed, where
+        self.runner, self.asked, self.fit, self.where = runner, asked, fit, where
+        self.packed, self.mixed = packed, mixed
         self.rows = [row for each in asked for row in each.rows]
         self.lookup = [at for each in asked for at in each.lookup]
         self.first = [sum(len(each.rows) for each in asked[:i]) for i in range(len(asked) + 1)]
@@ -479,9 +498,8 @@ class _Descent:
         some = [self.asked[i] for i in facts]
         index = [j for i in facts for j in range(self.first[i], self.first[i + 1])]
         begins = [self.lookup[j] if self.packed else 0 for j in index]
-        sheet = _Sheet.of(
-            [len(self.rows[j]) - b for j, b in zip(index, begins, strict=True)], begins, apart=not self.packed
-        )
+        lengths = [len(self.rows[j]) - b for j, b in zip(index, begins, strict=True)]
+        sheet = _Sheet.of(lengths, begins, apart=not self.packed, mixed=self.mixed)
         offset = sheet.start - torch.tensor(begins)  # from a place in the sequence to a query
         read = [each.read[j] for each in some for j in range(len(each.rows))]
         is_context = [j < each.contexts for each in some for j in range(len(each.rows))]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose
+from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose, measure_spill
 from tl_factedit.editing import (
     align_facts,
     bos_of,
@@ -125,6 +125,7 @@ class Rome:
             key, value, residual = self._write_at(fitted)
             factors = self._solve(direction, key, residual)
             delta = Delta(stats.layer, factors.left, factors.right)
+            spill = measure_spill(model, [fact], [delta], prepend_bos=prepend_bos)[stats.layer]
             return Edit(
                 facts=(fact,),
                 deltas=(delta,),
@@ -132,7 +133,7 @@ class Rome:
                 values={stats.layer: value[None]},
                 editor=self.describe(),
                 contexts=tuple(contexts),
-                diagnostics=(diagnose(site, delta, direction, key, value),),
+                diagnostics=(diagnose(site, delta, direction, key, value, spill=spill),),
                 fits=(record(fitted, wish),),
                 provenance=Provenance.of(model, prepend_bos, weights=base),
             )
