@@ -12,7 +12,7 @@ import torch
 
 import tl_factedit as fe
 from tl_factedit.audit import Upstream, check_upstream
-from tl_factedit.evaluate import Answer, _score
+from tl_factedit.evaluate import Answer, scores_of
 from tl_factedit.model import Fingerprint, down_proj
 
 LAYER = 1
@@ -55,7 +55,7 @@ def scores(facts: int, **shares: float) -> fe.Scores:
                 nll_true, nll_new = (0.1, 2.0) if success == (ask == "neighbour") else (2.0, 0.1)
                 answers.append(Answer(fact, ask, "", " Paris", " Rome", nll_true, nll_new, False))
     made_up = fe.Provenance("made up", FINGERPRINT, True, "float32", {})
-    return _score((laws.FACT,) * facts, tuple(answers), made_up)
+    return scores_of((laws.FACT,) * facts, tuple(answers), made_up)
 
 
 FINGERPRINT = Fingerprint(("a",), "b", "bridge")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import laws
 import pytest
+import torch
 
 import tl_factedit as fe
 from tl_factedit import organism as o
@@ -154,11 +155,35 @@ def test_rulers_are_only_trained_where_they_can_be(kind):
     few = retention(model, changed, facts, REFERENCE[:20])
     assert few.native is None and "no decoder was trained" in few.why[0]
     mixed = retention(model, changed, [*facts, facts[0].but(relation="birth")], REFERENCE)
-    assert mixed.native is None and "2 relations" in mixed.why[0]
+    assert mixed.relations == {"city": 24} and "'birth'" in mixed.why[0] and "for its 1 facts" in mixed.why[0]
     with pytest.raises(ValueError, match="are in the calibration and among the facts"):
         retention(model, changed, facts, REFERENCE, Calibration(changed, facts))
     with pytest.raises(ValueError, match="no target_new"):
         retention(model, model, [facts[0].but(target_new=None)], REFERENCE)
+
+
+def test_facts_of_several_relations_have_a_ruler_each_and_are_pooled(kind):
+    model, changed = organism(kind), router(kind)
+    others = [*REFERENCE[:300], *fe.models.organism_facts("company", "calibration")[:300]]
+    companies = sorted({fact.target_true for fact in others if fact.relation == "company"})
+    work = {fact.subject: fact for fact in fe.models.organism_facts("company", "oracle0")}
+    facts = []  # in turn: a changed city, and the company of the same person, which nothing changed
+    for fact in ASKED[:24]:
+        beside = work[fact.subject]
+        new = next(company for company in companies if company != beside.target_true)
+        facts += [fact, beside.but(target_new=new)]
+    found = retention(model, changed, facts, others, progress=False)
+    assert found.relations == {"city": 24, "company": 24} and "2 relations" in repr(found)
+    assert found.n_native == 600
+    apart = [
+        retention(model, changed, facts[i::2], [other for other in others if other.relation == relation])
+        for i, relation in enumerate(("city", "company"))
+    ]
+    assert found.facts == (*apart[0].facts, *apart[1].facts)
+    assert apart[0].native.pooled.mean < 0.5 < 0.8 < apart[1].native.pooled.mean
+    assert apart[0].native.pooled.mean < found.native.pooled.mean < apart[1].native.pooled.mean
+    assert found.native.pooled.n == 48
+    assert torch.allclose(found.transfer, (apart[0].transfer + apart[1].transfer) / 2)
 
 
 def test_what_lies_upstream_is_left_out_and_changed_subjects_are_no_references(kind):

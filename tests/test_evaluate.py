@@ -8,7 +8,7 @@ import tiny
 import torch
 from oracles import untouched
 
-from tl_factedit.evaluate import Answer, Scores, evaluate, join
+from tl_factedit.evaluate import Answer, Scores, evaluate
 from tl_factedit.facts import Fact
 from tl_factedit.model import Runner, down_proj
 
@@ -319,30 +319,3 @@ def test_a_target_that_merges_with_a_paraphrase_is_named_before_anything_is_run(
     monkeypatch.setattr(Runner, "logits", None)
     with pytest.raises(ValueError, match="merges with the last token of 'Rome is near '"):
         evaluate(model, [Fact("Rome", "{}:", "Italy", "Spain", paraphrases=["{} is near "])])
-
-
-# ---------------------------------------------------------------------------------------- joined
-
-
-def test_scores_of_each_fact_joined_are_those_of_all(kind):
-    model = shared(kind, "gpt2")
-    whole, parts = evaluate(model, FACTS), [evaluate(model, fact) for fact in FACTS]
-    joined = join(parts)
-    assert joined.facts == tuple(FACTS)
-    assert [(a.fact, a.ask, a.prompt) for a in joined.answers] == [(a.fact, a.ask, a.prompt) for a in whole.answers]
-    assert all(abs(a.nll_true - b.nll_true) < CLOSE for a, b in zip(joined.answers, whole.answers, strict=True))
-    assert joined.efficacy == whole.efficacy and joined.score == whole.score
-    assert join(parts[:1]).efficacy == parts[0].efficacy
-    order = [3, 0, 4, 2, 1]
-    mixed = join([parts[i] for i in order], [[i] for i in order])
-    assert mixed.facts == joined.facts and mixed.answers == joined.answers
-
-
-def test_nothing_and_two_policies_cannot_be_joined(kind):
-    model = shared(kind, "gpt2")
-    with pytest.raises(ValueError, match="parts is empty"):
-        join([])
-    with pytest.raises(ValueError, match="some of the scores are with BOS"):
-        join([evaluate(model, FACTS[0], prepend_bos=bos) for bos in (True, False)])
-    with pytest.raises(ValueError, match="needed each from 0 on, once"):
-        join([evaluate(model, FACTS[0])] * 2, [[0], [0]])

@@ -14,26 +14,29 @@ What wasn't gathered is listed, and no label claims more than was.
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
-from tqdm.auto import tqdm
 
 from tl_factedit.change import Changed, Part, bos_of_change, each
 from tl_factedit.collateral import Asides, Drift, ask_asides, drift
 from tl_factedit.edit import Edit
 from tl_factedit.estimate import Estimate, jointly
-from tl_factedit.evaluate import Scores, evaluate, join
+from tl_factedit.evaluate import Answer, Scores, evaluate, scores_of
 from tl_factedit.facts import Fact
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
+from tl_factedit.keeping import read_each
 from tl_factedit.knockout import LEAST_REFERENCES, KnockOut, knock_out
 from tl_factedit.model import Model, Runner, component_hook, down_proj, n_layers, quiet, resid_pre
 from tl_factedit.probe import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
+from tl_factedit.provenance import Provenance
 from tl_factedit.readout import ReadOut, read_out
 from tl_factedit.relearning import Relearning
 from tl_factedit.retention import Calibration, Retention, retention
@@ -206,6 +209,7 @@ def audit(
     thresholds: Thresholds | None = None,
     prepend_bos: bool | None = None,
     seed: int = 0,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> Verdict:
     """Ask what became of some facts' old objects.
@@ -232,6 +236,9 @@ def audit(
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
         prepend_bos: BOS policy of a model changed in another way; None for its default. An edit has its own.
         seed: Of the bootstraps.
+        folder: Where to keep what is read of each change: a call that was killed goes on from there, and one of more
+            facts asks only what is new. Nothing is taken from it that hangs on other weights, changes, facts, settings
+            or versions.
         progress: Whether to show a bar on what takes longer than a second.
 
     Returns:
@@ -257,17 +264,20 @@ def audit(
     facts = tuple(_with_controls(fact, (*facts, *others)) for fact in facts)
     thresholds = thresholds or Thresholds()
 
+    parts = list(each(model, changed, facts))  # with their controls, as they are asked
+
     lens = LogitLens(prepend_bos=bos)
     before, lens_before = evaluate(model, facts, prepend_bos=bos), lens(model, facts)
-    after, lens_after = _each_after(parts, facts, lens, bos, progress=progress)
+    how: _How = {"prepend_bos": bos, "folder": folder, "progress": progress}
+    after, lens_after = _each_after(parts, facts, lens, lens_before, how)
     alone = edits[0] if len(parts) == 1 and edits else None
-    knocked = _knocked(model, changed, facts, others, parts, widths, bos, seed)
+    knocked = _knocked(model, changed, facts, others, parts, widths, seed, how)
     able = [fact for fact in facts if fact.controls]
-    attacked = read_out(model, changed, able, prepend_bos=bos, seed=seed) if able else None
-    routed = follow_routes(model, changed, routes, prepend_bos=bos) if routes else None
-    beside = ask_asides(model, changed, facts, asides, prepend_bos=bos) if asides else None
-    drifted = drift(model, changed, facts, texts, prepend_bos=bos) if texts else None
-    kept = retention(model, changed, facts, others, calibration, prepend_bos=bos, seed=seed) if others else None
+    attacked = read_out(model, changed, able, seed=seed, **how) if able else None
+    routed = follow_routes(model, changed, routes, **how) if routes else None
+    beside = ask_asides(model, changed, facts, asides, **how) if asides else None
+    drifted = drift(model, changed, facts, texts, **how) if texts else None
+    kept = retention(model, changed, facts, others, calibration, seed=seed, **how) if others else None
     findings = Findings(
         efficacy=after.efficacy,
         paraphrase=after.paraphrase,
@@ -326,23 +336,37 @@ def _with_controls(fact: Fact, among: Sequence[Fact]) -> Fact:
     return fact.but(controls=[each for each in targets if each not in (fact.target_true, fact.target_new)])
 
 
+class _How(TypedDict):
+    """What all measurements of changes are told alike."""
+
+    prepend_bos: bool
+    folder: str | Path | None
+    progress: bool
+
+
 def _each_after(
-    parts: Sequence[Part], facts: Sequence[Fact], lens: LogitLens, bos: bool, *, progress: bool
+    parts: Sequence[Part], facts: tuple[Fact, ...], lens: LogitLens, before: Reading, how: _How
 ) -> tuple[Scores, Reading]:
-    """Scores and lens of each fact under the change that serves it."""
-    scores: list[Scores] = []
-    readings: dict[int, torch.Tensor] = {}
-    reading: Reading | None = None
-    for part in tqdm(parts, desc="changes", delay=1, disable=not progress or len(parts) == 1):
-        mine = [facts[i] for i in part.indices]
-        with part.applied() as tested:
-            scores.append(evaluate(tested, mine, prepend_bos=bos))
-            reading = lens(tested, mine)
-        readings |= dict(zip(part.indices, reading.values, strict=True))
-    assert reading is not None
-    values = torch.stack([readings[i] for i in range(len(facts))])
-    whole = replace(reading, values=values, axes={**reading.axes, "fact": [fact.name for fact in facts]})
-    return join(scores, [part.indices for part in parts]), whole
+    """Scores and lens of each fact under the change that serves it; the provenance is that of the first."""
+
+    def read(tested: Model, part: Part) -> tuple[tuple[Answer, ...], torch.Tensor, str]:
+        scores = evaluate(tested, part.facts, prepend_bos=how["prepend_bos"])
+        return scores.answers, lens(tested, part.facts).values, json.dumps(scores.provenance.to_json())
+
+    answers: list[Answer] = []
+    values: dict[int, torch.Tensor] = {}
+    provenance: list[str] = []
+    asked = {"settings": how["prepend_bos"]}
+    kept = read_each(
+        parts, read, what="scores", asked=asked, folder=how["folder"], kinds=(Answer,), progress=how["progress"]
+    )
+    for part, (mine, read_there, where) in kept:
+        answers += [replace(answer, fact=part.indices[answer.fact]) for answer in mine]
+        values |= dict(zip(part.indices, read_there, strict=True))
+        provenance.append(where)
+    answers.sort(key=lambda answer: answer.fact)
+    reading = replace(before, values=torch.stack([values[i] for i in range(len(facts))]))
+    return scores_of(facts, tuple(answers), Provenance.from_json(json.loads(provenance[0]))), reading
 
 
 def _knocked(
@@ -352,8 +376,8 @@ def _knocked(
     reference: Sequence[Fact],
     parts: Sequence[Part],
     widths: Sequence[int] | None,
-    bos: bool,
     seed: int,
+    how: _How,
 ) -> KnockOut | None:
     """Of the facts that have controls, and references enough."""
     of_relation = Counter((fact.relation, fact.subject) for fact in reference)
@@ -372,9 +396,7 @@ def _knocked(
     if widths is None:
         written = max((len(getattr(part.changed, "layers", ())) for part in parts), default=1)
         widths = sorted({1, min(max(1, written), n_layers(model))})
-    return knock_out(
-        model, changed, [facts[i] for i in sorted(able)], reference, widths=widths, prepend_bos=bos, seed=seed
-    )
+    return knock_out(model, changed, [facts[i] for i in sorted(able)], reference, widths=widths, seed=seed, **how)
 
 
 def _at_most(knocked: KnockOut) -> float:
@@ -418,16 +440,22 @@ def check_upstream(model: Model, edit: Edit, facts: Sequence[Fact]) -> Upstream:
     ]
     mlp_out = component_hook("mlp", first)
     rows = [align(model.tokenizer, fact, prepend_bos=edit.provenance.prepend_bos) for fact in facts]
-    equal = changed = True
+
+    def all_rows(runner: Runner) -> list[dict[str, torch.Tensor]]:
+        # Each alone, as bits are compared: what a row is computed beside may change them.
+        return [runner.capture(row.ids[None], [*places, mlp_out], stop=first + 1) for row in rows]
+
     with quiet(model), torch.no_grad():
-        runner = Runner(model)
-        for row in rows:
-            before = runner.capture(row.ids[None], [*places, mlp_out], stop=first + 1)
-            with edit.applied(model):
-                after = runner.capture(row.ids[None], [*places, mlp_out], stop=first + 1)
-            equal = equal and all(torch.equal(before[place], after[place]) for place in places)
-            changed = changed and not torch.equal(before[mlp_out], after[mlp_out])
-    return Upstream(first, equal, changed, sum(len(row.ids) for row in rows))
+        before = all_rows(Runner(model))
+        with edit.applied(model):
+            after = all_rows(Runner(model))
+    both = list(zip(before, after, strict=True))
+    return Upstream(
+        first,
+        invariant=all(torch.equal(was[place], now[place]) for was, now in both for place in places),
+        changed_after=not any(torch.equal(was[mlp_out], now[mlp_out]) for was, now in both),
+        positions=sum(len(row.ids) for row in rows),
+    )
 
 
 def _all_upstream(model: Model, parts: Sequence[Part]) -> Upstream:

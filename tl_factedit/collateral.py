@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_factedit.change import Changed, bos_of_change, each
+from tl_factedit.change import Changed, Part, bos_of_change, each
 from tl_factedit.estimate import Estimate, jointly
 from tl_factedit.excess import excess_of
 from tl_factedit.facts import Fact
+from tl_factedit.keeping import read_each
 from tl_factedit.model import Model, Runner, quiet
 from tl_factedit.tokens import continuation, encode, pad
 
@@ -86,6 +88,8 @@ def ask_asides(
     *,
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> Asides:
     """Ask what else is known of some facts' subjects, before and after a change.
 
@@ -97,6 +101,8 @@ def ask_asides(
             gives a result that says so.
         prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
+        folder: Where to keep what is read of each change; a call that was killed goes on from there.
+        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
         ValueError: An aside about a subject that no fact has, or that is one of the facts itself.
@@ -111,21 +117,40 @@ def ask_asides(
         dtype=torch.long,
     )
     ends = [torch.tensor([len(row) - 1]) for row in rows]
-    after = torch.zeros(len(pairs), dtype=torch.bool)
-    before, moved = after.clone(), torch.full((len(pairs),), math.nan)
-    for part in parts:
+
+    def said(runner: Runner, chosen: Sequence[int]) -> Float[Tensor, "aside vocab"]:
+        """The log-probabilities that follow some asides."""
+        found = {
+            i: each
+            for some in _batches([len(rows[i]) for i in chosen], batch_tokens)
+            for i, each in zip(
+                [chosen[j] for j in some],
+                _log_probs(runner, [rows[chosen[j]] for j in some], [ends[chosen[j]] for j in some])[:, 0],
+                strict=True,
+            )
+        }
+        return torch.stack([found[i] for i in chosen]) if chosen else torch.zeros(0, 1)
+
+    def asked_of(part: Part) -> list[int]:
         serves = set(part.indices)
-        chosen = [i for i, (fact, _) in enumerate(pairs) if fact in serves]
-        batches = [[chosen[i] for i in some] for some in _batches([len(rows[i]) for i in chosen], batch_tokens)]
-        with quiet(model), torch.no_grad():
-            runner = Runner(model)
-            was = [_log_probs(runner, [rows[i] for i in some], [ends[i] for i in some]) for some in batches]
-        with part.applied() as tested, quiet(tested), torch.no_grad():
-            runner = Runner(tested)
-            now = [_log_probs(runner, [rows[i] for i in some], [ends[i] for i in some]) for some in batches]
-        for some, old, new in zip(batches, was, now, strict=True):
-            before[some], after[some] = (found[:, 0].argmax(-1) == true[some] for found in (old, new))
-            moved[some] = _divergence(old, new)[:, 0]
+        return [i for i, (fact, _) in enumerate(pairs) if fact in serves]
+
+    with quiet(model), torch.no_grad():
+        # A change for each fact is small: what the unedited model says is kept, and not asked for each again.
+        was = said(Runner(model), range(len(pairs)))
+
+    def read(tested: Model, part: Part) -> tuple[Tensor, Tensor]:
+        chosen = asked_of(part)
+        now = said(Runner(tested), chosen)
+        return now.argmax(-1) == true[chosen], _divergence(was[chosen], now)
+
+    settings = {"asides": [asdict(aside) for aside in asides], "settings": (bos, batch_tokens)}
+    after = torch.zeros(len(pairs), dtype=torch.bool)
+    before, moved = was.argmax(-1) == true, torch.full((len(pairs),), math.nan)
+    for part, (answered, far) in read_each(
+        parts, read, what="asides", asked=settings, folder=folder, progress=progress
+    ):
+        after[asked_of(part)], moved[asked_of(part)] = answered, far
     of_fact = torch.tensor([fact for fact, _ in pairs], dtype=torch.long)
 
     def by_fact(values: Tensor) -> Tensor:
@@ -201,6 +226,8 @@ def drift(
     *,
     prepend_bos: bool | None = None,
     batch_tokens: int = 1024,
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> Drift:
     """Perplexity and divergence on neutral text.
 
@@ -213,6 +240,8 @@ def drift(
             50,000 words.
         prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
+        folder: Where to keep what is read of each change; a call that was killed goes on from there.
+        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
         ValueError: No texts, or one without a token to predict.
@@ -234,17 +263,23 @@ def drift(
             for some, at in zip(batches, read, strict=True)
         ]
     before = torch.zeros(len(rows), dtype=torch.float64)
-    after, kl = (torch.zeros(len(parts), len(rows), dtype=torch.float64) for _ in range(2))
     for some, old in zip(batches, was, strict=True):
         before[some] = _mean_nll([rows[i] for i in some], old)
-    for c, part in enumerate(parts):
-        with part.applied() as tested, quiet(tested), torch.no_grad():
-            runner = Runner(tested)
-            for some, at, old in zip(batches, read, was, strict=True):
-                here = [rows[i] for i in some]
-                new = _log_probs(runner, here, [at] * len(some))
-                after[c, some] = _mean_nll(here, new)
-                kl[c, some] = _mean_over(here, _divergence(old, new))
+
+    def moved_by(tested: Model, _: Part) -> Tensor:
+        nll, far = torch.zeros(2, len(rows), dtype=torch.float64)
+        for some, at, old in zip(batches, read, was, strict=True):
+            here = [rows[i] for i in some]
+            new = _log_probs(Runner(tested), here, [at] * len(some))
+            nll[some] = _mean_nll(here, new)
+            far[some] = _mean_over(here, _divergence(old, new))
+        return torch.stack([nll, far])
+
+    settings = {"texts": list(texts), "settings": (bos, batch_tokens)}
+    both = [
+        found for _, found in read_each(parts, moved_by, what="drift", asked=settings, folder=folder, progress=progress)
+    ]
+    after, kl = torch.stack(both, 1)
     counts = torch.tensor([len(row) - 1 for row in rows])
     ratio, moved = _over(before, after, kl, counts)
     return Drift(before, after, kl, counts, ratio, moved)

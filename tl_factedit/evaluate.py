@@ -13,9 +13,8 @@ are averaged within a fact first.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -166,42 +165,7 @@ def evaluate(
         )
         for j, row in enumerate(asked)
     )
-    return _score(facts, answers, provenance)
-
-
-def join(parts: Sequence[Scores], places: Sequence[Sequence[int]] | None = None) -> Scores:
-    """Scores of different facts as one, such as those of edits that were each applied alone.
-
-    The provenance is that of the first part.
-
-    Args:
-        parts: The scores.
-        places: For each part, the places of its facts among all; None for one part after the other.
-
-    Raises:
-        ValueError: No parts, parts with and without BOS, or places that leave one out.
-    """
-    if not parts:
-        raise ValueError("parts is empty, needed the scores of one fact at least")
-    if len({part.provenance.prepend_bos for part in parts}) > 1:
-        raise ValueError("some of the scores are with BOS and some without, needed one policy: evaluate again")
-    if places is None:
-        count = itertools.count()
-        places = [[next(count) for _ in part.facts] for part in parts]
-    facts = {
-        place: fact
-        for part, mine in zip(parts, places, strict=True)
-        for place, fact in zip(mine, part.facts, strict=True)
-    }
-    if sorted(facts) != list(range(sum(len(part.facts) for part in parts))):
-        raise ValueError(f"the places are {sorted(facts)}, needed each from 0 on, once")
-    answers = [
-        replace(answer, fact=mine[answer.fact])
-        for part, mine in zip(parts, places, strict=True)
-        for answer in part.answers
-    ]
-    answers.sort(key=lambda answer: answer.fact)
-    return _score(tuple(facts[i] for i in sorted(facts)), tuple(answers), parts[0].provenance)
+    return scores_of(facts, answers, provenance)
 
 
 def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
@@ -230,7 +194,9 @@ def _harmonic(means: Sequence[Tensor]) -> Tensor:
     return len(means) / torch.stack([1 / mean for mean in means]).sum(0)
 
 
-def _score(facts: tuple[Fact, ...], answers: tuple[Answer, ...], provenance: Provenance) -> Scores:
+def scores_of(facts: tuple[Fact, ...], answers: tuple[Answer, ...], provenance: Provenance) -> Scores:
+    """The scores that some answers come to; an answer's `fact` is its place in `facts`."""
+
     def by_fact(ask: Ask) -> list[float]:
         """Share of successes of each fact; NaN where it has no such prompt."""
         found: list[list[bool]] = [[] for _ in facts]

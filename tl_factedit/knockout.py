@@ -16,17 +16,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_factedit.change import Changed, bos_of_change, each
+from tl_factedit.change import Changed, Part, bos_of_change, each
 from tl_factedit.estimate import Estimate, Estimates
 from tl_factedit.excess import excess
 from tl_factedit.facts import Fact
+from tl_factedit.keeping import read_each
 from tl_factedit.model import Hook, HookFn, Model, Runner, component_hook, n_layers, quiet, resid_post, resid_pre
 from tl_factedit.probe import Reading
 from tl_factedit.tokens import Aligned, align, continuation, pad
@@ -175,9 +177,12 @@ def knock_out(
     widths: Sequence[int] = (1,),
     half: bool = True,
     means_of: Literal["audited", "unedited"] = "audited",
+    most_references: int = 100,
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> KnockOut:
     """Knock out layers at the last subject token, in the unedited and in the changed model.
 
@@ -194,9 +199,13 @@ def knock_out(
         means_of: ``"audited"`` takes the mean in the model that is audited, ``"unedited"`` in the unedited one, once
             for all. Both are the same where a change leaves reference subjects alone bit for bit, as a router does. A
             weight edit doesn't quite; ``"unedited"`` saves a pass over all references for each change then.
+        most_references: How many of a fact's references its mean is over at most, drawn with `seed`: the mean of a
+            hundred is within a tenth of their spread of that of all, and each is run in every changed model.
         prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the bootstrap.
+        seed: Of the bootstrap, and of that draw.
+        folder: Where to keep what is read of each change; a call that was killed goes on from there.
+        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
         ValueError: No facts; a fact without ``target_new``; fewer than five references of a fact's relation;
@@ -215,27 +224,33 @@ def knock_out(
     windows = windows_of(n_layers(model), widths)
     rows = _Row.all(model.tokenizer, facts, bos)
     others = [align(model.tokenizer, fact, prepend_bos=bos) for fact in reference]
-    # Who is averaged for which fact, and in which part.
-    use = torch.stack([_uses(fact, reference, _touched(parts, i)) for i, fact in enumerate(facts)])
+    # Who is averaged for which fact, and in which part; the same of one relation, as far as can be.
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
+    use = torch.stack(
+        [_first_of(_uses(fact, reference, _touched(parts, i)), order, most_references) for i, fact in enumerate(facts)]
+    )
 
     with quiet(model), torch.no_grad():
         runner = Runner(model)
-        own = _states(runner, others, batch_tokens)
+        own = _states(runner, others, use.any(0), batch_tokens)
         before = _read(runner, rows, _mean(own, use), [(), *windows], (1.0,), batch_tokens)[:, 0]
     strengths = (1.0, 0.5) if half else (1.0,)
-    after = before.new_full((len(facts), len(strengths), *before.shape[1:]), math.nan)
-    for part in parts:
+
+    def read(tested: Model, part: Part) -> Tensor:
         chosen = list(part.indices)
-        mine = [rows[i] for i in chosen]
-        with part.applied() as tested, quiet(tested), torch.no_grad():
-            runner = Runner(tested)
-            needed = use[chosen].any(0).nonzero()[:, 0].tolist()
-            states = own
-            if means_of == "audited":
-                found = _states(runner, [others[i] for i in needed], batch_tokens)
-                states = own.new_zeros(own.shape).index_copy(0, torch.tensor(needed, device=own.device), found)
-            means = _mean(states, use[chosen])
-            after[chosen] = _read(runner, mine, means, [(), *windows], strengths, batch_tokens)
+        runner, states = Runner(tested), own
+        if means_of == "audited":
+            states = _states(runner, others, use[chosen].any(0), batch_tokens)
+        means = _mean(states, use[chosen])
+        return _read(runner, [rows[i] for i in chosen], means, [(), *windows], strengths, batch_tokens)
+
+    asked = {
+        "reference": [asdict(fact) for fact in reference] if folder is not None else (),
+        "settings": (windows, strengths, means_of, most_references, bos, batch_tokens, seed),
+    }
+    after = before.new_full((len(facts), len(strengths), *before.shape[1:]), math.nan)
+    for part, found in read_each(parts, read, what="knock-out", asked=asked, folder=folder, progress=progress):
+        after[list(part.indices)] = found
 
     known = before[:, 0, 0] == 1
     survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
@@ -326,22 +341,33 @@ def _uses(fact: Fact, reference: Sequence[Fact], touched: frozenset[str]) -> Boo
     return use
 
 
+def _first_of(use: Bool[Tensor, "reference"], order: Int[Tensor, "reference"], most: int) -> Bool[Tensor, "reference"]:
+    """As many of those that can be used as are wanted, the first in some order."""
+    if most < LEAST_REFERENCES:
+        raise ValueError(f"most_references is {most}, needed {LEAST_REFERENCES} at least")
+    return torch.zeros_like(use).index_fill(0, order[use[order]][:most], True)
+
+
 # ------------------------------------------------------------------------------------ running
 
 
-def _states(runner: Runner, rows: Sequence[Aligned], batch_tokens: int) -> Float[Tensor, "reference layer d_model"]:
-    """The MLP outputs of all layers at the last subject tokens; nothing after them is run."""
+def _states(
+    runner: Runner, rows: Sequence[Aligned], used: Bool[Tensor, "reference"], batch_tokens: int
+) -> Float[Tensor, "reference layer d_model"]:
+    """The MLP outputs of all layers at the last subject tokens, 0 where unused; nothing after them is run."""
     places = [component_hook("mlp", layer) for layer in range(runner.n_layers)]
+    needed = used.nonzero()[:, 0].tolist()
     # Beginnings shared by prompts of one subject are run for each: this is the smaller part of the work.
-    heads = [row.ids[: row.last + 1] for row in rows]
+    heads = [rows[i].ids[: rows[i].last + 1] for i in needed]
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     for some in _batches([len(head) for head in heads], batch_tokens):
         caught = runner.capture(pad([heads[i] for i in some], 0), places)
         ends = torch.tensor([len(heads[i]) - 1 for i in some])
         at_end = torch.stack([caught[place][torch.arange(len(some)), ends] for place in places], 1)
         for i, state in zip(some, at_end, strict=True):
-            found[i] = state
-    return torch.stack(found)
+            found[needed[i]] = state
+    nothing = torch.zeros_like(found[needed[0]])
+    return torch.stack([state if len(state) else nothing for state in found])
 
 
 def _mean(

@@ -24,16 +24,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.change import Changed, bos_of_change, each
+from tl_factedit.change import Changed, Part, bos_of_change, each
 from tl_factedit.estimate import Estimate, Estimates
 from tl_factedit.excess import excess
 from tl_factedit.facts import Fact
+from tl_factedit.keeping import read_each
 from tl_factedit.model import Model, Runner, check_layer, n_layers, quiet, resid_post
 from tl_factedit.objects import Asked, batches, one_of, with_new_objects
 from tl_factedit.probe import Reading
@@ -133,6 +135,8 @@ def read_out(
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> ReadOut:
     """Attack the states at the last token of each prompt, in the unedited and in the changed model.
 
@@ -145,6 +149,8 @@ def read_out(
         prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
         seed: Of the bootstrap.
+        folder: Where to keep what is read of each change; a call that was killed goes on from there.
+        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
         ValueError: No facts; a fact without ``target_new``; k below 1; a layer outside the model, or none.
@@ -162,10 +168,16 @@ def read_out(
     asked = [Asked.of(model.tokenizer, fact, bos) for fact in facts]
     with quiet(model), torch.no_grad():
         before = _read(Runner(model), asked, chosen, k, batch_tokens)
+
+    def read(tested: Model, part: Part) -> _Found:
+        return _read(Runner(tested), [asked[i] for i in part.indices], chosen, k, batch_tokens)
+
+    settings = {"settings": (k, chosen, bos, batch_tokens)}
     after = _Found.empty(len(facts), len(chosen))
-    for part in parts:
-        with part.applied() as tested, quiet(tested), torch.no_grad():
-            after.put(part.indices, _read(Runner(tested), [asked[i] for i in part.indices], chosen, k, batch_tokens))
+    for part, found in read_each(
+        parts, read, what="read-out", asked=settings, folder=folder, kinds=(_Found,), progress=progress
+    ):
+        after.put(part.indices, found)
     known = before.known
     old, control = (
         torch.where(known[:, None], after.sets[..., QUANTITIES.index(q)], math.nan) for q in ("old", "control")

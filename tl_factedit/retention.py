@@ -11,23 +11,28 @@ adaptive
     whatever code changed facts keep theirs.
 
 Both are set against what the same kind of ruler reads before the change, ρ (`probes.residual`), over the cells that
-the change can have touched. What lies upstream of an edit is left out: it is the same by arithmetic.
+the change can have touched. What lies upstream of an edit is left out: it is the same by arithmetic. Facts of several
+relations have a ruler each; a percentile is ½ where nothing is known whatever the relation, so that their facts are
+pooled.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from tl_factedit.change import Change, Changed, bos_of_change, each
+from tl_factedit.change import Change, Changed, Part, bos_of_change, each
 from tl_factedit.facts import Fact
+from tl_factedit.keeping import read_each
 from tl_factedit.model import Model
-from tl_factedit.probes.linear import Ruler, decode, train_ruler
+from tl_factedit.probes.linear import Decoded, Ruler, decode, train_ruler
 from tl_factedit.probes.residual import Residual, residual_knowledge
 from tl_factedit.states import INPUT, States, read_states
 
@@ -55,14 +60,15 @@ class Retention:
     """What the rulers read.
 
     Attributes:
-        native: ρ by the native ruler; None if there is none.
-        adaptive: ρ by the adaptive one; None if there is none.
+        native: ρ by the native rulers; None if there is none.
+        adaptive: ρ by the adaptive ones; None if there is none.
         transfer: Accuracy of the native ruler on unchanged facts of what it reads, each by a fit without it,
-            [layer position].
+            [layer position]; of several relations their mean.
         facts: Which of the facts were read: those whose old object is a class.
-        n_native: On how many facts the native ruler was trained.
-        n_adaptive: The adaptive one.
+        n_native: On how many facts the native rulers were trained.
+        n_adaptive: The adaptive ones.
         why: Why there is no ruler, or fewer facts.
+        relations: How many facts were read of each relation.
     """
 
     native: Residual | None
@@ -72,6 +78,7 @@ class Retention:
     n_native: int
     n_adaptive: int
     why: tuple[str, ...]
+    relations: Mapping[str | None, int]
 
     def __repr__(self) -> str:
         """Both in a line."""
@@ -82,7 +89,8 @@ class Retention:
                 ("adaptive", self.adaptive, self.n_adaptive),
             )
         ]
-        return f"Retention(ρ {', '.join(shown)})"
+        over = f" over {len(self.relations)} relations" if len(self.relations) > 1 else ""
+        return f"Retention(ρ {', '.join(shown)}{over})"
 
 
 def retention(
@@ -94,21 +102,25 @@ def retention(
     *,
     prepend_bos: bool | None = None,
     seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> Retention:
-    """Read the old objects of some facts of one relation.
+    """Read the old objects of some facts, each by rulers of its relation.
 
     Args:
         model: The unedited model.
         changed: A change of it, a list with a change for each fact, or another model.
         facts: Each with ``target_new``.
-        reference: Facts of the same relation about other subjects, which nothing changed; those about changed
+        reference: Facts of the same relations about other subjects, which nothing changed; those about changed
             subjects are left out by themselves.
-        calibration: For the adaptive ruler; about other subjects.
+        calibration: For the adaptive rulers; about other subjects.
         prepend_bos: BOS policy; None for the change's own, or the model's.
         seed: Of the bootstrap.
+        folder: Where to keep what is read of each change; a call that was killed goes on from there.
+        progress: Whether to show a bar on what takes longer than a second.
 
     Raises:
-        ValueError: No facts, or one without ``target_new``.
+        ValueError: No facts, or one without ``target_new``; or a subject that is asked and in the calibration.
     """
     facts = tuple(facts)
     for fact in facts:
@@ -117,115 +129,147 @@ def retention(
     parts = list(each(model, changed, facts))
     touched = frozenset().union(*(part.touched for part in parts))
     others = [fact for fact in reference if fact.subject not in touched]
-    why = _why_not(facts, others)
-    if why:
-        return Retention(None, None, None, (), 0, 0, (why,))
-    objects = _objects(others)
-    kept = [i for i, fact in enumerate(facts) if fact.target_true in objects]
-    left_out = len(facts) - len(kept)
-    notes = [f"{left_out} facts were left out: too few other subjects have their old objects"] if left_out else []
-    asked = [facts[i] for i in kept]
-    others = [fact for fact in others if fact.target_true in objects and fact.relation == facts[0].relation]
-    if not asked:
-        return Retention(None, None, None, (), 0, 0, ("no other subjects have any of the old objects",))
+    plans, notes = _plans(facts, others)
+    if not plans:
+        return Retention(None, None, None, (), 0, 0, tuple(notes), {})
+    if calibration is not None:
+        _check_apart(calibration, facts)
     bos = bos_of_change(model, changed, prepend_bos)
+    asked = tuple(fact for plan in plans for fact in plan.facts)
     clean = read_states(model, asked, prepend_bos=bos)
-    unedited = train_ruler(read_states(model, others, prepend_bos=bos), objects=objects)
-    after, native = _read_all(model, changed, asked, others, objects, unedited, bos)
+    after = states_of_changed(model, changed, asked, prepend_bos=bos, folder=folder, progress=progress)
     cells = _touched_cells(clean, changed)
-    before = decode(unedited, clean)
-    found = residual_knowledge(before, decode(native, after), cells=cells, seed=seed)
-    if not bool(found.cells.any()):
-        notes.append("the native ruler reads the old objects nowhere even before the change: no ρ")
-    adaptive, n_adaptive = None, 0
+    before, native, adaptive, transfer = list[Decoded](), list[Decoded](), list[_Adaptive](), list[Tensor]()
+    begin = 0
+    for plan in tqdm(plans, desc="rulers", unit="relation", delay=1, disable=not progress, leave=False):
+        mine = list(range(begin, begin + len(plan.facts)))
+        begin += len(plan.facts)
+        unedited = train_ruler(read_states(model, plan.others, prepend_bos=bos), objects=plan.objects)
+        own = _native(model, changed, plan, unedited, bos)
+        before.append(decode(unedited, clean.take(mine)))
+        native.append(decode(own, after.take(mine)))
+        transfer.append(own.held_out_accuracy)
+        if calibration is not None:
+            found = _adaptive(model, calibration, plan, clean.take(mine), after.take(mine), bos, folder, progress)
+            if found is None:
+                notes.append(f"the calibration has too few facts for each old object{plan.of}: no adaptive ruler")
+            else:
+                adaptive.append(found)
     if calibration is None:
         notes.append("no calibration (the same change made for other subjects) was given: no adaptive ruler")
-    else:
-        adaptive, n_adaptive, note = _adaptive(model, calibration, asked, clean, after, cells, bos, seed)
-        notes += [note] if note else []
     return Retention(
-        native=found if bool(found.cells.any()) else None,
-        adaptive=adaptive,
-        transfer=native.held_out_accuracy,
-        facts=tuple(asked),
-        n_native=native.n_train,
-        n_adaptive=n_adaptive,
+        native=_residual(
+            before, native, cells, seed, notes, "the native ruler reads the old objects nowhere even before the change"
+        ),
+        adaptive=_residual(
+            [found.before for found in adaptive],
+            [found.after for found in adaptive],
+            cells,
+            seed,
+            notes,
+            "with so few calibration facts nothing is read before the change either",
+        ),
+        transfer=torch.stack(transfer).mean(0),
+        facts=asked,
+        n_native=sum(found.ruler.n_train for found in native),
+        n_adaptive=sum(found.after.ruler.n_train for found in adaptive),
         why=tuple(notes),
+        relations={plan.relation: len(plan.facts) for plan in plans},
     )
 
 
 def states_of_changed(
-    model: Model, changed: Changed, facts: Sequence[Fact], *, prepend_bos: bool | None = None
+    model: Model,
+    changed: Changed,
+    facts: Sequence[Fact],
+    *,
+    prepend_bos: bool | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> States:
     """Each fact's states under the change that serves it, in the order of the facts."""
     bos = bos_of_change(model, changed, prepend_bos)
+    sample = read_states(model, facts[:1], prepend_bos=bos)  # for its labels
+
+    def read(tested: Model, part: Part) -> Tensor:
+        return read_states(tested, part.facts, prepend_bos=bos).values
+
     found: dict[int, Tensor] = {}
-    read: States | None = None
-    for part in each(model, changed, facts):
-        with part.applied() as tested:
-            read = read_states(tested, part.facts, prepend_bos=bos)
-        found |= dict(zip(part.indices, read.values, strict=True))
-    assert read is not None
-    return States(
-        torch.stack([found[i] for i in range(len(facts))]), read.layers, read.positions, tuple(facts), "changed"
-    )
+    parts = list(each(model, changed, facts))
+    for part, values in read_each(
+        parts, read, what="states", asked={"settings": (bos,)}, folder=folder, progress=progress
+    ):
+        found |= dict(zip(part.indices, values, strict=True))
+    values = torch.stack([found[i] for i in range(len(facts))])
+    return States(values, sample.layers, sample.positions, tuple(facts), "changed")
 
 
-def _read_all(
-    model: Model,
-    changed: Changed,
-    asked: Sequence[Fact],
-    others: Sequence[Fact],
-    objects: Sequence[str],
-    unedited: Ruler,
-    bos: bool,
-) -> tuple[States, Ruler]:
-    """The facts' states after the change, and the ruler that is native to where they were read."""
-    after = states_of_changed(model, changed, asked, prepend_bos=bos)
-    if isinstance(changed, Sequence):
-        return after, unedited
-    if isinstance(changed, Change):
-        with changed.applied(model) as tested:
-            there = read_states(tested, others, prepend_bos=bos)
-    else:
-        there = read_states(changed, others, prepend_bos=bos)
-    return after, train_ruler(there, objects=objects)
+# ------------------------------------------------------------------------------------ which rulers there can be
 
 
-def _adaptive(
-    model: Model,
-    calibration: Calibration,
-    asked: Sequence[Fact],
-    clean: States,
-    after: States,
-    cells: Bool[Tensor, "layer position"],
-    bos: bool,
-    seed: int,
-) -> tuple[Residual | None, int, str]:
-    mine = {fact.subject for fact in asked}
-    overlap = sorted(mine & {fact.subject for fact in calibration.facts})
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The rulers of one relation.
+
+    Attributes:
+        relation: Its name.
+        objects: The classes.
+        facts: What is read: those whose old object is a class.
+        others: What the native ruler is trained on.
+        several: Whether there are other relations.
+    """
+
+    relation: str | None
+    objects: tuple[str, ...]
+    facts: tuple[Fact, ...]
+    others: tuple[Fact, ...]
+    several: bool
+
+    @property
+    def of(self) -> str:
+        """Of which relation, in words, where there are several."""
+        return f" of {self.relation!r}" if self.several else ""
+
+
+def _plans(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[list[_Plan], list[str]]:
+    """A plan for each relation that there can be rulers of, and why not for the others."""
+    relations = list(dict.fromkeys(fact.relation for fact in facts))
+    plans, notes = list[_Plan](), list[str]()
+    for relation in relations:
+        mine = [fact for fact in facts if fact.relation == relation]
+        known = [fact for fact in others if fact.relation == relation]
+        objects = _objects(known)
+        if len(objects) < LEAST_OBJECTS:
+            notes.append(
+                f"the references give {len(objects)} objects of {relation!r} with {LEAST_FOR_AN_OBJECT} or more other "
+                f"subjects each, needed {LEAST_OBJECTS}: no decoder was trained"
+                + (f" for its {len(mine)} facts" if len(relations) > 1 else "")
+            )
+            continue
+        kept = [fact for fact in mine if fact.target_true in objects]
+        plan = _Plan(
+            relation,
+            tuple(objects),
+            tuple(kept),
+            tuple(fact for fact in known if fact.target_true in objects),
+            len(relations) > 1,
+        )
+        if len(kept) < len(mine):
+            notes.append(
+                f"{len(mine) - len(kept)} facts{plan.of} were left out: too few other subjects have their old objects"
+            )
+        if kept:
+            plans.append(plan)
+    return plans, notes
+
+
+def _check_apart(calibration: Calibration, facts: Sequence[Fact]) -> None:
+    overlap = sorted({fact.subject for fact in facts} & {fact.subject for fact in calibration.facts})
     if overlap:
         raise ValueError(
             f"{len(overlap)} subjects, such as {overlap[0]!r}, are in the calibration and among the facts, needed "
             "others: a ruler recognises those it was trained on"
         )
-    objects = _objects(calibration.facts, least=2)
-    able = [i for i, fact in enumerate(asked) if fact.target_true in objects]
-    others = [fact for fact in calibration.facts if fact.target_true in objects]
-    if len(objects) < LEAST_OBJECTS or len(able) < len(asked):
-        return None, 0, "the calibration has too few facts for each old object: no adaptive ruler"
-    ruler = train_ruler(states_of_changed(model, calibration.changed, others, prepend_bos=bos), objects=objects)
-    # Before the change by as many training facts, and of the same people: a ruler of few reads less.
-    before = decode(train_ruler(read_states(model, others, prepend_bos=bos), objects=objects), clean)
-    read = decode(ruler, after)
-    found = residual_knowledge(before, read, cells=cells, seed=seed)
-    if not bool(found.cells.any()):
-        return (
-            None,
-            ruler.n_train,
-            "with so few calibration facts nothing is read before the change either: no adaptive ρ",
-        )
-    return found, ruler.n_train, ""
 
 
 def _objects(facts: Sequence[Fact], *, least: int = LEAST_FOR_AN_OBJECT) -> list[str]:
@@ -234,20 +278,66 @@ def _objects(facts: Sequence[Fact], *, least: int = LEAST_FOR_AN_OBJECT) -> list
     return sorted(target for target, count in counts.items() if count >= least)
 
 
-def _why_not(facts: Sequence[Fact], others: Sequence[Fact]) -> str:
-    relations = sorted({str(fact.relation) for fact in facts})
-    if len(relations) > 1:
-        return (
-            f"the facts are of {len(relations)} relations: a ruler is of one, so audit each relation apart to have "
-            "its decoders"
-        )
-    count = len(_objects([fact for fact in others if fact.relation == facts[0].relation]))
-    if count < LEAST_OBJECTS:
-        return (
-            f"the references give {count} objects of {relations[0]!r} with {LEAST_FOR_AN_OBJECT} or more other "
-            f"subjects each, needed {LEAST_OBJECTS}: no decoder was trained"
-        )
-    return ""
+# ------------------------------------------------------------------------------------ the rulers of one relation
+
+
+def _native(model: Model, changed: Changed, plan: _Plan, unedited: Ruler, bos: bool) -> Ruler:
+    """The ruler that is native to where the changed facts are read."""
+    if isinstance(changed, Sequence):
+        return unedited
+    if isinstance(changed, Change):
+        with changed.applied(model) as tested:
+            there = read_states(tested, plan.others, prepend_bos=bos)
+    else:
+        there = read_states(changed, plan.others, prepend_bos=bos)
+    return train_ruler(there, objects=plan.objects)
+
+
+@dataclass(frozen=True, eq=False)
+class _Adaptive:
+    """What an adaptive ruler reads, and what one of the same people and as many facts read before the change."""
+
+    before: Decoded
+    after: Decoded
+
+
+def _adaptive(
+    model: Model,
+    calibration: Calibration,
+    plan: _Plan,
+    clean: States,
+    after: States,
+    bos: bool,
+    folder: str | Path | None,
+    progress: bool,
+) -> _Adaptive | None:
+    known = [fact for fact in calibration.facts if fact.relation == plan.relation]
+    objects = _objects(known, least=2)
+    if len(objects) < LEAST_OBJECTS or not {fact.target_true for fact in plan.facts} <= set(objects):
+        return None
+    others = [fact for fact in known if fact.target_true in objects]
+    changed = states_of_changed(model, calibration.changed, others, prepend_bos=bos, folder=folder, progress=progress)
+    # Before the change by as many training facts, and of the same people: a ruler of few reads less.
+    before = train_ruler(read_states(model, others, prepend_bos=bos), objects=objects)
+    return _Adaptive(decode(before, clean), decode(train_ruler(changed, objects=objects), after))
+
+
+def _residual(
+    before: Sequence[Decoded],
+    after: Sequence[Decoded],
+    cells: Bool[Tensor, "layer position"],
+    seed: int,
+    notes: list[str],
+    nowhere: str,
+) -> Residual | None:
+    """ρ, or None (and a note) if no cell counts."""
+    if not before:
+        return None
+    found = residual_knowledge(before, after, cells=cells, seed=seed)
+    if bool(found.cells.any()):
+        return found
+    notes.append(f"{nowhere}: no ρ")
+    return None
 
 
 def _touched_cells(states: States, changed: Changed) -> Bool[Tensor, "layer position"]:

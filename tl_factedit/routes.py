@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.change import Changed, bos_of_change, each, identity
+from tl_factedit.change import Changed, Part, bos_of_change, each, identity
 from tl_factedit.estimate import Estimate
 from tl_factedit.excess import excess_of
 from tl_factedit.facts import Fact
+from tl_factedit.keeping import read_each
 from tl_factedit.likelihood import Request, log_probs
 from tl_factedit.model import Model, Runner, quiet
 from tl_factedit.tokens import continuation, encode
@@ -166,6 +168,8 @@ def follow_routes(
     *,
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
+    folder: str | Path | None = None,
+    progress: bool = True,
 ) -> Routes:
     """Ask what follows from some facts, before and after a change.
 
@@ -177,6 +181,8 @@ def follow_routes(
         routes: What to ask; none gives a result that says so.
         prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
+        folder: Where to keep what is read of each change; a call that was killed goes on from there.
+        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
         ValueError: An answer is no continuation of its prompt; a change for each fact, and none for a route's.
@@ -190,11 +196,14 @@ def follow_routes(
     asked = [_Asked.of(model.tokenizer, route, bos) for route in routes]
     with quiet(model), torch.no_grad():
         before = _read(Runner(model), asked, batch_tokens)
+
+    def read(tested: Model, part: Part) -> Tensor:
+        return _read(Runner(tested), [asked[i] for i in part.indices], batch_tokens)
+
+    settings = {"routes": [asdict(route) for route in routes], "settings": (bos, batch_tokens)}
     after = torch.full_like(before, math.nan)
-    for part in parts:
-        chosen = list(part.indices)
-        with part.applied() as tested, quiet(tested), torch.no_grad():
-            after[chosen] = _read(Runner(tested), [asked[i] for i in chosen], batch_tokens)
+    for part, found in read_each(parts, read, what="routes", asked=settings, folder=folder, progress=progress):
+        after[list(part.indices)] = found
     apart = torch.tensor([route.tells_apart for route in routes])
     return _summed(routes, apart & (before[:, 0] == 1), before, after)
 

@@ -15,7 +15,7 @@ carries on whatever was there.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.estimate import Estimate, Estimates, jointly
+from tl_factedit.estimate import Estimate, Estimates, jointly, over_facts
+from tl_factedit.facts import Fact
 from tl_factedit.probes.linear import Decoded
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class Residual:
 
 
 def residual_knowledge(
-    before: Decoded,
-    after: Decoded,
+    before: Decoded | Sequence[Decoded],
+    after: Decoded | Sequence[Decoded],
     *,
     floor: float | Float[Tensor, "layer position"] = NULL,
     least: float = LEAST,
@@ -95,9 +96,10 @@ def residual_knowledge(
     """ρ of some facts.
 
     Args:
-        before: Their reading in the unchanged model.
+        before: Their reading in the unchanged model; of facts of several relations, one for each relation, whose facts
+            are pooled (a percentile is ½ where nothing is known, whatever the relation).
         after: Their reading in the changed one: by the same ruler, by one trained on calibration edits, or, for a
-            separately trained model, by its own.
+            separately trained model, by its own. As many as `before`, in the same order.
         floor: What is read where nothing is known: ½ by construction, or the mean of several oracles' readings.
         least: The least a_0 − floor of a cell that counts.
         cells: Look at these only, such as those after the edit; None for all.
@@ -106,14 +108,15 @@ def residual_knowledge(
     Raises:
         ValueError: The readings are of other facts or cells.
     """
-    if before.facts != after.facts or before.percentile.shape != after.percentile.shape:
+    was, now = _Pooled.of(before), _Pooled.of(after)
+    if was.facts != now.facts or was.percentile.shape != now.percentile.shape:
         raise ValueError(
-            f"readings are of {len(before.facts)} facts, {tuple(before.percentile.shape[1:])} cells and of "
-            f"{len(after.facts)} facts, {tuple(after.percentile.shape[1:])} cells, needed the same facts in the same "
+            f"readings are of {len(was.facts)} facts, {tuple(was.percentile.shape[1:])} cells and of "
+            f"{len(now.facts)} facts, {tuple(now.percentile.shape[1:])} cells, needed the same facts in the same "
             "order, at the same layers and positions"
         )
-    ground = torch.as_tensor(floor, dtype=torch.float64).expand(before.percentile.shape[1:])
-    a_0, a_e = before.percentile - ground, after.percentile - ground
+    ground = torch.as_tensor(floor, dtype=torch.float64).expand(was.percentile.shape[1:])
+    a_0, a_e = was.percentile - ground, now.percentile - ground
     counts = a_0.mean(0) >= least
     if cells is not None:
         counts = counts & cells
@@ -124,22 +127,44 @@ def residual_knowledge(
         columns = [a_e[:, some].mean(-1).tolist(), a_0[:, some].mean(-1).tolist()]
         return jointly(columns, lambda means: means[0] / means[1], seed=seed)
 
-    positions = before.ruler.positions
-    ends = [over(_only(counts, divmod(i, len(positions)))) for i in range(counts.numel())]
+    ends = [over(_only(counts, divmod(i, len(was.positions)))) for i in range(counts.numel())]
     table = torch.tensor([[e.mean, e.low, e.high] for e in ends], dtype=torch.float64).reshape(*counts.shape, 3)
     mean, low, high = table.unbind(-1)
-    each = after.each(counts)
+    each = now.percentile[:, counts].mean(-1)
     return Residual(
         pooled=over(counts),
-        by_position={label: over(counts & (torch.arange(len(positions)) == j)) for j, label in enumerate(positions)},
+        by_position={
+            label: over(counts & (torch.arange(len(was.positions)) == j)) for j, label in enumerate(was.positions)
+        },
         by_cell=Estimates(mean, low, high, torch.tensor([e.n for e in ends]).reshape(counts.shape)),
         cells=counts,
-        before=before.pooled(counts, seed=seed),
-        after=after.pooled(counts, seed=seed),
+        before=over_facts(was.percentile[:, counts].mean(-1).tolist(), seed=seed),
+        after=over_facts(each.tolist(), seed=seed),
         spread=float(each.std()) if len(each) > 1 else math.nan,
-        layers=before.ruler.layers,
-        positions=positions,
+        layers=was.layers,
+        positions=was.positions,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Pooled:
+    """Readings of one or several relations as one table."""
+
+    percentile: Float[Tensor, "fact layer position"]
+    facts: tuple[Fact, ...]
+    layers: tuple[Hashable, ...]
+    positions: tuple[Hashable, ...]
+
+    @classmethod
+    def of(cls, read: Decoded | Sequence[Decoded]) -> _Pooled:
+        several = [read] if isinstance(read, Decoded) else list(read)
+        ruler = several[0].ruler
+        return cls(
+            torch.cat([each.percentile for each in several]),
+            tuple(fact for each in several for fact in each.facts),
+            ruler.layers,
+            ruler.positions,
+        )
 
 
 def _only(counts: Bool[Tensor, "layer position"], cell: tuple[int, int]) -> Bool[Tensor, "layer position"]:

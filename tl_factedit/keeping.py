@@ -1,0 +1,96 @@
+"""What is read of each changed model of a population, kept in a folder: a call that was killed goes on from there.
+
+A file is named after all that its content hangs on: what was asked and how, the unedited model's weights, the change,
+and versions. So a folder can hold any number of measurements, a population that grew is only asked what is new, and
+nothing is ever taken for something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_factedit import files, records
+from tl_factedit.change import Change, Part
+from tl_factedit.model import Model, quiet
+from tl_factedit.provenance import Provenance
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """A change that can be told from others: an `Edit`, a router."""
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal changes only."""
+        ...
+
+
+def read_each(
+    parts: Sequence[Part],
+    read: Callable[[Model, Part], T],
+    *,
+    what: str,
+    asked: Mapping[str, Any],
+    folder: str | Path | None = None,
+    kinds: Sequence[type] = (),
+    progress: bool = True,
+) -> Iterator[tuple[Part, T]]:
+    """Apply each part's change and read its model, or find in the folder what was read before.
+
+    Args:
+        parts: Of `change.each`.
+        read: From the changed model and the part to tensors, numbers, text, tuples of these, or values of `kinds`. It
+            is called without gradients, inside `quiet`.
+        what: Of the measurement, in words that can be a file's name.
+        asked: Everything else the reading hangs on, as plain data (the part's facts and change needn't be in it).
+        folder: Where to keep what was read; None: nowhere.
+        kinds: The dataclasses of this package that `read` may return.
+        progress: Whether to show a bar where there are several parts and it takes longer than a second.
+
+    Yields:
+        Each part with its reading, in order.
+
+    Raises:
+        ValueError: A folder, and a change that can't be told from others; a file in it that was changed or cut short.
+    """
+    base = None if folder is None or not parts else Provenance.of(parts[0].unedited).to_json()
+    for part in tqdm(parts, desc=what, unit="change", delay=1, disable=not progress or len(parts) == 1, leave=False):
+        path = None
+        if folder is not None:
+            path = Path(folder) / f"{what.replace(' ', '-')}-{_digest(part, base, asked)}.safetensors"
+            if path.exists():
+                header, tensors = files.read(path, what)
+                yield part, records.decode(header["read"], tensors, kinds)
+                continue
+        with part.applied() as model, quiet(model), torch.no_grad():
+            found = read(model, part)
+        if path is not None:
+            named: dict[str, Tensor] = {}
+            files.write(path, what, {"read": records.encode(found, "read", named, kinds)}, named)
+        yield part, found
+
+
+def _digest(part: Part, base: Any, asked: Mapping[str, Any]) -> str:
+    if isinstance(part.changed, Digested):
+        change: Any = part.changed.digest
+    elif isinstance(part.changed, Change):
+        raise ValueError(
+            f"a {type(part.changed).__name__} has no digest, so that nothing can be kept of it: needed a change with "
+            "one (an Edit, a RoutedEdit), or no folder"
+        )
+    else:
+        change = Provenance.of(part.changed).to_json()
+    facts = [asdict(fact) for fact in part.facts]
+    text = json.dumps([facts, change, base, dict(asked)], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
