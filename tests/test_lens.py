@@ -177,7 +177,9 @@ def test_facts_are_read_together_as_alone(kind):
     together = LogitLens()(model, [FACT, other])
     assert together.values.shape == (2, 4, 2, len(QUANTITIES))
     for i, fact in enumerate([FACT, other]):
-        assert torch.equal(together.values[i], LogitLens()(model, [fact]).values[0])
+        alone = LogitLens()(model, [fact]).values[0]
+        # Filled up to the longest, which another order of sums rounds otherwise; ranks are whole numbers.
+        assert torch.allclose(together.values[i], alone, atol=1e-5)
 
 
 def test_the_policy_of_bos_is_as_asked(kind):

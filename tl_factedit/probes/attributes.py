@@ -22,7 +22,8 @@ from torch import Tensor
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model, Runner, bos_policy, quiet
 from tl_factedit.probe import Reading
-from tl_factedit.probes.tuned_lens import TunedLens, unembed
+from tl_factedit.probes.lens import unembed
+from tl_factedit.probes.tuned_lens import TunedLens
 from tl_factedit.states import POSITIONS, read_states
 from tl_factedit.tokens import continuation
 

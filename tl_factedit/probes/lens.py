@@ -7,21 +7,22 @@ without its null, which is here the rank of *control objects* of the same relati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.facts import Fact
-from tl_factedit.model import Model, Runner, bos_policy, quiet, resid_post
+from tl_factedit.model import Model, Runner, bos_policy, device, quiet
 from tl_factedit.probe import Reading
-from tl_factedit.tokens import align, continuation
+from tl_factedit.states import POSITIONS, read_states
+from tl_factedit.tokens import Aligned, align, continuation
 
 QUANTITIES = ("logp_old", "logp_new", "rank_old", "rank_new", "margin", "percentile_old", "percentile_new")
-POSITIONS = ("subject", "last")
 
 
 @dataclass(frozen=True)
@@ -41,59 +42,81 @@ class LogitLens:
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read; axes are fact, layer (after that block), position, quantity."""
         facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
-        if not facts:
-            raise ValueError("facts is empty, needed at least one")
-        with quiet(model), torch.no_grad():
-            runner = Runner(model)
-            values = torch.stack([self._read(runner, fact) for fact in facts])
-        return Reading(
-            name="logit lens",
-            values=values,
-            axes={
-                "fact": [fact.name for fact in facts],
-                "layer": range(runner.n_layers),
-                "position": POSITIONS,
-                "quantity": QUANTITIES,
-            },
-            unit="nats (logp, margin), rank from 1, share of controls below",
-        )
+        bos = bos_policy(model, self.prepend_bos)
+        states = read_states(model, facts, prepend_bos=bos)
+        # The first label is what enters the first block.
+        return read_objects(model, facts, states.values[:, 1:], states.layers[1:], bos=bos, name="logit lens")
 
-    def _read(self, runner: Runner, fact: Fact) -> Float[Tensor, "layer position quantity"]:
-        tokenizer = runner.model.tokenizer
-        bos = bos_policy(runner.model, self.prepend_bos)
-        row = align(tokenizer, fact, prepend_bos=bos)
-        names = [resid_post(layer) for layer in range(runner.n_layers)]
-        caught = runner.capture(row.ids[None], names)
-        stream = torch.cat([caught[name] for name in names])
-        layers = runner.n_layers
-        logits = runner.logits(
-            repeat(row.ids, "pos -> layer pos", layer=layers),
-            at=torch.tensor([[row.last, len(row.ids) - 1]]).expand(layers, 2),
-            start=(runner.n_layers, stream),
-        ).float()
-        old = int(row.true_ids[0])
-        new = None if row.new_ids is None or row.same_first_token else int(row.new_ids[0])
-        firsts = {int(continuation(tokenizer, row.text, text, prepend_bos=bos)[0]) for text in fact.controls}
-        controls = logits[..., sorted(firsts - {old, new})]
-        nothing = torch.full(logits.shape[:2], float("nan"))
-        log_p = logits.log_softmax(-1)
 
-        def percentile(token: int) -> Tensor:
-            if not controls.shape[-1]:
-                return nothing
-            mine = logits[..., token, None]
-            return ((controls < mine).float() + 0.5 * (controls == mine).float()).mean(-1)
-
-        def rank(token: int) -> Tensor:
-            return (logits > logits[..., token, None]).sum(-1).float() + 1
-
-        columns = [
-            log_p[..., old],
-            nothing if new is None else log_p[..., new],
-            rank(old),
-            nothing if new is None else rank(new),
-            nothing if new is None else logits[..., old] - logits[..., new],
-            percentile(old),
-            nothing if new is None else percentile(new),
+def read_objects(
+    model: Model,
+    facts: Sequence[Fact],
+    streams: Iterable[Float[Tensor, "layer position d_model"]],
+    layers: Sequence[Hashable],
+    *,
+    bos: bool,
+    name: str,
+) -> Reading:
+    """The lens's quantities of each fact's objects, as the model's head reads them off some streams of its own."""
+    with quiet(model), torch.no_grad():
+        runner = Runner(model)
+        values = [
+            _objects(model.tokenizer, unembed(runner, stream), align(model.tokenizer, fact, prepend_bos=bos), fact)
+            for fact, stream in zip(facts, streams, strict=True)
         ]
-        return torch.stack([column.cpu() for column in columns], -1)
+    return Reading(
+        name=name,
+        values=torch.stack(values),
+        axes={
+            "fact": [fact.name for fact in facts],
+            "layer": layers,
+            "position": POSITIONS,
+            "quantity": QUANTITIES,
+        },
+        unit="nats (logp, margin), rank from 1, share of controls below",
+    )
+
+
+def unembed(runner: Runner, stream: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
+    """The model's own final norm and unembedding (and its soft cap), on any vectors; float32.
+
+    Args:
+        runner: Of the model; call inside `quiet`.
+        stream: Residual streams.
+    """
+    rows = stream.reshape(-1, 1, stream.shape[-1])
+    rows = rows.to(device(runner.model), next(iter(runner.model.parameters())).dtype)  # type: ignore[attr-defined]
+    tokens = torch.zeros(len(rows), 1, dtype=torch.long)
+    logits = runner.logits(tokens, start=(runner.n_layers, rows)).float()
+    return logits.reshape(*stream.shape[:-1], logits.shape[-1])
+
+
+def _objects(
+    tokenizer: Any, logits: Float[Tensor, "layer position vocab"], row: Aligned, fact: Fact
+) -> Float[Tensor, "layer position quantity"]:
+    """`QUANTITIES` of a fact's objects; NaN for what can't be told by first tokens."""
+    old = int(row.true_ids[0])
+    new = None if row.new_ids is None or row.same_first_token else int(row.new_ids[0])
+    spelt = [continuation(tokenizer, row.text, text, prepend_bos=row.prepend_bos) for text in fact.controls]
+    controls = logits[..., sorted({int(ids[0]) for ids in spelt} - {old, new})]
+    log_p = logits.log_softmax(-1)
+    nothing = torch.full(logits.shape[:2], math.nan, device=logits.device)
+
+    def rank(token: int) -> Tensor:
+        return (logits > logits[..., token, None]).sum(-1).float() + 1
+
+    def percentile(token: int) -> Tensor:
+        mine = logits[..., token, None]
+        # The mean over no controls is NaN, as it should be.
+        return ((controls < mine).float() + 0.5 * (controls == mine).float()).mean(-1)
+
+    columns = [
+        log_p[..., old],
+        nothing if new is None else log_p[..., new],
+        rank(old),
+        nothing if new is None else rank(new),
+        nothing if new is None else logits[..., old] - logits[..., new],
+        percentile(old),
+        nothing if new is None else percentile(new),
+    ]
+    return torch.stack(columns, -1).cpu()

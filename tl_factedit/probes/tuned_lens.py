@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -29,11 +29,11 @@ from tl_factedit import files
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model, Runner, check_layer, device, layout, model_name, quiet, resid_post
 from tl_factedit.probe import Reading
-from tl_factedit.probes.lens import QUANTITIES
+from tl_factedit.probes.lens import read_objects, unembed
 from tl_factedit.provenance import Provenance
-from tl_factedit.states import POSITIONS, Applicable, read_states
+from tl_factedit.states import Applicable, read_states
 from tl_factedit.stats import Piece, Reader, check_amounts, pieces
-from tl_factedit.tokens import Aligned, align, continuation, pad
+from tl_factedit.tokens import pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,23 +115,7 @@ class TunedLens:
         """Read; axes are fact, layer (after that block), position, quantity, as for `LogitLens`."""
         facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
         bos = self.provenance.prepend_bos
-        values = []
-        with quiet(model), torch.no_grad():
-            runner = Runner(model)
-            for fact, stream in zip(facts, self.streams(model, facts), strict=True):
-                row = align(model.tokenizer, fact, prepend_bos=bos)
-                values.append(_objects(model.tokenizer, unembed(runner, stream), row, fact))
-        return Reading(
-            name="tuned lens",
-            values=torch.stack(values),
-            axes={
-                "fact": [fact.name for fact in facts],
-                "layer": self.layers,
-                "position": POSITIONS,
-                "quantity": QUANTITIES,
-            },
-            unit="nats (logp, margin), rank from 1, share of controls below",
-        )
+        return read_objects(model, facts, self.streams(model, facts), self.layers, bos=bos, name="tuned lens")
 
     def streams(self, model: Model, facts: Sequence[Fact]) -> Iterator[Float[Tensor, "layer position d_model"]]:
         """What it gives the model's head to read, fact by fact.
@@ -415,51 +399,6 @@ def fixed_and_refitted(
 
 
 # ---------------------------------------------------------------------------------------- reading
-
-
-def unembed(runner: Runner, stream: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
-    """The model's own final norm and unembedding (and its soft cap), on any vectors; float32.
-
-    Args:
-        runner: Of the model; call inside `quiet`.
-        stream: Residual streams.
-    """
-    rows = stream.reshape(-1, 1, stream.shape[-1])
-    rows = rows.to(device(runner.model), next(iter(runner.model.parameters())).dtype)  # type: ignore[attr-defined]
-    tokens = torch.zeros(len(rows), 1, dtype=torch.long)
-    logits = runner.logits(tokens, start=(runner.n_layers, rows)).float()
-    return logits.reshape(*stream.shape[:-1], logits.shape[-1])
-
-
-def _objects(
-    tokenizer: Any, logits: Float[Tensor, "layer position vocab"], row: Aligned, fact: Fact
-) -> Float[Tensor, "layer position quantity"]:
-    """The logit lens's quantities of a fact's objects; NaN for what can't be told by first tokens."""
-    old = int(row.true_ids[0])
-    new = None if row.new_ids is None or row.same_first_token else int(row.new_ids[0])
-    spelt = [continuation(tokenizer, row.text, text, prepend_bos=row.prepend_bos) for text in fact.controls]
-    controls = logits[..., sorted({int(ids[0]) for ids in spelt} - {old, new})]
-    log_p = logits.log_softmax(-1)
-    nothing = torch.full(logits.shape[:2], math.nan, device=logits.device)
-
-    def rank(token: int) -> Tensor:
-        return (logits > logits[..., token, None]).sum(-1).float() + 1
-
-    def percentile(token: int) -> Tensor:
-        mine = logits[..., token, None]
-        # The mean over no controls is NaN, as it should be.
-        return ((controls < mine).float() + 0.5 * (controls == mine).float()).mean(-1)
-
-    columns = [
-        log_p[..., old],
-        nothing if new is None else log_p[..., new],
-        rank(old),
-        nothing if new is None else rank(new),
-        nothing if new is None else logits[..., old] - logits[..., new],
-        percentile(old),
-        nothing if new is None else percentile(new),
-    ]
-    return torch.stack(columns, -1).cpu()
 
 
 # ---------------------------------------------------------------------------------------- training
