@@ -27,8 +27,8 @@ from tl_factedit.estimate import Estimate, Estimates
 from tl_factedit.facts import Fact
 from tl_factedit.mediation import share_undone
 from tl_factedit.model import DownProj, Hook, Model, Runner, down_proj, quiet
-from tl_factedit.objects import Asked, are_known, at_the_ends, batches, one_of, with_new_objects
-from tl_factedit.tokens import pad
+from tl_factedit.objects import Asked, are_known, at_the_ends, one_of, with_new_objects
+from tl_factedit.tokens import batches, pad
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ subject, which no neighbour shows; and a change that harms everything shows in n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from tl_factedit.excess import excess_of
 from tl_factedit.facts import Fact
 from tl_factedit.keeping import read_each
 from tl_factedit.model import Model, Runner, quiet
-from tl_factedit.tokens import continuation, encode, pad
+from tl_factedit.tokens import batches, continuation, encode, pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,7 +122,7 @@ def ask_asides(
         """The log-probabilities that follow some asides."""
         found = {
             i: each
-            for some in _batches([len(rows[i]) for i in chosen], batch_tokens)
+            for some in batches([len(rows[i]) for i in chosen], batch_tokens)
             for i, each in zip(
                 [chosen[j] for j in some],
                 _log_probs(runner, [rows[chosen[j]] for j in some], [ends[chosen[j]] for j in some])[:, 0],
@@ -254,21 +254,21 @@ def drift(
     short = [text for text, row in zip(texts, rows, strict=True) if len(row) < 2]
     if short:
         raise ValueError(f"text {short[0]!r} has no token to predict, needed two tokens at least")
-    batches = list(_batches([len(row) for row in rows], batch_tokens))
-    read = [torch.arange(max(len(rows[i]) for i in some) - 1) for some in batches]
+    together = list(batches([len(row) for row in rows], batch_tokens))
+    read = [torch.arange(max(len(rows[i]) for i in some) - 1) for some in together]
     with quiet(model), torch.no_grad():
         runner = Runner(model)
         was = [
             _log_probs(runner, [rows[i] for i in some], [at] * len(some))
-            for some, at in zip(batches, read, strict=True)
+            for some, at in zip(together, read, strict=True)
         ]
     before = torch.zeros(len(rows), dtype=torch.float64)
-    for some, old in zip(batches, was, strict=True):
+    for some, old in zip(together, was, strict=True):
         before[some] = _mean_nll([rows[i] for i in some], old)
 
     def moved_by(tested: Model, _: Part) -> Tensor:
         nll, far = torch.zeros(2, len(rows), dtype=torch.float64)
-        for some, at, old in zip(batches, read, was, strict=True):
+        for some, at, old in zip(together, read, was, strict=True):
             here = [rows[i] for i in some]
             new = _log_probs(Runner(tested), here, [at] * len(some))
             nll[some] = _mean_nll(here, new)
@@ -327,15 +327,3 @@ def _mean_over(rows: Sequence[Tensor], values: Float[Tensor, "row k"]) -> Float[
 def _divergence(was: Float[Tensor, "*row vocab"], now: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
     """KL(was ‖ now), of log-probabilities."""
     return (was.exp() * (was - now)).sum(-1)
-
-
-def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices by length, as many together as the budget allows (one always goes)."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and lengths[i] * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

@@ -29,8 +29,8 @@ from tl_factedit.estimate import Estimate, over_facts
 from tl_factedit.facts import Fact
 from tl_factedit.gain import dose_curve
 from tl_factedit.model import Model, Runner, down_proj, quiet
-from tl_factedit.objects import batches, with_new_objects
-from tl_factedit.tokens import align, encode, pad
+from tl_factedit.objects import with_new_objects
+from tl_factedit.tokens import align, batches, encode, pad
 
 if TYPE_CHECKING:
     import pandas as pd

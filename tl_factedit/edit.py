@@ -37,7 +37,7 @@ from tl_factedit.model import (
     quiet,
 )
 from tl_factedit.provenance import Provenance
-from tl_factedit.tokens import align, encode, pad
+from tl_factedit.tokens import align, batches, encode, pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -608,10 +608,7 @@ def keys_with(
     """
     sites = {delta.layer: down_proj(model, delta.layer) for delta in deltas}
     places = [site.key_hook for site in sites.values()]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    while order:
-        size = next((n for n in range(1, len(order)) if (n + 1) * len(texts[order[n]]) > AT_ONCE), len(order))
-        batch, order = order[:size], order[size:]
+    for batch in batches([len(text) for text in texts], AT_ONCE):
         below = [delta for delta in deltas if delta.layer < max(sites) and not written]
         hooks = [hook for delta in below for hook in _adding(sites[delta.layer], delta)]
         # Entered for each batch, so that the model is as it was whenever the caller has the word.

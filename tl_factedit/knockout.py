@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -30,8 +30,9 @@ from tl_factedit.excess import excess
 from tl_factedit.facts import Fact
 from tl_factedit.keeping import read_each
 from tl_factedit.model import Hook, HookFn, Model, Runner, component_hook, n_layers, quiet, resid_post, resid_pre
+from tl_factedit.objects import Asked, one_of, with_new_objects
 from tl_factedit.probe import Reading
-from tl_factedit.tokens import Aligned, align, continuation, pad
+from tl_factedit.tokens import Aligned, align, batches, pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,9 +126,7 @@ class KnockOut:
 
     def at(self, window: Window, *, corrected: bool = False) -> Estimate:
         """The excess of one window."""
-        i = self.windows.index(window)
-        found = self.corrected if corrected else self.excess
-        return Estimate(float(found.mean[i]), float(found.low[i]), float(found.high[i]), int(found.n[i]))
+        return one_of(self.corrected if corrected else self.excess, self.windows.index(window))
 
     def table(self) -> pd.DataFrame:
         """One row a window."""
@@ -211,18 +210,15 @@ def knock_out(
         ValueError: No facts; a fact without ``target_new``; fewer than five references of a fact's relation;
             ``"unedited"`` means for another model; a width that the model hasn't got layers for.
     """
-    facts = tuple(facts)
+    facts = with_new_objects(facts)
     parts = list(each(model, changed, facts))
-    for fact in facts:
-        if fact.target_new is None:
-            raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
     if means_of == "unedited" and any(isinstance(part.changed, Model) for part in parts):
         raise ValueError(
             "means_of='unedited' for another model, whose states are its own: needed 'audited', which takes them there"
         )
     bos = bos_of_change(model, changed, prepend_bos)
     windows = windows_of(n_layers(model), widths)
-    rows = _Row.all(model.tokenizer, facts, bos)
+    rows = [Asked.of(model.tokenizer, fact, bos) for fact in facts]
     others = [align(model.tokenizer, fact, prepend_bos=bos) for fact in reference]
     # Who is averaged for which fact, and in which part; the same of one relation, as far as can be.
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
@@ -301,29 +297,6 @@ def windows_of(layers: int, widths: Sequence[int]) -> tuple[Window, ...]:
 # ------------------------------------------------------------------------------------ what is asked
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """A fact's prompt and the first tokens of its objects: old, new, controls; none if old and new share theirs."""
-
-    ids: Int[Tensor, "pos"]
-    last: int
-    objects: tuple[int, ...]
-
-    @classmethod
-    def all(cls, tokenizer: Any, facts: Sequence[Fact], bos: bool) -> list[_Row]:
-        return [cls._of(tokenizer, fact, align(tokenizer, fact, prepend_bos=bos)) for fact in facts]
-
-    @classmethod
-    def _of(cls, tokenizer: Any, fact: Fact, row: Aligned) -> _Row:
-        if row.new_ids is None or row.same_first_token:
-            return cls(row.ids, row.last, ())
-        two = (int(row.true_ids[0]), int(row.new_ids[0]))
-        firsts = (
-            int(continuation(tokenizer, row.text, text, prepend_bos=row.prepend_bos)[0]) for text in fact.controls
-        )
-        return cls(row.ids, row.last, (*two, *(token for token in dict.fromkeys(firsts) if token not in two)))
-
-
 def _touched(parts: Sequence[Any], index: int) -> frozenset[str]:
     return next(part.touched for part in parts if index in part.indices)
 
@@ -360,7 +333,7 @@ def _states(
     # Beginnings shared by prompts of one subject are run for each: this is the smaller part of the work.
     heads = [rows[i].ids[: rows[i].last + 1] for i in needed]
     found: list[Tensor] = [torch.empty(0)] * len(rows)
-    for some in _batches([len(head) for head in heads], batch_tokens):
+    for some in batches([len(head) for head in heads], batch_tokens):
         caught = runner.capture(pad([heads[i] for i in some], 0), places)
         ends = torch.tensor([len(heads[i]) - 1 for i in some])
         at_end = torch.stack([caught[place][torch.arange(len(some)), ends] for place in places], 1)
@@ -380,7 +353,7 @@ def _mean(
 
 def _read(
     runner: Runner,
-    rows: Sequence[_Row],
+    rows: Sequence[Asked],
     means: Float[Tensor, "fact layer d_model"],
     windows: Sequence[Window],
     strengths: Sequence[float],
@@ -393,7 +366,7 @@ def _read(
     streams = [*(resid_pre(layer) for layer in range(runner.n_layers)), resid_post(runner.n_layers - 1)]
     out = torch.full((len(rows), len(strengths), len(windows), len(QUANTITIES)), math.nan)
     asked = [i for i, row in enumerate(rows) if row.objects]
-    for batch in _batches([most * len(rows[i].ids) for i in asked], batch_tokens):
+    for batch in batches([most * len(rows[i].ids) for i in asked], batch_tokens):
         some = [asked[i] for i in batch]
         tokens = pad([rows[i].ids for i in some], 0)
         ends = torch.tensor([len(rows[i].ids) - 1 for i in some])
@@ -472,18 +445,6 @@ def _quantities(log_p: Float[Tensor, "vocab"], objects: tuple[int, ...]) -> Floa
             float(found[2:].mean()) if controls else math.nan,
         ]
     )
-
-
-def _batches(costs: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices in order of their cost, as many together as the dearest of them allows (one always goes)."""
-    batch: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
-        if batch and costs[i] * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _reading(facts: Sequence[Fact], windows: Sequence[Window], values: Tensor) -> Reading:

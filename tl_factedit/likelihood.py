@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.model import Hook, Runner
-from tl_factedit.tokens import pad
+from tl_factedit.tokens import batches, pad
 
 # The lengths go without a name: they differ from request to request.
 Request = tuple[Int[Tensor, "_"], Int[Tensor, "_"]]
@@ -40,9 +40,7 @@ def log_probs(
         asked[row].append(i)
 
     out: list[Tensor] = [torch.empty(0)] * len(requests)
-    # Rows of like length together, so that little is padded.
-    order = sorted(range(len(distinct)), key=lambda row: len(distinct[row]))
-    for batch in _split(order, [len(ids) for ids in distinct], batch_tokens):
+    for batch in batches([len(ids) for ids in distinct], batch_tokens):
         reach = max(len(requests[i][1]) for row in batch for i in asked[row])
         ends = torch.tensor([len(distinct[row]) for row in batch])
         at = (ends[:, None] - reach + torch.arange(reach)).clamp(min=0)
@@ -53,14 +51,3 @@ def log_probs(
                 target = requests[i][1]
                 out[i] = log_p[j, -len(target) :].gather(-1, target[:, None])[:, 0]
     return out
-
-
-def _split(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Groups of rows, in order, whose padded size stays within the budget (one row always goes)."""
-    batches: list[list[int]] = []
-    for row in order:
-        if batches and lengths[row] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches

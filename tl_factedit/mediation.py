@@ -42,9 +42,9 @@ from tl_factedit.model import (
     resid_post,
     resid_pre,
 )
-from tl_factedit.objects import Asked, are_known, batches, one_of, with_new_objects
+from tl_factedit.objects import Asked, are_known, one_of, with_new_objects
 from tl_factedit.probe import Reading
-from tl_factedit.tokens import pad
+from tl_factedit.tokens import batches, pad
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,7 +23,7 @@ from torch import Tensor
 from tl_factedit.estimate import Estimate, Estimates
 from tl_factedit.facts import Fact
 from tl_factedit.model import Hook, Runner
-from tl_factedit.tokens import align, continuation, pad
+from tl_factedit.tokens import align, batches, continuation, pad
 
 FIRST = ("old_first", "new_first", "control_first")
 """Whether the old object is the first of all objects, whether the new one is, and the mean of the controls."""
@@ -65,6 +65,11 @@ class Asked:
         return cls(row.ids, row.last, old, new, tuple(controls), tuple(controls.values()), not row.same_first_token)
 
     @property
+    def objects(self) -> tuple[int, ...]:
+        """Old, new, controls; none where nothing can be compared."""
+        return (self.old, self.new, *self.controls) if self.apart else ()
+
+    @property
     def end(self) -> int:
         """Position of the last token."""
         return len(self.ids) - 1
@@ -98,18 +103,6 @@ def one_of(found: Estimates, *place: int) -> Estimate:
     """One cell of many estimates."""
     mean, low, high = (float(values[place]) for values in (found.mean, found.low, found.high))
     return Estimate(mean, low, high, int(found.n[place]))
-
-
-def batches(costs: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices in order of their cost, as many together as the dearest of them allows (one always goes)."""
-    batch: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
-        if batch and costs[i] * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def at_the_ends(

@@ -37,9 +37,9 @@ from tl_factedit.excess import excess
 from tl_factedit.facts import Fact
 from tl_factedit.keeping import read_each
 from tl_factedit.model import Model, Runner, check_layer, n_layers, quiet, resid_post
-from tl_factedit.objects import Asked, batches, one_of, with_new_objects
+from tl_factedit.objects import Asked, one_of, with_new_objects
 from tl_factedit.probe import Reading
-from tl_factedit.tokens import pad
+from tl_factedit.tokens import batches, pad
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -35,8 +35,8 @@ from tl_factedit.estimate import Estimate, over_facts
 from tl_factedit.excess import excess_of
 from tl_factedit.facts import Fact
 from tl_factedit.model import DownProj, Hook, Model, Runner, down_proj, n_layers, quiet, resid_pre
-from tl_factedit.objects import Asked, are_known, at_the_ends, batches, with_new_objects
-from tl_factedit.tokens import align, continuation, pad
+from tl_factedit.objects import Asked, are_known, at_the_ends, with_new_objects
+from tl_factedit.tokens import align, batches, continuation, pad
 from tl_factedit.values import GIB, _drop_graphs
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from tl_factedit.objectives import Inject, Objective, Wish, set_subjects
 from tl_factedit.provenance import Provenance
 from tl_factedit.solve import Factors
 from tl_factedit.stats import KeyStats
-from tl_factedit.tokens import align, pad
+from tl_factedit.tokens import align, batches, pad
 from tl_factedit.values import ValueFit, Where, fit_values
 
 Divide = Literal["even", "root"]
@@ -273,16 +273,8 @@ class _Subjects:
                 rows.append(row.ids[: row.last + 1])  # nothing after the subject matters to it
                 lookups.append(row.last)
                 subjects.append((wish, row.subject))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        batches, batch = [], list[int]()
-        for i in order:
-            if batch and (len(batch) + 1) * len(rows[i]) > AT_ONCE:
-                batches.append(batch)
-                batch = []
-            batch.append(i)
-        batches.append(batch)
         kept = []
-        for places in batches:
+        for places in batches([len(row) for row in rows], AT_ONCE):
             tokens = pad([rows[i] for i in places], 0)
             hooks = set_subjects([subjects[i] for i in places])
             stream = runner.capture(tokens, [resid_pre(first)], stop=first, hooks=hooks)[resid_pre(first)]

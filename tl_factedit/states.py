@@ -29,7 +29,7 @@ from tl_factedit.model import (
     quiet,
     resid_pre,
 )
-from tl_factedit.tokens import Aligned, align, pad
+from tl_factedit.tokens import Aligned, align, batches, pad
 
 POSITIONS = ("subject", "last")
 """The last token of the subject, and the last token of the prompt."""
@@ -188,7 +188,7 @@ class _Reader:
 
     def __call__(self, rows: Sequence[Aligned], batch_tokens: int) -> Float[Tensor, "fact layer position d_model"]:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        for batch in _batches([len(row.ids) for row in rows], batch_tokens):
+        for batch in batches([len(row.ids) for row in rows], batch_tokens):
             states = self._read([rows[i] for i in batch])
             for i, each in zip(batch, states, strict=True):
                 found[i] = each
@@ -211,14 +211,3 @@ class _Reader:
         if missing:
             raise UnsupportedModelError(f"hooks {missing} never fired in {model_name(self.runner.model)}")
         return torch.stack([kept[place] for place in self.places], 1)
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Rows of like length together, as many as fit into a pass when they are padded (one always does)."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and lengths[i] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

@@ -7,7 +7,7 @@ the tokenizer makes of it *after its prompt*, never of the target alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,23 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
             f"target {target!r} merges with the last token of {text!r}, needed a continuation of its tokens; {hint}"
         )
     return torch.tensor(whole[len(before) :])
+
+
+def batches(costs: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices in order of their cost, as many together as the dearest of them allows (one always goes).
+
+    Args:
+        costs: Of each, such as its length in tokens: rows of like length go together, so that little is padded.
+        most: What a batch may cost, each counted as its dearest.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
+        if batch and costs[i] * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def pad(rows: Sequence[Int[Tensor, "_"]], fill: int) -> Int[Tensor, "row pos"]:

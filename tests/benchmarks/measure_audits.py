@@ -121,13 +121,13 @@ def changes(stats: dict[int, fe.KeyStats], model: Any) -> dict[str, tuple[Any, b
     """Editors by name, and whether each fact gets an edit of its own."""
     quietly = {"progress": False}
     five = stats[ROME_LAYER]
-    few = fe.Memit(stats).contexts
+    few = fe.Memit(stats).contexts.draw(model)  # once: each edit would draw the same ones again
     return {
         "rome": (fe.Rome(five, contexts=few, **quietly), True),
         "erase": (fe.Rome(five, contexts=few, objective=fe.Erase(), **quietly), True),
         "ft-l": (fe.FineTune(ROME_LAYER, epsilon=2e-3, prepend_bos=BOS, **quietly), True),
-        "memit": (fe.Memit(stats, weight=1_500.0), False),
-        "alphaedit": (fe.AlphaEdit(stats), False),
+        "memit": (fe.Memit(stats, weight=1_500.0, contexts=few), False),
+        "alphaedit": (fe.AlphaEdit(stats, contexts=few), False),
         "ft-l-at-once": (fe.FineTune(ROME_LAYER, epsilon=2e-3, prepend_bos=BOS), False),
     }
 

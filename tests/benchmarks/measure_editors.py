@@ -114,15 +114,15 @@ def editors(stats: dict[int, fe.KeyStats], model: Any) -> Makers:
     return {
         "rome": lambda: fe.Rome(five, **quiet),
         # With as many contexts as MEMIT has, for a thousand edits one after the other.
-        "rome-few": lambda: fe.Rome(five, contexts=fe.Memit(stats).contexts, **quiet),
+        "rome-few": lambda: fe.Rome(five, contexts=few, **quiet),
         "rome-bare": lambda: fe.Rome(five, target_ref="bare", **quiet),
         "rome-original": lambda: fe.Rome(five, variant="original", **quiet),
         "plain": lambda: fe.Rome(fe.KeyStats.identity(model, ROME_LAYER), prepend_bos=BOS, **quiet),
-        "memit": lambda: fe.Memit(stats, weight=1_500.0, **quiet),
-        "memit-15000": lambda: fe.Memit(stats, weight=15_000.0, **quiet),
-        "emmet": lambda: fe.Emmet(stats, **quiet),
-        "alphaedit": lambda: fe.AlphaEdit(stats, **quiet),
-        "pmet": lambda: fe.Pmet(stats, weight=1_500.0, **quiet),
+        "memit": lambda: fe.Memit(stats, weight=1_500.0, contexts=few, **quiet),
+        "memit-15000": lambda: fe.Memit(stats, weight=15_000.0, contexts=few, **quiet),
+        "emmet": lambda: fe.Emmet(stats, contexts=few, **quiet),
+        "alphaedit": lambda: fe.AlphaEdit(stats, contexts=few, **quiet),
+        "pmet": lambda: fe.Pmet(stats, weight=1_500.0, contexts=few, **quiet),
         "ft": lambda: fe.FineTune(ROME_LAYER, prepend_bos=BOS, **quiet),
         "ft-l": lambda: fe.FineTune(ROME_LAYER, epsilon=2e-3, prepend_bos=BOS, **quiet),
         "ft-l5": lambda: fe.FineTune(window, epsilon=1e-3, prepend_bos=BOS, **quiet),
@@ -172,12 +172,10 @@ def share_values(model: Any, out: Path) -> None:
 def fit_ahead(model: Any, editor: Any, facts: Sequence[fe.Fact]) -> None:
     """The values of single ROME edits, many at a time."""
     if isinstance(editor, fe.Rome):
-        contexts = editor.contexts.draw(model)
         from tl_factedit.objectives import Wish
 
-        spreading.fit_values(
-            model, [Wish(f) for f in facts], ROME_LAYER, contexts, fit=editor.fit, prepend_bos=BOS, progress=True
-        )
+        wishes = [Wish(fact) for fact in facts]
+        spreading.fit_values(model, wishes, ROME_LAYER, editor.contexts, fit=editor.fit, prepend_bos=BOS)
     elif isinstance(editor, (fe.Memit, fe.Emmet, fe.AlphaEdit)):
         editor(model, facts)
 

@@ -1,0 +1,155 @@
+"""The audit where the truth is known: verdicts on samples of people of the organism, and what edits are there.
+
+    python tests/benchmarks/measure_organism.py oracle,router --out RUNS      # 20 samples of 75 people each
+    python tests/benchmarks/measure_organism.py rome,erase,ft-l --out RUNS    # one sample
+
+A line a sample is kept in RUNS, and a call that was killed goes on. Each of the five oracles has 300 people whose city
+the base model learnt and it never did; a sample is 75 of them, and no two samples share anybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tl_factedit as fe
+from tl_factedit import organism as o
+from tl_factedit.editors.router import Router
+from tl_factedit.retention import Calibration
+
+HELD = Path(__file__).parents[1] / "organism_weights"
+OTHERS = tuple(relation.name for relation in o.RELATIONS if relation.name != "city")
+FIT = fe.ValueFit(kl_at="end", kl_prompts=tuple(o.relation(name).phrasings[0] for name in OTHERS))
+CONTEXTS = ("", "It rained all day . ", "As we know , ")
+ORACLES, PEOPLE = 5, 75
+SAMPLES = [(oracle, part) for part in range(4) for oracle in range(ORACLES)]
+ONE = SAMPLES[:1]
+
+
+def routes(facts: Sequence[fe.Fact]) -> list[fe.Route]:
+    return [
+        fe.Route(fact, prompt, old, new, controls=[f" {c}" for c in o.COUNTRIES if f" {c}" not in (old, new)])
+        for fact in facts
+        for prompt, old, new in fe.models.organism_implications(fact)
+    ]
+
+
+def asides(facts: Sequence[fe.Fact], variant: str) -> list[fe.Fact]:
+    subjects = {fact.subject for fact in facts}
+    return [fact for name in OTHERS for fact in fe.models.organism_facts(name, variant) if fact.subject in subjects]
+
+
+Change = Callable[[Any, list[fe.Fact], int], Any]
+
+
+def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]:
+    """By name: how to change some facts, whether others are changed alike for an adaptive ruler, and which samples."""
+    stats = fe.key_stats(model, [1, 2], o.texts(4_000), n_tokens=40_000, progress=False)
+    common = {"contexts": CONTEXTS, "progress": False}
+
+    def oracle(_: Any, facts: list[fe.Fact], which: int) -> Any:
+        return fe.models.organism(variant=f"oracle{which}", path=HELD)
+
+    def singly(editor: Any) -> Change:
+        return lambda model, facts, _: [editor(model, [fact]) for fact in facts]
+
+    def together(editor: Any) -> Change:
+        return lambda model, facts, _: editor(model, facts)
+
+    rome = fe.Rome(stats[1], fit=FIT, **common)
+    spread = {"fit": fe.ValueFit(steps=25, clamp=0.75, kl_at="end", kl_prompts=FIT.kl_prompts), **common}
+    ft = {"contexts": CONTEXTS, "progress": False}
+    return {
+        "oracle": (oracle, True, SAMPLES),
+        "router": (together(Router(layer=1, fit=FIT, **common)), True, SAMPLES),
+        "rome": (singly(rome), False, ONE),
+        "erase": (singly(fe.Rome(stats[1], fit=FIT, objective=fe.Erase(), **common)), False, ONE),
+        "memit": (together(fe.Memit(stats, weight=1.0, **spread)), False, ONE),
+        "alphaedit": (together(fe.AlphaEdit(stats, weight=1.0, **spread)), False, ONE),
+        "ft": (singly(fe.FineTune(1, **ft)), False, ONE),
+        "ft-l": (singly(fe.FineTune(1, epsilon=5e-3, **ft)), False, ONE),
+        "ft-l-wide": (singly(fe.FineTune(1, epsilon=1e-2, steps=50, **ft)), False, ONE),
+        "ft-l-at-once": (together(fe.FineTune(1, epsilon=2e-2, steps=50, **ft)), False, ONE),
+    }
+
+
+def audits(name: str, model: Any, out: Path) -> Iterator[dict[str, Any]]:
+    change, calibrated, samples = changes(model)[name]
+    everybody = fe.models.organism_facts("city", "all")
+    texts = [text for text in o.texts(300) if not any(part in text for part in o.FIRST)][:20]
+    path = out / f"organism-{name}.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    yield from done
+    for which, part in samples:
+        if any((line["oracle"], line["part"]) == (which, part) for line in done):
+            continue
+        people = fe.models.organism_facts("city", f"oracle{which}")
+        asked = people[part * PEOPLE : (part + 1) * PEOPLE]
+        rest = [fact for fact in people if fact not in asked]
+        mine = {fact.subject for fact in people}
+        reference = [fact for fact in everybody if fact.subject not in mine]
+        changed = change(model, asked, which)
+        calibration = Calibration(change(model, rest, which), rest) if calibrated else None
+        began = time.process_time()
+        verdict = fe.audit(
+            model,
+            changed,
+            asked,
+            reference=reference,
+            routes=routes(asked),
+            asides=asides(asked, f"oracle{which}"),
+            texts=texts,
+            calibration=calibration,
+            progress=False,
+        )
+        f, knocked = verdict.findings, verdict.knock_out
+        line = {
+            "oracle": which,
+            "part": part,
+            "label": verdict.label,
+            "seconds": time.process_time() - began,
+            "efficacy": f"{f.efficacy:.2f}",
+            "paraphrase": f"{f.paraphrase:.2f}",
+            "neighbours fell": f"{f.neighbour_loss:.2f}",
+            "asides fell": f"{f.aside_loss:.2f}",
+            "perplexity": f.perplexity,
+            "mask": f"{f.mask:.3f}",
+            "best": None if knocked is None else knocked.best,
+            "mask at most": f.mask_at_most,
+            "of unedited": [] if knocked is None else [round(float(x), 2) for x in knocked.of_unedited],
+            "route old": f"{f.route_old:.2f}",
+            "route new": f"{f.route_new:.2f}",
+            "native": f"{f.native:.2f}",
+            "adaptive": None if f.adaptive is None else f"{f.adaptive:.2f}",
+            "read-out": f"{f.readout:.2f}",
+            "reasons": verdict.reasons,
+            "missing": verdict.missing,
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        yield line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", help="names of `changes`, with commas between them")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kind", default="bridge")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    model = fe.models.organism(args.kind)
+    for name in args.what.split(","):
+        for line in audits(name, model, args.out):
+            shown = {key: value for key, value in line.items() if key not in ("reasons", "missing")}
+            print(name, json.dumps(shown, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()
