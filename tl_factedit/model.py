@@ -345,6 +345,18 @@ def quiet(model: Model) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+def drop_graphs(model: Model) -> None:
+    """Detach what the model's modules keep of the last forward pass.
+
+    The attention of a TransformerBridge keeps its last pattern, with the whole graph behind it: memory
+    that is never freed, and a model that ``copy.deepcopy`` refuses.
+    """
+    for module in model.modules():  # type: ignore[attr-defined]
+        for name, kept in list(vars(module).items()):
+            if isinstance(kept, Tensor) and kept.grad_fn is not None:
+                vars(module)[name] = kept.detach()
+
+
 Past: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
 """Attention keys and values of tokens already read, a pair for each layer, [row pos head d_head] each."""
 

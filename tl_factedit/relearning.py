@@ -34,10 +34,10 @@ from tl_factedit.change import Changed, bos_of_change, each
 from tl_factedit.estimate import Estimate, over_facts
 from tl_factedit.excess import excess_of
 from tl_factedit.facts import Fact
-from tl_factedit.model import DownProj, Hook, Model, Runner, down_proj, n_layers, quiet, resid_pre
+from tl_factedit.model import DownProj, Hook, Model, Runner, down_proj, drop_graphs, n_layers, quiet, resid_pre
 from tl_factedit.objects import Asked, are_known, at_the_ends, with_new_objects
 from tl_factedit.tokens import align, batches, continuation, pad
-from tl_factedit.values import GIB, _drop_graphs
+from tl_factedit.values import GIB
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -354,7 +354,7 @@ def relearn_disjoint(
                 if when < updates[-1]:
                     learner.update(groups)
         finally:
-            _drop_graphs(tested)
+            drop_graphs(tested)
     firsts[:, ~known] = math.nan
     mine, others = firsts[:, : len(teach)], firsts[:, len(teach) :]
     return DisjointRelearning(
@@ -507,7 +507,7 @@ def _updates_until_learnt(
         for some in batches(cost, int(memory * GIB)):
             taken[some] = _learn(runner, sites, [pupils[i] for i in some], lr, steps)
     finally:
-        _drop_graphs(model)
+        drop_graphs(model)
     return taken
 
 

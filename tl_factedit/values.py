@@ -35,6 +35,7 @@ from tl_factedit.model import (
     Runner,
     component_hook,
     down_proj,
+    drop_graphs,
     quiet,
     resid_post,
     resid_pre,
@@ -195,22 +196,10 @@ def fit_values(
             try:
                 done = _Descent(runner, some, layer, where, fit, packed=packed, mixed=mixed).run()
             finally:
-                _drop_graphs(model)
+                drop_graphs(model)
             found.update(zip(batch, done, strict=True))
             bar.update(len(batch))
     return [found[i] for i in range(len(asked))]
-
-
-def _drop_graphs(model: Model) -> None:
-    """Detach what the model's modules keep of the last forward pass.
-
-    The attention of a TransformerBridge keeps its last pattern, with the whole graph behind it: memory
-    that is never freed, and a model that ``copy.deepcopy`` refuses.
-    """
-    for module in model.modules():  # type: ignore[attr-defined]
-        for name, kept in list(vars(module).items()):
-            if isinstance(kept, Tensor) and kept.grad_fn is not None:
-                vars(module)[name] = kept.detach()
 
 
 # ------------------------------------------------------------------------------------ what is asked

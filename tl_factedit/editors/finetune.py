@@ -34,6 +34,7 @@ from tl_factedit.model import (
     bos_policy,
     check_layer,
     down_proj,
+    drop_graphs,
     n_layers,
     quiet,
     resid_pre,
@@ -42,7 +43,7 @@ from tl_factedit.objectives import Inject, Objective, Wish, set_subjects
 from tl_factedit.provenance import Provenance
 from tl_factedit.tokens import align, pad
 from tl_factedit.trace import window_layers
-from tl_factedit.values import GIB, _drop_graphs
+from tl_factedit.values import GIB
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class FineTune:
             try:
                 tuned = _Descent(Runner(model), asked, sites, self).run()
             finally:
-                _drop_graphs(model)
+                drop_graphs(model)
             deltas = tuple(
                 Delta.full(site.layer, (weight.double() - site.W.double()).cpu())
                 for site, weight in zip(sites, tuned.weights, strict=True)

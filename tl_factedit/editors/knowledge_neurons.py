@@ -33,6 +33,7 @@ from tl_factedit.model import (
     Runner,
     bos_policy,
     down_proj,
+    drop_graphs,
     gather,
     n_layers,
     past_at,
@@ -42,7 +43,7 @@ from tl_factedit.model import (
 from tl_factedit.objectives import Erase, Inject, Objective
 from tl_factedit.provenance import Provenance
 from tl_factedit.tokens import Aligned, align, continuation, encode, pad
-from tl_factedit.values import GIB, _drop_graphs
+from tl_factedit.values import GIB
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,7 @@ def attributions(
                     scaled = _Scaled(runner, group, sites, shares, packed=packed)
                 parts = [scaled.attribute(site) for site in sites]
             finally:
-                _drop_graphs(model)
+                drop_graphs(model)
             for i in range(len(group)):
                 scores, gap = (torch.stack([part[which][i] for part in parts]) for which in (0, 1))
                 if not bool(scores.isfinite().all()):
