@@ -211,6 +211,23 @@ def test_references_are_of_the_same_relation(kind):
     assert (mixed.after.values[0] - alone.after.values[0]).abs().max() < CLOSE
 
 
+def test_a_mean_is_over_so_many_references_and_which_ones_hangs_on_the_seed(kind):
+    model = shared(kind)
+    facts = known(model)
+    asked, others = facts[:2], facts[2:]
+    whole = knock_out(model, model, asked, others)
+    drawn = [knock_out(model, model, asked, others, most_references=6, seed=seed) for seed in (0, 0, 1)]
+    assert whole.references == (10, 10) and drawn[0].references == (6, 6)
+    assert torch.equal(drawn[0].after.values, drawn[1].after.values)
+    assert not torch.equal(drawn[0].after.values, drawn[2].after.values)
+    # The six are some of the ten: by hand they give the same.
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
+    some = knock_out(model, model, asked, [others[i] for i in order[:6]])
+    assert (some.after.values - drawn[0].after.values).abs().max() < CLOSE
+    with pytest.raises(ValueError, match="most_references is 4, needed 5"):
+        knock_out(model, model, asked, others, most_references=4)
+
+
 def test_the_last_layer_counts_where_the_subject_ends_the_prompt(kind):
     model = shared(kind)
     facts = known(model, prompt="The city of {}")

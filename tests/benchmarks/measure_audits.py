@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_editors import BOS, LAYERS, ROME_LAYER, known, peak
+from measure_editors import BOS, LAYERS, ROME_LAYER, alignable, known, peak
 from tqdm.auto import tqdm
 
 import tl_factedit as fe
@@ -99,8 +99,9 @@ def population(model: Any, data: Path, out: Path) -> tuple[list[fe.Fact], list[f
     subjects, relations = {fact.subject for fact in chosen}, {fact.relation for fact in chosen}
     others: dict[Any, list[fe.Fact]] = defaultdict(list)
     for fact in facts:
-        if fact.subject not in subjects and fact.relation in relations and len(others[fact.relation]) < MOST_REFERENCES:
-            others[fact.relation].append(fact)
+        some = others[fact.relation]
+        if fact.subject not in subjects and fact.relation in relations and len(some) < MOST_REFERENCES:
+            some += [fact] if alignable(model, fact) else []
     return chosen, [fact for some in others.values() for fact in some]
 
 

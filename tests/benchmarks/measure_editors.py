@@ -48,7 +48,7 @@ def known(model: Any, facts: Sequence[fe.Fact], count: int) -> list[fe.Fact]:
     found: list[fe.Fact] = []
     subjects: set[str] = set()
     for i in range(0, len(facts), 64):
-        some = [fact for fact in facts[i : i + 64] if _can(model, fact)]
+        some = [fact for fact in facts[i : i + 64] if alignable(model, fact)]
         bare = [fact.but(paraphrases=[], neighbours=[], neighbour_targets=[]) for fact in some]
         scores = fe.evaluate(model, bare, prepend_bos=BOS)
         for fact, answer in zip(some, scores.answers, strict=True):
@@ -60,7 +60,7 @@ def known(model: Any, facts: Sequence[fe.Fact], count: int) -> list[fe.Fact]:
     return found[:count]
 
 
-def _can(model: Any, fact: fe.Fact) -> bool:
+def alignable(model: Any, fact: fe.Fact) -> bool:
     """Whether its subject can be found on its tokens, in the prompt and in what guards it."""
     from tl_factedit.tokens import align
 
