@@ -326,7 +326,9 @@ def scores_in(lines: Sequence[dict[str, Any]]) -> Scores:
 
 
 def show(out: Path) -> None:
-    for path in sorted(out.glob("*.jsonl")):
+    for path in sorted(
+        path for name in ("before", "single-*", "batch", "curve-*") for path in out.glob(f"{name}.jsonl")
+    ):
         done = Kept(path).done
         groups = (
             {path.stem: list(done.values())}
