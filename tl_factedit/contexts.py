@@ -54,8 +54,11 @@ class SampledContexts:
         bos = torch.tensor([_start_token(model)])
         if not self.starts:
             return [bos.repeat(count, 1)]
-        texts = [self.starts[i % len(self.starts)] for i in range(count)]
-        return [torch.cat([bos, encode(model.tokenizer, text, prepend_bos=False)[0]])[None] for text in texts]
+        begun = [encode(model.tokenizer, self.starts[i % len(self.starts)], prepend_bos=False)[0] for i in range(count)]
+        together: dict[int, list[Tensor]] = {}
+        for ids in begun:
+            together.setdefault(len(ids), []).append(torch.cat([bos, ids]))
+        return [torch.stack(rows) for rows in together.values()]
 
 
 def sample_texts(

@@ -67,7 +67,7 @@ def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]
     ft = {"contexts": CONTEXTS, "progress": False}
     return {
         "oracle": (oracle, True, SAMPLES),
-        "router": (together(Router(layer=1, fit=FIT, **common)), True, SAMPLES),
+        "router": (together(Router(layer=1, fit=FIT, **common)), False, SAMPLES),
         "rome": (singly(rome), False, ONE),
         "erase": (singly(fe.Rome(stats[1], fit=FIT, objective=fe.Erase(), **common)), False, ONE),
         "memit": (together(fe.Memit(stats, weight=1.0, **spread)), False, ONE),
