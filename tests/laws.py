@@ -23,6 +23,7 @@ from torch import Tensor
 
 import tl_factedit as fe
 from tl_factedit.model import Runner, down_proj, quiet
+from tl_factedit.values import Fitted, fit_values
 
 FACT = fe.Fact(
     "The Eiffel Tower",
@@ -56,6 +57,11 @@ def stats(model: Any, layer: int, *, n_tokens: int = 1_000, seed: int = 0) -> fe
 def rome(model: Any, layer: int = 1, **options: Any) -> fe.Rome:
     """A quick ROME: few steps, given contexts."""
     return fe.Rome(stats(model, layer), **{"fit": QUICK, "contexts": CONTEXTS, "progress": False, **options})
+
+
+def fit_value(model: Any, wish: Any, layer: int, contexts: Any, **options: Any) -> Fitted:
+    """The value of one fact."""
+    return fit_values(model, [wish], layer, contexts, **options)[0]
 
 
 def logits(model: Any, text: str = FACT.text + " Paris") -> Tensor:

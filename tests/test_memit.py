@@ -17,7 +17,7 @@ from tl_factedit import solve, values
 from tl_factedit.editing import check_facts
 from tl_factedit.model import Runner, down_proj, quiet
 from tl_factedit.spreading import spread
-from tl_factedit.values import ValueFit, fit_value, fit_values
+from tl_factedit.values import ValueFit, fit_values
 
 FIT = ValueFit(steps=4, clamp=0.75)
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -509,9 +509,9 @@ def test_many_values_at_once_are_each_as_alone(kind, arch, where):
 
 def test_packed_values_are_those_of_whole_sequences(kind, monkeypatch):
     model = shared(kind)
-    packed = fit_value(model, laws.FACT, 1, laws.CONTEXTS, fit=FIT, prepend_bos=True, progress=False)
+    packed = laws.fit_value(model, laws.FACT, 1, laws.CONTEXTS, fit=FIT, prepend_bos=True, progress=False)
     monkeypatch.setattr(Runner, "packs", lambda *_: "said so by a test")
-    plain = fit_value(model, laws.FACT, 1, laws.CONTEXTS, fit=FIT, prepend_bos=True, progress=False)
+    plain = laws.fit_value(model, laws.FACT, 1, laws.CONTEXTS, fit=FIT, prepend_bos=True, progress=False)
     assert packed.losses == pytest.approx(plain.losses, rel=2e-4)
     torch.testing.assert_close(packed.delta, plain.delta, rtol=2e-3, atol=2e-3)
 

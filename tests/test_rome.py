@@ -285,6 +285,26 @@ def test_it_takes_a_list_of_one_fact(case, facts, monkeypatch):
         editor(stats)(model, facts)
 
 
+def test_an_edit_of_each_of_many_facts_is_the_one_made_alone(case):
+    model, stats = case
+    rome = editor(stats)
+    facts = [laws.FACT, laws.OTHER, laws.FACT.but(subject="Big Ben")]
+    with laws.untouched(model):
+        edits = rome.each(model, facts)
+    for fact, edit in zip(facts, edits, strict=True):
+        alone = rome(model, [fact])
+        assert edit.facts == (fact,) and edit.contexts == alone.contexts and edit.editor == alone.editor
+        (together,), (single,) = edit.deltas, alone.deltas
+        # float32 descents in batches of another shape: Adam turns rounding of small gradients into steps.
+        assert (together.dense - single.dense).norm() < 1e-3 * single.dense.norm()
+        assert edit.provenance == alone.provenance and edit.diagnostics[0].spill
+        edit.apply_(model)
+        edit.undo_(model)
+    assert (edits[0].deltas[0].dense - edits[1].deltas[0].dense).norm() > 0.1 * edits[0].deltas[0].norm
+    with laws.untouched(model), pytest.raises(ValueError, match="is asked for by two facts"):
+        rome.each(model, [laws.FACT, laws.FACT])
+
+
 def test_a_key_of_zeros_is_refused():
     # ReLU units that are off at the subject, as OPT has them.
     model = tiny.bridge("opt")

@@ -12,7 +12,7 @@ from oracles import editing
 import tl_factedit as fe
 from tl_factedit.model import Runner
 from tl_factedit.tokens import align
-from tl_factedit.values import Fitted, ValueFit, _Sheet, fit_value, fit_values
+from tl_factedit.values import Fitted, ValueFit, _Sheet, fit_values
 
 LAYER = 1
 # Partial and full forwards differ in the order of float32 sums: 1e-6 of logits of size 10. Adam divides by the
@@ -30,7 +30,7 @@ def model(request):
 
 
 def fit(model, fact=laws.FACT, contexts=laws.CONTEXTS, *, bos=True, **options) -> Fitted:
-    return fit_value(
+    return laws.fit_value(
         model, fact, LAYER, contexts, fit=ValueFit(**{"steps": 6, **options}), prepend_bos=bos, progress=False
     )
 

@@ -122,20 +122,6 @@ class Fitted:
     attn_delta: Float[Tensor, "d_model"] | None = None
 
 
-def fit_value(
-    model: Model,
-    wish: Fact | Wish,
-    layer: int,
-    contexts: Sequence[str],
-    *,
-    fit: ValueFit | None = None,
-    prepend_bos: bool,
-    progress: bool = True,
-) -> Fitted:
-    """`fit_values` of one fact, at the output of ``W_out``."""
-    return fit_values(model, [wish], layer, contexts, fit=fit, prepend_bos=prepend_bos, progress=progress)[0]
-
-
 def fit_values(
     model: Model,
     wishes: Sequence[Fact | Wish],

@@ -140,13 +140,14 @@ def made(model: Any, editor: Any, singly: bool, facts: Sequence[fe.Fact], folder
         if not path.exists():
             editor(model, facts).save(path)
         return fe.Edit.load(path)
-    edits = []
-    for i, fact in enumerate(tqdm(facts, desc="edits")):
-        path = folder / f"edit-{i:03}.safetensors"
-        if not path.exists():
-            editor(model, [fact]).save(path)
-        edits.append(fe.Edit.load(path))
-    return edits
+    paths = {fact: folder / f"edit-{i:03}.safetensors" for i, fact in enumerate(facts)}
+    left = [fact for fact in facts if not paths[fact].exists()]
+    for begin in range(0, len(left), 20):
+        some = left[begin : begin + 20]
+        new = editor.each(model, some) if isinstance(editor, fe.Rome) else [editor(model, [fact]) for fact in some]
+        for fact, edit in zip(some, new, strict=True):
+            edit.save(paths[fact])
+    return [fe.Edit.load(path) for path in paths.values()]
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:

@@ -163,19 +163,13 @@ def share_values(model: Any, out: Path) -> None:
                     file.write(json.dumps(line) + "\n")
         return [kept[key] for key in keys]
 
-    def one(same: Any, wish: Any, layer: int, contexts: Sequence[str], **how: Any) -> Fitted:
-        return shared(same, [wish], layer, contexts, **how)[0]
-
-    spreading.fit_values, rome_module.fit_value = shared, one
+    spreading.fit_values = rome_module.fit_values = shared
 
 
 def fit_ahead(model: Any, editor: Any, facts: Sequence[fe.Fact]) -> None:
     """The values of single ROME edits, many at a time."""
     if isinstance(editor, fe.Rome):
-        from tl_factedit.objectives import Wish
-
-        wishes = [Wish(fact) for fact in facts]
-        spreading.fit_values(model, wishes, ROME_LAYER, editor.contexts, fit=editor.fit, prepend_bos=BOS)
+        editor.each(model, facts)
     elif isinstance(editor, (fe.Memit, fe.Emmet, fe.AlphaEdit)):
         editor(model, facts)
 

@@ -57,7 +57,10 @@ def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]
         return fe.models.organism(variant=f"oracle{which}", path=HELD)
 
     def singly(editor: Any) -> Change:
-        return lambda model, facts, _: [editor(model, [fact]) for fact in facts]
+        def of_each(model: Any, facts: list[fe.Fact], _: int) -> list[fe.Edit]:
+            return editor.each(model, facts) if isinstance(editor, fe.Rome) else [editor(model, [f]) for f in facts]
+
+        return of_each
 
     def together(editor: Any) -> Change:
         return lambda model, facts, _: editor(model, facts)

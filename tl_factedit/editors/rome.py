@@ -37,7 +37,7 @@ from tl_factedit.objectives import Inject, Objective
 from tl_factedit.provenance import Provenance
 from tl_factedit.solve import Factors, rank_one, whiten
 from tl_factedit.stats import KeyStats
-from tl_factedit.values import Fitted, ValueFit, fit_value
+from tl_factedit.values import Fitted, ValueFit, fit_values
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,14 @@ class Rome:
             prompt is always the first).
         ridge: Added to C, as a share of its mean eigenvalue; 0 asks for ten tokens a dimension.
         prepend_bos: BOS policy; None for that of the statistics, or else the model's.
+        memory: What activations may take while values are fitted, in GiB: sets how many facts of `each` go together.
         progress: Whether to show a bar on what takes longer than a second.
 
     Example:
         >>> edit = fe.Rome(stats[8])(model, [fact])               # doctest: +SKIP
         >>> edit.apply_(model)                                    # doctest: +SKIP
         >>> edit.undo_(model)                                     # doctest: +SKIP
+        >>> edits = fe.Rome(stats[8]).each(model, facts)          # doctest: +SKIP
     """
 
     stats: KeyStats | Mapping[int, KeyStats]
@@ -75,6 +77,7 @@ class Rome:
     contexts: SampledContexts | Sequence[str] = field(default_factory=SampledContexts)
     ridge: float = 0.0
     prepend_bos: bool | None = None
+    memory: float = 2.0
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -105,38 +108,68 @@ class Rome:
                 statistics of other weights, or a second moment that can't be inverted.
             RuntimeError: The optimisation is not finite.
         """
-        fact = _one(facts, self.objective)
+        if len(facts := check_facts(facts, self.objective)) != 1:
+            raise ValueError(
+                f"Rome writes one fact, got {len(facts)}: take Rome(...).each(model, facts), which makes an edit of "
+                "each, and apply them one by one"
+            )
+        return self.each(model, facts)[0]
+
+    def each(self, model: Model, facts: Sequence[Fact]) -> list[Edit]:
+        """Make an edit of each fact, as if it were the only one; the weights are as before when it returns.
+
+        The same edits as of a call for each, but for rounding, in about half the time: contexts are drawn once, and
+        the values of many facts are fitted together. What an `audit` of many single edits wants.
+
+        Raises:
+            ValueError: As for one fact; or a fact that is given twice.
+            RuntimeError: An optimisation is not finite.
+        """
+        facts = check_facts(facts, self.objective)
         stats = self._stats
         site = down_proj(model, stats.layer)
         base = base_fingerprint(model)
         check_stats([stats], model, base, self.ridge)
         prepend_bos = bos_of([stats], self.prepend_bos, model)
-        align_facts(model, [fact], self.fit, prepend_bos)
+        align_facts(model, facts, self.fit, prepend_bos)
         # Before any forward pass, as it may fail; the identity needs none.
         lower = None if stats.provenance is None else factor(stats, self.ridge)
-        contexts = prefixes(self.contexts, model)
+        contexts = tuple(prefixes(self.contexts, model))
+        provenance = Provenance.of(model, prepend_bos, weights=base)
+        edits = []
         with quiet(model):
-            (wish,) = self.objective.wishes(model, [fact], prepend_bos=prepend_bos)
-            fitted = fit_value(
-                model, wish, stats.layer, contexts, fit=self.fit, prepend_bos=prepend_bos, progress=self.progress
+            wishes = self.objective.wishes(model, facts, prepend_bos=prepend_bos)
+            found = fit_values(
+                model,
+                wishes,
+                stats.layer,
+                contexts,
+                fit=self.fit,
+                prepend_bos=prepend_bos,
+                memory=self.memory,
+                progress=self.progress,
             )
-            mean_key = fitted.keys.mean(0)
-            direction = mean_key if lower is None else whiten(lower, mean_key)
-            key, value, residual = self._write_at(fitted)
-            factors = self._solve(direction, key, residual)
-            delta = Delta(stats.layer, factors.left, factors.right)
-            spill = measure_spill(model, [fact], [delta], prepend_bos=prepend_bos)[stats.layer]
-            return Edit(
-                facts=(fact,),
-                deltas=(delta,),
-                keys={stats.layer: key[None]},
-                values={stats.layer: value[None]},
-                editor=self.describe(),
-                contexts=tuple(contexts),
-                diagnostics=(diagnose(site, delta, direction, key, value, spill=spill),),
-                fits=(record(fitted, wish),),
-                provenance=Provenance.of(model, prepend_bos, weights=base),
-            )
+            for fact, wish, fitted in zip(facts, wishes, found, strict=True):
+                mean_key = fitted.keys.mean(0)
+                direction = mean_key if lower is None else whiten(lower, mean_key)
+                key, value, residual = self._write_at(fitted)
+                factors = self._solve(direction, key, residual)
+                delta = Delta(stats.layer, factors.left, factors.right)
+                spill = measure_spill(model, [fact], [delta], prepend_bos=prepend_bos)[stats.layer]
+                edits.append(
+                    Edit(
+                        facts=(fact,),
+                        deltas=(delta,),
+                        keys={stats.layer: key[None]},
+                        values={stats.layer: value[None]},
+                        editor=self.describe(),
+                        contexts=contexts,
+                        diagnostics=(diagnose(site, delta, direction, key, value, spill=spill),),
+                        fits=(record(fitted, wish),),
+                        provenance=provenance,
+                    )
+                )
+        return edits
 
     def describe(self) -> dict[str, Any]:
         """Name and hyperparameters, as plain data."""
@@ -177,9 +210,3 @@ class Rome:
         ref = now if self.target_ref == "mean" else fitted.outputs[0]
         value = ref + fitted.delta
         return key, value, value - now
-
-
-def _one(facts: Sequence[Fact], objective: Objective) -> Fact:
-    if len(facts := check_facts(facts, objective)) != 1:
-        raise ValueError(f"Rome writes one fact, got {len(facts)}: make an edit of each and apply them one by one")
-    return facts[0]
