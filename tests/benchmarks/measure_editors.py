@@ -110,14 +110,18 @@ Makers = dict[str, Callable[[], Any]]
 def editors(stats: dict[int, fe.KeyStats], model: Any) -> Makers:
     five = stats[ROME_LAYER]
     window = fe.FineTune.around(model, ROME_LAYER, 5)
+    # Drawn once, and of the unedited model: each edit would draw the same ones again.
+    drawn = fe.SampledContexts().draw(model)
+    few = fe.Memit(stats).contexts.draw(model)
+    rome = {"contexts": drawn, "progress": False}
     quiet = {"progress": False}
     return {
-        "rome": lambda: fe.Rome(five, **quiet),
+        "rome": lambda: fe.Rome(five, **rome),
         # With as many contexts as MEMIT has, for a thousand edits one after the other.
         "rome-few": lambda: fe.Rome(five, contexts=few, **quiet),
-        "rome-bare": lambda: fe.Rome(five, target_ref="bare", **quiet),
-        "rome-original": lambda: fe.Rome(five, variant="original", **quiet),
-        "plain": lambda: fe.Rome(fe.KeyStats.identity(model, ROME_LAYER), prepend_bos=BOS, **quiet),
+        "rome-bare": lambda: fe.Rome(five, target_ref="bare", **rome),
+        "rome-original": lambda: fe.Rome(five, variant="original", **rome),
+        "plain": lambda: fe.Rome(fe.KeyStats.identity(model, ROME_LAYER), prepend_bos=BOS, **rome),
         "memit": lambda: fe.Memit(stats, weight=1_500.0, contexts=few, **quiet),
         "memit-15000": lambda: fe.Memit(stats, weight=15_000.0, contexts=few, **quiet),
         "emmet": lambda: fe.Emmet(stats, contexts=few, **quiet),
