@@ -126,6 +126,8 @@ def editors(stats: dict[int, fe.KeyStats], model: Any) -> Makers:
         "memit-15000": lambda: fe.Memit(stats, weight=15_000.0, contexts=few, **quiet),
         "emmet": lambda: fe.Emmet(stats, contexts=few, **quiet),
         "alphaedit": lambda: fe.AlphaEdit(stats, contexts=few, **quiet),
+        "alphaedit-light": lambda: fe.AlphaEdit(stats, weight=0.1, contexts=few, **quiet),
+        "alphaedit-wide": lambda: fe.AlphaEdit(stats, share=0.1, weight=0.1, contexts=few, **quiet),
         "pmet": lambda: fe.Pmet(stats, weight=1_500.0, contexts=few, **quiet),
         "ft": lambda: fe.FineTune(ROME_LAYER, prepend_bos=BOS, **quiet),
         "ft-l": lambda: fe.FineTune(ROME_LAYER, epsilon=2e-3, prepend_bos=BOS, **quiet),
