@@ -7,9 +7,11 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
 import tiny
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("dev", deadline=None, max_examples=50)
+# Of some tokenizers most random subjects end inside a token, which is another test's matter.
+FEW_ARE_LEFT = [HealthCheck.filter_too_much]
+settings.register_profile("dev", deadline=None, max_examples=50, suppress_health_check=FEW_ARE_LEFT)
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
