@@ -143,12 +143,14 @@ class Nameless:
             yield changed
 
 
-def test_a_change_that_cannot_be_told_from_others_is_not_kept(model, edits, tmp_path):
+def test_a_change_that_cannot_be_told_from_others_is_not_kept(model, edits, tmp_path, monkeypatch):
     nameless = Nameless(edits[0])
     read = run(model, nameless, FACTS[:1], reader(Counter()), None)
     assert same(read, run(model, edits[0], FACTS[:1], reader(Counter()), None))
     with pytest.raises(ValueError, match="a Nameless has no digest"):
         run(model, nameless, FACTS[:1], reader(Counter()), tmp_path)
+    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="a Nameless has no digest"):
+        fe.audit(model, nameless, FACTS[:1], folder=tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- all that an audit reads

@@ -31,7 +31,7 @@ from tl_factedit.estimate import Estimate, jointly
 from tl_factedit.evaluate import Answer, Scores, evaluate, scores_of
 from tl_factedit.facts import Fact
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
-from tl_factedit.keeping import read_each
+from tl_factedit.keeping import check_keepable, read_each
 from tl_factedit.knockout import LEAST_REFERENCES, KnockOut, knock_out
 from tl_factedit.model import Model, Runner, component_hook, down_proj, n_layers, quiet, resid_pre
 from tl_factedit.probe import Comparison, Reading
@@ -257,6 +257,7 @@ def audit(
     edits = [part.changed for part in parts if isinstance(part.changed, Edit)]
     for edit in edits:
         edit.check(model)
+    check_keepable(parts, folder)
     bos = bos_of_change(model, changed, prepend_bos)
     for fact in facts:
         align(model.tokenizer, fact, prepend_bos=bos)

@@ -64,6 +64,7 @@ def read_each(
     Raises:
         ValueError: A folder, and a change that can't be told from others; a file in it that was changed or cut short.
     """
+    check_keepable(parts, folder)
     base = None if folder is None or not parts else Provenance.of(parts[0].unedited).to_json()
     for part in tqdm(parts, desc=what, unit="change", delay=1, disable=not progress or len(parts) == 1, leave=False):
         path = None
@@ -81,16 +82,23 @@ def read_each(
         yield part, found
 
 
+def check_keepable(parts: Sequence[Part], folder: str | Path | None) -> None:
+    """See that what is read of each change can be kept, if it is to be; nothing is run.
+
+    Raises:
+        ValueError: A folder, and a change that can't be told from others.
+    """
+    for part in parts if folder is not None else ():
+        if isinstance(part.changed, Change) and not isinstance(part.changed, Digested):
+            raise ValueError(
+                f"a {type(part.changed).__name__} has no digest, so that nothing can be kept of it: needed a change "
+                "with one (an Edit, a RoutedEdit), or no folder"
+            )
+
+
 def _digest(part: Part, base: Any, asked: Mapping[str, Any]) -> str:
-    if isinstance(part.changed, Digested):
-        change: Any = part.changed.digest
-    elif isinstance(part.changed, Change):
-        raise ValueError(
-            f"a {type(part.changed).__name__} has no digest, so that nothing can be kept of it: needed a change with "
-            "one (an Edit, a RoutedEdit), or no folder"
-        )
-    else:
-        change = Provenance.of(part.changed).to_json()
+    changed = part.changed
+    change = changed.digest if isinstance(changed, Digested) else Provenance.of(changed).to_json()  # type: ignore[arg-type]
     facts = [asdict(fact) for fact in part.facts]
     text = json.dumps([facts, change, base, dict(asked)], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
