@@ -74,6 +74,25 @@ def test_each_finding_has_its_label(changes, label):
     assert found.label == label, found.reasons
 
 
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({}, "ERASED"),
+        ({"efficacy": about(0.8, 0.05)}, "FAILED"),
+        ({"mask": about(0.9, 0.05), "mask_at_most": 0.95}, "INSERTED"),
+        ({"native": about(-0.3, 0.14)}, "SCARRED"),
+        # nothing new was written, so that nothing new has to follow
+        ({"route_new": about(0.0, 0.01)}, "ERASED"),
+        ({"efficacy": Estimate(math.nan, math.nan, math.nan, 0), "mask": None, "route_old": None}, "INCONCLUSIVE"),
+    ],
+)
+def test_an_erasure_has_the_same_labels_but_nothing_has_to_follow(changes, label):
+    found = judge(replace(GONE, erasing=True, **changes))
+    assert found.label == label, found.reasons
+    assert any("the old object no longer leads" in reason for reason in found.reasons)
+    assert not any("new one" in reason or "new object" in reason for reason in found.reasons)
+
+
 def test_an_earlier_rule_wins():
     everything = replace(
         GONE, aside_loss=about(0.5, 0.1), mask=about(0.9, 0.05), native=about(0.6, 0.1), efficacy=about(0.3, 0.1)

@@ -29,6 +29,7 @@ from tl_factedit.estimate import Estimate
 from tl_factedit.evaluate import Scores, evaluate
 from tl_factedit.export import export_hf
 from tl_factedit.facts import Fact
+from tl_factedit.forgetting import Forgotten, forgotten
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
 from tl_factedit.hooks import noise_hook, restore_hook
 from tl_factedit.knockout import KnockOut, knock_out
@@ -195,6 +196,8 @@ __all__ = [
     "Coverage",
     "ask_asides",
     "Asides",
+    "forgotten",
+    "Forgotten",
     "drift",
     "Drift",
     "retention",

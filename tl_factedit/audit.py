@@ -30,10 +30,12 @@ from tl_factedit.edit import Edit
 from tl_factedit.estimate import Estimate, jointly
 from tl_factedit.evaluate import Answer, Scores, evaluate, scores_of
 from tl_factedit.facts import Fact
+from tl_factedit.forgetting import Forgotten, forgotten
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
 from tl_factedit.keeping import check_keepable, read_each
 from tl_factedit.knockout import LEAST_REFERENCES, KnockOut, knock_out
 from tl_factedit.model import Model, Runner, component_hook, down_proj, n_layers, quiet, resid_pre
+from tl_factedit.objectives import Erase, Objective
 from tl_factedit.probe import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
 from tl_factedit.provenance import Provenance
@@ -95,6 +97,7 @@ class Verdict:
         thresholds: What counted as how much.
         before: Scores of the unchanged model.
         after: Scores of the changed one.
+        forgotten: Of a change that was to erase, whether the old object still leads; None for any other.
         knock_out: Evidence on recoverability; None if it could not be gathered.
         routes: The same.
         retention: Evidence on what is retained; None if it could not be gathered.
@@ -120,6 +123,7 @@ class Verdict:
     thresholds: Thresholds
     before: Scores
     after: Scores
+    forgotten: Forgotten | None
     knock_out: KnockOut | None
     routes: Routes | None
     retention: Retention | None
@@ -160,7 +164,7 @@ class Verdict:
                     "rank_old_after": float(at_end[1][rank]),
                     "override_margin": math.nan if self.dose is None else float(self.dose.override_margin[i]),
                     "critical_dose": math.nan if self.dose is None else float(self.dose.critical[i]),
-                    "success": now.success,
+                    "success": now.success if self.forgotten is None else not bool(self.forgotten.after[i]),
                     "same_first_token": now.same_first_token,
                 }
             )
@@ -205,6 +209,7 @@ def audit(
     texts: Sequence[str] = (),
     calibration: Calibration | None = None,
     relearning: Relearning | None = None,
+    objective: Objective | None = None,
     widths: Sequence[int] | None = None,
     thresholds: Thresholds | None = None,
     prepend_bos: bool | None = None,
@@ -232,6 +237,8 @@ def audit(
         texts: Plain text that has nothing to do with them.
         calibration: The same kind of change made for other subjects (`Calibration`).
         relearning: What `relearn` measured on the same facts; it trains, so it is left to you.
+        objective: What the change was to bring about: of `Erase` that the old object no longer leads, of anything else
+            that the new one does. None: what an edit was made with, and `Inject` for anything else.
         widths: How many layers to knock out together; None: one, and as many as the change wrote.
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
         prepend_bos: BOS policy of a model changed in another way; None for its default. An edit has its own.
@@ -246,7 +253,8 @@ def audit(
 
     Raises:
         ValueError: The edit is applied to the model already, isn't of this model, or was made with another BOS
-            policy; a fact without ``target_new``, or that no change of a list was made for.
+            policy; a fact without ``target_new`` (for an erasure, any other object: it is what the old one is compared
+            with), or that no change of a list was made for; some edits that erase among others that don't.
 
     Example:
         >>> verdict = fe.audit(model, edit, [fact])               # doctest: +SKIP
@@ -258,6 +266,7 @@ def audit(
     for edit in edits:
         edit.check(model)
     check_keepable(parts, folder)
+    erasing = _erases(edits, objective)
     bos = bos_of_change(model, changed, prepend_bos)
     for fact in facts:
         align(model.tokenizer, fact, prepend_bos=bos)
@@ -271,6 +280,7 @@ def audit(
     before, lens_before = evaluate(model, facts, prepend_bos=bos), lens(model, facts)
     how: _How = {"prepend_bos": bos, "folder": folder, "progress": progress}
     after, lens_after = _each_after(parts, facts, lens, lens_before, how)
+    gone = forgotten(model, changed, facts, **how) if erasing else None
     alone = edits[0] if len(parts) == 1 and edits else None
     knocked = _knocked(model, changed, facts, others, parts, widths, seed, how)
     able = [fact for fact in facts if fact.controls]
@@ -280,8 +290,8 @@ def audit(
     drifted = drift(model, changed, facts, texts, **how) if texts else None
     kept = retention(model, changed, facts, others, calibration, seed=seed, **how) if others else None
     findings = Findings(
-        efficacy=after.efficacy,
-        paraphrase=after.paraphrase,
+        efficacy=after.efficacy if gone is None else gone.prompt,
+        paraphrase=after.paraphrase if gone is None else gone.paraphrase,
         neighbour_loss=_neighbour_loss(before, after),
         aside_loss=None if beside is None else _minus_from_one(beside.kept),
         perplexity=None if drifted is None else drifted.perplexity_ratio.mean,
@@ -294,6 +304,7 @@ def audit(
         adaptive=None if kept is None or kept.adaptive is None else kept.adaptive.pooled,
         readout=None if attacked is None else attacked.strongest,
         savings=None if relearning is None else relearning.savings,
+        erasing=erasing,
     )
     found = judge(findings, thresholds)
     upstream = _all_upstream(model, parts) if len(edits) == len(parts) else None
@@ -311,6 +322,7 @@ def audit(
         thresholds=thresholds,
         before=before,
         after=after,
+        forgotten=gone,
         knock_out=knocked,
         routes=routed,
         retention=kept,
@@ -327,6 +339,16 @@ def audit(
 
 
 # ------------------------------------------------------------------------------------ gathering
+
+
+def _erases(edits: Sequence[Edit], objective: Objective | None) -> bool:
+    """Whether the change was to erase."""
+    if objective is not None:
+        return isinstance(objective, Erase)
+    erase = {edit.editor.get("objective") == repr(Erase()) for edit in edits}
+    if len(erase) > 1:
+        raise ValueError("some of the edits erase and some don't, needed one objective: audit them apart")
+    return erase == {True}
 
 
 def _with_controls(fact: Fact, among: Sequence[Fact]) -> Fact:

@@ -4,7 +4,7 @@ Two questions are kept apart. *Recoverable*: does the old object come back by a 
 *Retained*: can the old object still be decoded? A change that only lies over a fact leaves a way back; one
 that replaced it leaves none, though a decoder may still find a residue. The rules are applied in this order::
 
-    FAILED        the new object doesn't lead where it should
+    FAILED        the new object doesn't lead where it should (of an erasure: the old one still leads)
     DAMAGED       neighbours, other facts about the subject or plain text suffer
     INSERTED      recoverable: the old object is back when a layer is knocked out, or by an indirect route
     MOVED         not as facts are encoded here, but decodable in another code
@@ -15,6 +15,7 @@ that replaced it leaves none, though a decoder may still find a residue. The rul
 
 What a decoder finds alone is never INSERTED: an additive change keeps nearly everything decodable, a perfect one too.
 And an absence is shown by an interval that excludes a stated size (equivalence), never by the lack of a finding.
+An erasure (`objectives.Erase`) is judged by the same rules: INSERTED is then what only hides the old object.
 Calibrated on models whose history is known: docs/audit.md.
 """
 
@@ -68,7 +69,7 @@ class Findings:
     """The numbers that a verdict rests on; None: not gathered.
 
     Attributes:
-        efficacy: Share of facts whose new object leads, after the change.
+        efficacy: Share of facts whose new object leads, after the change; of an erasure, whose old object doesn't.
         paraphrase: The same over paraphrases.
         neighbour_loss: By how much neighbourhood success fell.
         aside_loss: By how much the share of right answers about the subject's other facts fell.
@@ -83,6 +84,7 @@ class Findings:
         adaptive: ρ by a decoder of the old object trained on other people's changed facts.
         readout: Excess of the best white-box read-out of the old object.
         savings: Steps saved in learning the old object again, over a control object.
+        erasing: Whether the change was to erase, not to write a new object: nothing new is to follow then.
     """
 
     efficacy: Estimate
@@ -99,6 +101,7 @@ class Findings:
     adaptive: Estimate | None = None
     readout: Estimate | None = None
     savings: Estimate | None = None
+    erasing: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,13 +160,23 @@ class _Case:
 
     def _failed(self) -> Label | None:
         es, ps = self.f.efficacy, self.f.paraphrase
-        self.reasons.append(f"efficacy {es:.2f}, paraphrase {ps:.2f}")
+        what = "the old object no longer leads: " if self.f.erasing else ""
+        self.reasons.append(f"{what}efficacy {es:.2f}, paraphrase {ps:.2f}")
+        if not es.n:
+            self.missing.append(
+                "facts whose old object led before, with other objects to compare: none, so no efficacy"
+            )
+            return None
         # Where every fact succeeds, a lower end below the threshold only says that the facts are few.
         low = es.mean if self.one or es.mean == 1.0 else es.low
         if low < (self.t.one if self.one else self.t.efficacy) or ps.mean < (
             -math.inf if self.one else self.t.paraphrase
         ):
-            self.reasons.append("the new object doesn't lead where it should: nothing was edited or inserted")
+            self.reasons.append(
+                "the old object still leads where it shouldn't: nothing was erased or hidden"
+                if self.f.erasing
+                else "the new object doesn't lead where it should: nothing was edited or inserted"
+            )
             return "FAILED"
         return None
 
@@ -210,8 +223,9 @@ class _Case:
                 found.append("indirect routes")
         if found:
             verb = "brings" if found == ["a knock-out"] else "bring"
+            what = "it was only hidden" if self.f.erasing else "the new one was laid over it"
             self.reasons.append(
-                f"{' and '.join(found)} {verb} the old object back: the new one was laid over it"
+                f"{' and '.join(found)} {verb} the old object back: {what}"
                 + (" (one fact: descriptive)" if self.one else "")
             )
             return "INSERTED"
@@ -290,7 +304,7 @@ class _Case:
                     f"more facts: ρ of the {what} decoder, {rho:.2f}, isn't within ±{self.t.equal:g} by its 90 % "
                     "interval"
                 )
-        if route_new is not None and route_new.n and route_new.mean < self.t.follows:
+        if not self.f.erasing and route_new is not None and route_new.n and route_new.mean < self.t.follows:
             shown = False
             self.reasons.append(
                 f"only {route_new:.2f} of indirect routes give what follows from the new object, needed "

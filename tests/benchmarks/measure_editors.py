@@ -1,13 +1,15 @@
 """The editors on CounterFact: a table on the same facts, and how each bears more and more edits.
 
     python tests/benchmarks/measure_editors.py stats  --data FOLDER --out RUNS
+    python tests/benchmarks/measure_editors.py tune   --data FOLDER --out RUNS --editors ft-l-2e-3,ft-l-5e-3,ft-l-1e-2
     python tests/benchmarks/measure_editors.py single --data FOLDER --out RUNS --editors rome,rome-original,memit
     python tests/benchmarks/measure_editors.py batch  --data FOLDER --out RUNS --editors memit,alphaedit
     python tests/benchmarks/measure_editors.py curve  --data FOLDER --out RUNS --editors memit,rome
     python tests/benchmarks/measure_editors.py show   --out RUNS
 
 FOLDER holds CounterFact (`counterfact_300.json`) and its brief form of EasyEdit (`counterfact_brief_10000.json`). Every
-line that is done is kept in RUNS, and a call that was killed goes on. Values that don't depend on the editor (of
+line that is done is kept in RUNS, and a call that was killed goes on. `tune` is `single` on other facts than the
+table's, and keeps its lines in RUNS/tune. Values that don't depend on the editor (of
 ROME's variants; of MEMIT, EMMET and AlphaEdit) are fitted once and shared; the times are with the fits that were made.
 """
 
@@ -20,6 +22,7 @@ import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,10 @@ def table_facts(model: Any, data: Path) -> list[fe.Fact]:
     return known(model, fe.data.counterfact(data / "counterfact_300.json"), 100)
 
 
+def tuning_facts(model: Any, data: Path) -> list[fe.Fact]:
+    return known(model, fe.data.counterfact(data / "counterfact_300.json"), 120)[100:]
+
+
 def curve_facts(model: Any, data: Path, out: Path) -> list[fe.Fact]:
     """In one random order; which ones is kept, as asking takes minutes."""
     facts = fe.data.counterfact_brief(data / "counterfact_brief_10000.json")
@@ -130,8 +137,13 @@ def editors(stats: dict[int, fe.KeyStats], model: Any) -> Makers:
         "alphaedit-wide": lambda: fe.AlphaEdit(stats, share=0.1, weight=0.1, contexts=few, **quiet),
         "pmet": lambda: fe.Pmet(stats, weight=1_500.0, contexts=few, **quiet),
         "ft": lambda: fe.FineTune(ROME_LAYER, prepend_bos=BOS, **quiet),
-        "ft-l": lambda: fe.FineTune(ROME_LAYER, epsilon=2e-3, prepend_bos=BOS, **quiet),
-        "ft-l5": lambda: fe.FineTune(window, epsilon=1e-3, prepend_bos=BOS, **quiet),
+        **{
+            f"ft-l{len(layers) if len(layers) > 1 else ''}-{epsilon}": partial(
+                fe.FineTune, layers, epsilon=float(epsilon), prepend_bos=BOS, **quiet
+            )
+            for layers in ((ROME_LAYER,), window)
+            for epsilon in ("5e-4", "1e-3", "2e-3", "5e-3", "1e-2")
+        },
         "neurons": lambda: fe.KnowledgeNeurons(prepend_bos=BOS, **quiet),
     }
 
@@ -348,7 +360,7 @@ def show(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["stats", "single", "batch", "curve", "show"])
+    parser.add_argument("what", choices=["stats", "tune", "single", "batch", "curve", "show"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--editors", default="")
@@ -366,6 +378,9 @@ def main() -> None:
     names = [name for name in args.editors.split(",") if name]
     if args.what == "single":
         single(model, table_facts(model, args.data), make, names, args.out)
+    elif args.what == "tune":
+        (args.out / "tune").mkdir(exist_ok=True)
+        single(model, tuning_facts(model, args.data), make, names, args.out / "tune")
     elif args.what == "batch":
         batch(model, table_facts(model, args.data), make, names, args.out)
     elif args.what == "curve":
