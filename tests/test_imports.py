@@ -29,7 +29,7 @@ ORDER = (
     ("editors",),
     ("probe", "probes", "gain", "evaluate", "change"),
     ("keeping", "objects"),
-    ("knockout", "routes", "collateral"),
+    ("knockout", "routes", "collateral", "forgetting"),
     ("readout", "context_attack", "relearning", "reversal", "mediation", "attribution", "coverage"),
     ("retention",),
     ("audit",),

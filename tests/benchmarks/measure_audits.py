@@ -126,10 +126,10 @@ def changes(stats: dict[int, fe.KeyStats], model: Any) -> dict[str, tuple[Any, b
     return {
         "rome": (fe.Rome(five, contexts=few, **quietly), True),
         "erase": (fe.Rome(five, contexts=few, objective=fe.Erase(), **quietly), True),
-        "ft-l": (fe.FineTune(ROME_LAYER, epsilon=2e-3, prepend_bos=BOS, **quietly), True),
+        "ft-l": (fe.FineTune(ROME_LAYER, epsilon=5e-3, prepend_bos=BOS, **quietly), True),
         "memit": (fe.Memit(stats, weight=1_500.0, contexts=few), False),
-        "alphaedit": (fe.AlphaEdit(stats, contexts=few), False),
-        "ft-l-at-once": (fe.FineTune(ROME_LAYER, epsilon=2e-3, prepend_bos=BOS), False),
+        "alphaedit": (fe.AlphaEdit(stats, share=0.1, weight=0.1, contexts=few), False),
+        "ft-l-at-once": (fe.FineTune(ROME_LAYER, epsilon=5e-3, prepend_bos=BOS), False),
     }
 
 
@@ -186,7 +186,7 @@ def main() -> None:
         )
     print(verdict)
     print(f"{wall:.0f} s, {cpu:.0f} CPU-s, {peak():.1f} GiB")
-    for what in ("knock_out", "read_out", "retention", "asides", "drift"):
+    for what in ("forgotten", "knock_out", "read_out", "retention", "asides", "drift"):
         print(what, getattr(verdict, what))
     if verdict.knock_out is not None:
         print(verdict.knock_out.table().round(3).to_string())
