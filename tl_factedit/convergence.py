@@ -28,7 +28,8 @@ from tl_factedit.facts import Fact
 from tl_factedit.model import DownProj, Model, Runner, down_proj, quiet
 from tl_factedit.provenance import Provenance
 from tl_factedit.solve import NotPositiveDefiniteError, cholesky
-from tl_factedit.stats import TOKENS_PER_DIMENSION, KeyBatch, Reader, check_amounts, mirror_, pieces, stream_keys, where
+from tl_factedit.stats import TOKENS_PER_DIMENSION, mirror_, where
+from tl_factedit.texts import KeyBatch, Reader, check_amounts, pieces, stream_keys
 from tl_factedit.tokens import Aligned, align, pad
 
 if TYPE_CHECKING:

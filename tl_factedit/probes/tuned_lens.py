@@ -32,7 +32,7 @@ from tl_factedit.probe import Reading
 from tl_factedit.probes.lens import read_objects, unembed
 from tl_factedit.provenance import Provenance
 from tl_factedit.states import Applicable, read_states
-from tl_factedit.stats import Piece, Reader, check_amounts, pieces
+from tl_factedit.texts import Piece, Reader, check_amounts, pieces
 from tl_factedit.tokens import pad
 
 if TYPE_CHECKING:
