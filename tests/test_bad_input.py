@@ -1,7 +1,13 @@
 """Every row of the contract's table of bad input: an error before any forward pass, that says what to do."""
 
 import copy
+import dataclasses
+import os
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import laws
 import pytest
@@ -9,7 +15,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.model import Runner, UnsupportedModelError, down_proj
+from tl_factedit.model import Fingerprint, Runner, UnsupportedModelError, down_proj
 
 LAYER = 1
 FACT = laws.FACT
@@ -337,3 +343,84 @@ def test_training_mode_and_gradients_are_left_as_they_are(kind):
         fe.audit(model, edit, [FACT])
         fe.causal_trace(model, FACT, progress=False)
     laws.same_edits(edit, expected)
+
+
+# -- what an editor is made of
+
+
+def test_contexts_are_prefixes_and_a_fit_has_sizes(stats):
+    for make, words in (
+        (lambda: fe.Rome(stats, contexts="Hello . "), "needed a list"),
+        (lambda: fe.Rome(stats, contexts=["Hello . {}"]), "is no prefix"),
+        (lambda: fe.Rome(stats, contexts=["Hello . ", ""]), "counts once"),
+        (lambda: fe.ValueFit(lr=-1.0), "lr is -1"),
+        (lambda: fe.ValueFit(clamp=0.0), "clamp is 0"),
+        (lambda: fe.ValueFit(decay=-1.0), "decay is -1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            make()
+
+
+OF_ANOTHER_KIND = """
+import laws, numpy as np, tiny, tl_factedit as fe
+model = tiny.bridge("gpt2")
+stats = laws.stats(model, 1)
+quick = {"fit": laws.QUICK, "contexts": (), "progress": False}
+for call in (
+    lambda: fe.Rome(None),
+    lambda: fe.Memit([stats]),
+    lambda: fe.Rome(stats, contexts=None),
+    lambda: fe.Rome(stats, objective="inject"),
+    lambda: fe.Rome(stats, **quick)(model, ["Paris"]),
+    lambda: fe.AlphaEdit({1: stats}, earlier=fe.Rome(stats, **quick)(model, [laws.FACT])),
+):
+    try:
+        call()
+    except ValueError as error:
+        print("refused:", error)
+assert fe.Rome(stats, **quick)(model, (fact for fact in [laws.FACT])).facts == (laws.FACT,)
+assert fe.FineTune(np.int64(1)).layers == fe.FineTune([np.int32(1)]).layers == (1,)
+assert list(fe.key_stats(model, np.int64(1), laws.texts(3), n_tokens=20, progress=False)) == [1]
+"""
+
+
+def test_what_is_of_another_kind_is_told_so():
+    """As a user runs it: in the tests themselves the types of all calls are checked."""
+    found = subprocess.run(
+        [sys.executable, "-c", OF_ANOTHER_KIND],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    said = [line for line in found.stdout.splitlines() if line.startswith("refused:")]
+    wanted = (
+        "stats is a NoneType",
+        "stats is a list",
+        "write ()",
+        "such as Inject()",
+        "facts has a str",
+        "write [edit]",
+    )
+    assert len(said) == len(wanted)
+    assert all(words in line for words, line in zip(wanted, said, strict=True)), said
+
+
+def test_earlier_edits_and_statistics_are_of_this_model_and_of_enough(model, stats, refuse):
+    edit = rome(stats, contexts=(), progress=False)(model, [FACT])
+    editor = {"fit": laws.QUICK, "contexts": (), "progress": False}
+    foreign = dataclasses.replace(
+        edit, provenance=dataclasses.replace(edit.provenance, weights=Fingerprint(("0",), "0", "bridge"))
+    )
+    refuse(lambda: fe.AlphaEdit({LAYER: stats}, earlier=[foreign], **editor)(model, [FACT]), "an earlier edit is of")
+    other_bos = dataclasses.replace(
+        edit, provenance=dataclasses.replace(edit.provenance, prepend_bos=not edit.provenance.prepend_bos)
+    )
+    refuse(lambda: fe.AlphaEdit({LAYER: stats}, earlier=[other_bos], **editor)(model, [FACT]), "prepend_bos")
+    few = fe.KeyStats(LAYER, stats.moment, 3, "by hand", None)
+    refuse(
+        lambda: fe.AlphaEdit({LAYER: few}, **editor)(model, [FACT]),
+        "never seen would count as free",
+        "collect more text",
+    )
+    refuse(lambda: fe.AlphaEdit({LAYER: fe.KeyStats.identity(model, LAYER)}), "the identity", "key_stats")

@@ -280,6 +280,73 @@ def test_an_interrupt_anywhere_in_a_call_leaves_the_model_as_it_was(kind, monkey
 # ---------------------------------------------------------------------------------------- copies and files
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_as_applied_begins_leaves_no_edit_on(kind, monkeypatch, when):
+    model = tiny.model(kind, "gpt2")
+    edit, apply_ = made(model), fe.Edit.apply_
+
+    def interrupted(self, model):
+        if when == "after":
+            apply_(self, model)
+        raise KeyboardInterrupt("injected")
+
+    monkeypatch.setattr(fe.Edit, "apply_", interrupted)
+    with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="injected"), edit.applied(model):
+        pass
+
+
+def test_an_edit_that_is_on_already_stays_on_when_applied_refuses_it(model):
+    edit = made(model)
+    edit.apply_(model)
+    written = w_out(model)
+    with pytest.raises(ValueError, match="already"), edit.applied(model):
+        pass
+    assert torch.equal(w_out(model), written)
+    edit.undo_(model)
+
+
+def test_a_layer_is_changed_once(model):
+    edit = made(model)
+    (delta,) = edit.deltas
+    with pytest.raises(ValueError, match="needed one a layer"):
+        dataclasses.replace(edit, deltas=(delta, delta))
+
+
+def test_an_edit_made_on_top_of_others_says_so_where_they_are_not(kind, tmp_path):
+    model = tiny.model(kind, "gpt2")
+    first = made(model, 1)
+    editor = laws.rome(model, 2, fit=fe.ValueFit(steps=2, lr=0.01))
+    with first.applied(model):
+        second = editor(model, [laws.FACT])
+    assert second.provenance.edits == (first.digest,)
+    assert second.provenance.weights == first.provenance.weights
+    second.save(tmp_path / "second.safetensors")
+    alone = fe.Edit.load(tmp_path / "second.safetensors")
+    assert alone.provenance == second.provenance
+    with pytest.warns(fe.EditWarning, match="made on top of 1 other edits, of which 1 aren't on"), alone.applied(model):
+        pass
+    with warnings.catch_warnings(), first.applied(model):
+        warnings.simplefilter("error", fe.EditWarning)
+        with second.applied(model):
+            pass
+    both = fe.compose([first, second])
+    assert both.provenance.edits == () and both.parts == (first.digest, second.digest)
+    assert fe.compose([second]).provenance.edits == (first.digest,)
+
+
+def test_a_w_out_that_two_layers_share_is_refused_and_stays(monkeypatch):
+    model = tiny.bridge("gpt2")
+    edit = made(model, 1)
+    inner = [block.mlp.out.original_component for block in model.blocks]
+    monkeypatch.setattr(inner[2], "weight", inner[1].weight)
+    shared = dataclasses.replace(edit, provenance=fe.Provenance.of(model, True, weights=base_fingerprint(model)))
+    with laws.untouched(model):
+        with pytest.raises(fe.UnsupportedModelError, match=r"layers \[1, 2\] share one W_out"):
+            shared.apply_(model)
+        with pytest.raises(fe.UnsupportedModelError, match="share one W_out"):
+            laws.rome(model, 1)(model, [laws.FACT])
+
+
 def test_a_copy_of_an_edited_model_has_a_ledger_of_its_own(model):
     edit, clean = made(model), w_out(model)
     edit.apply_(model)

@@ -211,7 +211,7 @@ def test_given_z_the_updates_are_those_of_the_literal_loop(kind, arch):
     pmet, asked = editor(stats), [fe.Wish(fact) for fact in FACTS]
     with quiet(model), torch.no_grad():
         prepared = {layer: pmet._prepare(stats[layer]) for layer in LAYERS}
-        found = spread(
+        found, _ = spread(
             model,
             asked,
             LAYERS,

@@ -109,6 +109,20 @@ def test_the_edited_model_itself_answers_the_bare_key_with_the_new_value(case, v
     assert edit.diagnostics[0].exactness <= 1e-5
 
 
+def test_a_moment_that_was_collected_by_other_means_is_used_as_any_other(case):
+    """Not to be taken for the identity because it has no provenance."""
+    model, stats = case
+    by_hand = fe.KeyStats(LAYER, stats.moment, stats.n_tokens, "by hand", None)
+    edit, expected = editor(by_hand)(model, [laws.FACT]), editor(stats)(model, [laws.FACT])
+    assert torch.equal(edit.deltas[0].left, expected.deltas[0].left)
+    assert edit.editor["moment"] == expected.editor["moment"]
+    plain = editor(fe.KeyStats.identity(model, LAYER))(model, [laws.FACT])
+    assert not torch.allclose(plain.deltas[0].left, edit.deltas[0].left, rtol=1e-2)
+    assert plain.editor["moment"] != edit.editor["moment"]
+    with pytest.raises(ValueError, match="too few tokens"):
+        editor(fe.KeyStats(LAYER, stats.moment, 3, "by hand", None))(model, [laws.FACT])
+
+
 def test_the_new_object_gets_likelier(case):
     model, stats = case
     edit = editor(stats, fit=fe.ValueFit(steps=15, kl_weight=0.0), contexts=("",))(model, [laws.FACT])

@@ -87,17 +87,17 @@ def sample_texts(
     """
     texts: list[str] = []
     wanted = -(-n_tokens // length)
-    start = _start_token(model)
+    start, where = _start_token(model), device(model)
     with (
         quiet(model),
         torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),
         tqdm(total=wanted, unit="text", desc="sampling text", delay=1, disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
         while len(texts) < wanted:
             count = min(batch, wanted - len(texts))
-            begin = torch.full((count, 1), start, device=device(model))
+            begin = torch.full((count, 1), start, device=where)
             made: Any = model.generate(  # type: ignore[attr-defined]
                 begin,
                 max_new_tokens=length,

@@ -30,6 +30,7 @@ from tl_factedit.model import (
     Hook,
     Model,
     Runner,
+    check_own,
     down_proj,
     fingerprint,
     hash_weight,
@@ -103,8 +104,8 @@ class Diagnostics:
             1 where the editor divides by nothing of the kind.
         update_norm: ‖ΔW‖ (Frobenius).
         weight_norm: ‖W‖ before.
-        exactness: ‖K ΔW − R‖ / ‖R‖ as it is in the weight's own type, after rounding: how far the
-            keys are from answering with their values.
+        exactness: What rounding to the weight's own type loses, ‖K (ΔW as written) − R‖ / ‖R‖, with R what the update
+            is to add at its keys (what it leaves out of a fact's wish is `unmet`).
         value_norm: ‖v*‖ / ‖v‖ of the value written and the one replaced.
         unmet: For each fact, the share of its residual that the update doesn't meet, ‖k ΔW − r‖ / ‖r‖ before
             rounding; empty where all is met by construction.
@@ -144,8 +145,10 @@ class Edit:
         editor: Name and hyperparameters of the editor, as plain data.
         contexts: The prefixes the keys and values were made under.
         diagnostics: One a layer.
-        fits: For each fact, how its value was found: losses, target probabilities, why it stopped.
-        provenance: Model, weights (before any edit), BOS policy, versions.
+        fits: For each fact, how its value was found: losses, target probabilities, why it stopped; whether both objects
+            begin with one token; over several layers ``missed``, the share of what its bare prompt lacked that it still
+            lacks.
+        provenance: Model, weights (before any edit), BOS policy, versions, and which edits were on the model.
     """
 
     facts: tuple[Fact, ...]
@@ -157,6 +160,12 @@ class Edit:
     diagnostics: tuple[Diagnostics, ...]
     fits: tuple[Mapping[str, Any], ...]
     provenance: Provenance
+
+    def __post_init__(self) -> None:
+        """See that each layer is changed once."""
+        changed = [delta.layer for delta in self.deltas]
+        if len(set(changed)) < len(changed):
+            raise ValueError(f"the changes are of layers {changed}, needed one a layer: add them up (compose does)")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -172,6 +181,11 @@ class Edit:
             for factor in (delta.left, delta.right):
                 seen.update(factor.detach().double().cpu().contiguous().numpy().tobytes())
         return seen.hexdigest()[:16]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of a composed edit, the digests of the edits that it holds; none of any other."""
+        return tuple(self.editor.get("digests", ()))
 
     @cached_property
     def concerns(self) -> tuple[str, ...]:
@@ -189,10 +203,9 @@ class Edit:
                 its weights were changed since by something else.
         """
         ledger = _ledger(model)
-        if any(edit.digest == self.digest for edit in ledger.edits):
+        if self._is_on(ledger):
             raise ValueError(f"{self._name} is applied to {model_name(model)} already: undo_ it first")
-        for delta in self.deltas:
-            down_proj(model, delta.layer)
+        check_own(model, self.layers)
         ledger.check_unchanged(model)
         now = base_fingerprint(model)
         if not self.provenance.weights.matches(now):
@@ -205,7 +218,8 @@ class Edit:
         """Write the edit into the model's ``W_out``, in place.
 
         Warns:
-            EditWarning: The edit has `concerns`; once for each edit. Where warnings are errors, nothing is written.
+            EditWarning: The edit has `concerns`, or was made on top of edits that aren't on the model now; once for
+                each edit. Where warnings are errors, nothing is written.
 
         Raises:
             ValueError: It is applied already, the model has other weights than it was made for, or
@@ -222,8 +236,9 @@ class Edit:
                     f"{self._name} makes W_out of layer {layer} overflow {weight.dtype}: nothing was written; "
                     "load the model in float32 or bfloat16"
                 )
-        if self.concerns and not vars(self).get(_WARNED):
-            warnings.warn(f"{self._name}: {'; '.join(self.concerns)}", EditWarning, stacklevel=2)
+        concerns = [*self.concerns, *self._without(ledger)]
+        if concerns and not vars(self).get(_WARNED):
+            warnings.warn(f"{self._name}: {'; '.join(concerns)}", EditWarning, stacklevel=2)
             vars(self)[_WARNED] = True
         base = {**{layer: site.W.clone() for layer, site in sites.items()}, **ledger.base}
         _commit(model, sites, weights, _Ledger.of(base, (*ledger.edits, self), {**ledger.written, **_hashes(weights)}))
@@ -236,7 +251,7 @@ class Edit:
                 something else. Nothing is written then.
         """
         ledger = _ledger(model)
-        if all(edit.digest != self.digest for edit in ledger.edits):
+        if not self._is_on(ledger):
             raise ValueError(f"{self._name} isn't applied to {model_name(model)}: apply_ it first")
         sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
         ledger.check_unchanged(model)
@@ -251,11 +266,14 @@ class Edit:
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """The edited model for the length of a ``with`` block; taken back on exit, also on an error."""
-        self.apply_(model)
+        self.check(model)
         try:
+            self.apply_(model)
             yield model
         finally:
-            self.undo_(model)
+            # An interrupt may come when apply_ is done and before it returns, or before it wrote anything.
+            if self._is_on(_ledger(model)):
+                self.undo_(model)
 
     def scaled(self, alpha: float) -> Edit:
         """The same edit α times as strong: ``W_out += α · Δ``; 0 writes nothing, −1 the opposite.
@@ -347,6 +365,18 @@ class Edit:
             + (f"<ul>{concerns}</ul>" if concerns else "")
         )
 
+    def _is_on(self, ledger: _Ledger) -> bool:
+        return any(edit.digest == self.digest for edit in ledger.edits)
+
+    def _without(self, ledger: _Ledger) -> Iterator[str]:
+        on = {edit.digest for edit in ledger.edits} | {part for edit in ledger.edits for part in edit.parts}
+        missing = set(self.provenance.edits) - on
+        if missing:
+            yield (
+                f"it was made on top of {len(self.provenance.edits)} other edits, of which {len(missing)} aren't on "
+                "the model now: its keys and values are of the model with them; apply them first, or make it again"
+            )
+
     @property
     def _name(self) -> str:
         return f"the edit of {', '.join(repr(fact.name) for fact in self.facts[:3])}"
@@ -389,11 +419,25 @@ def compose(edits: Sequence[Edit]) -> Edit:
         deltas=tuple(_sum(layer, parts) for layer, parts in factors.items()),
         keys={layer: torch.cat([edit.keys[layer] for edit in edits if layer in edit.keys]) for layer in layers},
         values={layer: torch.cat([edit.values[layer] for edit in edits if layer in edit.values]) for layer in layers},
-        editor={"name": "composed", "of": [dict(edit.editor) for edit in edits]},
+        editor={
+            "name": "composed",
+            "of": [dict(edit.editor) for edit in edits],
+            "digests": [edit.digest for edit in edits],
+        },
         contexts=tuple(dict.fromkeys(context for edit in edits for context in edit.contexts)),
         diagnostics=tuple(diagnostics for edit in edits for diagnostics in edit.diagnostics),
         fits=tuple(fit for edit in edits for fit in edit.fits),
-        provenance=first.provenance,
+        provenance=replace(
+            first.provenance,
+            edits=tuple(
+                dict.fromkeys(
+                    below
+                    for edit in edits
+                    for below in edit.provenance.edits
+                    if below not in {each.digest for each in edits}
+                )
+            ),
+        ),
     )
 
 
@@ -428,6 +472,12 @@ def base_fingerprint(model: Model) -> Fingerprint:
         if hashes[layer] == ledger.written[layer]:
             hashes[layer] = hash_weight(weight)
     return Fingerprint(tuple(hashes), now.rest, now.layout)
+
+
+def made_on(model: Model, prepend_bos: bool, base: Fingerprint) -> Provenance:
+    """The provenance of an edit that is made now: of the weights without edits, and which edits were on them."""
+    edits = tuple(edit.digest for edit in _ledger(model).edits)
+    return Provenance.of(model, prepend_bos, weights=base, edits=edits)
 
 
 # ------------------------------------------------------------------------------------ diagnostics
@@ -651,6 +701,9 @@ INEXACT = 0.1
 LARGE_UNMET = 0.5
 """Of the share that isn't met in the last layer, mean over facts: above, less than half of the change is written."""
 
+SAME_KEY = 0.999
+"""Of the cosine between two facts' keys."""
+
 _WARNED = "_warned"
 
 
@@ -681,8 +734,15 @@ def _concerns(edit: Edit) -> Iterator[str]:
                 f"rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: load the "
                 "model in float32"
             )
-    unmet = [share for d in edit.diagnostics if d.layer == max(edit.layers) for share in d.unmet]
-    if unmet and sum(unmet) / len(unmet) > LARGE_UNMET:
+    last = [d for d in edit.diagnostics if d.layer == max(edit.layers)]
+    unmet = [share for d in last for share in d.unmet]
+    one_key = max((d.key_cosine for d in last), default=0.0) > SAME_KEY
+    if one_key:
+        yield (
+            f"two of the facts have one key in layer {max(edit.layers)} (prompts that begin with the same subject), "
+            "which can have one answer only: write them one after the other, or leave one out"
+        )
+    if unmet and not one_key and sum(unmet) / len(unmet) > LARGE_UNMET:
         yield (
             f"{sum(unmet) / len(unmet):.0%} of what the facts need is not met in the last layer, {max(edit.layers)}: "
             "they are hardly written; lower the weight"

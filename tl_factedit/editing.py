@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tl_factedit.contexts import SampledContexts
 from tl_factedit.facts import Fact
-from tl_factedit.model import Fingerprint, Model, bos_policy
+from tl_factedit.model import Fingerprint, Model, bos_policy, check_own
 from tl_factedit.objectives import Inject, Objective, Wish
 from tl_factedit.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.stats import TOKENS_PER_DIMENSION, KeyStats
-from tl_factedit.tokens import align
+from tl_factedit.tokens import Aligned, align
 from tl_factedit.values import Fitted, ValueFit
 
 
@@ -32,6 +32,10 @@ def check_facts(facts: Sequence[Fact], objective: Objective | None = None) -> tu
     """
     if isinstance(facts, Fact):
         raise ValueError("facts is one Fact, needed a list of them: write [fact]")
+    facts = tuple(facts)
+    for fact in facts:
+        if not isinstance(fact, Fact):
+            raise ValueError(f"facts has a {type(fact).__name__}, {fact!r}: needed Facts")
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     (objective or Inject()).check(facts)
@@ -39,15 +43,29 @@ def check_facts(facts: Sequence[Fact], objective: Objective | None = None) -> tu
     twice = {text for text in texts if texts.count(text) > 1} if len(set(texts)) < len(texts) else set()
     if twice:
         raise ValueError(f"{sorted(twice)[0]!r} is asked for by two facts, needed one each: write one object")
-    return tuple(facts)
+    return facts
 
 
-def check_stats(stats: Iterable[KeyStats], model: Model, base: Fingerprint, ridge: float) -> None:
-    """See that statistics are of these weights, and of enough tokens."""
+def check_stats(stats: Sequence[KeyStats], model: Model, base: Fingerprint, ridge: float | None) -> None:
+    """See that statistics are of these weights, and of enough tokens.
+
+    Args:
+        stats: Of the layers to be written.
+        model: To be edited.
+        base: Fingerprint of its weights before any edit.
+        ridge: What is added before C is inverted; None where it isn't inverted.
+    """
+    check_own(model, [each.layer for each in stats])
     for each in stats:
         each.check(model, base)
-        if each.provenance is not None and ridge == 0 and each.n_tokens < each.wanted_tokens:
-            raise ValueError(too_few(each, "too few tokens to invert"))
+        if each.is_identity or ridge or each.n_tokens >= each.wanted_tokens:
+            continue
+        if ridge is None:
+            raise ValueError(
+                f"the second moment of layer {each.layer} is over {each.n_tokens:,} tokens: directions that were "
+                f"never seen would count as free; wanted {each.wanted_tokens:,} or more: collect more text"
+            )
+        raise ValueError(too_few(each, "too few tokens to invert"))
 
 
 def bos_of(stats: Iterable[KeyStats], asked: bool | None, model: Model) -> bool:
@@ -68,11 +86,12 @@ def bos_of(stats: Iterable[KeyStats], asked: bool | None, model: Model) -> bool:
     return bos_policy(model, asked if asked is not None else policy)
 
 
-def align_facts(model: Model, facts: Sequence[Fact], fit: ValueFit, prepend_bos: bool) -> None:
-    """See that prompts and KL prompts can be aligned with their tokens."""
+def align_facts(model: Model, facts: Sequence[Fact], fit: ValueFit, prepend_bos: bool) -> tuple[Aligned, ...]:
+    """The facts' prompts on their tokens, after seeing that KL prompts can be aligned too."""
     for fact in facts:
-        for template in (fact.prompt, *fit.kl_prompts):
+        for template in fit.kl_prompts:
             align(model.tokenizer, fact, prepend_bos=prepend_bos, template=template)
+    return tuple(align(model.tokenizer, fact, prepend_bos=prepend_bos) for fact in facts)
 
 
 def factor(stats: KeyStats, ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
@@ -98,12 +117,23 @@ def check_objective(objective: Objective) -> None:
     """A class is no value of it."""
     if isinstance(objective, type):
         raise ValueError(f"objective is the class {objective.__name__}, needed a value: write {objective.__name__}()")
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective is {objective!r}, needed a value such as Inject() or Erase()")
 
 
 def check_contexts(contexts: SampledContexts | Sequence[str]) -> None:
-    """A string is no list of strings."""
+    """A string is no list of strings, and a prefix has no place for a subject."""
+    if isinstance(contexts, SampledContexts):
+        return
     if isinstance(contexts, str):
         raise ValueError(f"contexts is the string {contexts!r}, needed a list: write [{contexts!r}]")
+    if contexts is None:
+        raise ValueError("contexts is None, needed a list of prefixes: write () for the bare prompt alone")
+    for i, context in enumerate(contexts):
+        if not isinstance(context, str) or "{}" in context:
+            raise ValueError(f'context {context!r} is no prefix, needed text to put before a prompt, without "{{}}"')
+        if i and not context:
+            raise ValueError(f"contexts[{i}] is empty: the bare prompt is always the first context, and counts once")
 
 
 def too_few(stats: KeyStats, why: str) -> str:
@@ -122,16 +152,27 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def described_stats(stats: Iterable[KeyStats]) -> dict[str, Any]:
+    """Where second moments came from, as plain data, with a hash of each."""
+    stats = list(stats)
+    return {
+        "n_tokens": [each.n_tokens for each in stats],
+        "corpus": [each.corpus for each in stats],
+        "moment": [each.digest for each in stats],
+    }
+
+
 def described(contexts: SampledContexts | Sequence[str]) -> Any:
     """Contexts as plain data (given ones are kept in the `Edit` itself)."""
     return plain(asdict(contexts)) if isinstance(contexts, SampledContexts) else "given"
 
 
-def record(fitted: Fitted, wish: Wish | None = None) -> dict[str, Any]:
-    """How a value was found, and (of a wish) what for, as plain data."""
-    asked = {} if wish is None else {"target": wish.fact.target_new, "unlikely": wish.unlikely}
+def record(fitted: Fitted, wish: Wish, *, same_first_token: bool) -> dict[str, Any]:
+    """How a value was found, what for, and whether both objects of the fact begin alike, as plain data."""
     return {
-        **asked,
+        "target": wish.fact.target_new,
+        "unlikely": wish.unlikely,
+        "same_first_token": same_first_token,
         "losses": list(fitted.losses),
         "target_prob": list(fitted.target_prob),
         "stopped": fitted.stopped,

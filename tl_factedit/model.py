@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -175,6 +176,15 @@ class DownProj:
         with torch.no_grad():
             self.W.copy_(weight)
 
+    def reaches_stream(self, found: Mapping[str, Tensor]) -> bool:
+        """Whether what it answers is added to the stream as it is: no norm and no multiplier stands between.
+
+        Args:
+            found: What stood at `value_at`, if that is a hook, and at the block's ``hook_mlp_out``, on any tokens.
+        """
+        straight = component_hook("mlp", self.layer)
+        return isinstance(self.value_at, str) and torch.equal(found[self.value_at], found[straight])
+
     def value(self, key: Float[Tensor, "*row d_mlp"]) -> Float[Tensor, "*row d_model"]:
         """What the matrix answers to a key, in float64."""
         out = key.double() @ self.W.double()
@@ -212,6 +222,32 @@ def down_proj(model: Model, layer: int) -> DownProj:
         value_at = mlp if post_norm else f"blocks.{layer}.hook_mlp_out"
     _check_weight(param, where, model.cfg.d_model, transposed)
     return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at)  # type: ignore[arg-type]
+
+
+def as_layers(layers: int | Iterable[int]) -> tuple[int, ...]:
+    """One layer or several (of any kind of integer), ascending, each once."""
+    if isinstance(layers, Iterable):
+        return tuple(sorted({operator.index(layer) for layer in layers}))
+    return (operator.index(layers),)
+
+
+def check_own(model: Model, layers: Iterable[int]) -> None:
+    """See that each of some blocks has a ``W_out`` to itself.
+
+    Raises:
+        UnsupportedModelError: Another block uses the same one (shared layers), so that writing one writes both.
+    """
+    users: dict[int, list[int]] = {}
+    for layer in range(n_layers(model)):
+        with suppress(UnsupportedModelError):
+            users.setdefault(down_proj(model, layer).param.data_ptr(), []).append(layer)
+    for layer in layers:
+        shared = users.get(down_proj(model, layer).param.data_ptr(), [layer])
+        if len(shared) > 1:
+            raise UnsupportedModelError(
+                f"layers {shared} share one W_out, needed one for layer {layer} alone: what is written in one would be "
+                "written in all of them"
+            )
 
 
 def _no_single_w_out(where: str, mlp: nn.Module) -> str:

@@ -21,6 +21,7 @@ class Provenance:
         dtype: The weights' type, e.g. ``"float32"``.
         versions: Of torch, transformers, transformer-lens and tl-factedit.
         revision: The commit of the hub that the weights were taken from, if the model's config says so.
+        edits: Of an edit, the digests of those that were on the model when it was made; `weights` are those below them.
 
     Example:
         >>> fe.Provenance.of(model).versions["torch"]             # doctest: +SKIP
@@ -32,9 +33,17 @@ class Provenance:
     dtype: str
     versions: Mapping[str, str]
     revision: str | None = None
+    edits: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: Model, prepend_bos: bool | None = None, *, weights: Fingerprint | None = None) -> Provenance:
+    def of(
+        cls,
+        model: Model,
+        prepend_bos: bool | None = None,
+        *,
+        weights: Fingerprint | None = None,
+        edits: tuple[str, ...] = (),
+    ) -> Provenance:
         """The provenance of what is run on this model now."""
         dtype = next(iter(model.parameters())).dtype  # type: ignore[attr-defined]
         return cls(
@@ -44,6 +53,7 @@ class Provenance:
             dtype=str(dtype).removeprefix("torch."),
             versions=versions(),
             revision=_revision(model),
+            edits=edits,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +66,7 @@ class Provenance:
             "dtype": self.dtype,
             "versions": dict(self.versions),
             "revision": self.revision,
+            "edits": list(self.edits),
         }
 
     @classmethod
@@ -69,6 +80,7 @@ class Provenance:
             dtype=data["dtype"],
             versions=data["versions"],
             revision=data.get("revision"),
+            edits=tuple(data.get("edits", ())),
         )
 
 

@@ -9,6 +9,10 @@ left::
     Δ_i : keys K_i → R_i               by the editor's own closed form
 
 Keys are means over contexts, in which the bare prompt weighs as much as all sampled ones together, as in their code.
+
+What a block adds to the stream isn't always what ``W_out`` answers: Gemma 2 and 3 and OLMo 2 have a norm after the MLP,
+Granite a multiplier. A change of the stream can't be written into such a ``W_out`` as it is; there z is what ``W_out``
+of the last layer should answer, found through the norm, and met in the same units.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, measure_spill
+from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, made_on, measure_spill
 from tl_factedit.editing import (
     align_facts,
     bos_of,
@@ -35,10 +39,9 @@ from tl_factedit.editing import (
     record,
 )
 from tl_factedit.facts import Fact
-from tl_factedit.model import Model, Runner, down_proj, gather, quiet, resid_post, resid_pre
+from tl_factedit.model import Model, Runner, component_hook, down_proj, gather, quiet, resid_post, resid_pre
 from tl_factedit.objectives import Inject, Objective, Wish, set_subjects
-from tl_factedit.provenance import Provenance
-from tl_factedit.solve import Factors
+from tl_factedit.solve import Factors, NotPositiveDefiniteError
 from tl_factedit.stats import KeyStats
 from tl_factedit.tokens import align, batches, pad
 from tl_factedit.values import ValueFit, Where, fit_values
@@ -76,6 +79,10 @@ def by_layer(stats: KeyStats | Mapping[int, KeyStats]) -> dict[int, KeyStats]:
     """
     if isinstance(stats, KeyStats):
         return {stats.layer: stats}
+    if not isinstance(stats, Mapping):
+        raise ValueError(
+            f"stats is a {type(stats).__name__}, needed KeyStats by layer: key_stats(model, layers, texts)"
+        )
     if not stats:
         raise ValueError("stats is empty, needed the statistics of one layer at least: key_stats(model, layers, texts)")
     for layer, each in stats.items():
@@ -92,7 +99,7 @@ def spread_edit(
     *,
     fit: ValueFit,
     contexts: SampledContexts | Sequence[str],
-    ridge: float,
+    ridge: float | None,
     prepend_bos: bool | None,
     editor: Mapping[str, Any],
     objective: Objective | None = None,
@@ -110,12 +117,13 @@ def spread_edit(
         prepare: The editor's closed form for one layer, from its statistics; called before any forward pass.
         fit: How z is found, at the last of the layers.
         contexts: Prefixes to average keys over and to find z under.
-        ridge: Of the statistics (what the check of their tokens has to know).
+        ridge: Of the statistics (what the check of their tokens has to know); None where C isn't inverted.
         prepend_bos: BOS policy; None for that of the statistics, or else the model's.
         editor: Name and hyperparameters, as plain data.
         objective: What is wanted of the facts; None for their ``target_new``.
         where: Where z is found, and met: in the stream after the last layer, or (for anything else) in what its
-            ``W_out`` answers.
+            ``W_out`` answers. In the edit's ``editor["where"]`` is which it was: the second where a norm or a
+            multiplier stands between ``W_out`` and the stream.
         divide: Of `Divide`.
         memory: Of `fit_values`.
         progress: Whether to show a bar on what takes longer than a second.
@@ -126,19 +134,21 @@ def spread_edit(
     for layer in layers:
         down_proj(model, layer)
     base = base_fingerprint(model)
-    check_stats(stats.values(), model, base, ridge)
+    check_stats(list(stats.values()), model, base, ridge)
     bos = bos_of(stats.values(), prepend_bos, model)
-    align_facts(model, facts, fit, bos)
+    rows = align_facts(model, facts, fit, bos)
     solve = {layer: prepare(stats[layer]) for layer in layers}
     texts = prefixes(contexts, model)
     with quiet(model):
         wishes = objective.wishes(model, facts, prepend_bos=bos)
+        if where == "resid" and not _reach_stream(model, layers, rows[0].ids):
+            where = "mlp"
         fitted = fit_values(
             model, wishes, layers[-1], texts, where=where, fit=fit, prepend_bos=bos, memory=memory, progress=progress
         )
         with torch.no_grad():
             wanted = torch.stack([each.outputs[0] + each.delta for each in fitted])
-            found = spread(
+            found, missed = spread(
                 model,
                 wishes,
                 layers,
@@ -158,10 +168,11 @@ def spread_edit(
                 deltas=deltas,
                 keys={each.delta.layer: each.keys for each in found},
                 values={
-                    each.delta.layer: sites[each.delta.layer].value(each.keys.to(wanted.device)).cpu() + each.residuals
+                    each.delta.layer: sites[each.delta.layer].value(each.keys.to(wanted.device)).cpu()
+                    + each.keys @ each.delta.left @ each.delta.right
                     for each in found
                 },
-                editor=dict(editor),
+                editor={**editor, "where": where},
                 contexts=texts,
                 diagnostics=tuple(
                     diagnose_many(
@@ -174,9 +185,22 @@ def spread_edit(
                     )
                     for each in found
                 ),
-                fits=tuple(record(each, wish) for each, wish in zip(fitted, wishes, strict=True)),
-                provenance=Provenance.of(model, bos, weights=base),
+                fits=tuple(
+                    {**record(each, wish, same_first_token=row.same_first_token), "missed": float(share)}
+                    for each, wish, row, share in zip(fitted, wishes, rows, missed, strict=True)
+                ),
+                provenance=made_on(model, bos, base),
             )
+
+
+def _reach_stream(model: Model, layers: Sequence[int], tokens: Int[Tensor, "pos"]) -> bool:
+    """Whether what ``W_out`` answers is added to the stream as it is, in all of some layers."""
+    sites = [down_proj(model, layer) for layer in layers]
+    places = [component_hook("mlp", layer) for layer in layers]
+    places += [site.value_at for site in sites if isinstance(site.value_at, str)]
+    with torch.no_grad():
+        found = Runner(model).capture(tokens[None], list(dict.fromkeys(places)), stop=layers[-1] + 1)
+    return all(site.reaches_stream(found) for site in sites)
 
 
 def _directions(written: Spread) -> Float[Tensor, "fact d_mlp"]:
@@ -197,7 +221,7 @@ def spread(
     prepend_bos: bool,
     divide: Divide = "even",
     progress: bool = True,
-) -> list[Spread]:
+) -> tuple[list[Spread], Float[Tensor, "fact"]]:
     """Bring what stands at the last layer for each fact to what is wanted; the weights are as before afterwards.
 
     Args:
@@ -211,24 +235,36 @@ def spread(
         prepend_bos: BOS policy.
         divide: Of `Divide`.
         progress: Whether to show a bar on what takes longer than a second.
+
+    Returns:
+        What was written, and the share of what each fact lacked that it still lacks at its bare prompt.
     """
     asked = _Subjects.of(model, wishes, contexts, prepend_bos, layers[0])
     reached = asked.stream_after if where == "resid" else asked.answers
     found: list[Spread] = []
+    lacked = torch.empty(0)
     with _restored(model, layers):
         for i, layer in enumerate(tqdm(layers, desc="solving layers", delay=1, disable=not progress, leave=False)):
             site = down_proj(model, layer)
             keys = asked.keys(layer)
             left = len(layers) - i
             missing = wanted.to(keys.device) - reached(layers[-1])
+            lacked = missing.norm(dim=-1) if i == 0 else lacked
             residuals = missing / (left if divide == "even" else math.sqrt(left))
-            factors = solve[layer](keys, residuals)
+            try:
+                factors = solve[layer](keys, residuals)
+            except NotPositiveDefiniteError as error:
+                raise ValueError(
+                    f"the keys of the {len(keys)} facts are nearly dependent in layer {layer} ({error}), so that not "
+                    "all can be met: pass a larger weight (0.1 for Emmet), or leave out facts of the same subject"
+                ) from error
             delta = Delta(layer, factors.left.cpu(), factors.right.cpu())
             if not bool(torch.isfinite(delta.left).all() and torch.isfinite(delta.right).all()):
                 raise RuntimeError(f"the update of layer {layer} is not finite: nothing was written")
             site.write_(delta.on(site.W))
             found.append(Spread(delta, keys.cpu(), residuals.cpu()))
-    return found
+        lacks = (wanted.to(lacked.device) - reached(layers[-1])).norm(dim=-1)
+    return found, torch.where(lacks == 0, 0.0, lacks / lacked).cpu()
 
 
 @contextmanager

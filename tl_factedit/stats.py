@@ -13,6 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit import files
-from tl_factedit.model import DownProj, Fingerprint, Model, Runner, check_layer, device, down_proj, quiet
+from tl_factedit.model import (
+    DownProj,
+    Fingerprint,
+    Model,
+    Runner,
+    as_layers,
+    check_layer,
+    device,
+    down_proj,
+    hash_weight,
+    quiet,
+)
 from tl_factedit.provenance import Provenance
 from tl_factedit.texts import KeyBatch, Place, Reader, check_amounts, stream_keys
 
@@ -41,7 +53,8 @@ class KeyStats:
         moment: E[k kᵀ], [d_mlp, d_mlp], float64.
         n_tokens: How many tokens it averages; 0 for the identity, which averages none.
         corpus: What was read: a hash of the texts, or ``"identity"``.
-        provenance: Model, weights and BOS policy; None for the identity, which fits any weights.
+        provenance: Model, weights and BOS policy; None for the identity, and for what was collected by other means:
+            these fit any weights of the same size.
 
     Example:
         >>> fe.KeyStats(8, torch.eye(64).double(), 1_000, "made up", None)
@@ -63,6 +76,16 @@ class KeyStats:
         """
         size = down_proj(model, layer).W.shape[0]
         return cls(layer, torch.eye(size, dtype=torch.float64), 0, "identity", None)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether this is the identity, which stands for no statistics at all."""
+        return self.n_tokens == 0 and self.corpus == "identity"
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the moment."""
+        return hash_weight(self.moment)
 
     @property
     def wanted_tokens(self) -> int:
@@ -212,7 +235,7 @@ def key_stats(
         >>> edit = fe.Rome(stats[8])(model, [fact])                        # doctest: +SKIP
         >>> fe.key_stats(model, [4, 8], texts, path="stats/")              # doctest: +SKIP
     """
-    wanted = [layers] if isinstance(layers, int) else sorted(set(layers))
+    wanted = as_layers(layers)
     if not wanted:
         raise ValueError("layers is empty, needed at least one")
     sites = {layer: down_proj(model, layer) for layer in wanted}

@@ -87,6 +87,12 @@ class ValueFit:
         """Check the numbers and choices."""
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, needed at least 1 (which only reads the loss)")
+        for name in ("lr", "clamp"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, needed more than 0")
+        for name in ("kl_weight", "decay", "ease"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, needed 0 or more")
         if self.kl_at not in ("subject", "end"):
             raise ValueError(f"kl_at {self.kl_at!r} is unknown, needed 'subject' or 'end'")
         if isinstance(self.kl_prompts, str):
@@ -428,12 +434,11 @@ class _Descent:
         self.first = [sum(len(each.rows) for each in asked[:i]) for i in range(len(asked) + 1)]
         self.tokens = pad(self.rows, 0)
         site = down_proj(runner.model, layer)
-        straight = component_hook("mlp", layer)
         attention = component_hook("attn", layer)
         with torch.no_grad():
             places = [site.key_hook, resid_pre(layer), resid_post(layer)]
             if isinstance(site.value_at, str):
-                places += [site.value_at, straight]
+                places += [site.value_at, component_hook("mlp", layer)]
             if where == "modules":
                 places.append(attention)
             below, self.past = self._clean([*dict.fromkeys(places)])
@@ -447,9 +452,7 @@ class _Descent:
             before = [at_lookup(attention), self.outputs] if where == "modules" else [self.outputs]
             self.norms = torch.stack([each[bare].norm(dim=-1).float() for each in before], 1)
             # Where nothing stands between W_out and the stream, δ goes into the stream, and the block isn't run again.
-            into_stream = where == "resid" or (
-                where == "mlp" and isinstance(site.value_at, str) and torch.equal(below[site.value_at], below[straight])
-            )
+            into_stream = where == "resid" or (where == "mlp" and site.reaches_stream(below))
             self.hooked: list[Place] = [attention] if where == "modules" else []
             self.hooked += [] if into_stream else [site.value_at]
             self.begin = layer + 1 if into_stream else layer

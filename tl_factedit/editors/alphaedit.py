@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Edit
-from tl_factedit.editing import check_contexts, check_objective, described, plain
+from tl_factedit.edit import Edit, base_fingerprint
+from tl_factedit.editing import bos_of, check_contexts, check_objective, described, described_stats, plain
 from tl_factedit.editors.memit import STARTS
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model
@@ -75,6 +75,14 @@ class AlphaEdit:
             raise ValueError(f"threshold is {self.threshold} and share is {self.share}, needed one of the two")
         if not self.weight > 0:
             raise ValueError(f"weight is {self.weight}, needed more than 0")
+        if isinstance(self.earlier, Edit):
+            raise ValueError("earlier is one Edit, needed a list of them: write [edit]")
+        for each in self.stats.values():
+            if each.is_identity:
+                raise ValueError(
+                    f"the statistics of layer {each.layer} are the identity, in which no direction holds less than "
+                    "another: collect them with key_stats"
+                )
         check_objective(self.objective)
         check_contexts(self.contexts)
 
@@ -82,10 +90,11 @@ class AlphaEdit:
         """Make the edit; the weights are as before when it returns.
 
         Raises:
-            ValueError: No facts, a fact that lacks what the objective needs, statistics of other weights, or no
-                direction left.
+            ValueError: No facts, a fact that lacks what the objective needs, statistics or earlier edits of other
+                weights, or no direction left.
             RuntimeError: The optimisation is not finite.
         """
+        self._check_earlier(model)
         return spread_edit(
             model,
             facts,
@@ -93,13 +102,30 @@ class AlphaEdit:
             self._prepare,
             fit=self.fit,
             contexts=self.contexts,
-            ridge=0.0,
+            ridge=None,
             prepend_bos=self.prepend_bos,
             editor=self.describe(),
             objective=self.objective,
             memory=self.memory,
             progress=self.progress,
         )
+
+    def _check_earlier(self, model: Model) -> None:
+        if not self.earlier:
+            return
+        base = base_fingerprint(model)
+        bos = bos_of(self.stats.values(), self.prepend_bos, model)
+        for edit in self.earlier:
+            if not edit.provenance.weights.matches(base):
+                raise ValueError(
+                    f"an earlier edit is of {edit.provenance.model!r} with weights {edit.provenance.weights}, but the "
+                    f"model has weights {base}: its keys are none of this model"
+                )
+            if edit.provenance.prepend_bos != bos:
+                raise ValueError(
+                    f"an earlier edit was made with prepend_bos={edit.provenance.prepend_bos}, needed {bos} as here: "
+                    "its keys are other ones"
+                )
 
     def describe(self) -> dict[str, Any]:
         """Name and hyperparameters, as plain data."""
@@ -110,8 +136,7 @@ class AlphaEdit:
             "share": self.share,
             "weight": self.weight,
             "earlier": [edit.digest for edit in self.earlier],
-            "n_tokens": [each.n_tokens for each in self.stats.values()],
-            "corpus": [each.corpus for each in self.stats.values()],
+            **described_stats(self.stats.values()),
             "objective": repr(self.objective),
             "fit": plain(asdict(self.fit)),
             "contexts": described(self.contexts),

@@ -12,16 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from tl_factedit.contexts import SampledContexts
 from tl_factedit.edit import Edit
-from tl_factedit.editing import check_contexts, check_objective, described, factor, plain
+from tl_factedit.editing import check_contexts, check_objective, described, described_stats, factor, plain
 from tl_factedit.editors.memit import STARTS
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model
 from tl_factedit.objectives import Inject, Objective
-from tl_factedit.solve import Factors, NotPositiveDefiniteError, least_squares
+from tl_factedit.solve import least_squares
 from tl_factedit.spreading import Solve, by_layer, spread_edit
 from tl_factedit.stats import KeyStats
 from tl_factedit.values import ValueFit
@@ -100,8 +98,7 @@ class Emmet:
             "name": "Emmet",
             "layers": list(self.stats),
             "weight": self.weight,
-            "n_tokens": [each.n_tokens for each in self.stats.values()],
-            "corpus": [each.corpus for each in self.stats.values()],
+            **described_stats(self.stats.values()),
             "ridge": self.ridge,
             "objective": repr(self.objective),
             "fit": plain(asdict(self.fit)),
@@ -110,14 +107,4 @@ class Emmet:
 
     def _prepare(self, stats: KeyStats) -> Solve:
         lower = factor(stats, self.ridge)
-
-        def solve(keys: Tensor, residuals: Tensor) -> Factors:
-            try:
-                return least_squares(keys, residuals, lower.to(keys.device), self.weight)
-            except NotPositiveDefiniteError as error:
-                raise ValueError(
-                    f"the keys of the {len(keys)} facts are nearly dependent in layer {stats.layer} ({error}), so that "
-                    "not all can be met exactly: pass weight=0.1, or leave out facts of the same subject"
-                ) from error
-
-        return solve
+        return lambda keys, residuals: least_squares(keys, residuals, lower.to(keys.device), self.weight)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, measure_spill
+from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, made_on, measure_spill
 from tl_factedit.editing import check_contexts, check_facts, check_objective, described, prefixes
 from tl_factedit.facts import Fact
 from tl_factedit.model import (
@@ -31,8 +31,10 @@ from tl_factedit.model import (
     Hook,
     Model,
     Runner,
+    as_layers,
     bos_policy,
     check_layer,
+    check_own,
     down_proj,
     drop_graphs,
     n_layers,
@@ -40,7 +42,6 @@ from tl_factedit.model import (
     resid_pre,
 )
 from tl_factedit.objectives import Inject, Objective, Wish, set_subjects
-from tl_factedit.provenance import Provenance
 from tl_factedit.tokens import align, pad
 from tl_factedit.trace import window_layers
 from tl_factedit.values import GIB
@@ -89,7 +90,7 @@ class FineTune:
 
     def __post_init__(self) -> None:
         """Sort the layers, and check the numbers."""
-        layers = (self.layers,) if isinstance(self.layers, int) else tuple(sorted(set(self.layers)))
+        layers = as_layers(self.layers)
         if not layers:
             raise ValueError("layers is empty, needed one at least")
         object.__setattr__(self, "layers", layers)
@@ -120,6 +121,7 @@ class FineTune:
         """
         facts = check_facts(facts, self.objective)
         sites = [down_proj(model, layer) for layer in self._layers]
+        check_own(model, self._layers)
         base = base_fingerprint(model)
         bos = bos_policy(model, self.prepend_bos)
         bare = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
@@ -162,8 +164,10 @@ class FineTune:
                     )
                     for site, delta in zip(sites, deltas, strict=True)
                 ),
-                fits=tuned.fits,
-                provenance=Provenance.of(model, bos, weights=base),
+                fits=tuple(
+                    {**fit, "same_first_token": row.same_first_token} for fit, row in zip(tuned.fits, bare, strict=True)
+                ),
+                provenance=made_on(model, bos, base),
             )
 
     def describe(self) -> dict[str, Any]:

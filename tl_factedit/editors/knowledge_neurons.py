@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, measure_spill
+from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, made_on, measure_spill
 from tl_factedit.editing import check_facts
 from tl_factedit.facts import Fact
 from tl_factedit.model import (
@@ -32,6 +32,7 @@ from tl_factedit.model import (
     Packing,
     Runner,
     bos_policy,
+    check_own,
     down_proj,
     drop_graphs,
     gather,
@@ -41,7 +42,6 @@ from tl_factedit.model import (
     resid_pre,
 )
 from tl_factedit.objectives import Erase, Inject, Objective
-from tl_factedit.provenance import Provenance
 from tl_factedit.tokens import Aligned, align, continuation, encode, pad
 from tl_factedit.values import GIB
 
@@ -119,6 +119,7 @@ class KnowledgeNeurons:
         facts = check_facts(facts, self.objective)
         layers = tuple(range(n_layers(model))) if self.layers is None else tuple(self.layers)
         sites = {layer: down_proj(model, layer) for layer in layers}
+        check_own(model, layers)
         base = base_fingerprint(model)
         bos = bos_policy(model, self.prepend_bos)
         bare = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
@@ -159,10 +160,15 @@ class KnowledgeNeurons:
                     for delta in deltas
                 ),
                 fits=tuple(
-                    {"neurons": [list(neuron) for neuron in each.neurons], "prompts": each.prompts, "rest": each.rest}
-                    for each in found
+                    {
+                        "neurons": [list(neuron) for neuron in each.neurons],
+                        "prompts": each.prompts,
+                        "rest": each.rest,
+                        "same_first_token": row.same_first_token,
+                    }
+                    for each, row in zip(found, bare, strict=True)
                 ),
-                provenance=Provenance.of(model, bos, weights=base),
+                provenance=made_on(model, bos, base),
             )
 
     def describe(self) -> dict[str, Any]:

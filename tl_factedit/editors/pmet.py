@@ -16,7 +16,7 @@ from typing import Any
 
 from tl_factedit.contexts import SampledContexts
 from tl_factedit.edit import Edit
-from tl_factedit.editing import check_contexts, check_objective, described, factor, plain
+from tl_factedit.editing import check_contexts, check_objective, described, described_stats, factor, plain
 from tl_factedit.editors.memit import STARTS
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model
@@ -113,8 +113,7 @@ class Pmet:
             "name": "Pmet",
             "layers": list(self.stats),
             "weight": self.weight,
-            "n_tokens": [each.n_tokens for each in self.stats.values()],
-            "corpus": [each.corpus for each in self.stats.values()],
+            **described_stats(self.stats.values()),
             "ridge": self.ridge,
             "objective": repr(self.objective),
             "fit": plain(asdict(self.fit)),

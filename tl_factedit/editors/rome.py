@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose, measure_spill
+from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose, made_on, measure_spill
 from tl_factedit.editing import (
     align_facts,
     bos_of,
@@ -34,7 +34,6 @@ from tl_factedit.editing import (
 from tl_factedit.facts import Fact
 from tl_factedit.model import Model, down_proj, quiet
 from tl_factedit.objectives import Inject, Objective
-from tl_factedit.provenance import Provenance
 from tl_factedit.solve import Factors, rank_one, whiten
 from tl_factedit.stats import KeyStats
 from tl_factedit.values import Fitted, ValueFit, fit_values
@@ -91,6 +90,11 @@ class Rome:
                     f"stats has the statistics of layer {stats.layer} under {layer}: give Rome(stats[layer])"
                 )
             object.__setattr__(self, "stats", stats)
+        if not isinstance(self.stats, KeyStats):
+            raise ValueError(
+                f"stats is a {type(self.stats).__name__}, needed KeyStats: key_stats(model, layer, texts)[layer], or "
+                "KeyStats.identity(model, layer) for the plain update"
+            )
         if self.variant not in ("consistent", "original"):
             raise ValueError(f"variant {self.variant!r} is unknown, needed 'consistent' or 'original'")
         if self.target_ref not in ("mean", "bare"):
@@ -131,11 +135,11 @@ class Rome:
         base = base_fingerprint(model)
         check_stats([stats], model, base, self.ridge)
         prepend_bos = bos_of([stats], self.prepend_bos, model)
-        align_facts(model, facts, self.fit, prepend_bos)
+        rows = align_facts(model, facts, self.fit, prepend_bos)
         # Before any forward pass, as it may fail; the identity needs none.
-        lower = None if stats.provenance is None else factor(stats, self.ridge)
+        lower = None if stats.is_identity else factor(stats, self.ridge)
         contexts = tuple(prefixes(self.contexts, model))
-        provenance = Provenance.of(model, prepend_bos, weights=base)
+        provenance = made_on(model, prepend_bos, base)
         edits = []
         with quiet(model):
             wishes = self.objective.wishes(model, facts, prepend_bos=prepend_bos)
@@ -149,7 +153,7 @@ class Rome:
                 memory=self.memory,
                 progress=self.progress,
             )
-            for fact, wish, fitted in zip(facts, wishes, found, strict=True):
+            for fact, row, wish, fitted in zip(facts, rows, wishes, found, strict=True):
                 mean_key = fitted.keys.mean(0)
                 direction = mean_key if lower is None else whiten(lower, mean_key)
                 key, value, residual = self._write_at(fitted)
@@ -165,7 +169,7 @@ class Rome:
                         editor=self.describe(),
                         contexts=contexts,
                         diagnostics=(diagnose(site, delta, direction, key, value, spill=spill),),
-                        fits=(record(fitted, wish),),
+                        fits=(record(fitted, wish, same_first_token=row.same_first_token),),
                         provenance=provenance,
                     )
                 )
@@ -181,6 +185,7 @@ class Rome:
             "layer": stats.layer,
             "n_tokens": stats.n_tokens,
             "corpus": stats.corpus,
+            "moment": stats.digest,
             "ridge": self.ridge,
             "objective": repr(self.objective),
             "fit": plain(asdict(self.fit)),

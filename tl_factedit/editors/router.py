@@ -25,10 +25,11 @@ from torch import Tensor
 
 from tl_factedit import files
 from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Edit, base_fingerprint
+from tl_factedit.edit import Edit, base_fingerprint, made_on
 from tl_factedit.editing import align_facts, check_contexts, check_facts, described, plain, prefixes, record
 from tl_factedit.facts import Fact
 from tl_factedit.model import DownProj, Hook, Model, Runner, bos_policy, down_proj, gather, model_name, quiet
+from tl_factedit.objectives import Wish
 from tl_factedit.provenance import Provenance
 from tl_factedit.tokens import align, pad
 from tl_factedit.values import ValueFit, fit_values
@@ -300,7 +301,7 @@ class Router:
         down_proj(model, self.layer)
         base = base_fingerprint(model)
         prepend_bos = bos_policy(model, self.prepend_bos)
-        align_facts(model, facts, self.fit, prepend_bos)
+        rows = align_facts(model, facts, self.fit, prepend_bos)
         contexts = prefixes(self.contexts, model)
         fitted = fit_values(
             model,
@@ -320,8 +321,11 @@ class Router:
             radius=self.radius,
             editor=self.describe(),
             contexts=tuple(contexts),
-            fits=tuple(record(each) for each in fitted),
-            provenance=Provenance.of(model, prepend_bos, weights=base),
+            fits=tuple(
+                record(each, Wish(fact), same_first_token=row.same_first_token)
+                for each, fact, row in zip(fitted, facts, rows, strict=True)
+            ),
+            provenance=made_on(model, prepend_bos, base),
         )
 
     def describe(self) -> dict[str, Any]:
