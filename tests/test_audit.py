@@ -213,6 +213,24 @@ def test_bad_facts_are_refused_before_anything_is_run(case, monkeypatch, change,
         fe.audit(model, edit, [fact])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"texts": ["", "x y z"]}, "no tokens|no token"),
+        ({"asides": [laws.OTHER]}, "needed the subject of a changed fact"),
+        ({"widths": (9,)}, "widths are"),
+        ({"routes": [fe.Route(laws.FACT, "He is in the c", "ity", " Rome")]}, "merges"),
+    ],
+    ids=["no text", "an aside of another", "too wide", "no answer"],
+)
+def test_what_else_cannot_be_asked_is_refused_before_anything_is_run(case, monkeypatch, given, message):
+    model, fact, edit = case
+    if "routes" in given:
+        given = {"routes": [dataclasses.replace(given["routes"][0], fact=fact)]}
+    with laws.untouched(model), laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match=message):
+        fe.audit(model, edit, [fact], **given)
+
+
 def test_an_edit_that_is_on_or_of_another_model_is_refused_before_anything_is_run(case, kind, monkeypatch):
     model, fact, edit = case
     on = (edit.applied(model), laws.untouched(model), laws.no_forward(monkeypatch, model))

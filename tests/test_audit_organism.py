@@ -1,5 +1,6 @@
 """Verdicts where the truth is known: models without the old object, overrides by construction, planted states."""
 
+import copy
 import functools
 import warnings
 from dataclasses import replace
@@ -113,6 +114,75 @@ def test_single_rome_edits_are_inserted_and_a_list_of_them_is_read_edit_by_edit(
     assert single.dose is not None and single.gains
 
 
+def test_an_override_where_no_layer_can_be_spared_is_not_called_erased(kind):
+    """The base model loses its answers without layer 0, so that no knock-out can show what lies over them there."""
+    facts = ASKED[:40]
+    route = Router(layer=0, fit=replace(FIT, kl_weight=0.5), contexts=("",), progress=False)(organism(kind), facts)
+    verdict = audited(kind, route, facts, reference=REFERENCE[:60], texts=())
+    assert verdict.findings.efficacy.mean > 0.9 and verdict.findings.mask.mean < 0.1
+    assert verdict.findings.mask_holds is False
+    assert any("can't spare those layers" in line for line in verdict.missing)
+
+
+def test_a_model_that_was_never_trained_is_not_called_erased(kind):
+    changed = untrained(organism(kind))
+    bare = [fact.but(neighbours=(), neighbour_targets=()) for fact in ASKED]
+    rest = [fact.but(neighbours=(), neighbour_targets=()) for fact in REST]
+    verdict = audited(
+        kind,
+        changed,
+        bare,
+        reference=REFERENCE[:300],
+        asides=(),
+        texts=(),
+        calibration=Calibration(changed, rest),
+        objective=fe.Erase(),
+    )
+    assert verdict.findings.native is None and verdict.label == "INCONCLUSIVE", repr(verdict)
+    assert any("reads unchanged facts of the changed model" in line for line in verdict.missing)
+
+
+def untrained(model):
+    """A copy with random weights."""
+    other = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in other.parameters():
+            if param.ndim > 1:
+                param.copy_(0.05 * torch.randn(param.shape, generator=draw))
+    return other
+
+
+def test_an_edit_inside_another_model_is_found_there_and_several_layers_are_knocked_out_together(kind):
+    model = organism(kind)
+    stats = fe.key_stats(model, [1, 3], o.texts(2_000), n_tokens=20_000, progress=False)
+    facts = ASKED[:24]
+    spread = {"fit": replace(FIT, clamp=0.75), "contexts": CONTEXTS, "progress": False}
+    edit = fe.Memit(stats, weight=1.0, **spread)(model, facts)
+    other = copy.deepcopy(model)
+    edit.apply_(other)
+    bare = {"asides": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
+    given, found = audited(kind, edit, facts, **bare), audited(kind, other, facts, **bare)
+    assert given.knock_out.windows == found.knock_out.windows and (1, 2, 3) in found.knock_out.windows
+    assert given.label == found.label
+    torch.testing.assert_close(given.knock_out.excess.mean, found.knock_out.excess.mean, equal_nan=True)
+
+
+def test_facts_that_cannot_be_knocked_out_are_named_and_calibrated_people_are_no_references(kind):
+    changed = router(kind)
+    facts = ASKED[:8]
+    few = [fact.but(relation="elsewhere") for fact in ASKED[8:12]]
+    bare = {"asides": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
+    verdict = audited(kind, changed, [*facts, *few], **bare)
+    assert any("4 facts of 'elsewhere' weren't knocked out" in line for line in verdict.missing)
+    assert len(verdict.knock_out.facts) == 8
+    mixed = [*REFERENCE[:200], *REST]
+    kept = retention(
+        organism(kind), organism(kind), ASKED[:24], mixed, Calibration(organism(kind), REST), progress=False
+    )
+    assert kept.n_native == 200
+
+
 # ---------------------------------------------------------------------------------------- planted states
 
 BEHAVES = Findings(
@@ -120,7 +190,7 @@ BEHAVES = Findings(
     paraphrase=Estimate(1.0, 0.95, 1.0, 75),
     neighbour_loss=Estimate(0.0, 0.0, 0.0, 75),
     aside_loss=Estimate(0.0, 0.0, 0.05, 75),
-    perplexity=1.0,
+    perplexity=Estimate(1.0, 0.99, 1.01, 20),
     mask=Estimate(0.0, 0.0, 0.08, 75),
     mask_at_most=0.05,
     mask_tests=5,

@@ -43,6 +43,16 @@ def test_edits_routers_and_nothing_else_are_changes(model, edits):
     assert not isinstance(model, fe.Change) and not isinstance(laws.FACT, fe.Change)
 
 
+def test_an_erasure_made_without_a_new_object_serves_the_fact_with_one(model):
+    """What an audit compares with is no part of what was erased."""
+    stats = fe.KeyStats.identity(model, 1)
+    editor = fe.Rome(stats, objective=fe.Erase(), fit=laws.QUICK, contexts=("",), progress=False)
+    edits = [editor(model, [fact.but(target_new=None)]) for fact in FACTS]
+    assert [part.indices for part in each(model, edits, FACTS)] == [(0,), (1,)]
+    both = [*edits, plain(model, FACTS[0])]  # one made for this very object comes first
+    assert next(iter(each(model, both, FACTS[:1]))).changed is both[2]
+
+
 def test_each_fact_is_asked_of_its_own_change_whatever_their_order(model, edits):
     expected = []
     for fact, edit in zip(FACTS, edits, strict=True):

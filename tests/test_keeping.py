@@ -201,3 +201,16 @@ def test_an_audit_that_was_killed_goes_on_and_comes_to_the_same(kind, tmp_path, 
     # Six measurements were read once for each edit, in three goes; what only compares bits upstream isn't kept.
     assert times[3] == len(edits)
     assert [*times[:2], times[2] - len(edits)] == [7, 10, 6 * len(edits) - 17]
+
+
+def test_a_model_that_carries_hooks_is_not_kept(model, tmp_path, kind):
+    """No fingerprint of weights tells it from the bare one."""
+    bare, other = tiny.model(kind, "gpt2"), tiny.model(kind, "gpt2", seed=1)
+    first = fe.forgotten(bare, other, FACTS, folder=tmp_path, progress=False)
+    for changed in (other, bare):
+        changed.hook_dict["blocks.0.hook_mlp_out"].add_hook(lambda value, hook=None: 0 * value)
+        with pytest.raises(ValueError, match="carries hooks of its own"):
+            fe.forgotten(bare, other, FACTS, folder=tmp_path, progress=False)
+        assert fe.forgotten(bare, other, FACTS, progress=False).facts == first.facts
+        changed.reset_hooks()
+    assert fe.forgotten(bare, other, FACTS, folder=tmp_path, progress=False).prompt == first.prompt

@@ -201,9 +201,9 @@ def test_coverage_is_the_share_of_contexts_with_the_critical_dose(setting, monke
     assert float(found.critical) == float(fe.dose_curve(model, edit, [fact]).critical) > 0
     assert found.covered["prompt"].mean == 1.0 and found.covered["prefixed"].n == 0
     assert "prompt 1.00" in repr(found)
-    # An edit that never wins in its own prompt covers nothing that could be told.
+    # An edit that never wins, at whatever dose, covers nothing.
     weak = fe.gain_coverage(model, [edit.scaled(1e-3)], [fact])
-    assert math.isnan(float(weak.critical)) and weak.covered["prompt"].n == 0
+    assert math.isnan(float(weak.critical)) and weak.covered["prompt"].mean == 0.0
     # A critical dose between the gains of the two paraphrases is reached in one of them.
     low, high = sorted(found.gains["paraphrases"][0].tolist())
     between = fe.Dose(torch.tensor([low, high]), torch.tensor([[-1.0, 1.0]]))

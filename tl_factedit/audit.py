@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 
-from tl_factedit.change import Changed, Part, bos_of_change, each
-from tl_factedit.collateral import Asides, Drift, ask_asides, drift
+from tl_factedit.change import Change, Changed, Part, bos_of_change, each
+from tl_factedit.collateral import Asides, Drift, ask_asides, drift, encode_texts, pair_asides
 from tl_factedit.edit import Edit
 from tl_factedit.estimate import Estimate, jointly
 from tl_factedit.evaluate import Answer, Scores, evaluate, scores_of
@@ -33,16 +33,16 @@ from tl_factedit.facts import Fact
 from tl_factedit.forgetting import Forgotten, forgotten
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
 from tl_factedit.keeping import check_keepable, read_each
-from tl_factedit.knockout import LEAST_REFERENCES, KnockOut, knock_out
-from tl_factedit.model import Model, Runner, component_hook, down_proj, n_layers, quiet, resid_pre
+from tl_factedit.knockout import LEAST_REFERENCES, KnockOut, knock_out, windows_of
+from tl_factedit.model import Model, Runner, component_hook, down_proj, fingerprint, n_layers, quiet, resid_pre
 from tl_factedit.objectives import Erase, Objective
 from tl_factedit.probe import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
 from tl_factedit.provenance import Provenance
 from tl_factedit.readout import ReadOut, read_out
 from tl_factedit.relearning import Relearning
-from tl_factedit.retention import Calibration, Retention, retention
-from tl_factedit.routes import Route, Routes, follow_routes
+from tl_factedit.retention import Calibration, Retention, check_apart, retention, unchanged
+from tl_factedit.routes import Route, Routes, check_routes, follow_routes
 from tl_factedit.tokens import align
 from tl_factedit.verdict import Findings, Label, Thresholds, judge
 
@@ -164,7 +164,7 @@ class Verdict:
                     "rank_old_after": float(at_end[1][rank]),
                     "override_margin": math.nan if self.dose is None else float(self.dose.override_margin[i]),
                     "critical_dose": math.nan if self.dose is None else float(self.dose.critical[i]),
-                    "success": now.success if self.forgotten is None else not bool(self.forgotten.after[i]),
+                    "success": now.success if self.forgotten is None else self.forgotten.gone(i),
                     "same_first_token": now.same_first_token,
                 }
             )
@@ -239,7 +239,8 @@ def audit(
         relearning: What `relearn` measured on the same facts; it trains, so it is left to you.
         objective: What the change was to bring about: of `Erase` that the old object no longer leads, of anything else
             that the new one does. None: what an edit was made with, and `Inject` for anything else.
-        widths: How many layers to knock out together; None: one, and as many as the change wrote.
+        widths: How many layers to knock out together; None: one, and as many as reach from the first that the change
+            wrote to the last.
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
         prepend_bos: BOS policy of a model changed in another way; None for its default. An edit has its own.
         seed: Of the bootstraps.
@@ -271,10 +272,14 @@ def audit(
     for fact in facts:
         align(model.tokenizer, fact, prepend_bos=bos)
     others = tuple(facts if reference is None and isinstance(changed, Sequence) else reference or ())
+    if calibration is not None:
+        check_apart(calibration, facts)
+        others = tuple(unchanged(others, changed, calibration))
     facts = tuple(_with_controls(fact, (*facts, *others)) for fact in facts)
     thresholds = thresholds or Thresholds()
-
     parts = list(each(model, changed, facts))  # with their controls, as they are asked
+    written = [_written(part) for part in parts]
+    _check_asked(model, facts, widths, routes, asides, texts, bos)
 
     lens = LogitLens(prepend_bos=bos)
     before, lens_before = evaluate(model, facts, prepend_bos=bos), lens(model, facts)
@@ -282,9 +287,13 @@ def audit(
     after, lens_after = _each_after(parts, facts, lens, lens_before, how)
     gone = forgotten(model, changed, facts, **how) if erasing else None
     alone = edits[0] if len(parts) == 1 and edits else None
-    knocked = _knocked(model, changed, facts, others, parts, widths, seed, how)
-    able = [fact for fact in facts if fact.controls]
-    attacked = read_out(model, changed, able, seed=seed, **how) if able else None
+    able, left_out = _can_be_knocked(facts, others, parts)
+    spans = widths or sorted({1, max((max(each) - min(each) + 1 for each in written if each), default=1)})
+    knocked = (
+        knock_out(model, changed, [facts[i] for i in able], others, widths=spans, seed=seed, **how) if able else None
+    )
+    controlled = [fact for fact in facts if fact.controls]
+    attacked = read_out(model, changed, controlled, seed=seed, **how) if controlled else None
     routed = follow_routes(model, changed, routes, **how) if routes else None
     beside = ask_asides(model, changed, facts, asides, **how) if asides else None
     drifted = drift(model, changed, facts, texts, **how) if texts else None
@@ -294,10 +303,11 @@ def audit(
         paraphrase=after.paraphrase if gone is None else gone.paraphrase,
         neighbour_loss=_neighbour_loss(before, after),
         aside_loss=None if beside is None else _minus_from_one(beside.kept),
-        perplexity=None if drifted is None else drifted.perplexity_ratio.mean,
+        perplexity=None if drifted is None else drifted.perplexity_ratio,
         mask=None if knocked is None else knocked.strongest,
         mask_at_most=math.nan if knocked is None else _at_most(knocked),
         mask_tests=0 if knocked is None else int(knocked.tested.sum()),
+        mask_holds=_holds(knocked, written),
         route_old=None if routed is None else routed.old_excess,
         route_new=None if routed is None else routed.new,
         native=None if kept is None or kept.native is None else kept.native.pooled,
@@ -305,6 +315,7 @@ def audit(
         readout=None if attacked is None else attacked.strongest,
         savings=None if relearning is None else relearning.savings,
         erasing=erasing,
+        facts=len(facts),
     )
     found = judge(findings, thresholds)
     upstream = _all_upstream(model, parts) if len(edits) == len(parts) else None
@@ -315,8 +326,8 @@ def audit(
         level="per edit" if len(facts) == 1 else "population",
         retained=_retained(findings, kept),
         recoverable=_recoverable(findings),
-        reasons=(*found.reasons, *_own_layers(knocked, parts), *_describe(upstream, dose, comparison)),
-        missing=(*found.missing, *(() if kept is None else kept.why), *_masked(knocked)),
+        reasons=(*found.reasons, *_own_layers(knocked, written), *_describe(upstream, dose, comparison)),
+        missing=(*found.missing, *left_out, *(() if kept is None else kept.why), *_masked(knocked, written, widths)),
         power=found.power,
         findings=findings,
         thresholds=thresholds,
@@ -355,7 +366,7 @@ def _with_controls(fact: Fact, among: Sequence[Fact]) -> Fact:
     """With the other objects of its relation as controls, if it has none of its own."""
     if fact.controls:
         return fact
-    targets = dict.fromkeys(other.target_true for other in among if other.relation == fact.relation)
+    targets = dict.fromkeys(other.target_true for other in among if other.group == fact.group)
     return fact.but(controls=[each for each in targets if each not in (fact.target_true, fact.target_new)])
 
 
@@ -392,34 +403,68 @@ def _each_after(
     return scores_of(facts, tuple(answers), Provenance.from_json(json.loads(provenance[0]))), reading
 
 
-def _knocked(
+def _check_asked(
     model: Model,
-    changed: Changed,
     facts: Sequence[Fact],
-    reference: Sequence[Fact],
-    parts: Sequence[Part],
     widths: Sequence[int] | None,
-    seed: int,
-    how: _How,
-) -> KnockOut | None:
-    """Of the facts that have controls, and references enough."""
-    of_relation = Counter((fact.relation, fact.subject) for fact in reference)
-    able = []
+    routes: Sequence[Route],
+    asides: Sequence[Fact],
+    texts: Sequence[str],
+    bos: bool,
+) -> None:
+    """See that all that is given can be asked, before anything is run."""
+    if widths is not None:
+        windows_of(n_layers(model), widths)
+    check_routes(model, routes, bos)
+    pair_asides(facts, asides)
+    if texts:
+        encode_texts(model, texts, bos)
+
+
+def _written(part: Part) -> tuple[int, ...] | None:
+    """The layers that a change wrote; None for another model that differs in more than ``W_out``."""
+    if isinstance(part.changed, Change):
+        return part.changed.layers
+    here, there = fingerprint(part.unedited), fingerprint(part.changed)
+    if (here.rest, here.layout, len(here.w_out)) != (there.rest, there.layout, len(there.w_out)):
+        return None
+    return tuple(i for i, both in enumerate(zip(here.w_out, there.w_out, strict=True)) if both[0] != both[1])
+
+
+def _can_be_knocked(
+    facts: Sequence[Fact], reference: Sequence[Fact], parts: Sequence[Part]
+) -> tuple[list[int], list[str]]:
+    """The facts that have controls, and references enough; and why the others can't be asked."""
+    of_relation = Counter((fact.group, fact.subject) for fact in reference)
+    able, without, few = list[int](), 0, Counter[str]()
     for part in parts:
         for i in part.indices:
             count = sum(
                 n
                 for (relation, subject), n in of_relation.items()
-                if relation == facts[i].relation and subject not in part.touched
+                if relation == facts[i].group and subject not in part.touched
             )
-            if facts[i].controls and count >= LEAST_REFERENCES:
+            if not facts[i].controls:
+                without += 1
+            elif count < LEAST_REFERENCES:
+                few[facts[i].group] += 1
+            else:
                 able.append(i)
-    if not able:
+    notes = [f"{without} facts weren't knocked out: they have no controls"] if without and reference else []
+    notes += [
+        f"{count} facts of {relation!r} weren't knocked out: fewer than {LEAST_REFERENCES} references"
+        for relation, count in few.items()
+        if reference
+    ]
+    return sorted(able), notes
+
+
+def _holds(knocked: KnockOut | None, written: Sequence[tuple[int, ...] | None]) -> bool | None:
+    """Whether all that was written is knocked out by some window that could be tested."""
+    if knocked is None or any(layers is None for layers in written):
         return None
-    if widths is None:
-        written = max((len(getattr(part.changed, "layers", ())) for part in parts), default=1)
-        widths = sorted({1, min(max(1, written), n_layers(model))})
-    return knock_out(model, changed, [facts[i] for i in sorted(able)], reference, widths=widths, seed=seed, **how)
+    tested = [set(window) for window, yes in zip(knocked.windows, knocked.tested.tolist(), strict=True) if yes]
+    return all(any(set(layers or ()) <= window for window in tested) for layers in written)
 
 
 def _at_most(knocked: KnockOut) -> float:
@@ -428,17 +473,22 @@ def _at_most(knocked: KnockOut) -> float:
     return float(ends.max()) if len(ends) else math.nan
 
 
-def _masked(knocked: KnockOut | None) -> Iterator[str]:
-    if knocked is not None:
-        for window, why in knocked.masked.items():
-            yield f"knock-out of layers {list(window)} tells nothing: {why}"
+def _masked(
+    knocked: KnockOut | None, written: Sequence[tuple[int, ...] | None], widths: Sequence[int] | None
+) -> Iterator[str]:
+    if knocked is None:
+        return
+    for window, why in knocked.masked.items():
+        yield f"knock-out of layers {list(window)} tells nothing: {why}"
+    if widths is None and None in written:
+        yield "knock-outs of several layers together (widths=): what is in two of them wouldn't show in one"
 
 
-def _own_layers(knocked: KnockOut | None, parts: Sequence[Part]) -> Iterator[str]:
+def _own_layers(knocked: KnockOut | None, written: Sequence[tuple[int, ...] | None]) -> Iterator[str]:
     """What a knock-out of the changed layers themselves says less of."""
     if knocked is None or knocked.best is None:
         return
-    changed = {layer for part in parts for layer in getattr(part.changed, "layers", ())}
+    changed = {layer for layers in written for layer in layers or ()}
     if changed and changed <= set(knocked.best):
         share = float(knocked.of_unedited[knocked.windows.index(knocked.best)])
         yield (

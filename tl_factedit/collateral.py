@@ -110,7 +110,7 @@ def ask_asides(
     facts = tuple(facts)
     parts = list(each(model, changed, facts))
     bos = bos_of_change(model, changed, prepend_bos)
-    pairs = _pairs(facts, asides)
+    pairs = pair_asides(facts, asides)
     rows = [encode(model.tokenizer, aside.text, prepend_bos=bos)[0] for _, aside in pairs]
     true = torch.tensor(
         [int(continuation(model.tokenizer, aside.text, aside.target_true, prepend_bos=bos)[0]) for _, aside in pairs],
@@ -169,8 +169,12 @@ def ask_asides(
     )
 
 
-def _pairs(facts: Sequence[Fact], asides: Sequence[Fact]) -> list[tuple[int, Fact]]:
-    """Each aside with each fact of its subject, once."""
+def pair_asides(facts: Sequence[Fact], asides: Sequence[Fact]) -> list[tuple[int, Fact]]:
+    """Each aside with each fact of its subject, once.
+
+    Raises:
+        ValueError: An aside about a subject that no fact has, or that is one of the facts itself.
+    """
     about: dict[str, list[int]] = {}
     for i, fact in enumerate(facts):
         about.setdefault(fact.subject, []).append(i)
@@ -247,13 +251,8 @@ def drift(
         ValueError: No texts, or one without a token to predict.
     """
     parts = list(each(model, changed, facts))
-    if isinstance(texts, str) or not texts:
-        raise ValueError("texts is empty or a string, needed a list of texts")
     bos = bos_of_change(model, changed, prepend_bos)
-    rows = [encode(model.tokenizer, text, prepend_bos=bos)[0] for text in texts]
-    short = [text for text, row in zip(texts, rows, strict=True) if len(row) < 2]
-    if short:
-        raise ValueError(f"text {short[0]!r} has no token to predict, needed two tokens at least")
+    rows = encode_texts(model, texts, bos)
     together = list(batches([len(row) for row in rows], batch_tokens))
     read = [torch.arange(max(len(rows[i]) for i in some) - 1) for some in together]
     with quiet(model), torch.no_grad():
@@ -283,6 +282,21 @@ def drift(
     counts = torch.tensor([len(row) - 1 for row in rows])
     ratio, moved = _over(before, after, kl, counts)
     return Drift(before, after, kl, counts, ratio, moved)
+
+
+def encode_texts(model: Model, texts: Sequence[str], prepend_bos: bool) -> list[Int[Tensor, "_"]]:
+    """Token ids of neutral texts.
+
+    Raises:
+        ValueError: No texts, or one without a token to predict.
+    """
+    if isinstance(texts, str) or not texts:
+        raise ValueError("texts is empty or a string, needed a list of texts")
+    rows = [encode(model.tokenizer, text, prepend_bos=prepend_bos)[0] for text in texts]
+    short = [text for text, row in zip(texts, rows, strict=True) if len(row) < 2]
+    if short:
+        raise ValueError(f"text {short[0]!r} has no token to predict, needed two tokens at least")
+    return rows
 
 
 def _over(before: Tensor, after: Tensor, kl: Tensor, counts: Tensor) -> tuple[Estimate, Estimate]:

@@ -27,7 +27,7 @@ from tl_factedit.change import Changed, bos_of_change, each
 from tl_factedit.edit import Edit
 from tl_factedit.estimate import Estimate, over_facts
 from tl_factedit.facts import Fact
-from tl_factedit.gain import dose_curve
+from tl_factedit.gain import Dose, dose_curve
 from tl_factedit.model import Model, Runner, down_proj, quiet
 from tl_factedit.objects import with_new_objects
 from tl_factedit.tokens import align, batches, encode, pad
@@ -129,11 +129,13 @@ def gain_coverage(
                 f"the edit writes layers {list(part.changed.layers)}, needed one: of several there is no one gain"
             )
     found: dict[str, list[Tensor]] = {group: [torch.empty(0)] * len(facts) for group in GROUPS}
-    critical = torch.full((len(facts),), math.nan)
+    critical, least = torch.full((2, len(facts)), math.nan)
     for part in parts:
         made = part.changed
         assert isinstance(made, Edit)
-        critical[list(part.indices)] = dose_curve(model, made, part.facts, batch_tokens=batch_tokens).critical
+        dose = dose_curve(model, made, part.facts, batch_tokens=batch_tokens)
+        critical[list(part.indices)] = dose.critical
+        least[list(part.indices)] = _least(dose)
         for i, fact in zip(part.indices, part.facts, strict=True):
             contexts = _contexts(model, fact, prefixes, asides, bos)
             fired = _gains(model, made, fact, [ids for _, ids, _ in contexts], batch_tokens)
@@ -148,13 +150,20 @@ def gain_coverage(
         group: over_facts(
             [
                 float((gains >= a).float().mean()) if len(gains) and not math.isnan(a) else math.nan
-                for gains, a in zip(found[group], critical.tolist(), strict=True)
+                for gains, a in zip(found[group], least.tolist(), strict=True)
             ],
             seed=seed,
         )
         for group in ASKING
     }
     return Coverage(facts, critical, {group: tuple(of_facts) for group, of_facts in found.items()}, covered)
+
+
+def _least(dose: Dose) -> Float[Tensor, "fact"]:
+    """The smallest gain at which the new object leads: a*, or ∞ where it never does, −∞ where it always does."""
+    ends = dose.margin[:, -1]
+    always = torch.where(ends < 0, math.inf, torch.where(ends > 0, -math.inf, math.nan))
+    return torch.where(dose.critical.isnan(), always, dose.critical)
 
 
 def _contexts(

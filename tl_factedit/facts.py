@@ -82,6 +82,11 @@ class Fact:
         """The prompt with the subject in it."""
         return self.fill(self.prompt)
 
+    @property
+    def group(self) -> str:
+        """Which facts it can be compared with: those of its relation or, where none is named, of its prompt."""
+        return self.prompt if self.relation is None else self.relation
+
     def fill(self, template: str) -> str:
         """`template` with the subject in the place of ``"{}"``, or as it is if it has none."""
         return template.replace("{}", self.subject, 1)

@@ -43,6 +43,10 @@ class Forgotten:
     prompt: Estimate
     paraphrase: Estimate
 
+    def gone(self, fact: int) -> float:
+        """1 if the old object led and doesn't any more, 0 if it still does, NaN if it never led."""
+        return float(not self.after[fact]) if bool(self.before[fact]) else math.nan
+
     def __repr__(self) -> str:
         """Both shares in a line."""
         return f"Forgotten({len(self.facts)} facts: prompt {self.prompt:.2f}, paraphrase {self.paraphrase:.2f})"

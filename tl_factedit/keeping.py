@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from tl_factedit import files, records
 from tl_factedit.change import Change, Part
-from tl_factedit.model import Model, quiet
+from tl_factedit.model import Model, carries_hooks, model_name, quiet
 from tl_factedit.provenance import Provenance
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def check_keepable(parts: Sequence[Part], folder: str | Path | None) -> None:
     """See that what is read of each change can be kept, if it is to be; nothing is run.
 
     Raises:
-        ValueError: A folder, and a change that can't be told from others.
+        ValueError: A folder, and a change that can't be told from others, or a model that carries hooks of its own.
     """
     for part in parts if folder is not None else ():
         if isinstance(part.changed, Change) and not isinstance(part.changed, Digested):
@@ -94,6 +94,12 @@ def check_keepable(parts: Sequence[Part], folder: str | Path | None) -> None:
                 f"a {type(part.changed).__name__} has no digest, so that nothing can be kept of it: needed a change "
                 "with one (an Edit, a RoutedEdit), or no folder"
             )
+        for model in (part.unedited, part.changed):
+            if isinstance(model, Model) and carries_hooks(model):
+                raise ValueError(
+                    f"{model_name(model)} carries hooks of its own, which no fingerprint of its weights tells: nothing "
+                    "can be kept of it, needed no folder (or reset_hooks)"
+                )
 
 
 def _digest(part: Part, base: Any, asked: Mapping[str, Any]) -> str:

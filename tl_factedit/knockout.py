@@ -304,10 +304,10 @@ def _touched(parts: Sequence[Any], index: int) -> frozenset[str]:
 def _uses(fact: Fact, reference: Sequence[Fact], touched: frozenset[str]) -> Bool[Tensor, "reference"]:
     """Which references a fact's mean is over."""
     # A subject asked under several prompts counts under each: the state depends on what stands before it.
-    use = torch.tensor([r.relation == fact.relation and r.subject not in touched for r in reference], dtype=torch.bool)
+    use = torch.tensor([r.group == fact.group and r.subject not in touched for r in reference], dtype=torch.bool)
     if int(use.sum()) < LEAST_REFERENCES:
         raise ValueError(
-            f"{int(use.sum())} of {len(reference)} reference facts are of the relation {fact.relation!r} of "
+            f"{int(use.sum())} of {len(reference)} reference facts are of the relation {fact.group!r} of "
             f"{fact.name!r} and about a subject that isn't changed, needed {LEAST_REFERENCES} at least: give more "
             "facts of this relation"
         )

@@ -350,6 +350,23 @@ def _update(digest: Any, tensor: Tensor) -> None:
 # ------------------------------------------------------------------------------------ running
 
 
+def carries_hooks(model: Model) -> bool:
+    """Whether anything is hooked into the model, a user's or another tool's: it isn't what its weights make it."""
+    roots: list[Any] = [model, *([model.original_model] if kind(model) == "bridge" else [])]  # type: ignore[attr-defined]
+    for module in (m for root in roots for m in root.modules()):
+        if getattr(module, "fwd_hooks", None):  # a HookPoint's
+            return True
+        # A bridge wires some of its own modules together with hooks of torch once it has run.
+        fns = (
+            []
+            if hasattr(module, "fwd_hooks")
+            else [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        )
+        if any(not getattr(fn, "__module__", "").startswith("transformer_lens") for fn in fns):
+            return True
+    return False
+
+
 @contextmanager
 def quiet(model: Model) -> Iterator[None]:
     """Evaluation mode and frozen parameters for the length of a block, then everything as it was.

@@ -40,6 +40,9 @@ LEAST_FOR_AN_OBJECT = 4
 """Training subjects that an object needs to be a class; a ruler of few is blind and would find nothing anywhere."""
 LEAST_OBJECTS = 8
 """With fewer, the new object says much about the old one (of two, all)."""
+LEAST_SKILL = 0.5
+"""What a native ruler's accuracy above chance on unchanged facts of the changed model has to be, beside the unedited
+model's: one that is blind there finds nothing, whatever there is."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Retention:
         n_native: On how many facts the native rulers were trained.
         n_adaptive: The adaptive ones.
         why: Why there is no ruler, or fewer facts.
-        relations: How many facts were read of each relation.
+        relations: How many facts were read of each relation (or prompt, where no relation is named).
     """
 
     native: Residual | None
@@ -78,7 +81,7 @@ class Retention:
     n_native: int
     n_adaptive: int
     why: tuple[str, ...]
-    relations: Mapping[str | None, int]
+    relations: Mapping[str, int]
 
     def __repr__(self) -> str:
         """Both in a line."""
@@ -128,18 +131,19 @@ def retention(
             raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
     parts = list(each(model, changed, facts))
     touched = frozenset().union(*(part.touched for part in parts))
-    others = [fact for fact in reference if fact.subject not in touched]
+    if calibration is not None:
+        check_apart(calibration, facts)
+    others = [fact for fact in unchanged(reference, changed, calibration) if fact.subject not in touched]
     plans, notes = _plans(facts, others)
     if not plans:
         return Retention(None, None, None, (), 0, 0, tuple(notes), {})
-    if calibration is not None:
-        _check_apart(calibration, facts)
     bos = bos_of_change(model, changed, prepend_bos)
     asked = tuple(fact for plan in plans for fact in plan.facts)
     clean = read_states(model, asked, prepend_bos=bos)
     after = states_of_changed(model, changed, asked, prepend_bos=bos, folder=folder, progress=progress)
     cells = _touched_cells(clean, changed)
-    before, native, adaptive, transfer = list[Decoded](), list[Decoded](), list[_Adaptive](), list[Tensor]()
+    before, native, adaptive = list[Decoded](), list[Decoded](), list[_Adaptive]()
+    transfer, there, here = list[Tensor](), list[Tensor](), list[Tensor]()
     begin = 0
     for plan in tqdm(plans, desc="rulers", unit="relation", delay=1, disable=not progress, leave=False):
         mine = list(range(begin, begin + len(plan.facts)))
@@ -149,6 +153,8 @@ def retention(
         before.append(decode(unedited, clean.take(mine)))
         native.append(decode(own, after.take(mine)))
         transfer.append(own.held_out_accuracy)
+        there.append(own.held_out_accuracy - 1 / len(plan.objects))
+        here.append(unedited.held_out_accuracy - 1 / len(plan.objects))
         if calibration is not None:
             found = _adaptive(model, calibration, plan, clean.take(mine), after.take(mine), bos, folder, progress)
             if found is None:
@@ -157,10 +163,19 @@ def retention(
                 adaptive.append(found)
     if calibration is None:
         notes.append("no calibration (the same change made for other subjects) was given: no adaptive ruler")
+    read = _residual(
+        before, native, cells, seed, notes, "the native ruler reads the old objects nowhere even before the change"
+    )
+    if read is not None:
+        skill = float(torch.stack(there).sum(0)[read.cells].mean() / torch.stack(here).sum(0)[read.cells].mean())
+        if not skill >= LEAST_SKILL:
+            notes.append(
+                f"the native ruler reads unchanged facts of the changed model {skill:.0%} as well as one of the "
+                f"unedited model does there, needed {LEAST_SKILL:.0%}: what it doesn't find needn't be absent, no ρ"
+            )
+            read = None
     return Retention(
-        native=_residual(
-            before, native, cells, seed, notes, "the native ruler reads the old objects nowhere even before the change"
-        ),
+        native=read,
         adaptive=_residual(
             [found.before for found in adaptive],
             [found.after for found in adaptive],
@@ -219,7 +234,7 @@ class _Plan:
         several: Whether there are other relations.
     """
 
-    relation: str | None
+    relation: str
     objects: tuple[str, ...]
     facts: tuple[Fact, ...]
     others: tuple[Fact, ...]
@@ -233,11 +248,11 @@ class _Plan:
 
 def _plans(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[list[_Plan], list[str]]:
     """A plan for each relation that there can be rulers of, and why not for the others."""
-    relations = list(dict.fromkeys(fact.relation for fact in facts))
+    relations = list(dict.fromkeys(fact.group for fact in facts))
     plans, notes = list[_Plan](), list[str]()
     for relation in relations:
-        mine = [fact for fact in facts if fact.relation == relation]
-        known = [fact for fact in others if fact.relation == relation]
+        mine = [fact for fact in facts if fact.group == relation]
+        known = [fact for fact in others if fact.group == relation]
         objects = _objects(known)
         if len(objects) < LEAST_OBJECTS:
             notes.append(
@@ -263,7 +278,16 @@ def _plans(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[list[_Plan], 
     return plans, notes
 
 
-def _check_apart(calibration: Calibration, facts: Sequence[Fact]) -> None:
+def unchanged(reference: Sequence[Fact], changed: Changed, calibration: Calibration | None) -> list[Fact]:
+    """The references, without the calibration's subjects where one model is changed: it has changed those too."""
+    if calibration is None or isinstance(changed, (Change, Sequence)):
+        return list(reference)
+    subjects = {fact.subject for fact in calibration.facts}
+    return [fact for fact in reference if fact.subject not in subjects]
+
+
+def check_apart(calibration: Calibration, facts: Sequence[Fact]) -> None:
+    """See that no subject is both asked and in the calibration."""
     overlap = sorted({fact.subject for fact in facts} & {fact.subject for fact in calibration.facts})
     if overlap:
         raise ValueError(
@@ -311,7 +335,7 @@ def _adaptive(
     folder: str | Path | None,
     progress: bool,
 ) -> _Adaptive | None:
-    known = [fact for fact in calibration.facts if fact.relation == plan.relation]
+    known = [fact for fact in calibration.facts if fact.group == plan.relation]
     objects = _objects(known, least=2)
     if len(objects) < LEAST_OBJECTS or not {fact.target_true for fact in plan.facts} <= set(objects):
         return None

@@ -193,7 +193,7 @@ def follow_routes(
         return _summed((), torch.zeros(0, dtype=torch.bool), nothing, nothing)
     parts = list(each(model, changed, [route.fact for route in routes]))
     bos = bos_of_change(model, changed, prepend_bos)
-    asked = [_Asked.of(model.tokenizer, route, bos) for route in routes]
+    asked = check_routes(model, routes, bos)
     with quiet(model), torch.no_grad():
         before = _read(Runner(model), asked, batch_tokens)
 
@@ -209,6 +209,15 @@ def follow_routes(
 
 
 # ------------------------------------------------------------------------------------ one model
+
+
+def check_routes(model: Model, routes: Sequence[Route], prepend_bos: bool) -> list[_Asked]:
+    """The requests of some routes.
+
+    Raises:
+        ValueError: An answer is no continuation of its prompt.
+    """
+    return [_Asked.of(model.tokenizer, route, prepend_bos) for route in routes]
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,14 +42,15 @@ class Thresholds:
     Attributes:
         efficacy: The lower end of efficacy has to reach it.
         paraphrase: Mean paraphrase success has to reach it.
-        one: What both have to reach for a single fact.
+        one: What efficacy has to reach for a single fact.
         loss: By how much neighbours or the subject's other facts may suffer.
-        perplexity: How many times as large perplexity on plain text may be.
+        perplexity: How many times as large perplexity on plain text may be, by the lower end of its interval.
         present: Recoverable if the lower end of an excess is above it.
         absent: Not recoverable only if the upper ends of all are below it.
         retained: Retained if the lower end of ρ is above it (scarred if the upper end is below minus it).
         equal: Not retained only if ρ's 90 % interval lies within ± this.
         follows: Share of indirect routes that have to give what follows from the new object.
+        savings: For an absence, the steps that relearning may save at most, if it was tried (upper end).
     """
 
     efficacy: float = 0.8
@@ -62,6 +63,7 @@ class Thresholds:
     retained: float = 0.10
     equal: float = 0.30
     follows: float = 0.9
+    savings: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Findings:
         mask_at_most: The largest upper end of any knock-out, not corrected: for "none of them brings it back" each has
             to show it, and no correction is due.
         mask_tests: How many knock-outs were tried (on layers that the unedited model can spare).
+        mask_holds: Whether one of them took out all the layers that the change wrote; None where it isn't known which
+            those are (another model, trained as a whole).
         route_old: Excess of what follows from the old object, on indirect routes.
         route_new: Share of what follows from the new one there.
         native: ρ by a decoder trained on how unchanged facts are encoded in the changed model.
@@ -85,16 +89,18 @@ class Findings:
         readout: Excess of the best white-box read-out of the old object.
         savings: Steps saved in learning the old object again, over a control object.
         erasing: Whether the change was to erase, not to write a new object: nothing new is to follow then.
+        facts: How many facts were asked; 0 for those that efficacy is over.
     """
 
     efficacy: Estimate
     paraphrase: Estimate
     neighbour_loss: Estimate | None = None
     aside_loss: Estimate | None = None
-    perplexity: float | None = None
+    perplexity: Estimate | None = None
     mask: Estimate | None = None
     mask_at_most: float = math.nan
     mask_tests: int = 0
+    mask_holds: bool | None = None
     route_old: Estimate | None = None
     route_new: Estimate | None = None
     native: Estimate | None = None
@@ -102,6 +108,7 @@ class Findings:
     readout: Estimate | None = None
     savings: Estimate | None = None
     erasing: bool = False
+    facts: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class _Case:
 
     @property
     def one(self) -> bool:
-        return self.f.efficacy.n < 2
+        return (self.f.facts or self.f.efficacy.n) < 2
 
     def decide(self) -> Judgement:
         label = (
@@ -166,7 +173,9 @@ class _Case:
             self.missing.append(
                 "facts whose old object led before, with other objects to compare: none, so no efficacy"
             )
-            return None
+            return "INCONCLUSIVE"
+        if not ps.n:
+            self.missing.append("paraphrases: whether the change holds under other words was not looked at")
         # Where every fact succeeds, a lower end below the threshold only says that the facts are few.
         low = es.mean if self.one or es.mean == 1.0 else es.low
         if low < (self.t.one if self.one else self.t.efficacy) or ps.mean < (
@@ -189,6 +198,8 @@ class _Case:
             if loss is None or not loss.n:
                 self.missing.append(f"{what}: whether it suffers was not looked at")
                 continue
+            if not self._enough(loss, what):
+                continue
             self.reasons.append(f"{what} fell by {loss:.2f}")
             # A loss counts once all of its interval is beyond what is allowed.
             if (loss.mean if loss.n < 2 else loss.low) > self.t.loss + 1e-9:  # a mean's rounding is no loss
@@ -197,7 +208,8 @@ class _Case:
             self.missing.append("drift on plain text was not looked at")
         else:
             self.reasons.append(f"perplexity on plain text is {self.f.perplexity:.3f} times as large")
-            found = found or self.f.perplexity > self.t.perplexity
+            least = self.f.perplexity.mean if self.f.perplexity.n < 2 else self.f.perplexity.low
+            found = found or least > self.t.perplexity
         if found:
             self.reasons.append("the change isn't local: what became of the old object is beside the point")
             return "DAMAGED"
@@ -209,17 +221,17 @@ class _Case:
         if mask is None or not mask.n:
             self.missing.append("knock-out of layers at the last subject token (needs references and controls)")
         else:
+            corrected = f"best of {self.f.mask_tests}" + (", corrected" if mask.n > 1 else "")
             self.reasons.append(
-                f"with one place knocked out the old object is back in excess of controls: {mask:.2f} "
-                f"(best of {self.f.mask_tests}, corrected)"
+                f"with one place knocked out the old object is back in excess of controls: {mask:.2f} ({corrected})"
             )
-            if self._present(mask):
+            if self._enough(mask, "knock-outs") and self._present(mask):
                 found.append("a knock-out")
         if route is None or not route.n:
             self.missing.append("indirect routes (two-hop, reverse): none were given, or the model knows none")
         else:
             self.reasons.append(f"indirect routes still lead to what follows from the old object: {route:.2f}")
-            if self._present(route):
+            if self._enough(route, "indirect routes") and self._present(route):
                 found.append("indirect routes")
         if found:
             verb = "brings" if found == ["a knock-out"] else "bring"
@@ -244,8 +256,11 @@ class _Case:
         if self.one or not (_known(native) and _known(adaptive)):
             return None
         assert native is not None and adaptive is not None
-        if self._within(native) and adaptive.low > self.t.retained:
-            self.reasons.append("the old object is gone from where facts are, and still decodable in another code")
+        if self._within(native) and adaptive.low > self.t.retained and self._no_way_back():
+            self.reasons.append(
+                "the old object is gone from where facts are, and still decodable in another code; no way back to it "
+                "was found"
+            )
             return "MOVED"
         return None
 
@@ -282,6 +297,7 @@ class _Case:
             return None
         for what, value, below in (
             ("the decoder puts the old object below its null", self.f.native, -self.t.retained),
+            ("the adaptive decoder puts the old object below its null", self.f.adaptive, -self.t.retained),
             ("the old object is harder to learn again than a control", self.f.savings, 0.0),
         ):
             if _known(value) and value is not None and value.high < below:
@@ -304,18 +320,38 @@ class _Case:
                     f"more facts: ρ of the {what} decoder, {rho:.2f}, isn't within ±{self.t.equal:g} by its 90 % "
                     "interval"
                 )
-        if not self.f.erasing and route_new is not None and route_new.n and route_new.mean < self.t.follows:
+        if not self.f.erasing and (route_new is None or route_new.n < 2):
+            shown = False
+            self.missing.append("indirect routes to what follows from the new object")
+        elif not self.f.erasing and route_new is not None and route_new.mean < self.t.follows:
             shown = False
             self.reasons.append(
                 f"only {route_new:.2f} of indirect routes give what follows from the new object, needed "
                 f"{self.t.follows:g}"
             )
+        for what, found, most in (
+            ("a read-out of the states", self.f.readout, self.t.equal),
+            ("relearning", self.f.savings, self.t.savings),
+        ):
+            if _known(found) and found is not None and not found.high < most:
+                shown = False
+                self.missing.append(f"more facts: {what} may still find {found.high:.2f}, needed less than {most:g}")
+        if not any(_known(loss) for loss in (self.f.neighbour_loss, self.f.aside_loss)):
+            shown = False
+            self.missing.append("neighbours or asides: a model that is broken as a whole has nothing of a fact")
         if shown:
             self.reasons.append("nothing of the old object was found, by measurements that would have shown it")
             return "ERASED"
         return None
 
     # -- what an estimate says
+
+    def _enough(self, value: Estimate, what: str) -> bool:
+        """Of a population, one fact says nothing."""
+        if self.one or value.n > 1:
+            return True
+        self.missing.append(f"{what} of more than one fact: the others don't count, as the unedited model lacks them")
+        return False
 
     def _present(self, value: Estimate) -> bool:
         return value.mean > self.t.one if value.n < 2 else value.low > self.t.present
@@ -327,27 +363,39 @@ class _Case:
     def _no_way_back(self) -> bool:
         """Knock-outs and routes were run, and bound what they may bring back."""
         mask, route = self.f.mask, self.f.route_old
-        if mask is None or not mask.n or route is None or not route.n:
+        if mask is None or mask.n < 2 or route is None or route.n < 2:
+            return False
+        if self.f.mask_holds is False:
+            self._miss(
+                "a knock-out of all that the change wrote: the unedited model can't spare those layers, so that what "
+                "lies over the fact there wouldn't show"
+            )
             return False
         if not self.f.mask_at_most <= self.t.absent:
-            self.missing.append(
+            self._miss(
                 f"more facts: a knock-out may still bring back {self.f.mask_at_most:.2f}, needed {self.t.absent:g} at "
                 "most"
             )
             return False
         if not route.high <= self.t.absent:
-            self.missing.append(
-                f"more facts: routes may still lead back in {route.high:.2f}, needed {self.t.absent:g} at most"
-            )
+            self._miss(f"more facts: routes may still lead back in {route.high:.2f}, needed {self.t.absent:g} at most")
             return False
         return True
+
+    def _miss(self, what: str) -> None:
+        """Name it as missing, once."""
+        if what not in self.missing:
+            self.missing.append(what)
 
     def _power(self) -> list[str]:
         lines = []
         mask = self.f.mask
         if mask is not None and mask.n > 1:
             share = smallest_share(mask.n, self.t.present, tests=max(1, self.f.mask_tests))
-            lines.append(f"a knock-out that brings the old object back in {share:.0%} of facts would have shown")
+            lines.append(
+                f"one of the {self.f.mask_tests} knock-outs that were tried would have shown if it brought the old "
+                f"object back in {share:.0%} of facts"
+            )
         for what, rho in (("native", self.f.native), ("adaptive", self.f.adaptive)):
             if rho is not None and rho.n > 1:
                 lines.append(
