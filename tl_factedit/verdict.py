@@ -218,6 +218,11 @@ class _Case:
     def _inserted(self) -> Label | None:
         found = []
         mask, route = self.f.mask, self.f.route_old
+        if self.f.mask_holds is False:
+            self.missing.append(
+                "a knock-out of all that the change wrote: the unedited model can't spare those layers, so that what "
+                "lies over the fact there wouldn't show"
+            )
         if mask is None or not mask.n:
             self.missing.append("knock-out of layers at the last subject token (needs references and controls)")
         else:
@@ -366,10 +371,6 @@ class _Case:
         if mask is None or mask.n < 2 or route is None or route.n < 2:
             return False
         if self.f.mask_holds is False:
-            self._miss(
-                "a knock-out of all that the change wrote: the unedited model can't spare those layers, so that what "
-                "lies over the fact there wouldn't show"
-            )
             return False
         if not self.f.mask_at_most <= self.t.absent:
             self._miss(

@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]
     return {
         "oracle": (oracle, True, SAMPLES),
         "router": (together(Router(layer=1, fit=FIT, **common)), False, SAMPLES),
+        # The base model can't spare layer 0: an override that no knock-out can show.
+        "router-0": (together(Router(layer=0, fit=replace(FIT, kl_weight=0.5), **common)), True, ONE),
         "rome": (singly(rome), False, ONE),
         "erase": (singly(fe.Rome(stats[1], fit=FIT, objective=fe.Erase(), **common)), False, ONE),
         "memit": (together(fe.Memit(stats, weight=1.0, **spread)), False, ONE),
@@ -83,14 +86,14 @@ def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]
     }
 
 
-def audits(name: str, model: Any, out: Path) -> Iterator[dict[str, Any]]:
+def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, Any]]:
     change, calibrated, samples = changes(model)[name]
     everybody = fe.models.organism_facts("city", "all")
     texts = [text for text in o.texts(300) if not any(part in text for part in o.FIRST)][:20]
     path = out / f"organism-{name}.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     yield from done
-    for which, part in samples:
+    for which, part in samples[:most]:
         if any((line["oracle"], line["part"]) == (which, part) for line in done):
             continue
         people = fe.models.organism_facts("city", f"oracle{which}")
@@ -122,7 +125,8 @@ def audits(name: str, model: Any, out: Path) -> Iterator[dict[str, Any]]:
             "paraphrase": f"{f.paraphrase:.2f}",
             "neighbours fell": f"{f.neighbour_loss:.2f}",
             "asides fell": f"{f.aside_loss:.2f}",
-            "perplexity": f.perplexity,
+            "perplexity": f"{f.perplexity:.4f}",
+            "holds": f.mask_holds,
             "mask": f"{f.mask:.3f}",
             "best": None if knocked is None else knocked.best,
             "mask at most": f.mask_at_most,
@@ -145,12 +149,13 @@ def main() -> None:
     parser.add_argument("what", help="names of `changes`, with commas between them")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kind", default="bridge")
+    parser.add_argument("--samples", type=int, default=len(SAMPLES), help="how many of them at most")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     model = fe.models.organism(args.kind)
     for name in args.what.split(","):
-        for line in audits(name, model, args.out):
+        for line in audits(name, model, args.out, args.samples):
             shown = {key: value for key, value in line.items() if key not in ("reasons", "missing")}
             print(name, json.dumps(shown, ensure_ascii=False), flush=True)
 
