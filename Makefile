@@ -74,11 +74,11 @@ test:  ## the whole test suite, against both generations of TransformerLens
 
 test-tl4: .venv/tl4/.installed-dev  ## the same against TransformerLens 4 alone
 	@echo "Tests with transformer-lens $(TL4)"
-	@$(call PYTEST,tl4) -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(call PYTEST,tl4) -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-tl3: .venv/tl3/.installed-dev  ## the same against TransformerLens 3 alone
 	@echo "Tests with transformer-lens $(TL3)"
-	@$(call PYTEST,tl3) -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(call PYTEST,tl3) -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For developers

@@ -736,7 +736,7 @@ def _concerns(edit: Edit) -> Iterator[str]:
             )
     last = [d for d in edit.diagnostics if d.layer == max(edit.layers)]
     unmet = [share for d in last for share in d.unmet]
-    one_key = max((d.key_cosine for d in last), default=0.0) > SAME_KEY
+    one_key = bool(unmet) and max(d.key_cosine for d in last) > SAME_KEY
     if one_key:
         yield (
             f"two of the facts have one key in layer {max(edit.layers)} (prompts that begin with the same subject), "
