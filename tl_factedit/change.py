@@ -120,7 +120,7 @@ def _one_by_one(model: Model, changes: Sequence[Change], facts: Sequence[Fact]) 
     served: dict[int, list[int]] = {}
     for i, fact in enumerate(facts):
         # An erasure may have been made without a new object, which an audit wants to compare with.
-        found = serving.get(identity(fact)) or serving.get(identity(fact.but(target_new=None)), [])
+        found = serving.get(identity(fact)) or serving.get((fact.subject, fact.prompt, None), [])
         if len(found) != 1:
             raise ValueError(
                 f"fact {fact.name!r} is in {len(found)} of the {len(changes)} changes, needed exactly one that was "

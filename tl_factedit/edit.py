@@ -266,13 +266,13 @@ class Edit:
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """The edited model for the length of a ``with`` block; taken back on exit, also on an error."""
-        self.check(model)
+        was_on = self._is_on(_ledger(model))  # apply_ refuses it then, and it stays
         try:
             self.apply_(model)
             yield model
         finally:
             # An interrupt may come when apply_ is done and before it returns, or before it wrote anything.
-            if self._is_on(_ledger(model)):
+            if not was_on and self._is_on(_ledger(model)):
                 self.undo_(model)
 
     def scaled(self, alpha: float) -> Edit:

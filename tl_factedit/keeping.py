@@ -88,18 +88,22 @@ def check_keepable(parts: Sequence[Part], folder: str | Path | None) -> None:
     Raises:
         ValueError: A folder, and a change that can't be told from others, or a model that carries hooks of its own.
     """
-    for part in parts if folder is not None else ():
+    if folder is None:
+        return
+    for part in parts:
         if isinstance(part.changed, Change) and not isinstance(part.changed, Digested):
             raise ValueError(
                 f"a {type(part.changed).__name__} has no digest, so that nothing can be kept of it: needed a change "
                 "with one (an Edit, a RoutedEdit), or no folder"
             )
-        for model in (part.unedited, part.changed):
-            if isinstance(model, Model) and carries_hooks(model):
-                raise ValueError(
-                    f"{model_name(model)} carries hooks of its own, which no fingerprint of its weights tells: nothing "
-                    "can be kept of it, needed no folder (or reset_hooks)"
-                )
+    # Each once: a population has one unedited model.
+    models = {id(each): each for part in parts for each in (part.unedited, part.changed)}
+    for model in models.values():
+        if isinstance(model, Model) and carries_hooks(model):
+            raise ValueError(
+                f"{model_name(model)} carries hooks of its own, which no fingerprint of its weights tells: nothing "
+                "can be kept of it, needed no folder (or reset_hooks)"
+            )
 
 
 def _digest(part: Part, base: Any, asked: Mapping[str, Any]) -> str:

@@ -357,11 +357,7 @@ def carries_hooks(model: Model) -> bool:
         if getattr(module, "fwd_hooks", None):  # a HookPoint's
             return True
         # A bridge wires some of its own modules together with hooks of torch once it has run.
-        fns = (
-            []
-            if hasattr(module, "fwd_hooks")
-            else [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        )
+        fns = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(not getattr(fn, "__module__", "").startswith("transformer_lens") for fn in fns):
             return True
     return False
