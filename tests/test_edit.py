@@ -305,6 +305,45 @@ def test_an_edit_that_is_on_already_stays_on_when_applied_refuses_it(model):
     edit.undo_(model)
 
 
+def test_what_is_on_a_model_is_told_in_order_and_undone_at_once(kind):
+    model = tiny.model(kind, "gpt2")
+    first, second = made(model, 1), made(model, 2)
+    third = first.scaled(0.5)
+    assert fe.edits_on(model) == ()
+    with laws.untouched(model):
+        fe.undo_all_(model)  # nothing to do
+        for edit in (second, first, third):
+            edit.apply_(model)
+        assert fe.edits_on(model) == (second, first, third)
+        first.undo_(model)
+        assert fe.edits_on(model) == (second, third)
+        fe.undo_all_(model)
+        assert fe.edits_on(model) == ()
+
+
+def test_all_is_not_undone_where_something_else_has_written(model):
+    made(model, 1).apply_(model)
+    site = down_proj(model, 1)
+    site.write_(site.W + 1)
+    with pytest.raises(ValueError, match="changed since"):
+        fe.undo_all_(model)
+    assert len(fe.edits_on(model)) == 1
+
+
+def test_a_change_is_not_written_twice_inside_a_composed_edit(kind):
+    model = tiny.model(kind, "gpt2")
+    first, second = made(model, 1), made(model, 2)
+    both = fe.compose([first, second])
+    nested = fe.compose([both, second.scaled(0.5)])
+    assert set(nested.parts) > {first.digest, second.digest, both.digest}
+    with laws.untouched(model):
+        for on, off in ((first, both), (both, first), (nested, second), (second, nested)):
+            with on.applied(model), pytest.raises(ValueError, match="hold the same change"):
+                off.apply_(model)
+        with first.applied(model), second.applied(model):
+            pass
+
+
 def test_a_layer_is_changed_once(model):
     edit = made(model)
     (delta,) = edit.deltas

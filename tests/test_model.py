@@ -376,6 +376,18 @@ def test_a_hook_that_never_fires_is_named(name):
         Runner(shared(name)).capture(TOKENS, [resid_post(3)], stop=2)
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_rows_longer_than_the_context_are_refused(name):
+    model = shared(name)
+    runner, long = Runner(model), torch.ones(1, model.cfg.n_ctx + 1, dtype=torch.long)
+    words = f"has {model.cfg.n_ctx + 1} tokens, .* was made for {model.cfg.n_ctx} .*shorten the prompt"
+    with torch.no_grad():
+        for call in (runner.logits, lambda tokens: runner.capture(tokens, [resid_post(0)])):
+            with pytest.raises(ValueError, match=words):
+                call(long)
+            call(long[:, 1:])
+
+
 def test_an_unknown_component_is_refused():
     with pytest.raises(ValueError, match=r"'head' is unknown, needed one of \['attn', 'mlp', 'resid', "):
         inspect.unwrap(component_hook)("head", 1)

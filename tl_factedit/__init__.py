@@ -15,7 +15,7 @@ from tl_factedit.convergence import Convergence, stats_convergence
 from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
 from tl_factedit.coverage import Coverage, gain_coverage
 from tl_factedit.damage import noise_for_damage
-from tl_factedit.edit import Delta, Diagnostics, Edit, Editor, EditWarning, compose, spill
+from tl_factedit.edit import Delta, Diagnostics, Edit, Editor, EditWarning, compose, edits_on, spill, undo_all_
 from tl_factedit.editors.alphaedit import AlphaEdit
 from tl_factedit.editors.emmet import Emmet
 from tl_factedit.editors.finetune import FineTune
@@ -116,6 +116,8 @@ __all__ = [
     "ValueFit",
     "Edit",
     "Editor",
+    "edits_on",
+    "undo_all_",
     "compose",
     "export_hf",
     "Delta",

@@ -184,7 +184,7 @@ class Edit:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Of a composed edit, the digests of the edits that it holds; none of any other."""
+        """Of a composed edit, the digests of the edits that it holds, theirs included; none of any other."""
         return tuple(self.editor.get("digests", ()))
 
     @cached_property
@@ -205,6 +205,12 @@ class Edit:
         ledger = _ledger(model)
         if self._is_on(ledger):
             raise ValueError(f"{self._name} is applied to {model_name(model)} already: undo_ it first")
+        twice = [each for each in ledger.edits if {*each.parts, each.digest} & {*self.parts, self.digest}]
+        if twice:
+            raise ValueError(
+                f"{self._name} and {twice[0]._name}, which is applied to {model_name(model)}, hold the same change (one "
+                "is composed of it), needed it once: undo_ that one first"
+            )
         check_own(model, self.layers)
         ledger.check_unchanged(model)
         now = base_fingerprint(model)
@@ -422,7 +428,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
         editor={
             "name": "composed",
             "of": [dict(edit.editor) for edit in edits],
-            "digests": [edit.digest for edit in edits],
+            "digests": [digest for edit in edits for digest in (edit.digest, *edit.parts)],
         },
         contexts=tuple(dict.fromkeys(context for edit in edits for context in edit.contexts)),
         diagnostics=tuple(diagnostics for edit in edits for diagnostics in edit.diagnostics),
@@ -452,6 +458,25 @@ def _sum(layer: int, parts: Sequence[Delta]) -> Delta:
             total += part.dense
         return Delta.full(layer, total)
     return Delta(layer, torch.cat([part.left for part in parts], 1), torch.cat([part.right for part in parts]))
+
+
+def edits_on(model: Model) -> tuple[Edit, ...]:
+    """The edits that are applied to a model now, in the order they were applied."""
+    return _ledger(model).edits
+
+
+def undo_all_(model: Model) -> None:
+    """Take all edits back at once: the weights are those of before the first, bit for bit.
+
+    However many there are it copies each layer once, where undoing a thousand one by one writes the ones left anew each
+    time. Nothing happens if none is applied.
+
+    Raises:
+        ValueError: The weights were changed since by something else. Nothing is written then.
+    """
+    ledger = _ledger(model)
+    ledger.check_unchanged(model)
+    _commit(model, {layer: down_proj(model, layer) for layer in ledger.base}, ledger.base, _Ledger())
 
 
 @runtime_checkable

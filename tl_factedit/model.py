@@ -475,8 +475,13 @@ class Runner:
                 stream instead of running the blocks below; ``n_layers`` runs the head alone.
             hooks: (place, function) pairs, active during this pass only.
             packing: Where the tokens stand, if rows are no plain sequences; needs `start`.
+
+        Raises:
+            ValueError: The rows are longer than the model's context.
         """
         tokens = tokens.to(device(self.model))
+        if packing is None:
+            self._check_length(tokens)
         with self._hooked(hooks):
             if self.kind == "bridge":
                 return self._bridge_logits(tokens, at, start, packing)
@@ -502,9 +507,11 @@ class Runner:
 
         Raises:
             UnsupportedModelError: The model has no such hook, or it never fired.
+            ValueError: The rows are longer than the model's context.
         """
         kept: dict[str, Tensor] = {}
         tokens = tokens.to(device(self.model))
+        self._check_length(tokens)
         last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
         with self._hooked([*hooks, *_keepers(places, kept)]):
             if self.kind == "bridge":
@@ -545,6 +552,14 @@ class Runner:
             else:
                 past = self._hooked_packed((0, resid), packing)[1]
         return self._all_kept(places, kept), past
+
+    def _check_length(self, tokens: Int[Tensor, "row pos"]) -> None:
+        room = getattr(self.model.cfg, "n_ctx", None)
+        if room is not None and tokens.shape[1] > room:
+            raise ValueError(
+                f"a text has {tokens.shape[1]} tokens, and {model_name(self.model)} was made for {room} (cfg.n_ctx): "
+                "shorten the prompt, or the context before it"
+            )
 
     def _all_kept(self, places: Sequence[str], kept: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = [name for name in places if name not in kept]

@@ -322,8 +322,7 @@ def one_by_one(model: Any, facts: Sequence[fe.Fact], editor: fe.Rome, kept: Kept
                 kept.add(str(i + 1), answers=rows(scores, range(i + 1)), seconds=spent, peak=peak())
                 print("one by one", i + 1, scores, f"{spent:.0f} CPU-s, {peak():.1f} GiB", flush=True)
     finally:
-        for edit in reversed(edits):
-            edit.undo_(model)
+        fe.undo_all_(model)
 
 
 # ------------------------------------------------------------------------------------ tables
