@@ -40,6 +40,7 @@ FACT = fe.Fact(
         " Lisbon",
         " Prague",
     ],
+    relation="city of a landmark",
 )
 
 # Layers that were edited in publications or in our own measurements; elsewhere a third of the way up.
@@ -81,7 +82,7 @@ def main() -> int:
     print(side_by_side(before, after).to_string(index=False))
 
     heading("4. Audit: was the fact edited, or was a new one laid over it?")
-    verdict = fe.audit(model, edit, [FACT])
+    verdict = fe.audit(model, edit, [FACT], reference=fe.data.world())
     print(verdict)
 
     heading("5. Undo")

@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import dataclasses
+import inspect
 import math
 import warnings
 
 import laws
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -295,6 +297,42 @@ def test_an_interrupt_as_applied_begins_leaves_no_edit_on(kind, monkeypatch, whe
         pass
 
 
+@pytest.mark.parametrize("write", [1, 2])
+def test_an_interrupt_as_applied_ends_takes_the_edit_off_all_the_same(kind, monkeypatch, write):
+    model = tiny.model(kind, "gpt2")
+    edit = fe.compose([made(model, 1), made(model, 2)])
+    write_, writes = DownProj.write_, []
+
+    def failing(self, weight):
+        writes.append(1)
+        if len(writes) == write:
+            raise KeyboardInterrupt("injected")
+        write_(self, weight)
+
+    with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="injected"), edit.applied(model):
+        monkeypatch.setattr(DownProj, "write_", failing)
+
+
+def test_a_warning_points_at_the_line_that_applies(model):
+    edit = made(model, scale=1e4)
+    for apply in (edit.apply_, lambda model: edit.scaled(2.0).applied(model).__enter__()):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            apply(model)
+        assert [each.filename for each in found if each.category is fe.EditWarning] == [__file__]
+        fe.undo_all_(model)
+
+
+def test_scalars_of_numpy_and_torch_survive_a_file(model, tmp_path):
+    edit = made(model)
+    said = {"name": "by hand", "layer": np.int64(3), "weight": np.float32(0.5), "alpha": torch.tensor(0.5)}
+    dataclasses.replace(edit, editor=said).save(tmp_path / "edit.safetensors")
+    loaded = fe.Edit.load(tmp_path / "edit.safetensors")
+    assert loaded.editor == {"name": "by hand", "layer": 3, "weight": 0.5, "alpha": 0.5}
+    with pytest.raises(TypeError, match="a set can't be kept in a file"):
+        dataclasses.replace(edit, editor={"name": {1}}).save(tmp_path / "other.safetensors")
+
+
 def test_an_edit_that_is_on_already_stays_on_when_applied_refuses_it(model):
     edit = made(model)
     edit.apply_(model)
@@ -335,6 +373,9 @@ def test_a_change_is_not_written_twice_inside_a_composed_edit(kind):
     first, second = made(model, 1), made(model, 2)
     both = fe.compose([first, second])
     nested = fe.compose([both, second.scaled(0.5)])
+    for twice in ([first, first], [both, first], [second, nested], [first.scaled(1.0), first]):
+        with pytest.raises(ValueError, match="one change is in several of the edits"):
+            fe.compose(twice)
     assert set(nested.parts) > {first.digest, second.digest, both.digest}
     with laws.untouched(model):
         for on, off in ((first, both), (both, first), (nested, second), (second, nested)):
@@ -514,6 +555,8 @@ def test_spill_is_the_most_that_another_token_gets_beside_the_one_that_is_meant(
             assert near[layer][i] == pytest.approx(float(max([*others, *asked]) / moved[last]), rel=1e-3)
     with edit.applied(model):
         assert fe.spill(model, edit)[2] == pytest.approx(found[2], rel=1e-3)
+    with pytest.raises(ValueError, match="at 'last' is unknown, needed 'subject' or 'end'"):
+        inspect.unwrap(measure_spill)(model, edit.facts, edit.deltas, prepend_bos=True, at="last")
     # In the unedited model the keys of the second layer are others.
     alone = measure_spill(model, edit.facts, edit.deltas[1:], prepend_bos=True)
     assert alone[2] != pytest.approx(found[2], rel=1e-3)
@@ -585,7 +628,8 @@ def test_files_from_before_there_was_a_spill_are_read(model, tmp_path):
     edit.save(file)
     header, tensors = files.read(file, "edit")
     for diagnostics in header["diagnostics"]:
-        del diagnostics["spill"], diagnostics["unmet"], diagnostics["key_cosine"]
+        del diagnostics["spill"], diagnostics["unmet"], diagnostics["key_cosines"]
+        diagnostics["key_cosine"] = 0.5
     files.write(file, "edit", header, tensors)
     loaded = fe.Edit.load(file)
     laws.same_edits(loaded, edit)
@@ -659,7 +703,7 @@ def test_the_size_that_counts_is_that_of_the_change_itself(model):
     assert edit.scaled(-1.6 / once).concerns == (said,)
     half = edit.scaled(0.8 / once)
     assert half.concerns == ()
-    (together,) = fe.compose([half, made(model).scaled(0.8 / once)]).concerns
+    (together,) = fe.compose([half, edit.scaled(0.801 / once)]).concerns
     assert "160%" in together
     opposite = fe.compose([edit.scaled(9 / once), edit.scaled(-9 / once)])
     assert opposite.concerns == ()

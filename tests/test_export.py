@@ -101,6 +101,48 @@ def test_an_edit_is_not_exported_twice(kind):
     assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
 
 
+def test_several_edits_are_exported_as_one(kind):
+    model, hf = tiny.model(kind, "gpt2"), tiny.hf_model("gpt2")
+    first = made(model)
+    second = fe.Rome(laws.stats(model, 2), fit=FIT, contexts=laws.CONTEXTS, progress=False)(model, [laws.OTHER])
+    fe.export_hf(first, hf)
+    with pytest.raises(ValueError, match=r"compose\(edits\)"):
+        fe.export_hf(second, hf)
+    hf = tiny.hf_model("gpt2")
+    fe.export_hf(fe.compose([first, second]), hf)
+    with first.applied(model), second.applied(model):
+        assert (log_probs(hf, IDS) - log_probs(model, IDS)).abs().max() < 1e-5
+
+
+def test_what_overflows_is_not_exported(kind):
+    edit, hf = made(tiny.model(kind, "gpt2", dtype=torch.float16)), tiny.hf_model("gpt2", dtype=torch.float16)
+    kept = hf.transformer.h[1].mlp.c_proj.weight.clone()
+    for factor in (1e9, float("nan")):
+        with pytest.raises(ValueError, match=r"overflow torch\.float16: nothing was written"):
+            fe.export_hf(edit.scaled(factor), hf)
+    assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
+
+
+def test_exporting_warns_as_applying_does(kind):
+    model = tiny.model(kind, "gpt2")
+    first = made(model)
+    with pytest.warns(fe.EditWarning, match="the update of layer 1 is"):
+        fe.export_hf(first.scaled(1e3), tiny.hf_model("gpt2"))
+    with first.applied(model):
+        second = fe.Rome(laws.stats(tiny.model(kind, "gpt2"), 2), fit=FIT, contexts=(), progress=False)(
+            model, [laws.OTHER]
+        )
+    with pytest.warns(fe.EditWarning, match="made on top of 1 other edits, of which 1 aren't on"):
+        fe.export_hf(second, tiny.hf_model("gpt2"))
+
+
+def test_a_model_of_transformer_lens_is_not_exported_to(kind):
+    model = tiny.model(kind, "gpt2")
+    edit = made(model)
+    with laws.untouched(model), pytest.raises(ValueError, match=r"of TransformerLens, .* write edit.apply_\(model\)"):
+        fe.export_hf(edit, model)
+
+
 # ---------------------------------------------------------------------------------------- scaling and composition
 
 

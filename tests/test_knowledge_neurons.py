@@ -328,6 +328,10 @@ def test_keys_are_those_at_the_end_of_the_prompt_in_the_edited_model(kind):
 # ---------------------------------------------------------------------------------------- bad input
 
 
+def test_one_layer_may_be_given_by_itself():
+    assert fe.KnowledgeNeurons(layers=2).layers == fe.KnowledgeNeurons(layers=[2, 2]).layers == (2,)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

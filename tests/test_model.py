@@ -605,6 +605,14 @@ def test_a_transformers_model_is_refused_with_the_way_out():
         inspect.unwrap(kind)(tiny.hf_model("gpt2"))
 
 
+@pytest.mark.parametrize("ask", [n_layers, bos_policy, fingerprint], ids=lambda ask: ask.__name__)
+def test_whatever_is_asked_first_refuses_a_transformers_model(ask, monkeypatch):
+    for each in (kind, n_layers):  # past the type checks of this test suite
+        monkeypatch.setattr(f"tl_factedit.model.{each.__name__}", inspect.unwrap(each))
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is neither.*from_hf"):
+        inspect.unwrap(ask)(tiny.hf_model("gpt2"))
+
+
 def test_bos_is_as_asked_or_else_the_models_default(model):
     for default in (True, False):
         model.cfg.default_prepend_bos = default

@@ -64,6 +64,7 @@ def test_it_obeys_the_laws_of_every_editor(kind, arch, monkeypatch, tmp_path):
     assert isinstance(pmet, fe.Editor)
     assert edit.layers == LAYERS
     laws.makes_the_same_edit_twice(lambda: pmet(model, FACTS))
+    laws.writes_its_values_at_its_keys(edit, model)
     laws.comes_off_bit_for_bit(edit, model)
     laws.survives_a_file(edit, tmp_path / "edit.safetensors", model)
     laws.wants_a_new_object(pmet, model, laws.FACT, monkeypatch)
@@ -76,6 +77,7 @@ def test_it_obeys_the_laws_of_every_editor(kind, arch, monkeypatch, tmp_path):
         "tl_factedit.values.Runner.remember",
         "tl_factedit.values._adam",
         "tl_factedit.spreading.Delta",
+        "tl_factedit.model.DownProj.write_",
         "tl_factedit.spreading.diagnose_many",
     ],
 )

@@ -299,9 +299,10 @@ def test_it_takes_a_list_of_one_fact(case, facts, monkeypatch):
         editor(stats)(model, facts)
 
 
-def test_an_edit_of_each_of_many_facts_is_the_one_made_alone(case):
+@pytest.mark.parametrize("objective", [fe.Inject(), fe.Force(), fe.Reverse()], ids=repr)
+def test_an_edit_of_each_of_many_facts_is_the_one_made_alone(case, objective):
     model, stats = case
-    rome = editor(stats)
+    rome = editor(stats, objective=objective)
     facts = [laws.FACT, laws.OTHER, laws.FACT.but(subject="Big Ben")]
     with laws.untouched(model):
         edits = rome.each(model, facts)

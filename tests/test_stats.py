@@ -170,6 +170,7 @@ def test_two_collections_merge_into_the_joint_one(kind):
     assert merged.n_tokens == both.n_tokens
     torch.testing.assert_close(merged.moment, both.moment, rtol=1e-10, atol=1e-12)
     assert merged.corpus not in (first.corpus, second.corpus)
+    assert torch.equal(sum([first, second]).moment, merged.moment)
 
 
 def test_what_does_not_belong_together_does_not_merge(model, kind):
@@ -180,6 +181,8 @@ def test_what_does_not_belong_together_does_not_merge(model, kind):
         one + fe.KeyStats.identity(model, 1)
     with pytest.raises(ValueError, match="weights or BOS"):
         one + collect(model, prepend_bos=False)[1]
+    with pytest.raises(ValueError, match=r"of the same texts .* would count twice"):
+        one + collect(model)[1]
     with pytest.raises(ValueError, match="weights or BOS"):
         one + collect(tiny.model(kind, "gpt2", seed=7))[1]
 
@@ -304,7 +307,8 @@ def test_the_revision_is_recorded_and_compared_where_the_config_has_one(tmp_path
     collect(model, path=tmp_path)
     read = collect(model, path=tmp_path)[1]
     assert read.provenance.revision == "1234abcd"
-    assert (read + unknown).n_tokens == 2 * unknown.n_tokens  # nothing is known against it
+    other = collect(tiny.bridge("llama"), texts=SPOKEN[:3])[1]
+    assert (read + other).n_tokens == read.n_tokens + other.n_tokens  # nothing is known against it
     model.original_model.config._commit_hash = "5678"
     with pytest.raises(ValueError, match=r"revision 1234abcd of the model \(not 5678\)"):
         collect(model, path=tmp_path)

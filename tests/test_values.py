@@ -357,3 +357,28 @@ def test_sampled_texts_are_decided_by_the_seed_alone(model):
         torch.manual_seed(99)
         assert fe.sample_texts(model, 25, length=10, seed=3, progress=False) == texts
     assert fe.sample_texts(model, 25, length=10, seed=4, progress=False) != texts
+
+
+@pytest.mark.parametrize("options", [{"length": 0}, {"length": 64}, {"batch": 0}], ids=str)
+def test_texts_that_cannot_be_sampled_are_refused(model, options, monkeypatch):
+    assert model.cfg.n_ctx == 64
+    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="reads 64 tokens"):
+        fe.sample_texts(model, 10, **options)
+    if options == {"length": 64}:
+        assert len(fe.sample_texts(model, 10, length=63, progress=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": (10, 5)}, "lengths has 10, needed pairs"),
+        ({"lengths": ((10, 0),)}, r"lengths has \(10, 0\), needed pairs"),
+        ({"starts": "The"}, r"starts is the string 'The', needed a list of words: write \['The'\]"),
+        ({"top_k": 0}, "top_k is 0, needed at least 1"),
+    ],
+)
+def test_contexts_that_cannot_be_sampled_are_refused(options, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        fe.SampledContexts(**options)
+    if isinstance(error.value, ValueError):  # and not this suite's own check of types, which comes first
+        error.match(message)

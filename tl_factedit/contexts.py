@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.model import Model, Runner, device, quiet
+from tl_factedit.model import Model, Runner, device, model_name, quiet
 from tl_factedit.tokens import encode
 
 
@@ -34,6 +34,18 @@ class SampledContexts:
     top_k: int = 5
     seed: int = 0
     starts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for each in self.lengths:
+            if not isinstance(each, Sequence) or len(each) != 2 or min(each) < 1:
+                raise ValueError(
+                    f"lengths has {each!r}, needed pairs of how many samples and of how many tokens each: ((10, 5),)"
+                )
+        if isinstance(self.starts, str):
+            raise ValueError(f"starts is the string {self.starts!r}, needed a list of words: write [{self.starts!r}]")
+        if self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, needed at least 1")
 
     def draw(self, model: Model) -> tuple[str, ...]:
         """The prefixes, the bare (empty) one first."""
@@ -84,7 +96,16 @@ def sample_texts(
 
     Returns:
         ``ceil(n_tokens / length)`` texts.
+
+    Raises:
+        ValueError: A length or batch below 1, or longer texts than the model reads.
     """
+    room = getattr(model.cfg, "n_ctx", None)
+    if length < 1 or batch < 1 or (room is not None and length >= room):
+        raise ValueError(
+            f"length is {length} and batch {batch}, needed at least 1, and a length that leaves room for the token it "
+            f"begins after ({model_name(model)} reads {room} tokens)"
+        )
     texts: list[str] = []
     wanted = -(-n_tokens // length)
     start, where = _start_token(model), device(model)

@@ -7,14 +7,17 @@ the others again, in their order; with none left, the bits are those of before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -36,6 +39,7 @@ from tl_factedit.model import (
     hash_weight,
     model_name,
     quiet,
+    write_all,
 )
 from tl_factedit.provenance import Provenance
 from tl_factedit.tokens import align, batches, encode, pad
@@ -109,7 +113,7 @@ class Diagnostics:
         value_norm: ‖v*‖ / ‖v‖ of the value written and the one replaced.
         unmet: For each fact, the share of its residual that the update doesn't meet, ‖k ΔW − r‖ / ‖r‖ before
             rounding; empty where all is met by construction.
-        key_cosine: The largest cosine, in size, between two facts' keys; 0 for one fact.
+        key_cosines: For each fact, the largest cosine, in size, of its key with another fact's; empty for one fact.
         spill: For each fact, the largest ‖k_t ΔW‖ / ‖k ΔW‖ over the other tokens t of its prompt (BOS is one), with k
             the key where the edit is to write: how much of it is added where it isn't meant. Empty where it wasn't
             measured (see the function `spill`, which can ask neighbours too).
@@ -124,8 +128,20 @@ class Diagnostics:
     exactness: float
     value_norm: float
     unmet: Sequence[float] = ()
-    key_cosine: float = 0.0
+    key_cosines: Sequence[float] = ()
     spill: Sequence[float] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Diagnostics:
+        """From plain data; files of before have no spill, no unmet, and one cosine for all facts."""
+        known: dict[str, Any] = {name: value for name, value in data.items() if name != "key_cosine"}
+        known |= {name: tuple(data.get(name, ())) for name in ("unmet", "key_cosines", "spill")}
+        return cls(**known)
+
+    @property
+    def key_cosine(self) -> float:
+        """The largest of `key_cosines`; 0 for one fact."""
+        return max(self.key_cosines, default=0.0)
 
     @property
     def relative_norm(self) -> float:
@@ -208,8 +224,8 @@ class Edit:
         twice = [each for each in ledger.edits if {*each.parts, each.digest} & {*self.parts, self.digest}]
         if twice:
             raise ValueError(
-                f"{self._name} and {twice[0]._name}, which is applied to {model_name(model)}, hold the same change (one "
-                "is composed of it), needed it once: undo_ that one first"
+                f"{self._name} and {twice[0]._name}, which is applied to {model_name(model)}, hold the same change "
+                "(one is composed of it), needed it once: undo_ that one first"
             )
         check_own(model, self.layers)
         ledger.check_unchanged(model)
@@ -242,12 +258,20 @@ class Edit:
                     f"{self._name} makes W_out of layer {layer} overflow {weight.dtype}: nothing was written; "
                     "load the model in float32 or bfloat16"
                 )
-        concerns = [*self.concerns, *self._without(ledger)]
-        if concerns and not vars(self).get(_WARNED):
-            warnings.warn(f"{self._name}: {'; '.join(concerns)}", EditWarning, stacklevel=2)
-            vars(self)[_WARNED] = True
+        self.warn(ledger.edits)
         base = {**{layer: site.W.clone() for layer, site in sites.items()}, **ledger.base}
         _commit(model, sites, weights, _Ledger.of(base, (*ledger.edits, self), {**ledger.written, **_hashes(weights)}))
+
+    def warn(self, others: Sequence[Edit] = ()) -> None:
+        """Say once, as an `EditWarning`, what its concerns are, and which edits it was made on top of are missing.
+
+        Args:
+            others: The edits that are applied where it is to be written.
+        """
+        concerns = [*self.concerns, *self._without(others)]
+        if concerns and not vars(self).get(_WARNED):
+            warnings.warn(f"{self._name}: {'; '.join(concerns)}", EditWarning, stacklevel=_outside(sys._getframe()))
+            vars(self)[_WARNED] = True
 
     def undo_(self, model: Model) -> None:
         """Take the edit back, bit for bit; edits applied before or after it stay.
@@ -279,13 +303,23 @@ class Edit:
         finally:
             # An interrupt may come when apply_ is done and before it returns, or before it wrote anything.
             if not was_on and self._is_on(_ledger(model)):
-                self.undo_(model)
+                try:
+                    self.undo_(model)
+                except ValueError:
+                    raise
+                except BaseException:
+                    # It was interrupted, and is done all the same.
+                    if self._is_on(_ledger(model)):
+                        self.undo_(model)
+                    raise
 
     def scaled(self, alpha: float) -> Edit:
         """The same edit α times as strong: ``W_out += α · Δ``; 0 writes nothing, −1 the opposite.
 
         `values` move along with it; `diagnostics` and `fits` are those of the edit it was made from.
         """
+        if alpha == 1:
+            return self
         deltas = tuple(Delta(delta.layer, delta.left, alpha * delta.right) for delta in self.deltas)
         moved = {delta.layer: self.keys[delta.layer] @ delta.left @ delta.right for delta in self.deltas}
         return replace(
@@ -330,11 +364,7 @@ class Edit:
             values={layer: tensors[f"values.{layer}"] for layer in layers},
             editor=header["editor"],
             contexts=tuple(header["contexts"]),
-            diagnostics=tuple(
-                # Files of before have no spill, or no unmet.
-                Diagnostics(**{**d, **{name: tuple(d.get(name, ())) for name in ("unmet", "spill")}})
-                for d in header["diagnostics"]
-            ),
+            diagnostics=tuple(Diagnostics.from_json(d) for d in header["diagnostics"]),
             fits=tuple(header["fits"]),
             provenance=Provenance.from_json(header["provenance"]),
         )
@@ -374,8 +404,8 @@ class Edit:
     def _is_on(self, ledger: _Ledger) -> bool:
         return any(edit.digest == self.digest for edit in ledger.edits)
 
-    def _without(self, ledger: _Ledger) -> Iterator[str]:
-        on = {edit.digest for edit in ledger.edits} | {part for edit in ledger.edits for part in edit.parts}
+    def _without(self, others: Sequence[Edit]) -> Iterator[str]:
+        on = {digest for edit in others for digest in (edit.digest, *edit.parts)}
         missing = set(self.provenance.edits) - on
         if missing:
             yield (
@@ -403,10 +433,17 @@ def compose(edits: Sequence[Edit]) -> Edit:
     each time. Where the ranks add up to more than a matrix can have, the changes are kept as one matrix.
 
     Raises:
-        ValueError: No edit is given, or they are of different weights or BOS policies.
+        ValueError: No edit is given, one is given twice (itself or inside a composed one), or they are of different
+            weights or BOS policies.
     """
+    if isinstance(edits, Edit):
+        raise ValueError("edits is one Edit, needed a list of them: write [edit]")
+    edits = list(edits)
     if not edits:
         raise ValueError("edits is empty, needed at least one")
+    held = [digest for edit in edits for digest in (edit.digest, *edit.parts)]
+    if len(set(held)) < len(held):
+        raise ValueError("one change is in several of the edits, needed it once: leave it out of the others")
     first = edits[0]
     for edit in edits[1:]:
         if not edit.provenance.weights.matches(first.provenance.weights):
@@ -428,7 +465,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
         editor={
             "name": "composed",
             "of": [dict(edit.editor) for edit in edits],
-            "digests": [digest for edit in edits for digest in (edit.digest, *edit.parts)],
+            "digests": held,
         },
         contexts=tuple(dict.fromkeys(context for edit in edits for context in edit.contexts)),
         diagnostics=tuple(diagnostics for edit in edits for diagnostics in edit.diagnostics),
@@ -563,7 +600,7 @@ def diagnose_many(
         exactness=float((moved - wanted).norm() / wanted.norm()) if bool(wanted.any()) else 0.0,
         value_norm=float(((now + wanted).norm(dim=-1) / now.norm(dim=-1)).max()),
         unmet=tuple(_ratio((wanted - r).norm(dim=-1), r.norm(dim=-1)).tolist()),
-        key_cosine=float(cosines.max()),
+        key_cosines=tuple(cosines.amax(-1).tolist()) if len(k) > 1 else (),
         spill=tuple(spill),
     )
 
@@ -632,6 +669,8 @@ def measure_spill(
         neighbours: As in `spill`.
         written: Whether they are in the weights already; otherwise they are added on the way.
     """
+    if at not in ("subject", "end"):
+        raise ValueError(f"at {at!r} is unknown, needed 'subject' or 'end'")
     texts: list[Int[Tensor, "_"]] = []
     owner: list[tuple[int, int | None]] = []  # the fact, and the token that is meant
     for i, fact in enumerate(facts):
@@ -732,6 +771,15 @@ SAME_KEY = 0.999
 _WARNED = "_warned"
 
 
+def _outside(frame: FrameType) -> int:
+    """How far up from a frame a warning has to point for the first line of whoever called this package."""
+    level = 1
+    ours = {__package__, contextlib.__name__, "jaxtyping"}
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ours:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _concerns(edit: Edit) -> Iterator[str]:
     weight = {d.layer: d.weight_norm for d in edit.diagnostics}
     relative = {each.layer: each.norm / weight[each.layer] for each in edit.deltas if each.layer in weight}
@@ -751,8 +799,8 @@ def _concerns(edit: Edit) -> Iterator[str]:
         if max(d.spill, default=0.0) * relative.get(d.layer, 0.0) > LARGE_SPILL:
             yield (
                 f"another token of a prompt gets {max(d.spill):.2g} times as much of the update of layer {d.layer} as "
-                f"the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take statistics instead "
-                "of the identity, an ε in fine-tuning, or another layer"
+                f"the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take statistics (of more "
+                "text, or at all instead of the identity), an ε in fine-tuning, or another layer"
             )
         if d.exactness > INEXACT:
             yield (
@@ -831,7 +879,6 @@ def _commit(model: Model, sites: Mapping[int, DownProj], weights: Mapping[int, T
             site.write_(weights[layer])
         _keep(model, ledger)
     except BaseException:
-        for layer, site in sites.items():
-            site.write_(before[layer])
+        write_all(list(sites.values()), list(before.values()))
         _keep(model, was)
         raise

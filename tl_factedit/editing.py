@@ -42,7 +42,10 @@ def check_facts(facts: Sequence[Fact], objective: Objective | None = None) -> tu
     texts = [fact.text for fact in facts]
     twice = {text for text in texts if texts.count(text) > 1} if len(set(texts)) < len(texts) else set()
     if twice:
-        raise ValueError(f"{sorted(twice)[0]!r} is asked for by two facts, needed one each: write one object")
+        raise ValueError(
+            f"{sorted(twice)[0]!r} is asked for by two facts, needed one each: a prompt has one answer (objects of one "
+            "prompt can be erased one after the other)"
+        )
     return facts
 
 
@@ -127,8 +130,10 @@ def check_contexts(contexts: SampledContexts | Sequence[str]) -> None:
         return
     if isinstance(contexts, str):
         raise ValueError(f"contexts is the string {contexts!r}, needed a list: write [{contexts!r}]")
-    if contexts is None:
-        raise ValueError("contexts is None, needed a list of prefixes: write () for the bare prompt alone")
+    if not isinstance(contexts, Sequence):
+        raise ValueError(
+            f"contexts is {contexts!r}, needed a list of prefixes (() for the bare prompt alone), or SampledContexts"
+        )
     for i, context in enumerate(contexts):
         if not isinstance(context, str) or "{}" in context:
             raise ValueError(f'context {context!r} is no prefix, needed text to put before a prompt, without "{{}}"')

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_factedit.edit import Edit
-from tl_factedit.model import UnsupportedModelError, hash_weight
+from tl_factedit.model import UnsupportedModelError, hash_weight, kind_of
 
 BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
 """Where transformers keep their blocks."""
@@ -28,14 +28,25 @@ def export_hf(edit: Edit, hf_model: Any) -> None:
         edit: The edit.
         hf_model: A causal language model of transformers, with the weights that the edit was made for.
 
+    Several edits go into one model as one: ``export_hf(compose(edits), hf_model)``.
+
+    Warns:
+        EditWarning: As `Edit.apply_` does.
+
     Raises:
-        ValueError: The model has other weights, or the edit is in it already. Nothing is written.
+        ValueError: The model is one of TransformerLens, has other weights, holds an edit already, or the edited
+            weights would not be finite in their type. Nothing is written.
         UnsupportedModelError: The model's MLPs weren't found.
 
     Example:
         >>> fe.export_hf(edit, hf_model)                          # doctest: +SKIP
         >>> hf_model.save_pretrained("edited/")                   # doctest: +SKIP
     """
+    if kind_of(hf_model) is not None:
+        raise ValueError(
+            f"{type(hf_model).__name__} is a model of TransformerLens, needed one of transformers: write "
+            "edit.apply_(model), which can be undone"
+        )
     blocks = _blocks(hf_model)
     wanted = edit.provenance.weights.w_out
     if len(blocks) != len(wanted):
@@ -44,13 +55,20 @@ def export_hf(edit: Edit, hf_model: Any) -> None:
         if wanted[layer] != "none" and not _same(_down(block, layer), wanted[layer]):
             raise ValueError(
                 f"W_out of layer {layer} isn't the one the edit was made for (another model, dtype or revision, or "
-                "edited before): nothing was written"
+                "edited before: several edits are written as one, compose(edits)): nothing was written"
             )
     new = []
     for delta in edit.deltas:
         param, transposed = _down(blocks[delta.layer], delta.layer)
         weight = param.detach().T if transposed else param.detach()
-        new.append((weight, delta.on(weight)))
+        changed = delta.on(weight)
+        if not bool(changed.isfinite().all()):
+            raise ValueError(
+                f"the edit makes W_out of layer {delta.layer} overflow {weight.dtype}: nothing was written; load the "
+                "model in float32 or bfloat16"
+            )
+        new.append((weight, changed))
+    edit.warn()
     before = [weight.clone() for weight, _ in new]
     try:
         with torch.no_grad():

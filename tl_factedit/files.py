@@ -23,11 +23,12 @@ def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str
     Args:
         path: The file.
         what: The kind of content, checked again by `read`.
-        header: Plain data.
+        header: Plain data; scalars of numpy and torch will do.
         tensors: Named tensors.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(header)
+    text = json.dumps(header, default=_number)
+    path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -48,6 +49,7 @@ def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         FileNotFoundError: No such file.
         ValueError: The file is cut short, changed, or of another kind. It is left as it is.
     """
+    path = path.expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path} doesn't exist")
     try:
@@ -61,6 +63,13 @@ def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if meta.get("sha256") != digest(what, meta.get("header", ""), tensors):
         raise ValueError(f"{path} was changed since it was written (its checksum differs): make it again")
     return json.loads(meta["header"]), tensors
+
+
+def _number(value: Any) -> Any:
+    """The plain number in a scalar of numpy or torch."""
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} can't be kept in a file: {value!r}")
 
 
 def digest(what: str, header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -55,18 +55,27 @@ class UnsupportedModelError(ValueError):
 
 def kind(model: Model) -> Kind:
     """Which of TransformerLens' two classes a model is."""
+    found = kind_of(model)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is neither a HookedTransformer nor a TransformerBridge: "
+            "load it with TransformerBridge.boot_transformers(...), or fe.models.from_hf(model, tokenizer)"
+        )
+    return found
+
+
+def kind_of(model: object) -> Kind | None:
+    """`kind` of anything; None for what is no model of TransformerLens."""
     if hasattr(model, "original_model") and hasattr(model, "adapter"):
         return "bridge"
     if hasattr(model, "blocks") and hasattr(model, "unembed"):
         return "hooked"
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is neither a HookedTransformer nor a TransformerBridge: "
-        "load it with TransformerBridge.boot_transformers(...)"
-    )
+    return None
 
 
 def n_layers(model: Model) -> int:
     """How many blocks the model has."""
+    kind(model)
     return len(model.blocks)  # type: ignore[attr-defined]
 
 
@@ -86,6 +95,7 @@ def model_name(model: Model) -> str:
 
 def bos_policy(model: Model, prepend_bos: bool | None = None) -> bool:
     """Whether to put BOS in front: as asked, or (None) as the model does by default."""
+    kind(model)
     return bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
 
 
@@ -222,6 +232,17 @@ def down_proj(model: Model, layer: int) -> DownProj:
         value_at = mlp if post_norm else f"blocks.{layer}.hook_mlp_out"
     _check_weight(param, where, model.cfg.d_model, transposed)
     return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at)  # type: ignore[arg-type]
+
+
+def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp d_model"]]) -> None:
+    """Write several weights; what interrupts it is raised once all are written."""
+    try:
+        for site, weight in zip(sites, weights, strict=True):
+            site.write_(weight)
+    except BaseException:
+        for site, weight in zip(sites, weights, strict=True):
+            site.write_(weight)
+        raise
 
 
 def as_layers(layers: int | Iterable[int]) -> tuple[int, ...]:

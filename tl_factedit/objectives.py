@@ -110,7 +110,8 @@ class Force:
     """Make the model say ``target_true`` of a noised subject.
 
     Attributes:
-        corruption: What the noise is; its first sample is taken for each fact.
+        corruption: What the noise is; its first sample is taken for each fact. Noise that measures its size measures it
+            on the facts of the edit (``GaussianNoise(sigma=...)`` fixes it: of a trace, ``trace.corruption``).
     """
 
     corruption: Corruption = field(default_factory=lambda: GaussianNoise(samples=1))
@@ -134,7 +135,8 @@ class Reverse:
     Tokens that are no text of their own (parts of a character, BOS) are passed over.
 
     Attributes:
-        corruption: What the noise is; its first sample is taken for each fact.
+        corruption: What the noise is; its first sample is taken for each fact. Noise that measures its size measures it
+            on the facts of the edit (``GaussianNoise(sigma=...)`` fixes it: of a trace, ``trace.corruption``).
     """
 
     corruption: Corruption = field(default_factory=lambda: GaussianNoise(samples=1))

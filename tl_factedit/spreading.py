@@ -39,7 +39,17 @@ from tl_factedit.editing import (
     record,
 )
 from tl_factedit.facts import Fact
-from tl_factedit.model import Model, Runner, component_hook, down_proj, gather, quiet, resid_post, resid_pre
+from tl_factedit.model import (
+    Model,
+    Runner,
+    component_hook,
+    down_proj,
+    gather,
+    quiet,
+    resid_post,
+    resid_pre,
+    write_all,
+)
 from tl_factedit.objectives import Inject, Objective, Wish, set_subjects
 from tl_factedit.solve import Factors, NotPositiveDefiniteError
 from tl_factedit.stats import KeyStats
@@ -256,7 +266,8 @@ def spread(
             except NotPositiveDefiniteError as error:
                 raise ValueError(
                     f"the keys of the {len(keys)} facts are nearly dependent in layer {layer} ({error}), so that not "
-                    "all can be met: pass a larger weight (0.1 for Emmet), or leave out facts of the same subject"
+                    "all can be met: pass a larger weight (0.1 for Emmet, 1e-8 or more for AlphaEdit), or leave out "
+                    "facts of the same subject"
                 ) from error
             delta = Delta(layer, factors.left.cpu(), factors.right.cpu())
             if not bool(torch.isfinite(delta.left).all() and torch.isfinite(delta.right).all()):
@@ -275,8 +286,7 @@ def _restored(model: Model, layers: Sequence[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        for site, weight in zip(sites, before, strict=True):
-            site.write_(weight)
+        write_all(sites, before)
 
 
 @dataclass(frozen=True, eq=False)

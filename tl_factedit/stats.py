@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -74,6 +75,7 @@ class KeyStats:
         Example:
             >>> edit = fe.Rome(fe.KeyStats.identity(model, 8))(model, [fact])    # doctest: +SKIP
         """
+        layer = operator.index(layer)
         size = down_proj(model, layer).W.shape[0]
         return cls(layer, torch.eye(size, dtype=torch.float64), 0, "identity", None)
 
@@ -127,7 +129,7 @@ class KeyStats:
         """Both together, weighted by their tokens.
 
         Raises:
-            ValueError: They are of different layers, weights, BOS policies or versions.
+            ValueError: They are of different layers, weights, BOS policies or versions, or of the same texts.
 
         Example:
             >>> both = fe.key_stats(model, 8, books)[8] + fe.key_stats(model, 8, news)[8]    # doctest: +SKIP
@@ -142,10 +144,16 @@ class KeyStats:
             raise ValueError("can't merge statistics of different weights or BOS policies: collect both on one model")
         if differs := _difference(mine, theirs):
             raise ValueError(f"can't merge statistics that were collected with {differs}: collect both alike")
+        if self.corpus == other.corpus:
+            raise ValueError(f"both statistics are of the same texts ({self.corpus}), which would count twice")
         total = self.n_tokens + other.n_tokens
         moment = (self.moment * (self.n_tokens / total)).add_(other.moment, alpha=other.n_tokens / total)
         corpus = hashlib.sha256(f"{self.corpus} {other.corpus}".encode()).hexdigest()[:16]
         return KeyStats(self.layer, moment, total, corpus, mine)
+
+    def __radd__(self, other: object) -> KeyStats:
+        """So that ``sum`` takes them, which begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def save(self, path: str | Path) -> None:
         """Write one file (safetensors: the upper triangle, and where it came from).

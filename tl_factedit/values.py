@@ -99,6 +99,8 @@ class ValueFit:
             raise ValueError(
                 f"kl_prompts is the string {self.kl_prompts!r}, needed a list: write [{self.kl_prompts!r}]"
             )
+        if not isinstance(self.kl_prompts, Sequence):
+            raise ValueError(f"kl_prompts is {self.kl_prompts!r}, needed a list of templates")
 
 
 @dataclass(frozen=True)

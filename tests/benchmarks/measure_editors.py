@@ -250,7 +250,13 @@ def single(
             print(f"{name}: values of {len(left)} facts in {seconds() - began:.0f} CPU-s", flush=True)
         for i in tqdm(left, desc=name):
             began = seconds()
-            edit = editor(model, [facts[i]])
+            try:
+                edit = editor(model, [facts[i]])
+            except ValueError as error:  # knowledge neurons: where prompts share none. Nothing is written, so it fails
+                print(f"{name}, {facts[i].name}: {error}", flush=True)
+                scores = fe.evaluate(model, facts[i], prepend_bos=BOS)
+                kept.add(str(i), answers=rows(scores, [i]), seconds=seconds() - began, refused=str(error))
+                continue
             made = seconds() - began
             with edit.applied(model):
                 scores = fe.evaluate(model, facts[i], prepend_bos=BOS)
@@ -350,10 +356,12 @@ def show(out: Path) -> None:
             s = scores_in(lines)
             spent = sum(line.get("seconds", 0.0) for line in lines)
             norms = [max(line["relative_norm"]) for line in lines if line.get("relative_norm")]
+            refused = sum("refused" in line for line in lines)
             print(
                 f"{name:28} n {s.efficacy.n:4} | {s.efficacy:.3f} | {s.paraphrase:.3f} | {s.neighbourhood:.3f} | "
                 f"{s.score:.3f} | p(new) {s.p_new:.3f} p(old) {s.p_old:.3f} | {spent:.0f} s | "
-                f"norm {max(norms, default=0):.3f} | peak {max(line.get('peak', 0.0) for line in lines):.1f}"
+                f"norm {max(norms, default=0):.3f} | refused {refused} | "
+                f"peak {max(line.get('peak', 0.0) for line in lines):.1f}"
             )
 
 

@@ -8,7 +8,7 @@ Fang et al. 2024 (arXiv:2410.02355). P projects onto the eigenvectors of C = E[k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,7 +56,7 @@ class AlphaEdit:
     threshold: float | None = None
     share: float | None = None
     weight: float = 10.0
-    earlier: Sequence[Edit] = ()
+    earlier: Iterable[Edit] = ()
     objective: Objective = field(default_factory=Inject)
     fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
     contexts: SampledContexts | Sequence[str] = field(
@@ -77,6 +77,12 @@ class AlphaEdit:
             raise ValueError(f"weight is {self.weight}, needed more than 0")
         if isinstance(self.earlier, Edit):
             raise ValueError("earlier is one Edit, needed a list of them: write [edit]")
+        object.__setattr__(self, "earlier", tuple(self.earlier))
+        for each in self.earlier:
+            if not isinstance(each, Edit):
+                raise ValueError(f"earlier has a {type(each).__name__}, needed Edits, whose keys are to be kept")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}, needed more than 0 and less than 1: of C's trace")
         for each in self.stats.values():
             if each.is_identity:
                 raise ValueError(

@@ -31,6 +31,7 @@ from tl_factedit.model import (
     Model,
     Packing,
     Runner,
+    as_layers,
     bos_policy,
     check_own,
     down_proj,
@@ -82,7 +83,7 @@ class KnowledgeNeurons:
     share: float = 0.4
     steps: int = 20
     scale: float = 2.0
-    layers: Sequence[int] | None = None
+    layers: int | Sequence[int] | None = None
     objective: Objective = field(default_factory=Inject)
     vectors: Literal["unembedding", "embedding"] = "unembedding"
     prepend_bos: bool | None = None
@@ -104,9 +105,9 @@ class KnowledgeNeurons:
         if self.vectors not in ("unembedding", "embedding"):
             raise ValueError(f"vectors {self.vectors!r} is unknown, needed 'unembedding' or 'embedding'")
         if self.layers is not None:
+            object.__setattr__(self, "layers", as_layers(self.layers))
             if not self.layers:
                 raise ValueError("layers is empty, needed one at least, or None for all")
-            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
 
     def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Make the edit; no weight of the model is written.
@@ -117,7 +118,7 @@ class KnowledgeNeurons:
             RuntimeError: A probability is not finite.
         """
         facts = check_facts(facts, self.objective)
-        layers = tuple(range(n_layers(model))) if self.layers is None else tuple(self.layers)
+        layers = tuple(range(n_layers(model))) if self.layers is None else as_layers(self.layers)
         sites = {layer: down_proj(model, layer) for layer in layers}
         check_own(model, layers)
         base = base_fingerprint(model)
@@ -179,7 +180,7 @@ class KnowledgeNeurons:
             "share": self.share,
             "steps": self.steps,
             "scale": self.scale,
-            "layers": None if self.layers is None else list(self.layers),
+            "layers": None if self.layers is None else list(as_layers(self.layers)),
             "objective": repr(self.objective),
             "vectors": self.vectors,
         }

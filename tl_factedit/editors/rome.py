@@ -142,7 +142,8 @@ class Rome:
         provenance = made_on(model, prepend_bos, base)
         edits = []
         with quiet(model):
-            wishes = self.objective.wishes(model, facts, prepend_bos=prepend_bos)
+            # Each by itself, as some objectives look at all facts they are given (the spread of their embeddings).
+            wishes = [self.objective.wishes(model, [fact], prepend_bos=prepend_bos)[0] for fact in facts]
             found = fit_values(
                 model,
                 wishes,
