@@ -262,6 +262,35 @@ def test_a_subject_that_is_not_in_its_prompt_is_refused_by_record(name, field, r
         READERS[name](file(records))
 
 
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("counterfact", lambda r: r["requested_rewrite"].pop("subject"), "it has no 'subject'"),
+        ("counterfact", lambda r: r["requested_rewrite"].update(target_new=" Rome"), "string indices"),
+        ("counterfact", lambda r: r["requested_rewrite"].update(prompt="no slot"), 'holds 0 "{}"'),
+        ("counterfact_brief", lambda r: r.pop("subject"), "it has no 'subject'"),
+        ("known_facts", lambda r: r.pop("subject"), "it has no 'subject'"),
+        ("zsre", lambda r: r.update(answers=[]), "answers is empty"),
+    ],
+)
+def test_a_record_that_makes_no_fact_is_named(name, spoil, message, file):
+    records = copy.deepcopy(LAYOUTS[name])
+    which = records[-1].get("case_id", records[-1].get("known_id", len(records) - 1))
+    spoil(records[-1])
+    with pytest.raises(ValueError, match=rf"record {which} of .*records\.json: .*") as error:
+        READERS[name](file(records))
+    assert message in str(error.value)
+
+
+def test_what_a_record_has_nothing_of_is_left_out(file):
+    records = copy.deepcopy(COUNTERFACT)
+    records[0]["paraphrase_prompts"] = None
+    assert data.counterfact(file(records))[0].paraphrases == ()
+    records = copy.deepcopy(LAYOUTS["zsre"])
+    records[0]["alt"] = None
+    assert data.zsre(file(records))[0].target_new is None
+
+
 def test_a_counterfact_prompt_without_its_slot_is_refused(file):
     records = copy.deepcopy(COUNTERFACT)
     records[1]["requested_rewrite"]["prompt"] = "Léon Blum speaks the language"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tl_factedit.estimate as estimate_module
-from tl_factedit.estimate import DRAWS, Estimate, jointly, over_facts
+from tl_factedit.estimate import DRAWS, Estimate, jointly, over_facts, rank_correlation
 
 NAN = math.nan
 
@@ -166,3 +166,13 @@ def test_ten_facts_of_one_outcome_get_wilsons_interval_and_not_one_of_no_width(o
     found = over_facts([outcome] * 10)
     assert (found.low, found.high) == pytest.approx(ends, abs=1e-5)
     assert jointly([[outcome] * 10], lambda means: means[0]).low == outcome  # the bootstrap alone sees no spread
+
+
+def test_a_correlation_of_few_facts_or_without_spread_has_no_interval():
+    few, more = torch.arange(4.0), torch.arange(8.0)
+    for x, y in ((few, few), (few, few.roll(1)), (more, more)):
+        found = rank_correlation(x, y)
+        assert not math.isnan(found.mean) and math.isnan(found.low) and math.isnan(found.high)
+        assert str(found).endswith(f"(n = {len(x)}: no interval)")
+    some = rank_correlation(more, torch.tensor([0.0, 2.0, 1.0, 3.0, 5.0, 4.0, 7.0, 6.0]))
+    assert some.low < some.mean < some.high

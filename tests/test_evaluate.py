@@ -8,7 +8,7 @@ import tiny
 import torch
 from oracles import untouched
 
-from tl_factedit.evaluate import Answer, Scores, evaluate
+from tl_factedit.evaluate import Answer, Scores, evaluate, scores_of
 from tl_factedit.facts import Fact
 from tl_factedit.model import Runner, down_proj
 
@@ -241,7 +241,7 @@ def test_one_fact_has_no_interval_and_two_have(kind):
 def test_an_edit_is_to_win_on_rewrites_and_to_lose_on_neighbours_and_a_tie_wins_nothing(
     ask, nll_true, nll_new, success
 ):
-    assert Answer(0, ask, "", "", "", nll_true, nll_new, False).success is success
+    assert Answer(0, ask, "", " a", " b", nll_true, nll_new, False).success is success
 
 
 def test_objects_that_begin_with_one_token_are_flagged(kind):
@@ -319,3 +319,48 @@ def test_a_target_that_merges_with_a_paraphrase_is_named_before_anything_is_run(
     monkeypatch.setattr(Runner, "logits", None)
     with pytest.raises(ValueError, match="merges with the last token of 'Rome is near '"):
         evaluate(model, [Fact("Rome", "{}:", "Italy", "Spain", paraphrases=["{} is near "])])
+
+
+def test_a_prompt_whose_objects_are_one_compares_nothing(kind):
+    model = shared(kind, "gpt2")
+    fact = FACTS[0].but(neighbours=["The Louvre is in", "Big Ben is in"], neighbour_targets=[" Rome", " London"])
+    found = evaluate(model, [fact])
+    (same, other) = [answer for answer in found.answers if answer.ask == "neighbour"]
+    assert not same.compared and not same.success and other.compared
+    assert found.neighbourhood.mean == float(other.success)
+    assert evaluate(model, [fact.but(target_new=fact.target_true)]).efficacy.n == 0
+
+
+def test_logits_that_are_nan_are_not_measured_rather_than_failed(kind):
+    model = tiny.model(kind, "gpt2")
+    with torch.no_grad():
+        next(iter(model.blocks[1].parameters())).fill_(torch.nan)
+    found = evaluate(model, FACTS)
+    for estimate in (found.efficacy, found.paraphrase, found.neighbourhood, found.score, found.p_new):
+        assert estimate.n == 0 and math.isnan(estimate.mean)
+
+
+def test_a_fact_given_twice_is_refused(kind):
+    with pytest.raises(ValueError, match="'eiffel' is given twice, needed each once"):
+        evaluate(shared(kind, "gpt2"), [*FACTS, FACTS[0]])
+
+
+def test_a_score_without_spread_has_the_ends_of_what_it_is_made_of():
+    facts = tuple(FACTS[0].but(id=str(i)) for i in range(8))
+    scored_once = scored("bridge", "gpt2")
+
+    def of(success: bool):
+        answers = tuple(
+            Answer(i, ask, "", " a", " b", 2.0, 1.0, False)
+            if success == (ask != "neighbour")
+            else Answer(i, ask, "", " a", " b", 1.0, 2.0, False)
+            for i in range(8)
+            for ask in ("rewrite", "paraphrase", "neighbour")
+        )
+        return scores_of(facts, answers, scored_once.provenance)
+
+    all_right = of(True)
+    assert all_right.score.mean == 1.0 and all_right.score.high == 1.0
+    assert all_right.score.low == pytest.approx(all_right.efficacy.low) and 0.6 < all_right.score.low < 0.7
+    none = of(False)
+    assert none.score.mean == none.score.low == 0.0 and none.score.high == pytest.approx(none.efficacy.high)

@@ -184,3 +184,13 @@ def test_a_position_named_twice_or_a_mask_is_refused():
         noise_hook(noise, [1, 1])
     with pytest.raises(ValueError, match="mask of booleans"):
         noise_hook(noise, [True, False])
+
+
+def test_positions_that_are_no_whole_numbers_or_meet_are_refused():
+    with pytest.raises((ValueError, TypeError)) as error:  # the latter of this suite's own check of types
+        noise_hook(torch.zeros(1, 2, D), torch.tensor([1.7, 2.2]))
+    assert "positions" in str(error.value)
+    for hook in (noise_hook(random(1, 2, D), [-1, POS - 1]), restore_hook(random(1, POS, D), [-1, POS - 1])):
+        with pytest.raises(ValueError, match=rf"\[-1, {POS - 1}\] names one of the {POS} tokens twice"):
+            hook(random(BATCH, POS, D))
+    noise_hook(random(1, 2, D), [-1, POS - 1])(random(BATCH, POS + 1, D))

@@ -1,6 +1,7 @@
 """Another subject in the subject's place: found by rule, reported where there is none, and run as if it stood there."""
 
 import functools
+import pickle
 
 import pytest
 import tiny
@@ -160,3 +161,18 @@ def test_noise_and_replacement_are_compared_on_the_facts_that_have_donors(kind):
     assert both.usable == (True, True, False)
     assert both.first.corruptible == (True, True, True)
     assert len(both.effects()[0]) == 2
+
+
+def test_donors_of_another_model_are_not_taken(kind):
+    asked = facts(kind)
+    found = trace(kind, asked).corruption
+    again = fe.causal_trace(shared(kind), asked[0], corruption=found, progress=False)
+    assert again.donors[0]
+    with pytest.raises(ValueError, match=r"found on another model.*TokenReplacement\(samples=4, seed=0\)"):
+        fe.causal_trace(tiny.model(kind, "gpt2", seed=9), asked, corruption=found, progress=False)
+
+
+def test_a_trace_by_replacement_can_be_pickled(kind):
+    found = trace(kind, facts(kind))
+    copied = pickle.loads(pickle.dumps(found))
+    assert torch.equal(copied.effect, found.effect) and copied.donors == found.donors

@@ -609,3 +609,15 @@ def test_the_average_of_many_facts_shows_its_own_numbers_with_intervals(made):
         show.average(trace, normalised=True)
     with pytest.raises(ValueError, match="the trace is of one fact, needed several"):
         show.average(made["trace"])
+
+
+def test_a_report_averages_a_trace_of_several_facts(made, tmp_path):
+    both = causal_trace(made["model"], [FACT, FACT.but(subject="Big Ben")], progress=False)
+    page = show.report(tmp_path / "new" / "report.html", both).read_text(encoding="utf-8")
+    assert show.average(both).title in page and show.trace(both).title not in page
+
+
+def test_scores_of_other_objects_are_not_put_side_by_side(made):
+    other = evaluate(made["model"], [FACT.but(target_new=" London")])
+    with pytest.raises(ValueError, match="the same prompts with the same objects"):
+        show.scores(made["scores"], other)

@@ -1,9 +1,13 @@
 """Causal tracing is the literal loop over cells, made fast: equal to it, and to what theory says of the ends."""
 
+import contextlib
 import dataclasses
 import functools
 import warnings
 
+import jaxtyping
+import laws
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,6 +15,7 @@ from oracles import tracing, untouched
 from oracles.tracing import Asked
 
 import tl_factedit as fe
+import tl_factedit.model as model_module
 import tl_factedit.questions as questions_module
 import tl_factedit.trace as trace_module
 from tl_factedit.model import Runner, down_proj, from_hf
@@ -868,3 +873,132 @@ def test_same_first_tokens_and_a_missing_new_object_don_t_matter_to_a_trace(kind
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------- what a folder tells apart
+
+
+def test_a_folder_tells_metrics_of_ones_own_apart(kind, tmp_path):
+    model = shared(kind, "gpt2")
+
+    def logit_of(token):
+        return lambda logits, asked: logits[:, :, 0, token].float()
+
+    found = traced(model, asking(model), metric=logit_of(5), folder=tmp_path)
+    again = traced(model, asking(model), metric=logit_of(5), folder=tmp_path)
+    assert torch.equal(found.effect, again.effect)
+    with pytest.raises(ValueError, match="belongs to another trace"):
+        traced(model, asking(model), metric=logit_of(9), folder=tmp_path)
+    with pytest.raises(ValueError, match="is a partial, of which a file can't tell one from another"):
+        traced(model, asking(model), metric=functools.partial(logit_of(5)), folder=tmp_path / "other")
+
+
+def test_a_corruption_that_says_nothing_of_itself_is_not_kept(kind, tmp_path):
+    class Nameless:
+        def calibrated(self, subjects):
+            return self
+
+        def draw(self, subject):
+            return subject.embeddings[None] + 1.0
+
+        def contrast(self, subject):
+            return None
+
+    model = shared(kind, "gpt2")
+    traced(model, asking(model), corruption=Nameless())
+    with pytest.raises(ValueError, match="needed a repr that says what it is"):
+        traced(model, asking(model), corruption=Nameless(), folder=tmp_path)
+
+
+def test_a_folder_at_home_is_gone_on_with(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = shared(kind, "gpt2")
+    traced(model, asking(model), folder="~/traces")
+    assert len(list((tmp_path / "traces").glob("part-*"))) == 1
+    monkeypatch.setattr(trace_module, "_effects", None)  # it would be called otherwise
+    traced(model, asking(model), folder="~/traces")
+
+
+# ---------------------------------------------------------------------------------------- numbers of any kind
+
+
+def test_integers_of_numpy_will_do(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # this suite's types are stricter than a user's
+    model = shared(kind, "gpt2")
+    fact = asking(model)
+    noise = fe.GaussianNoise(samples=np.int64(2), seed=np.int64(1))
+    found = traced(model, fact, window=np.int64(3), component="mlp", corruption=noise, folder=tmp_path / "parts")
+    found.save(tmp_path / "trace.safetensors")
+    loaded = Trace.load(tmp_path / "trace.safetensors")
+    assert loaded.window == 3 and loaded.corruption == found.corruption
+    assert torch.equal(loaded.effect, traced(model, fact, window=3, component="mlp", corruption=noise).effect)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fe.GaussianNoise(scale=float("inf")), "scale is inf"),
+        (lambda: fe.GaussianNoise(seed=None), "seed is None, needed an integer"),
+        (lambda: fe.UniformNoise(samples=2.0), r"samples is 2\.0, needed an integer"),
+        (lambda: fe.GivenNoise(torch.zeros(0, 2, 8)), "needed a tensor .* with a sample at least"),
+    ],
+    ids=["scale", "seed", "samples", "given"],
+)
+def test_noise_that_cannot_be_drawn_is_refused(make, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        make()
+    if isinstance(error.value, ValueError):  # and not this suite's own check of types, which comes first
+        error.match(message)
+
+
+def test_one_sample_says_nothing_of_their_spread(kind):
+    model = shared(kind, "gpt2")
+    assert traced(model, asking(model), corruption=fe.GaussianNoise(samples=1)).table().sample_sd.isna().all()
+    assert traced(model, asking(model)).table().sample_sd.notna().all()
+
+
+def test_what_is_nan_is_an_error_and_not_a_missing_donor(kind):
+    model = tiny.model(kind, "gpt2")
+    with laws.untouched(model), pytest.raises(RuntimeError, match=r"corrupted run of 'Eiffel Tower' is NaN"):
+        traced(model, asking(model), corruption=fe.GaussianNoise(scale=1e38, sigma=1.0))
+    with torch.no_grad():
+        next(iter(model.blocks[1].parameters())).fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="clean run"):
+        traced(model, fe.Fact("Eiffel Tower", "The {} is", " Rome"))
+
+
+def test_hooks_of_the_user_take_part_from_the_first_token_on(kind):
+    model = tiny.model(kind, "gpt2")
+    fact = asking(model)
+    plain = traced(model, fact)
+    noise = torch.randn(1, 2, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    with model.hooks(fwd_hooks=[("hook_embed", fe.noise_hook(noise, [1, 2]))]):
+        found = traced(model, fact)
+        assert not torch.allclose(found.clean, plain.clean) and "hooks of its own" in found.unpacked
+        fe.evaluate(model, fact.but(target_new=" Rome"))
+
+
+@pytest.mark.parametrize("where", ["quiet", "from", "joining"])
+def test_an_interrupt_while_it_is_put_back_leaves_nothing_behind(kind, monkeypatch, where):
+    """Ctrl-C in the loops that put flags and forwards back: each is begun again."""
+    model = tiny.model(kind, "gpt2")
+    for param in list(model.parameters())[::2]:
+        param.requires_grad_(True)
+    traced(model, asking(model))
+    insist, calls = model_module.insist, []
+
+    def interrupted(finish):
+        def once():
+            calls.append(1)
+            if len(calls) == {"quiet": 1, "from": 2, "joining": 3}[where]:
+                raise KeyboardInterrupt("injected")
+            finish()
+
+        insist(once)
+
+    with laws.untouched(model):
+        monkeypatch.setattr(model_module, "insist", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            traced(model, asking(model))
+        monkeypatch.undo()
+    assert calls

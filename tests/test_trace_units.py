@@ -93,3 +93,27 @@ def test_all_heads_of_many_facts_come_in_a_table_largest_first(kind):
 def test_what_is_not_there_is_named(kind, options, message):
     with pytest.raises(ValueError, match=message):
         traced(shared(kind, "gpt2"), **options)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_order_of_layers_changes_no_number(kind):
+    model = shared(kind, "gpt2")
+    whole = traced(model)
+    for layers in ([3, 1, 0], [2, 2, 0], 1):
+        found = traced(model, layers=layers)
+        assert found.layers == tuple(sorted({layers} if isinstance(layers, int) else set(layers)))
+        torch.testing.assert_close(found.effect, whole.effect[:, list(found.layers)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_it_refuses_what_causal_trace_refuses(kind):
+    model = shared(kind, "gpt2")
+    same = FACT.but(target_true=" Rome Paris", target_new=" Rome Italy")
+    for facts, options, message in (
+        (same, {"metric": "logit_diff"}, "compares first tokens"),
+        (FACT, {"metric": "logit_diff"}, "nothing to set against"),
+        (FACT, {"memory": 0.0}, "memory is 0.0"),
+        ([FACT, FACT], {}, "is given twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            traced(model, facts, **options)

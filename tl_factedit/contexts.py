@@ -101,10 +101,10 @@ def sample_texts(
         ValueError: A length or batch below 1, or longer texts than the model reads.
     """
     room = getattr(model.cfg, "n_ctx", None)
-    if length < 1 or batch < 1 or (room is not None and length >= room):
+    if length < 1 or batch < 1 or (room is not None and length > room):
         raise ValueError(
-            f"length is {length} and batch {batch}, needed at least 1, and a length that leaves room for the token it "
-            f"begins after ({model_name(model)} reads {room} tokens)"
+            f"length is {length} and batch {batch}, needed 1 or more, and a length that {model_name(model)} reads: "
+            f"{room} tokens at most"
         )
     texts: list[str] = []
     wanted = -(-n_tokens // length)

@@ -8,6 +8,8 @@ draw doesn't depend on which other facts are traced with it.
 from __future__ import annotations
 
 import functools
+import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -235,6 +237,14 @@ class GivenNoise:
 
     noise: Float[Tensor, "sample position d_model"]
 
+    def __post_init__(self) -> None:
+        """Check its shape."""
+        if not isinstance(self.noise, Tensor) or self.noise.ndim != 3 or not len(self.noise):
+            raise ValueError(
+                f"noise is {tuple(getattr(self.noise, 'shape', ())) or self.noise!r}, needed a tensor "
+                "[sample position d_model] with a sample at least"
+            )
+
     def calibrated(self, subjects: Sequence[Subject]) -> GivenNoise:
         """Itself: it has its scale already.
 
@@ -274,9 +284,13 @@ class GivenNoise:
 
 
 def _check(noise: Any) -> None:
+    for name in ("samples", "seed"):
+        if isinstance(getattr(noise, name), float) or getattr(noise, name) is None:
+            raise ValueError(f"{name} is {getattr(noise, name)!r}, needed an integer")
+        object.__setattr__(noise, name, operator.index(getattr(noise, name)))
     if noise.samples < 1:
         raise ValueError(f"samples is {noise.samples}, needed at least 1")
-    if not noise.scale >= 0:  # also refuses NaN
+    if not 0 <= noise.scale < math.inf:  # also refuses NaN
         raise ValueError(f"scale is {noise.scale}, needed 0 or more (in standard deviations of the embeddings)")
     sigma = getattr(noise, "sigma", None)
     if sigma is not None and not sigma >= 0:

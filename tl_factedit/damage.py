@@ -17,7 +17,7 @@ from tl_factedit.facts import Fact
 from tl_factedit.metrics import prob
 from tl_factedit.model import Model, quiet
 from tl_factedit.provenance import bos_policy
-from tl_factedit.questions import Questions, align_all, ask
+from tl_factedit.questions import Questions, align_all, ask, check_memory
 
 Noise = GaussianNoise | UniformNoise | MultivariateNoise
 MOST_SCALE = 1000
@@ -56,6 +56,7 @@ def noise_for_damage(
         raise ValueError("facts is empty, needed at least one")
     if not 0 < lost < 1:
         raise ValueError(f"lost is {lost}, needed a share between 0 and 1")
+    check_memory(memory)
     rows = align_all(model, facts, prepend_bos=bos_policy(model, prepend_bos))
     with quiet(model), torch.no_grad():
         start = ask(model, facts, rows, noise or GaussianNoise())

@@ -132,7 +132,8 @@ def check_contexts(contexts: SampledContexts | Sequence[str]) -> None:
         raise ValueError(f"contexts is the string {contexts!r}, needed a list: write [{contexts!r}]")
     if not isinstance(contexts, Sequence):
         raise ValueError(
-            f"contexts is {contexts!r}, needed a list of prefixes (() for the bare prompt alone), or SampledContexts"
+            f"contexts is {contexts!r}, needed a list of prefixes, or SampledContexts: write () for the bare prompt "
+            "alone"
         )
     for i, context in enumerate(contexts):
         if not isinstance(context, str) or "{}" in context:

@@ -17,8 +17,9 @@ class Estimate:
 
     Attributes:
         mean: The estimate; NaN if no fact could be scored.
-        low: Lower end; NaN below two facts, which say nothing of the spread between facts.
-        high: Upper end; NaN below two facts.
+        low: Lower end; NaN below two facts, which say nothing of the spread between facts (of a correlation: below
+            five).
+        high: Upper end; NaN where `low` is.
         n: Facts it is over.
     """
 
@@ -32,7 +33,7 @@ class Estimate:
         spec = spec or ".3f"
         if self.n == 0:
             return "not measured"
-        if self.n < 2:
+        if self.n < 2 or math.isnan(self.low):
             return f"{self.mean:{spec}} (n = {self.n}: no interval)"
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}] (n = {self.n})"
 
@@ -44,6 +45,8 @@ class Estimate:
 DRAWS = 10_000
 Z = 1.959964
 """Of a 95 % interval."""
+FEWEST = 5
+"""Facts for the interval of a correlation."""
 AT_ONCE = 5_000_000
 """Most numbers resampled at a time: with all 21,919 facts of CounterFact a whole table of draws is 1.8 GB."""
 
@@ -134,7 +137,8 @@ def rank_correlation(
 ) -> Estimate:
     """Spearman's rank correlation over the facts that have both, with its percentile-bootstrap interval.
 
-    NaN where one of the two doesn't vary. A resampled fact counts as often as it is drawn, in ranks too.
+    NaN where one of the two doesn't vary. There is no interval below five facts, nor where all resamples agree (ranks
+    that are the same throughout), which shows no spread. A resampled fact counts as often as it is drawn, in ranks too.
     """
     both = ~(x.isnan() | y.isnan())
     pairs = [values[both].double() for values in (x, y)]
@@ -144,6 +148,8 @@ def rank_correlation(
     once = torch.ones(1, n, dtype=torch.float64)
     found, resampled = (_weighted_spearman(pairs, weights) for weights in (once, _times_drawn(n, draws, seed)))
     low, high = torch.nanquantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    if n < FEWEST or low == high:
+        low = high = math.nan
     return Estimate(float(found[0]), low, high, n)
 
 

@@ -7,12 +7,14 @@ NLL the mean negative log-likelihood of a token of the target::
     neighbourhood (NS)               mean 1[NLL(true) < NLL(new)] on prompts about other subjects
     score (S)                        harmonic mean of the three means
 
-These compare two probabilities; they don't say that the model would *say* the object. Prompts
+A prompt whose two objects are the same (a neighbour whose own object is the new one) compares nothing and doesn't
+count. These compare two probabilities; they don't say that the model would *say* the object. Prompts
 are averaged within a fact first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_factedit.estimate import Estimate, jointly, over_facts
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, check_distinct
 from tl_factedit.likelihood import log_probs
 from tl_factedit.model import Model, Runner, quiet
 from tl_factedit.provenance import Provenance
@@ -59,8 +61,16 @@ class Answer:
     same_first_token: bool
 
     @property
+    def compared(self) -> bool:
+        """Whether two objects were compared: not where both are the same, or the model's logits are NaN."""
+        return self.true.strip() != self.new.strip() and math.isfinite(self.nll_true) and math.isfinite(self.nll_new)
+
+    @property
     def success(self) -> bool:
-        """Whether the answer is the wanted one: new on rewrite and paraphrase, true on a neighbour."""
+        """Whether the answer is the wanted one: new on rewrite and paraphrase, true on a neighbour.
+
+        False where nothing is `compared`.
+        """
         prefers_new = self.nll_new < self.nll_true
         return self.nll_true < self.nll_new if self.ask == "neighbour" else prefers_new
 
@@ -136,7 +146,7 @@ def evaluate(
         batch_tokens: Most tokens in one forward pass.
 
     Raises:
-        ValueError: No facts, a fact without ``target_new``, or an object that is no continuation
+        ValueError: No facts, a fact without ``target_new`` or given twice, or an object that is no continuation
             of a prompt.
 
     Example:
@@ -170,8 +180,7 @@ def evaluate(
 
 def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
-    if not facts:
-        raise ValueError("facts is empty, needed at least one")
+    check_distinct(facts)
     for fact in facts:
         if fact.target_new is None:
             raise ValueError(
@@ -194,14 +203,25 @@ def _harmonic(means: Sequence[Tensor]) -> Tensor:
     return len(means) / torch.stack([1 / mean for mean in means]).sum(0)
 
 
+def _score(each: Sequence[Estimate], shares: Sequence[Sequence[float]]) -> Estimate:
+    """S; where resampling shows no spread at all, its ends are those of the ends of the three (Wilson's)."""
+    found = jointly(shares, _harmonic)
+    if found.n < 2 or found.low < found.high:
+        return found
+    low, high = (
+        _harmonic([torch.tensor(end) for end in ends]) for ends in ([e.low for e in each], [e.high for e in each])
+    )
+    return Estimate(found.mean, float(low), float(high), found.n)
+
+
 def scores_of(facts: tuple[Fact, ...], answers: tuple[Answer, ...], provenance: Provenance) -> Scores:
     """The scores that some answers come to; an answer's `fact` is its place in `facts`."""
 
     def by_fact(ask: Ask) -> list[float]:
-        """Share of successes of each fact; NaN where it has no such prompt."""
+        """Share of successes of each fact; NaN where it has no such prompt, or none on which objects are compared."""
         found: list[list[bool]] = [[] for _ in facts]
         for answer in answers:
-            if answer.ask == ask:
+            if answer.ask == ask and answer.compared:
                 found[answer.fact].append(answer.success)
         return [sum(f) / len(f) if f else float("nan") for f in found]
 
@@ -212,7 +232,7 @@ def scores_of(facts: tuple[Fact, ...], answers: tuple[Answer, ...], provenance: 
         efficacy=over_facts(shares["rewrite"]),
         paraphrase=over_facts(shares["paraphrase"]),
         neighbourhood=over_facts(shares["neighbour"]),
-        score=jointly(list(shares.values()), _harmonic),
+        score=_score([over_facts(each) for each in shares.values()], list(shares.values())),
         p_new=over_facts([float(torch.tensor(-a.nll_new).exp()) for a in rewrites]),
         p_old=over_facts([float(torch.tensor(-a.nll_true).exp()) for a in rewrites]),
         answers=answers,

@@ -119,3 +119,20 @@ def _warn_of_glued_words(fact: Fact) -> None:
                 f"({fact.text.split()[-1] + target!r}): begin it with a space if it is a new word",
                 stacklevel=4,
             )
+
+
+def check_distinct(facts: Sequence[Fact]) -> None:
+    """See that there are facts, each once: an interval over facts takes them for different ones.
+
+    Raises:
+        ValueError: None is given, or one twice.
+    """
+    if not facts:
+        raise ValueError("facts is empty, needed at least one")
+    seen: list[Fact] = []
+    known: set[str] = set()
+    for fact in facts:
+        if fact.text in known and fact in seen:
+            raise ValueError(f"fact {fact.name!r} is given twice, needed each once: it would count as two facts")
+        known.add(fact.text)
+        seen.append(fact)

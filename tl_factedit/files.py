@@ -27,7 +27,7 @@ def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str
         tensors: Named tensors.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(header, default=_number)
+    text = json.dumps(header, default=plain_number)
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -65,7 +65,7 @@ def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(meta["header"]), tensors
 
 
-def _number(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """The plain number in a scalar of numpy or torch."""
     if getattr(value, "shape", None) == ():
         return value.item()

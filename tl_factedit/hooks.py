@@ -97,6 +97,8 @@ def _index(positions: Positions) -> Tensor | slice:
     given = torch.as_tensor(positions)
     if given.dtype == torch.bool:
         raise ValueError("positions is a mask of booleans, needed token positions: give mask.nonzero()[:, 0]")
+    if given.dtype.is_floating_point and given.numel():
+        raise ValueError(f"positions is {positions!r}, needed whole numbers")
     where = given.long().reshape(-1)
     if len(where.unique()) < len(where):
         raise ValueError(f"positions {where.tolist()} names one position twice, needed each once")
@@ -109,3 +111,8 @@ def _check_reach(value: Tensor, where: Tensor | slice) -> None:
     low, high = int(where.min()), int(where.max())
     if high >= value.shape[1] or low < -value.shape[1]:
         raise ValueError(f"position {high if high >= value.shape[1] else low} is outside the {value.shape[1]} tokens")
+    if low < 0 <= high and len((where % value.shape[1]).unique()) < len(where):
+        raise ValueError(
+            f"positions {where.tolist()} names one of the {value.shape[1]} tokens twice (once from the end), needed "
+            "each once"
+        )

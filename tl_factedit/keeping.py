@@ -69,7 +69,7 @@ def read_each(
     for part in tqdm(parts, desc=what, unit="change", delay=1, disable=not progress or len(parts) == 1, leave=False):
         path = None
         if folder is not None:
-            path = Path(folder) / f"{what.replace(' ', '-')}-{_digest(part, base, asked)}.safetensors"
+            path = Path(folder).expanduser() / f"{what.replace(' ', '-')}-{_digest(part, base, asked)}.safetensors"
             if path.exists():
                 header, tensors = files.read(path, what)
                 yield part, records.decode(header["read"], tensors, kinds)

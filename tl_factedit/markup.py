@@ -129,12 +129,21 @@ def _stand_in(char: str) -> str:
     code = ord(char)
     if code < 32 and char not in "\n\t":
         return chr(0x2400 + code)
-    # Lone surrogates can't be written as UTF-8; bidirectional controls would reorder the page.
+    # Lone surrogates can't be written as UTF-8; bidirectional controls would reorder the page; spaces of no width and
+    # soft hyphens can't be seen.
     hidden = any(code in unseen for unseen in _UNSEEN)
     return "\N{REPLACEMENT CHARACTER}" if hidden else char
 
 
-_UNSEEN = (range(0x7F, 0xA0), range(0x202A, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000))
+_UNSEEN = (
+    range(0x7F, 0xA0),
+    range(0xAD, 0xAE),
+    range(0x200B, 0x2010),
+    range(0x202A, 0x202F),
+    range(0x2060, 0x2070),
+    range(0xD800, 0xE000),
+    range(0xFEFF, 0xFF00),
+)
 
 
 def _finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import TypeAlias
 
 import torch
@@ -86,6 +87,29 @@ def metric_of(metric: str | Metric) -> tuple[str, Metric]:
     if metric not in NAMED:
         raise ValueError(f"metric {metric!r} is unknown, needed one of {sorted(NAMED)}, or a function")
     return metric, NAMED[metric]
+
+
+def identity(metric: str | Metric) -> str:
+    """What a file can tell a metric by: its name, and of a function of one's own its code and what that refers to.
+
+    Raises:
+        ValueError: It is callable and no plain function, so that two can't be told apart.
+    """
+    if not callable(metric) or metric in NAMED.values():
+        return metric_of(metric)[0]
+    if not isinstance(metric, FunctionType):
+        raise ValueError(
+            f"metric {metric!r} is a {type(metric).__name__}, of which a file can't tell one from another: needed a "
+            "plain function (def), or no folder"
+        )
+    held = [cell.cell_contents for cell in metric.__closure__ or ()]
+    return f"{metric.__qualname__} {_code(metric.__code__)} {metric.__defaults__} {metric.__kwdefaults__} {held}"
+
+
+def _code(code: CodeType) -> str:
+    """What a function does, whatever file and line it stands in."""
+    consts = [_code(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {consts}"
 
 
 def _checked(name: str, metric: Metric) -> Metric:

@@ -234,15 +234,27 @@ def down_proj(model: Model, layer: int) -> DownProj:
     return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at)  # type: ignore[arg-type]
 
 
+def insist(finish: Callable[[], None]) -> None:
+    """Run what puts something back; if it is interrupted, once more, and only then does the interrupt go on.
+
+    Args:
+        finish: May be run twice, and does the rest the second time.
+    """
+    try:
+        finish()
+    except BaseException:
+        finish()
+        raise
+
+
 def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp d_model"]]) -> None:
     """Write several weights; what interrupts it is raised once all are written."""
-    try:
+
+    def write() -> None:
         for site, weight in zip(sites, weights, strict=True):
             site.write_(weight)
-    except BaseException:
-        for site, weight in zip(sites, weights, strict=True):
-            site.write_(weight)
-        raise
+
+    insist(write)
 
 
 def as_layers(layers: int | Iterable[int]) -> tuple[int, ...]:
@@ -409,10 +421,14 @@ def quiet(model: Model) -> Iterator[None]:
                 stack.enter_context(torch.no_grad())
             yield
     finally:
-        for m, flag in zip(modules, training, strict=True):
-            m.training = flag
-        for p, flag in zip(params, wanted, strict=True):
-            p.requires_grad_(flag)
+
+        def put_back() -> None:
+            for m, flag in zip(modules, training, strict=True):
+                m.training = flag
+            for p, flag in zip(params, wanted, strict=True):
+                p.requires_grad_(flag)
+
+        insist(put_back)
 
 
 def drop_graphs(model: Model) -> None:
@@ -475,7 +491,7 @@ class Runner:
         self.model = model
         self.kind = kind(model)
         self.n_layers = n_layers(model)
-        self._arity = self._probe_arity() if self.kind == "bridge" else 0
+        self._arity: int | None = None if self.kind == "bridge" else 0
 
     def logits(
         self,
@@ -539,7 +555,7 @@ class Runner:
                 if stop is None or stop >= self.n_layers:
                     self._bridge_logits(tokens, last, start)
                 else:
-                    with self._from(start):
+                    with self._from(start, tokens):
                         self.model(tokens, stop_at_layer=stop)  # type: ignore[operator]
             else:
                 stop = self.n_layers if stop is None else stop
@@ -597,6 +613,8 @@ class Runner:
             tokens: Some tokens, two at least.
             longest: How many tokens rows will have.
         """
+        if carries_hooks(self.model):
+            return "the model carries hooks of its own, which may count tokens from the beginning of a row"
         window = self._window()
         if window is not None and longest > window:
             return f"rows of {longest} tokens are longer than the attention window of {window}"
@@ -723,7 +741,7 @@ class Runner:
     ) -> Tensor:
         if packing is not None and start is not None:
             return self._bridge_packed(tokens, at, start, packing)[0]
-        with self._from(start), self._picked(at):
+        with self._from(start, tokens), self._picked(at):
             return self.model(tokens)  # type: ignore[operator]
 
     def _bridge_packed(
@@ -739,7 +757,7 @@ class Runner:
         seen = packing.visible[:, None].to(resid.device)
         mask = torch.zeros(seen.shape, dtype=resid.dtype, device=resid.device)
         mask.masked_fill_(~seen, torch.finfo(resid.dtype).min)
-        with self._from(start), self._joining(packing.joined, len(resid), start[0]), self._picked(at):
+        with self._from(start, tokens), self._joining(packing.joined, len(resid), start[0]), self._picked(at):
             # The wrapped model itself, as the bridge's forward makes masks and positions of its own.
             out = self.model.original_model(  # type: ignore[attr-defined]
                 input_ids=tokens,
@@ -762,10 +780,11 @@ class Runner:
             yield
 
     @contextmanager
-    def _from(self, start: tuple[int, Tensor] | None) -> Iterator[None]:
+    def _from(self, start: tuple[int, Tensor] | None, tokens: Tensor) -> Iterator[None]:
         """Let the blocks below `layer` pass through, and the block before it return the residual.
 
-        The token ids are still given, so that masks and positions are made as always.
+        The token ids are still given, so that masks and positions are made as always; hooks at their embeddings, which
+        nothing reads, are left out.
         """
         if start is None:
             yield
@@ -774,7 +793,14 @@ class Runner:
         blocks: Any = self.model.blocks  # type: ignore[attr-defined]
         skipped = list(blocks)[:layer]
         handle = None
+        parts = [getattr(self.model, name, None) for name in ("embed", "pos_embed")]
+        hooked = [m for part in parts if part is not None for m in part.modules() if getattr(m, "fwd_hooks", None)]
+        kept = [vars(m)["_forward_hooks"] for m in hooked]
         try:
+            for m in hooked:
+                vars(m)["_forward_hooks"] = type(vars(m)["_forward_hooks"])()
+            if layer and self._arity is None:
+                self._arity = self._probe_arity(tokens)
             if layer == 0:
                 handle = blocks[0].register_forward_pre_hook(
                     lambda _m, args, kw: _swap_input(resid, args, kw), with_kwargs=True
@@ -784,10 +810,16 @@ class Runner:
                 object.__setattr__(block, "forward", self._pass_through(given))
             yield
         finally:
-            if handle is not None:
-                handle.remove()
-            for block in skipped:
-                block.__dict__.pop("forward", None)
+
+            def put_back() -> None:
+                if handle is not None:
+                    handle.remove()
+                for block in skipped:
+                    block.__dict__.pop("forward", None)
+                for m, hooks in zip(hooked, kept, strict=True):
+                    vars(m)["_forward_hooks"] = hooks
+
+            insist(put_back)
 
     @contextmanager
     def _joining(self, joined: Sequence[int] | None, rows: int, first: int) -> Iterator[None]:
@@ -802,18 +834,25 @@ class Runner:
                     object.__setattr__(block, "forward", _of_first_rows(block.forward, count, rows))
             yield
         finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
+
+            def put_back() -> None:
+                for block in blocks:
+                    block.__dict__.pop("forward", None)
+
+            insist(put_back)
 
     def _pass_through(self, given: Tensor | None) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
             out = hidden_states if given is None else given
-            return out if self._arity == 0 else (out,) + (None,) * (self._arity - 1)
+            return (out,) + (None,) * (self._arity - 1) if self._arity else out
 
         return forward
 
-    def _probe_arity(self) -> int:
-        """Whether this model's blocks return a tensor (0) or a tuple (its length)."""
+    def _probe_arity(self, tokens: Tensor) -> int:
+        """Whether this model's blocks return a tensor (0) or a tuple (its length).
+
+        Seen when it is first needed, and on the tokens that are run anyway, as hooks of the user take part.
+        """
         model: Any = self.model
         seen: list[int] = []
         handle = model.blocks[0].register_forward_hook(
@@ -821,7 +860,7 @@ class Runner:
         )
         try:
             with torch.no_grad():
-                model(torch.zeros(1, 1, dtype=torch.long, device=device(model)), stop_at_layer=1)
+                model(tokens, stop_at_layer=1)
         finally:
             handle.remove()
         return seen[0]

@@ -170,6 +170,13 @@ class Patching:
             logits = self._head(rows.flatten(0, 1))
             self.corrupted.append(metric(stacked(logits, question.samples, len(question.logits_at)), asked)[0].cpu())
         self.base = self.clean if clean_is_base else self.corrupted
+        for question, *runs in zip(questions, self.clean, self.corrupted, strict=True):
+            for which, scores in zip(("clean", "corrupted"), runs, strict=True):
+                if bool(scores.isnan().any()):
+                    raise RuntimeError(
+                        f"what is measured of the {which} run of {question.fact.name!r} is NaN: the model overflows "
+                        "(load it in float32 or bfloat16, or take less noise), or the metric does"
+                    )
 
     # -- cells
 
@@ -197,7 +204,7 @@ class Patching:
 
         Args:
             sheet: The cells.
-            patches: By `Patch.begin`, ascending.
+            patches: By `Patch.begin`, ascending: the sweep goes up through them once.
         """
         for number, logits in enumerate(self._logits(sheet, patches)):
             for cells, own in zip(sheet.groups, logits.split(sheet.sizes), strict=True):

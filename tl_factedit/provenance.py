@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tl_factedit.model import Fingerprint, Model, bos_policy, fingerprint, model_name
+from tl_factedit.model import Fingerprint, Model, bos_policy, fingerprint, kind, model_name
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Provenance:
         edits: tuple[str, ...] = (),
     ) -> Provenance:
         """The provenance of what is run on this model now."""
+        kind(model)
         dtype = next(iter(model.parameters())).dtype  # type: ignore[attr-defined]
         return cls(
             model=model_name(model),

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tl_factedit.corruption import Corruption, Subject, subject_of
 from tl_factedit.facts import Fact
-from tl_factedit.metrics import Metric
+from tl_factedit.metrics import Metric, logit_diff
 from tl_factedit.model import Model, Runner
 from tl_factedit.patching import Direction, Patching, Question
+from tl_factedit.replacement import TokenReplacement
 from tl_factedit.tokens import Aligned, align
 
 GIB = 1 << 30
@@ -127,6 +128,29 @@ def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption
     )
     longest = max(each, key=lambda question: len(question.ids))
     return Questions(runner, corruption, subjects, each, runner.packs(longest.ids, len(longest.ids)))
+
+
+def check_memory(memory: float) -> None:
+    """See that there is some."""
+    if not memory > 0:
+        raise ValueError(f"memory is {memory}, needed more than 0 (GiB)")
+
+
+def check_contrasts(facts: Sequence[Fact], rows: Sequence[Aligned], metric: Metric, corruption: Corruption) -> None:
+    """See that ``logit_diff`` has an answer to set against each fact's: another first token than its own."""
+    if metric is not logit_diff or isinstance(corruption, TokenReplacement):
+        return
+    for fact, row in zip(facts, rows, strict=True):
+        if row.same_first_token:
+            raise ValueError(
+                f"metric 'logit_diff' compares first tokens, but {fact.target_true!r} and {fact.target_new!r} of "
+                f"{fact.name!r} have the same: take another metric, or another target_new"
+            )
+        if fact.target_new is None:
+            raise ValueError(
+                f"metric 'logit_diff' has nothing to set against {fact.target_true!r} of {fact.name!r}, needed "
+                "target_new, or a corruption with an answer of its own: take TokenReplacement()"
+            )
 
 
 def align_all(model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> list[Aligned]:

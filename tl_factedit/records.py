@@ -34,6 +34,8 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor], kinds: Sequence[ty
         return {"kind": type(value).__name__, "fields": kept}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()  # a scalar of numpy
     if isinstance(value, tuple | list):
         return [encode(each, f"{name}.{i}", tensors, kinds) for i, each in enumerate(value)]
     return {"text": repr(value)}

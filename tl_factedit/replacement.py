@@ -34,13 +34,15 @@ class TokenReplacement:
         samples: How many donors a fact has at most, drawn at random.
         seed: Of the draw.
         known: Whether the model has to put a donor's answer first.
-        donors: What was found for each fact: filled in by `causal_trace`.
+        donors: What was found for each fact: filled in by `causal_trace`, and of the model that was traced.
     """
 
     samples: int = 1
     seed: int = 0
     known: bool = True
     donors: Mapping[Fact, tuple[Subject, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _own: Mapping[Fact, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """The embeddings of the facts' own subjects: they tell another model."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -48,8 +50,18 @@ class TokenReplacement:
             raise ValueError(f"samples is {self.samples}, needed at least 1")
 
     def calibrated(self, subjects: Sequence[Subject]) -> TokenReplacement:
-        """With `donors` found among these subjects, unless they were found for all of them before."""
+        """With `donors` found among these subjects, unless they were found for all of them before.
+
+        Raises:
+            ValueError: No fact has a donor; or they were found on another model.
+        """
         if all(subject.fact in self.donors for subject in subjects):
+            for subject in subjects:
+                if not torch.equal(self._own.get(subject.fact, subject.embeddings), subject.embeddings):
+                    raise ValueError(
+                        "the donors were found on another model, whose embeddings they have: take "
+                        f"TokenReplacement(samples={self.samples}, seed={self.seed}), which looks for them anew"
+                    )
             return self
         found = {subject.fact: self._donors(subject, subjects) for subject in subjects}
         if not any(found.values()):
@@ -58,7 +70,7 @@ class TokenReplacement:
                 "many subject tokens and another answer that the model knows: trace more facts of a relation together, "
                 "or take noise"
             )
-        return replace(self, donors=found)
+        return replace(self, donors=found, _own={subject.fact: subject.embeddings for subject in subjects})
 
     def draw(self, subject: Subject) -> Float[Tensor, "sample position d_model"]:
         """The donors' embeddings; none if there is no donor."""
@@ -86,4 +98,9 @@ class TokenReplacement:
         fit.sort(key=lambda other: (other.ids.tolist(), other.answer), reverse=True)
         each = list({tuple(other.ids.tolist()): other for other in fit}.values())
         order = np.random.RandomState([self.seed, *subject.ids.tolist()]).permutation(len(each))
-        return tuple(each[i] for i in order[: self.samples])
+        # Without the model that `top` holds.
+        return tuple(replace(each[i], top=_nothing_more) for i in order[: self.samples])
+
+
+def _nothing_more() -> int:
+    raise ValueError("a donor isn't asked again")

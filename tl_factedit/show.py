@@ -289,14 +289,15 @@ def scores(before: Scores, after: Scores | None = None) -> Picture:
         after: Of the same facts, on the changed model.
 
     Raises:
-        ValueError: The two were not asked the same prompts.
+        ValueError: The two were not asked the same prompts and objects.
     """
     both = [before] if after is None else [before, after]
     for a, b in pairwise(both):
-        if [(x.fact, x.ask, x.prompt) for x in a.answers] != [(x.fact, x.ask, x.prompt) for x in b.answers]:
+        asked = [[(x.fact, x.ask, x.prompt, x.true, x.new) for x in scores.answers] for scores in (a, b)]
+        if asked[0] != asked[1]:
             raise ValueError(
-                f"before has {len(a.answers)} prompts and after {len(b.answers)}, needed the same prompts: "
-                "evaluate both models on the same facts"
+                f"before has {len(a.answers)} prompts and after {len(b.answers)}, needed the same prompts with the "
+                "same objects: evaluate both models on the same facts"
             )
     body = join(score_table(both), prompt_table(both))
     title = "Scores" if after is None else "Scores before and after"
@@ -358,8 +359,8 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
 
     Args:
         path: The file; one that exists is replaced.
-        items: Pictures and results (a `Trace`, `Verdict` or `Scores` is drawn as it is here), plain
-            text (an empty line begins a paragraph), or ``(heading, item)``.
+        items: Pictures and results (a `Trace`, `Verdict` or `Scores` is drawn as it is here, a trace of several
+            facts as their `average`), plain text (an empty line begins a paragraph), or ``(heading, item)``.
         title: Of the page.
 
     Returns:
@@ -390,9 +391,10 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
                 picture.body,
             )
         )
-    path = Path(path)
+    path = Path(path).expanduser()
     provenance = [one for picture in pictures for one in picture.provenance]
     page = document(title, join(*sections, between="\n"), provenance, live=any(p.live for p in pictures))
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -401,7 +403,7 @@ def _drawn(what: object) -> Picture:
     if isinstance(what, Picture):
         return what
     if isinstance(what, Trace):
-        return trace(what)
+        return trace(what) if len(what.facts) == 1 else average(what)
     if isinstance(what, Verdict):
         return verdict(what)
     if isinstance(what, Scores):

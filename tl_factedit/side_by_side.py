@@ -173,6 +173,7 @@ def trace_side_by_side(
     Raises:
         ValueError: As `causal_trace`, and where no fact has a donor.
     """
+    facts = tuple(facts)
     # The one that may find nothing to do first.
     corruptions = corruptions or (GaussianNoise(), TokenReplacement())
     second, first = (

@@ -252,7 +252,7 @@ def key_stats(
         raise ValueError(f"save_every is {save_every}, needed at least 1 token")
     provenance = Provenance.of(model, prepend_bos)
     asked = {"n_asked": n_tokens, "context": context}
-    path = None if path is None else Path(path)
+    path = None if path is None else Path(path).expanduser()
     places = _places(path, wanted)
     there = {file: held for file, held in places.items() if file.exists()}
     # A one-way iterator would be used up by checking what is there; a list or a corpus is simply read twice.

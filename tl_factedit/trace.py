@@ -16,6 +16,7 @@ Positions before the subject can't have an effect in a causal model: theirs is e
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,12 +30,12 @@ from tqdm.auto import tqdm
 from tl_factedit import files
 from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
 from tl_factedit.estimate import Estimates, over_facts_each
-from tl_factedit.facts import Fact
-from tl_factedit.metrics import Metric, logit_diff, metric_of
+from tl_factedit.facts import Fact, check_distinct
+from tl_factedit.metrics import Metric, identity, metric_of
 from tl_factedit.model import Component, Model, component_hook, n_layers, quiet, resid_post, resid_pre
 from tl_factedit.patching import Cell, Direction, Patch, Patching, Write
 from tl_factedit.provenance import Provenance
-from tl_factedit.questions import Questions, align_all, ask
+from tl_factedit.questions import Questions, align_all, ask, check_contrasts, check_memory
 from tl_factedit.records import Unknown, decode, encode
 from tl_factedit.replacement import TokenReplacement
 from tl_factedit.tokens import Aligned
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 CORRUPTIONS = (GaussianNoise, UniformNoise, MultivariateNoise, GivenNoise, TokenReplacement)
 ROLES = ("before", "first subject", "middle subject", "last subject", "first after", "further", "last")
-"""What a token is in its prompt, each one thing: the last token is ``last``, whatever else it may be."""
+"""What a token is in its prompt, each one thing; the last token is ``last`` unless it is of the subject."""
 
 
 @dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
@@ -200,7 +201,8 @@ class Trace:
         rows = []
         for i, (fact, pieces, (start, stop)) in enumerate(zip(self.facts, self.tokens, self.subject, strict=True)):
             samples = self.sample_effect[i, :, :, ~self.sample_effect[i, 0, 0].isnan()]
-            spread = samples.std(-1, correction=int(samples.shape[-1] > 1))
+            one = samples.shape[-1] < 2  # which says nothing of a spread
+            spread = torch.full(samples.shape[:-1], torch.nan) if one else samples.std(-1)
             of_token = roles(len(pieces), (start, stop))
             for layer in range(self.effect.shape[1]):
                 rows += [
@@ -310,8 +312,10 @@ def causal_trace(
         The trace.
 
     Raises:
-        ValueError: A subject or target can't be aligned with its tokens; unknown component or metric; no fact can be
-            corrupted; `folder` holds another trace.
+        ValueError: A subject or target can't be aligned with its tokens; unknown component or metric; a fact given
+            twice; no fact can be corrupted; `folder` holds another trace, or is given with a metric or corruption that
+            can't be told from others.
+        RuntimeError: What is measured of a run is NaN.
         UnsupportedModelError: The model has no such component.
 
     Example:
@@ -319,13 +323,13 @@ def causal_trace(
         >>> trace.peak_layer                                      # doctest: +SKIP
     """
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    window = operator.index(window)
     _check(facts, component, window, severed, direction, memory)
     metric_name, measure = metric_of(metric)
     corruption = corruption or GaussianNoise()
     provenance = Provenance.of(model, prepend_bos)
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
-    if measure is logit_diff and not isinstance(corruption, TokenReplacement):
-        _check_contrasts(facts, rows)
+    check_contrasts(facts, rows, measure, corruption)
     count = n_layers(model)
     with quiet(model), torch.no_grad():
         questions = ask(model, facts, rows, corruption)
@@ -336,7 +340,8 @@ def causal_trace(
             "direction": direction,
             "metric": metric_name,
         }
-        parts = _Parts.of(folder, questions, settings, provenance)
+        told = settings | {"metric": metric_name if folder is None else identity(metric)}
+        parts = _Parts.of(folder, questions, told, provenance)
         frozen = [component_hook(severed, layer) for layer in range(count)] if severed else []
         places = [component_hook(component, layer) for layer in range(count)]
         cells = {i: count * len(_positions(rows[i])) for i, q in enumerate(questions.each) if q.samples > 0}
@@ -497,6 +502,8 @@ class _Parts:
         cls, folder: str | Path | None, questions: Questions, settings: dict[str, Any], provenance: Provenance
     ) -> _Parts:
         """With what an earlier call left in the folder."""
+        if folder is None:
+            return cls(None, "")
         tensors: dict[str, Tensor] = {}
         asked = settings | {
             "facts": [asdict(question.fact) for question in questions.each],
@@ -504,8 +511,14 @@ class _Parts:
             "donors": _donors(questions),
             "provenance": provenance.to_json(),
         }
-        parts = cls(None if folder is None else Path(folder), files.digest("trace", json.dumps(asked), tensors))
-        for path in sorted(parts.folder.glob("part-*.safetensors")) if parts.folder else ():
+        if " at 0x" in json.dumps(asked["corruption"]):
+            raise ValueError(
+                f"corruption is {questions.corruption!r}, of which a file can't tell one from another: needed a repr "
+                "that says what it is (a dataclass has one), or no folder"
+            )
+        where = Path(folder).expanduser()
+        parts = cls(where, files.digest("trace", json.dumps(asked, default=files.plain_number), tensors))
+        for path in sorted(where.glob("part-*.safetensors")):
             header, found = files.read(path, "part of a trace")
             if header["digest"] != parts.digest:
                 raise ValueError(
@@ -541,8 +554,7 @@ def _check(
     direction: str,
     memory: float,
 ) -> None:
-    if not facts:
-        raise ValueError("facts is empty, needed at least one")
+    check_distinct(facts)
     if window < 1:
         raise ValueError(f"window is {window}, needed at least 1")
     component_hook(component, 0)
@@ -555,19 +567,4 @@ def _check(
         )
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction is {direction!r}, needed 'denoise' or 'noise'")
-    if not memory > 0:
-        raise ValueError(f"memory is {memory}, needed more than 0 (GiB)")
-
-
-def _check_contrasts(facts: Sequence[Fact], rows: Sequence[Aligned]) -> None:
-    for fact, row in zip(facts, rows, strict=True):
-        if row.same_first_token:
-            raise ValueError(
-                f"metric 'logit_diff' compares first tokens, but {fact.target_true!r} and {fact.target_new!r} of "
-                f"{fact.name!r} have the same: take another metric, or another target_new"
-            )
-        if fact.target_new is None:
-            raise ValueError(
-                f"metric 'logit_diff' has nothing to set against {fact.target_true!r} of {fact.name!r}, needed "
-                "target_new, or a corruption with an answer of its own: take TokenReplacement()"
-            )
+    check_memory(memory)

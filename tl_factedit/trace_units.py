@@ -6,6 +6,7 @@ Single units are sufficient for little; what a sum of them does is not the sum o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -17,12 +18,12 @@ from tqdm.auto import tqdm
 
 from tl_factedit.corruption import Corruption, GaussianNoise
 from tl_factedit.estimate import Estimates, over_facts_each
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, check_distinct
 from tl_factedit.metrics import Metric, metric_of
-from tl_factedit.model import Model, Unit, check_layer, n_layers, n_units, quiet, unit_hook
+from tl_factedit.model import Model, Unit, as_layers, check_layer, n_layers, n_units, quiet, unit_hook
 from tl_factedit.patching import Cell, Direction, Patch, Write
 from tl_factedit.provenance import Provenance
-from tl_factedit.questions import align_all, ask
+from tl_factedit.questions import align_all, ask, check_contrasts, check_memory
 from tl_factedit.tokens import Aligned
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class UnitTrace:
         corrupted: Of the corrupted runs, mean over samples, [fact].
         facts: What was traced.
         unit: ``"head"`` or ``"neuron"``.
-        layers: The layers of the second axis.
+        layers: The layers of the second axis, ascending.
         units: The heads or neurons of the third axis.
         at: Which token.
         positions: Where that is in each fact.
@@ -112,7 +113,7 @@ def trace_units(
     unit: Unit = "head",
     *,
     at: Token = "last subject",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     units: Sequence[int] | None = None,
     corruption: Corruption | None = None,
     metric: str | Metric = "prob",
@@ -128,7 +129,7 @@ def trace_units(
         facts: One fact or several.
         unit: ``"head"`` or ``"neuron"``.
         at: ``"last subject"``, ``"first subject"``, ``"last"`` (the prompt's), or a position.
-        layers: Which layers; None for all.
+        layers: Which layer or layers, in whatever order; None for all.
         units: Which heads or neurons; None for all, which takes long for neurons: choose layers then.
         corruption: Of `causal_trace`.
         metric: Of `causal_trace`.
@@ -145,25 +146,30 @@ def trace_units(
         >>> heads.table().head()                                      # doctest: +SKIP
     """
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
-    if not facts:
-        raise ValueError("facts is empty, needed at least one")
+    check_distinct(facts)
     unit_hook(unit, 0)
-    chosen_layers = tuple(range(n_layers(model))) if layers is None else tuple(check_layer(model, i) for i in layers)
+    # Ascending, as the sweep goes up through them.
+    chosen_layers = tuple(range(n_layers(model))) if layers is None else as_layers(layers)
+    for layer in chosen_layers:
+        check_layer(model, layer)
     count = n_units(model, unit)
-    chosen = tuple(range(count)) if units is None else tuple(units)
+    chosen = tuple(range(count)) if units is None else tuple(map(operator.index, units))
     if not chosen_layers or not chosen or not all(0 <= each < count for each in chosen):
         raise ValueError(f"units is {list(chosen)} of layers {list(chosen_layers)}, needed some of 0 … {count - 1}")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"units is {list(chosen)}, needed each of them once")
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction is {direction!r}, needed 'denoise' or 'noise'")
+    check_memory(memory)
     metric_name, measure = metric_of(metric)
     provenance = Provenance.of(model, prepend_bos)
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
     positions = tuple(_position(row, at) for row in rows)
+    corruption = corruption or GaussianNoise()
+    check_contrasts(facts, rows, measure, corruption)
     sign = -1 if direction == "noise" else 1
     with quiet(model), torch.no_grad():
-        questions = ask(model, facts, rows, corruption or GaussianNoise())
+        questions = ask(model, facts, rows, corruption)
         samples = max(question.samples for question in questions.each)
         effect = torch.full((len(rows), len(chosen_layers), len(chosen), samples), torch.nan)
         clean, corrupted = torch.full((2, len(rows)), torch.nan)
@@ -211,8 +217,8 @@ def trace_units(
 
 def _position(row: Aligned, at: Token) -> int:
     named = {"last subject": row.last, "first subject": row.subject[0], "last": len(row.ids) - 1}
-    position = named.get(at, at) if isinstance(at, str) else at
-    if not isinstance(position, int) or not 0 <= position < len(row.ids):
+    position = named.get(at, at) if isinstance(at, str) else operator.index(at)
+    if isinstance(position, str) or not 0 <= position < len(row.ids):
         raise ValueError(
             f"at is {at!r}, needed one of {sorted(named)} or a position in the {len(row.ids)} tokens of {row.text!r}"
         )
