@@ -1,5 +1,6 @@
 """Three forms of a change are gone through alike, and nothing stays applied."""
 
+import jaxtyping
 import laws
 import pytest
 import tiny
@@ -116,3 +117,12 @@ def test_the_bos_policy_is_the_changes_own(model, edits):
         bos_of_change(model, without, True)
     with pytest.raises(ValueError, match="some of the changes were made with BOS"):
         bos_of_change(model, [edits[1], without])
+
+
+def test_what_is_no_change_is_told_before_anything_runs(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # this suite's types are stricter than a user's
+    for path in (tmp_path / "edit", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"needed the change itself: fe\.Edit\.load"):
+            each(model, path, FACTS)
+    with pytest.raises((TypeError, fe.UnsupportedModelError)):
+        each(model, torch.nn.Linear(2, 2), FACTS)

@@ -11,7 +11,7 @@ from oracles import attacking
 
 import tl_factedit as fe
 from tl_factedit import reversal
-from tl_factedit.model import down_proj, quiet
+from tl_factedit.model import DownProj, down_proj, quiet
 from tl_factedit.reversal import QUANTITIES, _dropped, _largest
 
 
@@ -88,6 +88,23 @@ def test_an_error_on_the_way_leaves_nothing_behind(setting, monkeypatch):
     with laws.untouched(model), pytest.raises(RuntimeError, match="inside"):
         fe.reverse_by_weights(model, edits, facts, dropped=(1, 2))
     assert not torch.equal(passes[3], passes[4])
+
+
+@pytest.mark.parametrize("write", [3, 4], ids=["first put back", "second put back"])
+def test_an_interrupt_while_weights_are_put_back_waits_for_all_of_them(kind, monkeypatch, write):
+    model = tiny.model(kind, "gpt2")
+    sites, whole, calls = [down_proj(model, layer) for layer in (1, 2)], DownProj.write_, []
+
+    def interrupted(self, weight):
+        calls.append(self.layer)
+        if len(calls) == write:
+            raise KeyboardInterrupt("injected")
+        whole(self, weight)
+
+    largest = [_largest(site.W, 1) for site in sites]
+    monkeypatch.setattr(DownProj, "write_", interrupted)
+    with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="injected"), _dropped(sites, largest, 1):
+        assert calls == [1, 2]
 
 
 def test_an_unchanged_model_is_read_alike_and_knows_its_facts(setting):

@@ -137,19 +137,16 @@ def hand_made(model, keys, values, radius):
 # ---------------------------------------------------------------------------------------- inside other machinery
 
 
-def test_partial_and_packed_forwards_inside_are_the_whole_one(routed):
+def test_partial_forwards_inside_are_the_whole_one_and_rows_arent_packed(routed):
     model, change = routed
     tokens = model.to_tokens(TEXT)
-    with quiet(model), torch.no_grad():
-        unpacked = Runner(model).packs(tokens[0], 2 * tokens.shape[1])
     with quiet(model), torch.no_grad(), change.applied(model):
         runner = Runner(model)
         whole = runner.logits(tokens)
         for layer in (0, 1, 2):
             stream = runner.capture(tokens, [resid_pre(layer)], stop=layer)[resid_pre(layer)]
             assert torch.allclose(runner.logits(tokens, start=(layer, stream)), whole, atol=1e-4)
-        # Tried against a plain run: a router that answered otherwise in packed rows would show.
-        assert runner.packs(tokens[0], 2 * tokens.shape[1]) == unpacked
+        assert "hooks of its own" in runner.packs(tokens[0], 2 * tokens.shape[1])
 
 
 def test_hooks_added_inside_see_the_routed_value_and_can_replace_it(kind):

@@ -34,7 +34,17 @@ from tl_factedit.forgetting import Forgotten, forgotten
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
 from tl_factedit.keeping import check_keepable, read_each
 from tl_factedit.knockout import LEAST_REFERENCES, KnockOut, knock_out, windows_of
-from tl_factedit.model import Model, Runner, component_hook, down_proj, fingerprint, n_layers, quiet, resid_pre
+from tl_factedit.model import (
+    Model,
+    Runner,
+    as_layers,
+    component_hook,
+    down_proj,
+    fingerprint,
+    n_layers,
+    quiet,
+    resid_pre,
+)
 from tl_factedit.objectives import Erase, Objective
 from tl_factedit.probe import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
@@ -262,6 +272,8 @@ def audit(
         >>> verdict.label, verdict.table()                        # doctest: +SKIP
     """
     facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    routes, asides, texts = tuple(routes), tuple(asides), tuple(texts)
+    widths = None if widths is None else as_layers(widths)
     parts = list(each(model, changed, facts))
     edits = [part.changed for part in parts if isinstance(part.changed, Edit)]
     for edit in edits:

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from tl_factedit.facts import Fact
-from tl_factedit.model import Model, bos_policy, model_name
+from tl_factedit.model import Model, bos_policy, kind, model_name
 from tl_factedit.provenance import Provenance
 
 
@@ -100,6 +101,10 @@ def each(model: Model, changed: Changed, facts: Sequence[Fact]) -> Iterator[Part
     """
     if not facts:
         raise ValueError("facts is empty, needed at least one")
+    if isinstance(changed, (str, Path)):
+        raise ValueError(f"changed is {changed!r}, needed the change itself: fe.Edit.load({str(changed)!r})")
+    if not isinstance(changed, (Sequence, Change)):
+        kind(changed)
     if isinstance(changed, Sequence):
         return iter(_one_by_one(model, changed, facts))
     if not isinstance(changed, Change) and changed.cfg.d_vocab != model.cfg.d_vocab:

@@ -122,4 +122,6 @@ def _leads(runner: Runner, asked: Sequence[Sequence[Sequence[Request]]], batch_t
     prompts = [prompt for of_fact in asked for prompt in of_fact]
     found = iter(log_probs(runner, [request for prompt in prompts for request in prompt], batch_tokens=batch_tokens))
     log_p = [torch.cat([next(found) for _ in prompt]) for prompt in prompts]
-    return torch.tensor([float(each.argmax() == 0) if len(each) > 1 else math.nan for each in log_p])
+    return torch.tensor(
+        [math.nan if len(each) < 2 or bool(each.isnan().any()) else float(each.argmax() == 0) for each in log_p]
+    )

@@ -433,6 +433,8 @@ def _mix(rows: Tensor, positions: Tensor, mean: Float[Tensor, "row d_model"], sh
 
 def _quantities(log_p: Float[Tensor, "vocab"], objects: tuple[int, ...]) -> Float[Tensor, "quantity"]:
     found = log_p[list(objects)]
+    if bool(found.isnan().any()):
+        return torch.full((len(QUANTITIES),), math.nan)  # the model overflows: nothing is first
     first = int(found.argmax())
     controls = len(objects) - 2
     return torch.tensor(

@@ -389,9 +389,10 @@ def carries_hooks(model: Model) -> bool:
     for module in (m for root in roots for m in root.modules()):
         if getattr(module, "fwd_hooks", None):  # a HookPoint's
             return True
-        # A bridge wires some of its own modules together with hooks of torch once it has run.
+        # A bridge wires some of its own modules together with hooks of torch once it has run, and transformers gets
+        # hidden states out in that way.
         fns = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not getattr(fn, "__module__", "").startswith("transformer_lens") for fn in fns):
+        if any(not getattr(fn, "__module__", "").startswith(("transformer_lens", "transformers")) for fn in fns):
             return True
     return False
 
@@ -491,7 +492,7 @@ class Runner:
         self.model = model
         self.kind = kind(model)
         self.n_layers = n_layers(model)
-        self._arity: int | None = None if self.kind == "bridge" else 0
+        self._arity = self._probe_arity() if self.kind == "bridge" else 0
 
     def logits(
         self,
@@ -555,7 +556,7 @@ class Runner:
                 if stop is None or stop >= self.n_layers:
                     self._bridge_logits(tokens, last, start)
                 else:
-                    with self._from(start, tokens):
+                    with self._from(start):
                         self.model(tokens, stop_at_layer=stop)  # type: ignore[operator]
             else:
                 stop = self.n_layers if stop is None else stop
@@ -741,7 +742,7 @@ class Runner:
     ) -> Tensor:
         if packing is not None and start is not None:
             return self._bridge_packed(tokens, at, start, packing)[0]
-        with self._from(start, tokens), self._picked(at):
+        with self._from(start), self._picked(at):
             return self.model(tokens)  # type: ignore[operator]
 
     def _bridge_packed(
@@ -757,7 +758,7 @@ class Runner:
         seen = packing.visible[:, None].to(resid.device)
         mask = torch.zeros(seen.shape, dtype=resid.dtype, device=resid.device)
         mask.masked_fill_(~seen, torch.finfo(resid.dtype).min)
-        with self._from(start, tokens), self._joining(packing.joined, len(resid), start[0]), self._picked(at):
+        with self._from(start), self._joining(packing.joined, len(resid), start[0]), self._picked(at):
             # The wrapped model itself, as the bridge's forward makes masks and positions of its own.
             out = self.model.original_model(  # type: ignore[attr-defined]
                 input_ids=tokens,
@@ -780,7 +781,7 @@ class Runner:
             yield
 
     @contextmanager
-    def _from(self, start: tuple[int, Tensor] | None, tokens: Tensor) -> Iterator[None]:
+    def _from(self, start: tuple[int, Tensor] | None) -> Iterator[None]:
         """Let the blocks below `layer` pass through, and the block before it return the residual.
 
         The token ids are still given, so that masks and positions are made as always; hooks at their embeddings, which
@@ -794,32 +795,25 @@ class Runner:
         skipped = list(blocks)[:layer]
         handle = None
         parts = [getattr(self.model, name, None) for name in ("embed", "pos_embed")]
-        hooked = [m for part in parts if part is not None for m in part.modules() if getattr(m, "fwd_hooks", None)]
-        kept = [vars(m)["_forward_hooks"] for m in hooked]
-        try:
-            for m in hooked:
-                vars(m)["_forward_hooks"] = type(vars(m)["_forward_hooks"])()
-            if layer and self._arity is None:
-                self._arity = self._probe_arity(tokens)
-            if layer == 0:
-                handle = blocks[0].register_forward_pre_hook(
-                    lambda _m, args, kw: _swap_input(resid, args, kw), with_kwargs=True
-                )
-            for block in skipped:
-                given = resid if block is skipped[-1] else None
-                object.__setattr__(block, "forward", self._pass_through(given))
-            yield
-        finally:
-
-            def put_back() -> None:
-                if handle is not None:
-                    handle.remove()
+        with _unhooked(m for part in parts if part is not None for m in part.modules()):
+            try:
+                if layer == 0:
+                    handle = blocks[0].register_forward_pre_hook(
+                        lambda _m, args, kw: _swap_input(resid, args, kw), with_kwargs=True
+                    )
                 for block in skipped:
-                    block.__dict__.pop("forward", None)
-                for m, hooks in zip(hooked, kept, strict=True):
-                    vars(m)["_forward_hooks"] = hooks
+                    given = resid if block is skipped[-1] else None
+                    object.__setattr__(block, "forward", self._pass_through(given))
+                yield
+            finally:
 
-            insist(put_back)
+                def put_back() -> None:
+                    if handle is not None:
+                        handle.remove()
+                    for block in skipped:
+                        block.__dict__.pop("forward", None)
+
+                insist(put_back)
 
     @contextmanager
     def _joining(self, joined: Sequence[int] | None, rows: int, first: int) -> Iterator[None]:
@@ -848,22 +842,37 @@ class Runner:
 
         return forward
 
-    def _probe_arity(self, tokens: Tensor) -> int:
-        """Whether this model's blocks return a tensor (0) or a tuple (its length).
-
-        Seen when it is first needed, and on the tokens that are run anyway, as hooks of the user take part.
-        """
+    def _probe_arity(self) -> int:
+        """Whether this model's blocks return a tensor (0) or a tuple (its length)."""
         model: Any = self.model
         seen: list[int] = []
         handle = model.blocks[0].register_forward_hook(
             lambda _m, _a, out: seen.append(len(out) if isinstance(out, tuple) else 0)
         )
         try:
-            with torch.no_grad():
-                model(tokens, stop_at_layer=1)
+            with torch.no_grad(), _unhooked(model.modules()):  # a user's hooks may want more tokens than one
+                model(torch.zeros(1, 1, dtype=torch.long, device=device(model)), stop_at_layer=1)
         finally:
             handle.remove()
         return seen[0]
+
+
+@contextmanager
+def _unhooked(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Without the hooks that are on some hook points now."""
+    hooked = [m for m in modules if getattr(m, "fwd_hooks", None)]
+    kept = [vars(m)["_forward_hooks"] for m in hooked]
+
+    def put_back() -> None:
+        for m, hooks in zip(hooked, kept, strict=True):
+            vars(m)["_forward_hooks"] = hooks
+
+    try:
+        for m in hooked:
+            vars(m)["_forward_hooks"] = type(vars(m)["_forward_hooks"])()
+        yield
+    finally:
+        insist(put_back)
 
 
 def gather(values: Float[Tensor, "row pos *rest"], at: At) -> Float[Tensor, "row_ k *rest"]:

@@ -75,12 +75,15 @@ class Asked:
         return len(self.ids) - 1
 
     def first(self, logits: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row quantity"]:
-        """`FIRST`, 0 or 1 each (of controls the mean); NaN where nothing can be compared."""
+        """`FIRST`, 0 or 1 each (of controls the mean); NaN where nothing can be compared, or logits are NaN."""
         if not self.apart:
             return logits.new_full((*logits.shape[:-1], len(FIRST)), math.nan)
-        best = logits[..., [self.old, self.new, *self.controls]].argmax(-1)
+        among = logits[..., [self.old, self.new, *self.controls]]
+        best = among.argmax(-1)
         control = (best > 1) / len(self.controls) if self.controls else torch.full(best.shape, math.nan)
-        return torch.stack([(best == 0).float(), (best == 1).float(), control.float()], -1)
+        found = torch.stack([(best == 0).float(), (best == 1).float(), control.float()], -1)
+        # NaN is likelier than nothing, and argmax would take it for the old object.
+        return torch.where(among.isnan().any(-1, keepdim=True), math.nan, found)
 
     def margin(self, logits: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
         """The lead of the new object, log p(new) − log p(old), nats; NaN where nothing can be compared."""

@@ -235,7 +235,8 @@ def _read(runner: Runner, asked: Sequence[Asked], layers: Sequence[int], k: int,
         tokens = torch.zeros(len(stream), 1, dtype=torch.long)
         logits = runner.logits(tokens, start=(runner.n_layers, stream[:, None]))[:, 0].float().cpu()
         for i, of_fact in zip(some, logits.split(len(read)), strict=True):
-            if asked[i].apart:
+            # Of a stream that overflows nothing can be read: NaN would be the likeliest of all tokens.
+            if asked[i].apart and not bool(of_fact.isnan().any()):
                 _attack(found, i, asked[i], of_fact, len(layers), k)
     return found
 

@@ -29,7 +29,7 @@ from tl_factedit.change import Change, Changed, Part, bos_of_change, each
 from tl_factedit.estimate import Estimate, Estimates, over_facts_each
 from tl_factedit.excess import excess
 from tl_factedit.facts import Fact
-from tl_factedit.model import DownProj, Model, Runner, check_layer, down_proj, quiet
+from tl_factedit.model import DownProj, Model, Runner, check_layer, down_proj, quiet, write_all
 from tl_factedit.objects import Asked, at_the_ends, one_of, with_new_objects
 from tl_factedit.probe import Reading
 from tl_factedit.tokens import continuation, encode
@@ -232,8 +232,7 @@ def _dropped(sites: Sequence[DownProj], directions: Sequence[Tensor], count: int
             site.write_((wide - wide @ some @ some.T).to(weight.dtype))
         yield
     finally:
-        for site, weight in zip(sites, before, strict=True):
-            site.write_(weight)
+        write_all(sites, before)
 
 
 def _largest(weight: Float[Tensor, "d_mlp d_model"], most: int) -> Float[Tensor, "d_model direction"]:

@@ -242,7 +242,10 @@ def _read(runner: Runner, asked: Sequence[_Asked], batch_tokens: int) -> Float[T
     found = iter(log_probs(runner, [r for each in asked for r in each.requests], batch_tokens=batch_tokens))
     out = torch.full((len(asked), len(QUANTITIES)), math.nan)
     for i, one in enumerate(asked):
-        first = int(torch.stack([next(found).double().sum() for _ in one.requests]).argmax())
+        log_p = torch.stack([next(found).double().sum() for _ in one.requests])
+        if bool(log_p.isnan().any()):
+            continue  # the model overflows: nothing is first
+        first = int(log_p.argmax())
         named = 1 + one.has_new
         controls = len(one.requests) - named
         out[i, 0] = float(first == 0)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_factedit.estimate import Estimates, over_facts_each
 from tl_factedit.facts import Fact
 from tl_factedit.linear import LinearClassifier
-from tl_factedit.model import EMBED, Model, Runner, bos_policy, quiet
+from tl_factedit.model import EMBED, Model, Runner, bos_policy, insist, quiet
 from tl_factedit.probes.linear import Decoded, Ruler, candidates, train_ruler
 from tl_factedit.states import States
 from tl_factedit.tokens import align, pad
@@ -138,9 +138,13 @@ class RandomWeights:
                     param.copy_(param.reshape(-1)[order].reshape(param.shape))
             yield model
         finally:
-            with torch.no_grad():
-                for param, before in zip(matrices, kept, strict=True):
-                    param.copy_(before)
+
+            def put_back() -> None:
+                with torch.no_grad():
+                    for param, before in zip(matrices, kept, strict=True):
+                        param.copy_(before)
+
+            insist(put_back)
 
 
 def _matrices(model: Any) -> list[Any]:
