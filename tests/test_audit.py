@@ -12,8 +12,11 @@ import torch
 
 import tl_factedit as fe
 from tl_factedit.audit import Upstream, check_upstream
+from tl_factedit.change import each
 from tl_factedit.evaluate import Answer, scores_of
 from tl_factedit.model import Fingerprint, down_proj
+from tl_factedit.retention import _touched_cells
+from tl_factedit.states import read_states
 
 LAYER = 1
 AUDIT = sys.modules["tl_factedit.audit"]  # the function of its name hides the module in the package
@@ -77,7 +80,8 @@ def test_a_verdict_never_says_more_than_its_scores(case, monkeypatch, name, fact
     before = scores(facts, rewrite=0.0, paraphrase=0.0, neighbour=1.0)
     made = iter([before, scores(facts, **{**GOOD, **shares})])
     monkeypatch.setattr(AUDIT, "evaluate", lambda *args, **options: next(made))
-    verdict = fe.audit(model, edit, [fact] * facts)
+    asked = [fact, *(fact.but(subject=subject) for subject in ("Anna", "Big Ben"))]
+    verdict = fe.audit(model, edit, asked[:facts])
     assert verdict.label == label
     assert verdict.level == ("per edit" if facts == 1 else "population")
     assert verdict.retained.estimate is None and verdict.recoverable.estimate is None
@@ -264,3 +268,42 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(case, monkeypatch
         with pytest.raises(KeyboardInterrupt, match="injected"):
             fe.audit(model, edit, [fact])
         monkeypatch.undo()
+
+
+def test_a_fact_counts_once_whatever_it_is_called(case, monkeypatch):
+    model, fact, edit = case
+    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="is asked twice, needed each fact once"):
+        fe.audit(model, edit, [fact, fact.but(id="again", paraphrases=())])
+
+
+def test_relearning_of_other_facts_is_refused(case, monkeypatch):
+    model, fact, edit = case
+    of_another = fe.relearn(model, edit, [believed(model).but(target_new=" city")], lr=1e-2, steps=2)
+    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="of other facts than are audited"):
+        fe.audit(model, edit, [fact], relearning=of_another)
+
+
+def test_of_edits_in_several_layers_only_what_all_of_them_touch_is_retained_or_not(kind):
+    model = tiny.model(kind, "gpt2")
+    edits = [laws.rome(model, layer)(model, [fact]) for layer, fact in ((0, laws.FACT), (2, laws.OTHER))]
+    states = read_states(model, [laws.FACT, laws.OTHER])
+
+    def first(changed, facts=(laws.FACT, laws.OTHER)):
+        cells = _touched_cells(states, list(each(model, changed, facts)))
+        assert torch.equal(cells.all(1), cells.any(1))
+        return states.layers[int(cells.all(1).float().argmax())]
+
+    assert first(edits) == 2 and first(edits, [laws.FACT]) == 0
+    assert first(fe.compose(edits)) == 0  # one change of both layers, for both facts
+    assert first(tiny.model(kind, "gpt2", seed=1)) == 0
+
+
+def test_an_edit_composed_of_others_of_another_rank_is_audited(kind):
+    model = tiny.model(kind, "gpt2")
+    both = laws.rome(model, 2)(model, [laws.OTHER])
+    memit = fe.Memit({1: fe.KeyStats.identity(model, 1)}, fit=laws.QUICK, contexts=("",), progress=False)
+    edit = fe.compose([memit(model, [laws.FACT, laws.OTHER.but(subject="Anna")]), both])
+    assert [delta.left.shape[1] for delta in edit.deltas] == [2, 1]
+    found = fe.gains(model, edit, laws.FACT.text)
+    assert found.gain.shape[::2] == (2, 2) and found.gain[1, :, 1].eq(0).all() and found.predicted_error < 1e-3
+    assert fe.audit(model, edit, [believed(model)]).gains[0].gain.shape[-1] == 2

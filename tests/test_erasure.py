@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from oracles import probing, untouched
+from oracles import attacking, probing, untouched
 from test_rulers import CITIES, facts, model, states
 
+import tl_factedit as fe
 from tl_factedit.change import Change
 from tl_factedit.erasure import Eraser, erase_states, leace, random_subspace
 from tl_factedit.estimate import over_facts
 from tl_factedit.facts import Fact
 from tl_factedit.linear import LinearClassifier
-from tl_factedit.model import Runner, quiet
+from tl_factedit.model import Runner, quiet, resid_pre
 from tl_factedit.planted import gaussian_states
 from tl_factedit.states import read_states, read_states_edited
 
@@ -229,7 +230,22 @@ def test_everywhere_is_every_token_of_every_text(kind):
     assert "every token" in repr(erasure)
 
 
-def test_a_pass_that_begins_behind_the_embeddings_is_refused_where_the_subjects_cannot_be_found():
+@pytest.mark.parametrize("layer", [-1, 0, 1, 2])
+def test_a_pass_of_ours_that_begins_at_a_later_layer_is_the_whole_one(kind, layer):
+    some = tiny.model(kind, "gpt2")
+    erasure = erase_states(some, eraser_of(some, layer), layer, FACTS)
+    tokens = some.to_tokens(FACTS[0].text)
+    with quiet(some), torch.no_grad():
+        clean = Runner(some).logits(tokens)
+        with erasure.applied(some):
+            whole, runner = Runner(some).logits(tokens), Runner(some)
+            for begin in (0, 1, 2):
+                stream = runner.capture(tokens, [resid_pre(begin)])[resid_pre(begin)]
+                assert torch.allclose(runner.logits(tokens, start=(begin, stream)), whole, atol=1e-5)
+    assert (whole - clean).abs().max() > 1e-3
+
+
+def test_a_pass_of_ones_own_that_begins_behind_the_embeddings_is_refused():
     if not tiny.HAS_HOOKED:
         pytest.skip("a bridge always embeds its tokens")
     some = tiny.model("hooked", "gpt2")
@@ -238,7 +254,31 @@ def test_a_pass_that_begins_behind_the_embeddings_is_refused_where_the_subjects_
     with quiet(some), torch.no_grad(), erasure.applied(some):
         stream = Runner(some).capture(tokens, ["blocks.0.hook_resid_post"])["blocks.0.hook_resid_post"]
         with pytest.raises(ValueError, match="begins behind the embeddings"):
-            Runner(some).logits(tokens, start=(1, stream))
+            some(stream, start_at_layer=1, tokens=tokens)
+
+
+def test_it_is_audited_as_an_edit_is(kind):
+    some = tiny.model(kind, "gpt2")
+    known = [attacking.known_fact(some, fact) for fact in FACTS]
+    others = [fact.but(subject=f"Rome {i}", id=None, neighbours=()) for fact in known for i in range(6)]
+    for layer in (0, 2):
+        erasure = erase_states(some, eraser_of(some, layer), layer, known)
+        with laws.untouched(some):
+            verdict = fe.audit(some, erasure, known, reference=others)
+        found = verdict.knock_out
+        with erasure.applied(some):
+            log_p = laws.logits(some, known[0].text)[0, -1].log_softmax(-1)
+        old = int(some.to_tokens(known[0].target_true, prepend_bos=False)[0, 0])
+        said = found.after.at(fact=0, window=(), quantity="logp_old")
+        assert float(said) == pytest.approx(float(log_p[old]), abs=1e-4)
+        assert verdict.label not in ("ERASED", "MOVED", "LATENT")  # two facts are no evidence of absence
+
+
+def test_other_weights_are_refused(kind):
+    some, other = tiny.model(kind, "gpt2"), tiny.model(kind, "gpt2", seed=1)
+    erasure = erase_states(some, eraser_of(some, 1), 1, FACTS)
+    with pytest.raises(ValueError, match="the erasure was made for weights"), erasure.applied(other):
+        pass
 
 
 def test_hooks_are_taken_back_also_by_an_error(kind):

@@ -63,8 +63,15 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
     assert 0.90 < hits / runs < 0.98
 
 
-def test_an_interval_without_spread_is_a_point():
-    assert over_facts([0.25] * 5) == Estimate(0.25, 0.25, 0.25, 5)
+def test_where_all_facts_agree_a_share_of_others_may_be_at_the_ends_of_the_scale():
+    other = 1.959964**2 / (5 + 1.959964**2)
+    found = over_facts([0.25] * 5)
+    assert (found.low, found.high) == pytest.approx((0.25 * (1 - other), 0.25 + 0.75 * other))
+    for value in (0.1, -0.3):  # of many a mean is rounded
+        found = over_facts([value] * 37, span=(-1.0, 1.0))
+        assert found.low < value - 0.05 and value + 0.05 < found.high
+    for found in (over_facts([2.5] * 5, span=None), over_facts([2.5] * 5)):
+        assert found.mean == 2.5 and math.isnan(found.low) and math.isnan(found.high) and found.n == 5
     assert over_facts([0.25, 0.75] * 5).low < 0.5
 
 

@@ -264,9 +264,9 @@ def test_bad_input_is_refused_before_any_pass(kind, monkeypatch):
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="no target_new, needed one"):
             knock_out(model, model, [facts[0].but(target_new=None)], facts)
-        with pytest.raises(ValueError, match="4 of 5 reference facts are of the relation 'city'"):
+        with pytest.raises(ValueError, match="4 of 5 reference facts, about 4 subjects, are of the relation 'city'"):
             knock_out(model, model, facts[:1], facts[:5])
-        with pytest.raises(ValueError, match="0 of 12 reference facts are of the relation 'river'"):
+        with pytest.raises(ValueError, match="0 of 12 reference facts, about 0 subjects, are of the relation 'river'"):
             knock_out(model, model, [facts[0].but(relation="river")], facts)
         with pytest.raises(ValueError, match="needed 'audited'"):
             knock_out(model, shared(kind, "gpt2", 1), facts[:1], facts, means_of="unedited")

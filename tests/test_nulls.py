@@ -270,6 +270,8 @@ def test_accuracy_is_permuted_too_and_what_cannot_be_is_refused():
     assert test.critical < test.statistic[0, 0]
     with pytest.raises(ValueError, match="1 facts can't be permuted"):
         permutation_test(drawn(1, 6, 0, news=False))
+    with pytest.raises(ValueError, match="n is 0, needed 1"):
+        permutation_test(drawn(5, 6, 0, news=False), n=0)
 
 
 def test_permutations_come_from_their_seed_alone():

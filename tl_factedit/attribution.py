@@ -83,7 +83,7 @@ class Attribution:
 def attribute_positions(
     model: Model,
     edit: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,

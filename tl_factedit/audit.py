@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 
-from tl_factedit.change import Change, Changed, Part, bos_of_change, each
+from tl_factedit.change import Change, Changed, Part, bos_of_change, each, identity
 from tl_factedit.collateral import Asides, Drift, ask_asides, drift, encode_texts, pair_asides
 from tl_factedit.edit import Edit
-from tl_factedit.estimate import Estimate, jointly
+from tl_factedit.estimate import Estimate, over_facts
 from tl_factedit.evaluate import Answer, Scores, evaluate, scores_of
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.forgetting import Forgotten, forgotten
 from tl_factedit.gain import Dose, Gains, dose_curve, gains
 from tl_factedit.keeping import check_keepable, read_each
@@ -264,16 +264,25 @@ def audit(
 
     Raises:
         ValueError: The edit is applied to the model already, isn't of this model, or was made with another BOS
-            policy; a fact without ``target_new`` (for an erasure, any other object: it is what the old one is compared
-            with), or that no change of a list was made for; some edits that erase among others that don't.
+            policy; a fact given twice, or without ``target_new`` (for an erasure, any other object: it is what the old
+            one is compared with), or that no change of a list was made for; some edits that erase among others that
+            don't.
 
     Example:
         >>> verdict = fe.audit(model, edit, [fact])               # doctest: +SKIP
         >>> verdict.label, verdict.table()                        # doctest: +SKIP
     """
-    facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    facts = as_facts(facts)
     routes, asides, texts = tuple(routes), tuple(asides), tuple(texts)
     widths = None if widths is None else as_layers(widths)
+    twice = [name for name, count in Counter(map(identity, facts)).items() if count > 1]
+    if twice:
+        subject, prompt, _ = twice[0]
+        raise ValueError(
+            f"{prompt.replace('{}', subject)!r} is asked twice, needed each fact once: it would count as two facts"
+        )
+    if relearning is not None and {*map(identity, relearning.facts)} != {*map(identity, facts)}:
+        raise ValueError("relearning is of other facts than are audited, needed what relearn measured on the same")
     parts = list(each(model, changed, facts))
     edits = [part.changed for part in parts if isinstance(part.changed, Edit)]
     for edit in edits:
@@ -317,7 +326,7 @@ def audit(
         aside_loss=None if beside is None else _minus_from_one(beside.kept),
         perplexity=None if drifted is None else drifted.perplexity_ratio,
         mask=None if knocked is None else knocked.strongest,
-        mask_at_most=math.nan if knocked is None else _at_most(knocked),
+        mask_at_most=math.nan if knocked is None else _largest(knocked.excess.high[knocked.tested]),
         mask_tests=0 if knocked is None else int(knocked.tested.sum()),
         mask_holds=_holds(knocked, written),
         route_old=None if routed is None else routed.old_excess,
@@ -325,6 +334,7 @@ def audit(
         native=None if kept is None or kept.native is None else kept.native.pooled,
         adaptive=None if kept is None or kept.adaptive is None else kept.adaptive.pooled,
         readout=None if attacked is None else attacked.strongest,
+        readout_at_most=math.nan if attacked is None else _largest(attacked.excess.high),
         savings=None if relearning is None else relearning.savings,
         erasing=erasing,
         facts=len(facts),
@@ -447,15 +457,11 @@ def _can_be_knocked(
     facts: Sequence[Fact], reference: Sequence[Fact], parts: Sequence[Part]
 ) -> tuple[list[int], list[str]]:
     """The facts that have controls, and references enough; and why the others can't be asked."""
-    of_relation = Counter((fact.group, fact.subject) for fact in reference)
+    of_relation = {(fact.group, fact.subject) for fact in reference}
     able, without, few = list[int](), 0, Counter[str]()
     for part in parts:
         for i in part.indices:
-            count = sum(
-                n
-                for (relation, subject), n in of_relation.items()
-                if relation == facts[i].group and subject not in part.touched
-            )
+            count = sum(relation == facts[i].group and subject not in part.touched for relation, subject in of_relation)
             if not facts[i].controls:
                 without += 1
             elif count < LEAST_REFERENCES:
@@ -479,10 +485,10 @@ def _holds(knocked: KnockOut | None, written: Sequence[tuple[int, ...] | None]) 
     return all(any(set(layers or ()) <= window for window in tested) for layers in written)
 
 
-def _at_most(knocked: KnockOut) -> float:
-    """The largest upper end of a knock-out, not corrected (each has to show its absence)."""
-    ends = knocked.excess.high[knocked.tested & ~knocked.excess.high.isnan()]
-    return float(ends.max()) if len(ends) else math.nan
+def _largest(ends: torch.Tensor) -> float:
+    """The largest of some upper ends, not corrected (each has to show its absence)."""
+    known = ends[~ends.isnan()]
+    return float(known.max()) if len(known) else math.nan
 
 
 def _masked(
@@ -566,7 +572,7 @@ def _neighbour_loss(before: Scores, after: Scores) -> Estimate | None:
             [a.success for a in scores.answers if a.fact == i and a.ask == "neighbour"] for scores in (before, after)
         ]
         loss.append(math.nan if not shares[0] else (sum(shares[0]) - sum(shares[1])) / len(shares[0]))
-    return jointly([loss], lambda means: means[0])
+    return over_facts(loss)  # where all facts lose alike, others may lose nothing, or all
 
 
 def _minus_from_one(kept: Estimate) -> Estimate:

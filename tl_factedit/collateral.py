@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_factedit.change import Changed, Part, bos_of_change, each
 from tl_factedit.estimate import Estimate, jointly
 from tl_factedit.excess import excess_of
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.keeping import read_each
 from tl_factedit.model import Model, Runner, quiet
 from tl_factedit.tokens import batches, continuation, encode, pad
@@ -83,7 +83,7 @@ class Asides:
 def ask_asides(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     asides: Sequence[Fact],
     *,
     prepend_bos: bool | None = None,
@@ -107,7 +107,7 @@ def ask_asides(
     Raises:
         ValueError: An aside about a subject that no fact has, or that is one of the facts itself.
     """
-    facts = tuple(facts)
+    facts = as_facts(facts)
     parts = list(each(model, changed, facts))
     bos = bos_of_change(model, changed, prepend_bos)
     pairs = pair_asides(facts, asides)
@@ -225,7 +225,7 @@ class Drift:
 def drift(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     texts: Sequence[str],
     *,
     prepend_bos: bool | None = None,
@@ -250,7 +250,7 @@ def drift(
     Raises:
         ValueError: No texts, or one without a token to predict.
     """
-    parts = list(each(model, changed, facts))
+    parts = list(each(model, changed, as_facts(facts)))
     bos = bos_of_change(model, changed, prepend_bos)
     rows = encode_texts(model, texts, bos)
     together = list(batches([len(row) for row in rows], batch_tokens))

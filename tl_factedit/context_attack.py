@@ -188,7 +188,7 @@ class ContextAttack:
 def attack_by_context(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     prefixes: Sequence[Prefix] = (RepeatPrefix(), QuestionPrefix()),
     controls: int | None = 4,

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.estimate import over_facts_each
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.model import DownProj, Model, Runner, down_proj, quiet
 from tl_factedit.provenance import Provenance
 from tl_factedit.solve import NotPositiveDefiniteError, cholesky
@@ -178,7 +178,7 @@ def stats_convergence(
     Example:
         >>> fe.stats_convergence(model, 8, texts, facts, n_tokens=80_000)  # doctest: +SKIP
     """
-    facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    facts = as_facts(facts)
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     check_amounts(texts, n_tokens, context)

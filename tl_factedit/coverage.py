@@ -94,7 +94,7 @@ class Coverage:
 def gain_coverage(
     model: Model,
     edit: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     prefixes: Sequence[str] = (),
     asides: Sequence[Fact] = (),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from tl_factedit.corruption import GaussianNoise, MultivariateNoise, UniformNoise
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.metrics import prob
 from tl_factedit.model import Model, quiet
 from tl_factedit.provenance import bos_policy
@@ -51,7 +51,7 @@ def noise_for_damage(
     Raises:
         ValueError: The share can't be reached by any scale; the message says what can.
     """
-    facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    facts = as_facts(facts)
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     if not 0 < lost < 1:

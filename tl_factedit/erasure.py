@@ -22,8 +22,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.edit import base_fingerprint
 from tl_factedit.facts import Fact
-from tl_factedit.model import EMBED, Hook, Model, Runner, bos_policy, check_layer, quiet, resid_post, resid_pre
+from tl_factedit.model import (
+    EMBED,
+    Hook,
+    Model,
+    Runner,
+    bos_policy,
+    check_layer,
+    model_name,
+    quiet,
+    resid_post,
+    resid_pre,
+)
 from tl_factedit.provenance import Provenance
 from tl_factedit.tokens import align, pad
 
@@ -157,9 +169,18 @@ class Erasure:
     def applied(self, model: Model) -> Iterator[Model]:
         """The model with the erasure for the length of a ``with`` block.
 
-        Inside it, a pass that begins behind the embeddings raises a ValueError unless the erasure works everywhere:
-        nobody can tell there where the subjects are.
+        Inside it, a pass of your own that begins behind the embeddings (``start_at_layer``) raises a ValueError unless
+        the erasure works everywhere: nobody can tell there where the subjects are.
+
+        Raises:
+            ValueError: The model has other weights than it was made for (edits of this package don't count).
         """
+        now = base_fingerprint(model)
+        if not self.provenance.weights.matches(now):
+            raise ValueError(
+                f"the erasure was made for weights {self.provenance.weights} of {self.provenance.model!r}, but "
+                f"{model_name(model)} has weights {now}: apply it to the model it was made on"
+            )
         place = _place(model, self.layer)
         if self.everywhere:
             hooks: list[Hook] = [(place, lambda value, hook: self.eraser(value))]
@@ -219,7 +240,8 @@ def erase_states(
             ids = spelt[begin : begin + AT_ONCE]
             embedded = runner.capture(pad(ids, fill=0), [EMBED], stop=1)[EMBED]
             found += [each[: len(row)].clone() for each, row in zip(embedded, ids, strict=True)]
-    return Erasure(eraser, layer, tuple(facts), everywhere, tuple(found), Provenance.of(model, bos))
+    provenance = Provenance.of(model, bos, weights=base_fingerprint(model))
+    return Erasure(eraser, layer, tuple(facts), everywhere, tuple(found), provenance)
 
 
 def _place(model: Model, layer: int) -> str:

@@ -18,7 +18,7 @@ class Estimate:
     Attributes:
         mean: The estimate; NaN if no fact could be scored.
         low: Lower end; NaN below two facts, which say nothing of the spread between facts (of a correlation: below
-            five).
+            five), and where facts of one value on a scale without ends show none.
         high: Upper end; NaN where `low` is.
         n: Facts it is over.
     """
@@ -45,23 +45,34 @@ class Estimate:
 DRAWS = 10_000
 Z = 1.959964
 """Of a 95 % interval."""
+ROUNDING = 1e-12
+"""Means of equal numbers differ by as much."""
 FEWEST = 5
 """Facts for the interval of a correlation."""
 AT_ONCE = 5_000_000
 """Most numbers resampled at a time: with all 21,919 facts of CounterFact a whole table of draws is 1.8 GB."""
 
 
-def over_facts(values: Sequence[float], *, seed: int = 0) -> Estimate:
+def over_facts(values: Sequence[float], *, span: tuple[float, float] | None = (0.0, 1.0), seed: int = 0) -> Estimate:
     """Mean and percentile-bootstrap interval; facts without a value (NaN) don't count.
 
-    Where all facts succeed, or all fail, resampling them shows no spread: the interval is Wilson's then.
+    Where all facts have one value, resampling them shows no spread. By Wilson's interval a share of up to
+    ``z² / (n + z²)`` of other facts may have another one then, at worst at an end of the scale: for shares of 0 and 1
+    that is Wilson's interval itself.
+
+    Args:
+        values: One a fact.
+        span: The ends of the scale; None where there are none: facts of one value have no interval then.
+        seed: Of the resampling.
     """
     found = jointly([values], lambda means: means[0], seed=seed)
-    if found.n >= 2 and found.low == found.high and found.mean in (0.0, 1.0):
-        reach = Z**2 / (found.n + Z**2)
-        low, high = (0.0, reach) if found.mean == 0.0 else (1.0 - reach, 1.0)
-        return Estimate(found.mean, low, high, found.n)
-    return found
+    if found.n < 2 or found.high - found.low > ROUNDING * max(1.0, abs(found.mean)):
+        return found
+    if span is None or not span[0] <= found.mean <= span[1]:
+        return Estimate(found.mean, math.nan, math.nan, found.n)
+    other = Z**2 / (found.n + Z**2)
+    low, high = (found.mean + other * (end - found.mean) for end in span)
+    return Estimate(found.mean, low, high, found.n)
 
 
 def jointly(

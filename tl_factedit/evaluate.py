@@ -24,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_factedit.estimate import Estimate, jointly, over_facts
-from tl_factedit.facts import Fact, check_distinct
+from tl_factedit.facts import Fact, as_facts, check_distinct
 from tl_factedit.likelihood import log_probs
 from tl_factedit.model import Model, Runner, quiet
 from tl_factedit.provenance import Provenance
@@ -179,7 +179,7 @@ def evaluate(
 
 
 def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
-    facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    facts = as_facts(facts)
     check_distinct(facts)
     for fact in facts:
         if fact.target_new is None:

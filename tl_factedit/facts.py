@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
@@ -119,6 +119,11 @@ def _warn_of_glued_words(fact: Fact) -> None:
                 f"({fact.text.split()[-1] + target!r}): begin it with a space if it is a new word",
                 stacklevel=4,
             )
+
+
+def as_facts(facts: Fact | Iterable[Fact]) -> tuple[Fact, ...]:
+    """Some facts, or a single one, as a tuple."""
+    return (facts,) if isinstance(facts, Fact) else tuple(facts)
 
 
 def check_distinct(facts: Sequence[Fact]) -> None:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from tl_factedit.change import Changed, Part, bos_of_change, each
 from tl_factedit.estimate import Estimate, over_facts
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.keeping import read_each
 from tl_factedit.likelihood import Request, log_probs
 from tl_factedit.model import Model, Runner, quiet
+from tl_factedit.objects import firsts
 from tl_factedit.tokens import continuation, encode
 
 
@@ -55,7 +56,7 @@ class Forgotten:
 def forgotten(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
@@ -77,7 +78,7 @@ def forgotten(
     Raises:
         ValueError: No facts, or an object that is no continuation of a prompt.
     """
-    facts = tuple(facts)
+    facts = as_facts(facts)
     parts = list(each(model, changed, facts))
     bos = bos_of_change(model, changed, prepend_bos)
     asked = [[_requests(model, fact, text, bos) for text in (fact.text, *_paraphrases(fact))] for fact in facts]
@@ -122,6 +123,4 @@ def _leads(runner: Runner, asked: Sequence[Sequence[Sequence[Request]]], batch_t
     prompts = [prompt for of_fact in asked for prompt in of_fact]
     found = iter(log_probs(runner, [request for prompt in prompts for request in prompt], batch_tokens=batch_tokens))
     log_p = [torch.cat([next(found) for _ in prompt]) for prompt in prompts]
-    return torch.tensor(
-        [math.nan if len(each) < 2 or bool(each.isnan().any()) else float(each.argmax() == 0) for each in log_p]
-    )
+    return torch.tensor([math.nan if len(each) < 2 else float(firsts(each)[0]) for each in log_p])

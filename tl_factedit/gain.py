@@ -19,6 +19,7 @@ from torch import Tensor
 from tl_factedit.edit import Delta, Edit
 from tl_factedit.facts import Fact
 from tl_factedit.model import DownProj, Hook, Model, Runner, down_proj, quiet
+from tl_factedit.objects import with_new_objects
 from tl_factedit.tokens import align, encode, spell
 
 
@@ -29,7 +30,8 @@ class Gains:
     Attributes:
         text: The text.
         tokens: Its token strings, BOS included if there is one.
-        gain: g, [layer pos rank]; for a rank-one edit the last axis has length 1.
+        gain: g, [layer pos rank]; for a rank-one edit the last axis has length 1. Layers of a lower rank than others
+            have zeros behind theirs.
         layers: The edited layers, in the order of the first axis.
         predicted_error: Largest difference between the predicted change of the first edited
             layer's value, g · right, and the measured one, relative to the largest change.
@@ -73,10 +75,11 @@ def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = Non
     found = [keys[delta.layer].double() @ delta.left.to(keys[delta.layer].device) for delta in edit.deltas]
     predicted = found[edit.deltas.index(first)] @ first.right.to(after.device)
     measured = (after - before).double()
+    rank = max(g.shape[-1] for g in found)
     return Gains(
         text=text,
         tokens=spell(model.tokenizer, ids),
-        gain=torch.stack([g.cpu() for g in found]),
+        gain=torch.stack([torch.nn.functional.pad(g.cpu(), (0, rank - g.shape[-1])) for g in found]),
         layers=tuple(delta.layer for delta in edit.deltas),
         predicted_error=float((predicted - measured).abs().max() / predicted.abs().max().clamp(min=1e-300)),
     )
@@ -134,7 +137,7 @@ DOSES = tuple(round(-0.5 + 0.1 * i, 1) for i in range(21))
 
 
 def dose_curve(
-    model: Model, edit: Edit, facts: Sequence[Fact], *, doses: Sequence[float] = DOSES, batch_tokens: int = 4096
+    model: Model, edit: Edit, facts: Fact | Sequence[Fact], *, doses: Sequence[float] = DOSES, batch_tokens: int = 4096
 ) -> Dose:
     """Margin of the new object over the old as the edit's share at the last subject token grows.
 
@@ -147,6 +150,7 @@ def dose_curve(
         doses: The a's; 1 is the edit as it is.
         batch_tokens: Most tokens in one forward pass.
     """
+    facts = with_new_objects(facts)
     sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
     rows = []
     with quiet(model), torch.no_grad(), edit.applied(model):

@@ -30,7 +30,7 @@ from tl_factedit.excess import excess
 from tl_factedit.facts import Fact
 from tl_factedit.keeping import read_each
 from tl_factedit.model import Hook, HookFn, Model, Runner, component_hook, n_layers, quiet, resid_post, resid_pre
-from tl_factedit.objects import Asked, one_of, with_new_objects
+from tl_factedit.objects import Asked, firsts, one_of, with_new_objects
 from tl_factedit.probe import Reading
 from tl_factedit.tokens import Aligned, align, batches, pad
 
@@ -170,7 +170,7 @@ class KnockOut:
 def knock_out(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     reference: Sequence[Fact],
     *,
     widths: Sequence[int] = (1,),
@@ -305,11 +305,12 @@ def _uses(fact: Fact, reference: Sequence[Fact], touched: frozenset[str]) -> Boo
     """Which references a fact's mean is over."""
     # A subject asked under several prompts counts under each: the state depends on what stands before it.
     use = torch.tensor([r.group == fact.group and r.subject not in touched for r in reference], dtype=torch.bool)
-    if int(use.sum()) < LEAST_REFERENCES:
+    subjects = len({r.subject for r, yes in zip(reference, use.tolist(), strict=True) if yes})
+    if subjects < LEAST_REFERENCES:
         raise ValueError(
-            f"{int(use.sum())} of {len(reference)} reference facts are of the relation {fact.group!r} of "
-            f"{fact.name!r} and about a subject that isn't changed, needed {LEAST_REFERENCES} at least: give more "
-            "facts of this relation"
+            f"{int(use.sum())} of {len(reference)} reference facts, about {subjects} subjects, are of the relation "
+            f"{fact.group!r} of {fact.name!r} and about a subject that isn't changed, needed {LEAST_REFERENCES} "
+            "subjects at least: give more facts of this relation"
         )
     return use
 
@@ -433,20 +434,8 @@ def _mix(rows: Tensor, positions: Tensor, mean: Float[Tensor, "row d_model"], sh
 
 def _quantities(log_p: Float[Tensor, "vocab"], objects: tuple[int, ...]) -> Float[Tensor, "quantity"]:
     found = log_p[list(objects)]
-    if bool(found.isnan().any()):
-        return torch.full((len(QUANTITIES),), math.nan)  # the model overflows: nothing is first
-    first = int(found.argmax())
-    controls = len(objects) - 2
-    return torch.tensor(
-        [
-            float(first == 0),
-            float(first == 1),
-            float(first > 1) / controls if controls else math.nan,
-            float(found[0]),
-            float(found[1]),
-            float(found[2:].mean()) if controls else math.nan,
-        ]
-    )
+    first = firsts(found)
+    return torch.stack([*first[:2], first[2:].mean(), *found[:2], found[2:].mean()])
 
 
 def _reading(facts: Sequence[Fact], windows: Sequence[Window], values: Tensor) -> Reading:

@@ -125,7 +125,7 @@ class Mediation:
 def mediate(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     places: Sequence[Site] = SITES,
     prepend_bos: bool | None = None,

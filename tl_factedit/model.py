@@ -702,6 +702,8 @@ class Runner:
         layer, resid = start
         if layer >= self.n_layers:
             return resid
+        if any(getattr(getattr(model, name, None), "fwd_hooks", None) for name in (EMBED, "hook_pos_embed")):
+            model.input_to_embed(tokens, attention_mask=mask)  # for these hooks, as a bridge's see every pass
         return model(resid, start_at_layer=layer, stop_at_layer=stop, tokens=tokens, attention_mask=mask)
 
     def _hooked_packed(self, start: tuple[int, Tensor], packing: Packing) -> tuple[Tensor, Past]:
@@ -784,8 +786,8 @@ class Runner:
     def _from(self, start: tuple[int, Tensor] | None) -> Iterator[None]:
         """Let the blocks below `layer` pass through, and the block before it return the residual.
 
-        The token ids are still given, so that masks and positions are made as always; hooks at their embeddings, which
-        nothing reads, are left out.
+        The token ids are still given, so that masks and positions are made as always. Hooks at their embeddings see
+        them where a block is run, but nothing reads what they return.
         """
         if start is None:
             yield
@@ -794,7 +796,8 @@ class Runner:
         blocks: Any = self.model.blocks  # type: ignore[attr-defined]
         skipped = list(blocks)[:layer]
         handle = None
-        parts = [getattr(self.model, name, None) for name in ("embed", "pos_embed")]
+        names = ("embed", "pos_embed") if layer >= self.n_layers else ()
+        parts = [getattr(self.model, name, None) for name in names]
         with _unhooked(m for part in parts if part is not None for m in part.modules()):
             try:
                 if layer == 0:

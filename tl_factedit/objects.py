@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_factedit.estimate import Estimate, Estimates
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.model import Hook, Runner
 from tl_factedit.tokens import align, batches, continuation, pad
 
@@ -75,31 +75,38 @@ class Asked:
         return len(self.ids) - 1
 
     def first(self, logits: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row quantity"]:
-        """`FIRST`, 0 or 1 each (of controls the mean); NaN where nothing can be compared, or logits are NaN."""
+        """`FIRST`, as `firsts` (of controls the mean); NaN where nothing can be compared."""
         if not self.apart:
             return logits.new_full((*logits.shape[:-1], len(FIRST)), math.nan)
-        among = logits[..., [self.old, self.new, *self.controls]]
-        best = among.argmax(-1)
-        control = (best > 1) / len(self.controls) if self.controls else torch.full(best.shape, math.nan)
-        found = torch.stack([(best == 0).float(), (best == 1).float(), control.float()], -1)
-        # NaN is likelier than nothing, and argmax would take it for the old object.
-        return torch.where(among.isnan().any(-1, keepdim=True), math.nan, found)
+        found = firsts(logits[..., [self.old, self.new, *self.controls]])
+        return torch.cat([found[..., :2], found[..., 2:].mean(-1, keepdim=True)], -1)
 
     def margin(self, logits: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
         """The lead of the new object, log p(new) − log p(old), nats; NaN where nothing can be compared."""
         return logits[..., self.new] - logits[..., self.old] if self.apart else logits[..., 0] * math.nan
 
 
-def with_new_objects(facts: Sequence[Fact]) -> tuple[Fact, ...]:
-    """The facts, if each has a ``target_new``.
+def firsts(scores: Float[Tensor, "*row object"]) -> Float[Tensor, "*row object"]:
+    """Which object has the highest score: 1 for it and 0 for the others.
+
+    Objects that tie, as logits of a bfloat16 model often do, share the 1. Where a score is NaN (the model overflows)
+    nothing is first, and all are NaN.
+    """
+    best = scores == scores.amax(-1, keepdim=True)
+    return (best / best.sum(-1, keepdim=True)).to(scores.dtype)
+
+
+def with_new_objects(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
+    """The facts (or the only one) as a tuple, if each has a ``target_new``.
 
     Raises:
         ValueError: One hasn't.
     """
+    facts = as_facts(facts)
     for fact in facts:
         if fact.target_new is None:
             raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
-    return tuple(facts)
+    return facts
 
 
 def one_of(found: Estimates, *place: int) -> Estimate:

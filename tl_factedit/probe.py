@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.edit import Edit
-from tl_factedit.facts import Fact
+from tl_factedit.change import Change
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.model import Model
 
 if TYPE_CHECKING:
@@ -87,17 +87,18 @@ class Probe(Protocol):
         ...
 
 
-def compare(probe: Probe, model: Model, changed: Edit | Model, facts: Sequence[Fact]) -> Comparison:
+def compare(probe: Probe, model: Model, changed: Change | Model, facts: Fact | Sequence[Fact]) -> Comparison:
     """Run a probe on a model, and on the same model edited, or on another model.
 
     Args:
         probe: What to read.
         model: The unchanged model.
-        changed: An edit of it (applied and taken back here), or the changed model itself.
+        changed: An edit of it (or a router; applied and taken back here), or the changed model itself.
         facts: What to read about.
     """
+    facts = as_facts(facts)
     before = probe(model, facts)
-    if isinstance(changed, Edit):
+    if isinstance(changed, Change):
         with changed.applied(model):
             return Comparison(before, probe(model, facts))
     return Comparison(before, probe(changed, facts))

@@ -128,7 +128,7 @@ class ReadOut:
 def read_out(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     k: int = 1,
     layers: Sequence[int] | None = None,

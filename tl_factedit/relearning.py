@@ -114,7 +114,7 @@ class Relearning:
 def relearn(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     layers: Sequence[int] | None = None,
     lr: float | None = None,
@@ -175,13 +175,13 @@ def relearn(
         control=control,
         controls=tuple(each.named for each in lessons),
         unlearnt=late / total if total else math.nan,
-        savings=over_facts((control - old).tolist(), seed=seed),
+        savings=over_facts((control - old).tolist(), span=None, seed=seed),
     )
 
 
 def relearning_rate(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     layers: Sequence[int] | None = None,
     least: float = LEAST_STEPS,

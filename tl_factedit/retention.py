@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.change import Change, Changed, Part, bos_of_change, each
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.keeping import read_each
 from tl_factedit.model import Model
 from tl_factedit.probes.linear import Decoded, Ruler, decode, train_ruler
@@ -99,7 +99,7 @@ class Retention:
 def retention(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     reference: Sequence[Fact],
     calibration: Calibration | None = None,
     *,
@@ -125,7 +125,7 @@ def retention(
     Raises:
         ValueError: No facts, or one without ``target_new``; or a subject that is asked and in the calibration.
     """
-    facts = tuple(facts)
+    facts = as_facts(facts)
     for fact in facts:
         if fact.target_new is None:
             raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
@@ -141,7 +141,7 @@ def retention(
     asked = tuple(fact for plan in plans for fact in plan.facts)
     clean = read_states(model, asked, prepend_bos=bos)
     after = states_of_changed(model, changed, asked, prepend_bos=bos, folder=folder, progress=progress)
-    cells = _touched_cells(clean, changed)
+    cells = _touched_cells(clean, parts)
     before, native, adaptive = list[Decoded](), list[Decoded](), list[_Adaptive]()
     transfer, there, here = list[Tensor](), list[Tensor](), list[Tensor]()
     begin = 0
@@ -364,9 +364,11 @@ def _residual(
     return None
 
 
-def _touched_cells(states: States, changed: Changed) -> Bool[Tensor, "layer position"]:
-    """The cells that a change can have touched: from its first layer on; of another model, all after a block."""
-    changes = changed if isinstance(changed, Sequence) else [changed] if isinstance(changed, Change) else []
-    first = min((layer for change in changes for layer in change.layers), default=INPUT + 1)
+def _touched_cells(states: States, parts: Sequence[Part]) -> Bool[Tensor, "layer position"]:
+    """The cells that a change can have touched, of every fact: from its first layer on; of another model, all.
+
+    Of changes in several layers the last counts: below it some facts are as they were, and would be found retained.
+    """
+    first = max(min(part.changed.layers) if isinstance(part.changed, Change) else INPUT + 1 for part in parts)
     after = torch.tensor([isinstance(layer, int) and layer >= first for layer in states.layers])
     return after[:, None].expand(len(states.layers), len(states.positions))

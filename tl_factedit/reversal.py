@@ -126,7 +126,7 @@ class Reversal:
 def reverse_by_weights(
     model: Model,
     changed: Changed,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     dropped: Sequence[int] = DROPPED,
     layers: Sequence[int] | None = None,

@@ -27,6 +27,7 @@ from tl_factedit.facts import Fact
 from tl_factedit.keeping import read_each
 from tl_factedit.likelihood import Request, log_probs
 from tl_factedit.model import Model, Runner, quiet
+from tl_factedit.objects import firsts
 from tl_factedit.tokens import continuation, encode
 
 if TYPE_CHECKING:
@@ -243,16 +244,11 @@ def _read(runner: Runner, asked: Sequence[_Asked], batch_tokens: int) -> Float[T
     out = torch.full((len(asked), len(QUANTITIES)), math.nan)
     for i, one in enumerate(asked):
         log_p = torch.stack([next(found).double().sum() for _ in one.requests])
-        if bool(log_p.isnan().any()):
-            continue  # the model overflows: nothing is first
-        first = int(log_p.argmax())
-        named = 1 + one.has_new
-        controls = len(one.requests) - named
-        out[i, 0] = float(first == 0)
+        first = firsts(log_p)
+        out[i, 0] = first[0]
         if one.has_new:
-            out[i, 1] = float(first == 1)
-        if controls:
-            out[i, 2] = float(first >= named) / controls
+            out[i, 1] = first[1]
+        out[i, 2] = first[1 + one.has_new :].mean()
     return out
 
 

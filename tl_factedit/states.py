@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.model import (
     Component,
     HookFn,
@@ -92,7 +92,7 @@ class States:
 
 def read_states(
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     component: Component = "resid",
     template: str | None = None,
@@ -116,17 +116,18 @@ def read_states(
         ValueError: No facts; a subject or object that doesn't end on a token boundary.
         UnsupportedModelError: The model has no such hook.
     """
+    facts = as_facts(facts)
     rows = _rows(model, facts, template, prepend_bos)
     with quiet(model), torch.no_grad():
         read = _Reader(model, component)
         values = read(rows, batch_tokens)
-    return States(values, read.layers, POSITIONS, tuple(facts), label or model_name(model))
+    return States(values, read.layers, POSITIONS, facts, label or model_name(model))
 
 
 def read_states_edited(
     model: Model,
     changes: Applicable | Sequence[Applicable],
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     component: Component = "resid",
     template: str | None = None,
@@ -149,12 +150,13 @@ def read_states_edited(
     Raises:
         ValueError: A list of changes that is longer or shorter than the facts; or as in `read_states`.
     """
+    facts = as_facts(facts)
     label = label or f"{model_name(model)}, changed"
     rows = _rows(model, facts, template, prepend_bos)
     if not isinstance(changes, Sequence):
         with changes.applied(model), quiet(model), torch.no_grad():
             read = _Reader(model, component)
-            return States(read(rows, batch_tokens), read.layers, POSITIONS, tuple(facts), label)
+            return States(read(rows, batch_tokens), read.layers, POSITIONS, facts, label)
     if len(changes) != len(rows):
         raise ValueError(
             f"{len(changes)} changes for {len(rows)} facts, needed one for each fact, or one change (not in a list)"
@@ -165,7 +167,7 @@ def read_states_edited(
         for change, row in zip(changes, rows, strict=True):
             with change.applied(model):
                 values.append(read([row], batch_tokens))
-    return States(torch.cat(values), read.layers, POSITIONS, tuple(facts), label)
+    return States(torch.cat(values), read.layers, POSITIONS, facts, label)
 
 
 def _rows(model: Model, facts: Sequence[Fact], template: str | None, prepend_bos: bool | None) -> list[Aligned]:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from tl_factedit import files
 from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
 from tl_factedit.estimate import Estimates, over_facts_each
-from tl_factedit.facts import Fact, check_distinct
+from tl_factedit.facts import Fact, as_facts, check_distinct
 from tl_factedit.metrics import Metric, identity, metric_of
 from tl_factedit.model import Component, Model, component_hook, n_layers, quiet, resid_post, resid_pre
 from tl_factedit.patching import Cell, Direction, Patch, Patching, Write
@@ -322,7 +322,7 @@ def causal_trace(
         >>> trace = fe.causal_trace(model, fact)                  # doctest: +SKIP
         >>> trace.peak_layer                                      # doctest: +SKIP
     """
-    facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    facts = as_facts(facts)
     window = operator.index(window)
     _check(facts, component, window, severed, direction, memory)
     metric_name, measure = metric_of(metric)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tl_factedit.corruption import Corruption, GaussianNoise
 from tl_factedit.estimate import Estimates, over_facts_each
-from tl_factedit.facts import Fact, check_distinct
+from tl_factedit.facts import Fact, as_facts, check_distinct
 from tl_factedit.metrics import Metric, metric_of
 from tl_factedit.model import Model, Unit, as_layers, check_layer, n_layers, n_units, quiet, unit_hook
 from tl_factedit.patching import Cell, Direction, Patch, Write
@@ -145,7 +145,7 @@ def trace_units(
         >>> heads = fe.trace_units(model, facts, "head", at="last")   # doctest: +SKIP
         >>> heads.table().head()                                      # doctest: +SKIP
     """
-    facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+    facts = as_facts(facts)
     check_distinct(facts)
     unit_hook(unit, 0)
     # Ascending, as the sweep goes up through them.

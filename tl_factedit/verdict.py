@@ -87,6 +87,7 @@ class Findings:
         native: ρ by a decoder trained on how unchanged facts are encoded in the changed model.
         adaptive: ρ by a decoder of the old object trained on other people's changed facts.
         readout: Excess of the best white-box read-out of the old object.
+        readout_at_most: The largest upper end of any read-out, not corrected, as of knock-outs.
         savings: Steps saved in learning the old object again, over a control object.
         erasing: Whether the change was to erase, not to write a new object: nothing new is to follow then.
         facts: How many facts were asked; 0 for those that efficacy is over.
@@ -106,6 +107,7 @@ class Findings:
     native: Estimate | None = None
     adaptive: Estimate | None = None
     readout: Estimate | None = None
+    readout_at_most: float = math.nan
     savings: Estimate | None = None
     erasing: bool = False
     facts: int = 0
@@ -334,13 +336,17 @@ class _Case:
                 f"only {route_new:.2f} of indirect routes give what follows from the new object, needed "
                 f"{self.t.follows:g}"
             )
-        for what, found, most in (
-            ("a read-out of the states", self.f.readout, self.t.equal),
-            ("relearning", self.f.savings, self.t.savings),
+        for what, found, high, most in (
+            ("a read-out of the states", self.f.readout, self.f.readout_at_most, self.t.equal),
+            ("relearning", self.f.savings, math.nan, self.t.savings),
         ):
-            if _known(found) and found is not None and not found.high < most:
+            if found is None or not found.n:
+                continue
+            high = max((end for end in (high, found.high) if not math.isnan(end)), default=math.nan)
+            if not high < most:  # also where there is no interval
                 shown = False
-                self.missing.append(f"more facts: {what} may still find {found.high:.2f}, needed less than {most:g}")
+                may = "anything" if math.isnan(high) else f"{high:.2f}"
+                self.missing.append(f"more facts: {what} may still find {may}, needed less than {most:g}")
         if not any(_known(loss) for loss in (self.f.neighbour_loss, self.f.aside_loss)):
             shown = False
             self.missing.append("neighbours or asides: a model that is broken as a whole has nothing of a fact")

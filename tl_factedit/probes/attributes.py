@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.model import Model, Runner, bos_policy, quiet
 from tl_factedit.probe import Reading
 from tl_factedit.probes.lens import unembed
@@ -115,7 +115,7 @@ class AttributeRate:
         Raises:
             ValueError: A fact has no attributes, or the vocabulary has fewer than k tokens.
         """
-        facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+        facts = as_facts(facts)
         lacking = [fact.name for fact in facts if fact.name not in self.attributes]
         if lacking:
             raise ValueError(f"fact {lacking[0]!r} has no attributes, needed some: give attributes[{lacking[0]!r}]")

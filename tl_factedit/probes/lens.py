@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.model import Model, Runner, bos_policy, device, quiet
 from tl_factedit.probe import Reading
 from tl_factedit.states import POSITIONS, read_states
@@ -41,7 +41,7 @@ class LogitLens:
 
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read; axes are fact, layer (after that block), position, quantity."""
-        facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+        facts = as_facts(facts)
         bos = bos_policy(model, self.prepend_bos)
         states = read_states(model, facts, prepend_bos=bos)
         # The first label is what enters the first block.

@@ -340,7 +340,7 @@ class LinearProbe:
     ruler: Ruler
     prepend_bos: bool | None = None
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> Reading:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read; axes are fact, layer, position, quantity."""
         return decode(self.ruler, read_states(model, facts, prepend_bos=self.prepend_bos)).reading()
 
@@ -361,7 +361,7 @@ class OwnLinearProbe:
     classifier: LinearClassifier = field(default_factory=LinearClassifier)
     prepend_bos: bool | None = None
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> Reading:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Train on `train` and read `facts`; axes are fact, layer, position, quantity."""
         learnt = read_states(model, self.train, prepend_bos=self.prepend_bos)
         ruler = train_ruler(learnt, objects=self.objects, classifier=self.classifier)

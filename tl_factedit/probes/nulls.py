@@ -299,7 +299,7 @@ def permutation_test(
         seed: Of them.
 
     Raises:
-        ValueError: There are fewer than two facts.
+        ValueError: There are fewer than two facts, or no permutations.
     """
     if len(decoded.facts) < 2:
         raise ValueError(f"{len(decoded.facts)} facts can't be permuted, needed at least 2")
@@ -312,6 +312,8 @@ def permutation_test(
         raise ValueError(f"statistic {statistic!r} is unknown, needed 'percentile' or 'accuracy'")
     if side not in ("above", "below"):
         raise ValueError(f"side {side!r} is unknown, needed 'above' or 'below'")
+    if n < 1:
+        raise ValueError(f"n is {n}, needed 1 permutation at least")
     sign = 1 if side == "above" else -1
     facts, cells, objects = len(table), table.shape[1] * table.shape[2], table.shape[3]
     flat = sign * table.reshape(facts, cells, objects).nan_to_num(0.0).float()

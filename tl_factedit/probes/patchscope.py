@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_factedit.change import Change, Changed, bos_of_change, each
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.model import Model, Runner, bos_policy, device, n_layers, quiet, resid_post, resid_pre
 from tl_factedit.probe import Reading
 from tl_factedit.states import INPUT, POSITIONS, States, read_states
@@ -88,7 +88,7 @@ class Patchscope:
 
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """States and target prompt in one model; axes are fact, source_layer, target_layer, quantity."""
-        facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+        facts = as_facts(facts)
         return self.read(model, read_states(model, facts, prepend_bos=self.prepend_bos))
 
     def read(self, model: Model, states: States) -> Reading:
@@ -213,7 +213,9 @@ class CrossedPatchscope:
         return replace(self.reading, values=self.reading.values.index_select(dim, keep), axes=axes)
 
 
-def crossed_patchscope(scope: Patchscope, model: Model, changed: Changed, facts: Sequence[Fact]) -> CrossedPatchscope:
+def crossed_patchscope(
+    scope: Patchscope, model: Model, changed: Changed, facts: Fact | Sequence[Fact]
+) -> CrossedPatchscope:
     """Read states of the unedited and of the changed model by both models.
 
     Args:
@@ -225,6 +227,7 @@ def crossed_patchscope(scope: Patchscope, model: Model, changed: Changed, facts:
     Raises:
         ValueError: As in `each`, in `Patchscope.read`, or about the BOS policy.
     """
+    facts = as_facts(facts)
     bos = bos_of_change(model, changed, scope.prepend_bos)
     scope = replace(scope, prepend_bos=bos)
     before = read_states(model, facts, prepend_bos=bos)

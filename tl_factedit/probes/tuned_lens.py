@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit import files
-from tl_factedit.facts import Fact
+from tl_factedit.facts import Fact, as_facts
 from tl_factedit.model import Model, Runner, check_layer, device, layout, model_name, quiet, resid_post
 from tl_factedit.probe import Reading
 from tl_factedit.probes.lens import read_objects, unembed
@@ -113,7 +113,7 @@ class TunedLens:
 
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read; axes are fact, layer (after that block), position, quantity, as for `LogitLens`."""
-        facts = (facts,) if isinstance(facts, Fact) else tuple(facts)
+        facts = as_facts(facts)
         bos = self.provenance.prepend_bos
         return read_objects(model, facts, self.streams(model, facts), self.layers, bos=bos, name="tuned lens")
 

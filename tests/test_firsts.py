@@ -1,7 +1,8 @@
-"""A model that overflows answers nothing: no object of it is first, and no attack on it succeeds."""
+"""Who is first: a model that overflows answers nothing, and objects that tie share it."""
 
 import math
 
+import jaxtyping
 import laws
 import pytest
 import tiny
@@ -12,7 +13,14 @@ from test_routes import known
 import tl_factedit as fe
 from tl_factedit.forgetting import forgotten
 from tl_factedit.model import down_proj
+from tl_factedit.objects import firsts
 from tl_factedit.routes import follow_routes
+from tl_factedit.states import read_states
+
+
+def test_the_highest_is_first_ties_are_shared_and_nan_is_nothing():
+    found = firsts(torch.tensor([[1.0, 3.0, 2.0], [2.0, 0.0, 2.0], [1.0, math.nan, 2.0]]))
+    assert found[:2].tolist() == [[0, 1, 0], [0.5, 0, 0.5]] and found[2].isnan().all()
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +61,13 @@ def test_its_verdict_says_nothing(pair):
     model, broken, facts = pair
     verdict = fe.audit(model, broken, facts, reference=facts)
     assert verdict.label == "INCONCLUSIVE"
+
+
+def test_one_fact_needs_no_list_and_a_generator_will_do(pair, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # this suite's types are stricter than a user's
+    model, broken, (fact, *_) = pair
+    for ask in (fe.read_out, fe.attack_by_context, fe.mediate, forgotten):
+        for facts in (fact, iter([fact])):
+            assert ask(model, broken, facts).facts == (fact,)
+    read = read_states(model, iter([fact]))
+    assert read.facts == (fact,) and torch.equal(read.values, read_states(model, fact).values)
