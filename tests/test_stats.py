@@ -169,8 +169,11 @@ def test_two_collections_merge_into_the_joint_one(kind):
     merged = first + second
     assert merged.n_tokens == both.n_tokens
     torch.testing.assert_close(merged.moment, both.moment, rtol=1e-10, atol=1e-12)
-    assert merged.corpus not in (first.corpus, second.corpus)
+    assert merged.corpus == (second + first).corpus not in (first.corpus, second.corpus)
     assert torch.equal(sum([first, second]).moment, merged.moment)
+    for again in (first, second, merged):
+        with pytest.raises(ValueError, match=rf"of the same texts \({again.corpus.replace('+', ', ')}\)"):
+            merged + again
 
 
 def test_what_does_not_belong_together_does_not_merge(model, kind):

@@ -9,7 +9,6 @@ killed goes on from, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +52,8 @@ class KeyStats:
         layer: The block.
         moment: E[k kᵀ], [d_mlp, d_mlp], float64.
         n_tokens: How many tokens it averages; 0 for the identity, which averages none.
-        corpus: What was read: a hash of the texts, or ``"identity"``.
+        corpus: What was read: a hash of the texts (of merged statistics those of all parts, joined by ``+``), or
+            ``"identity"``.
         provenance: Model, weights and BOS policy; None for the identity, and for what was collected by other means:
             these fit any weights of the same size.
 
@@ -144,12 +144,12 @@ class KeyStats:
             raise ValueError("can't merge statistics of different weights or BOS policies: collect both on one model")
         if differs := _difference(mine, theirs):
             raise ValueError(f"can't merge statistics that were collected with {differs}: collect both alike")
-        if self.corpus == other.corpus:
-            raise ValueError(f"both statistics are of the same texts ({self.corpus}), which would count twice")
+        parts = [*self.corpus.split("+"), *other.corpus.split("+")]
+        if twice := sorted({part for part in parts if parts.count(part) > 1}):
+            raise ValueError(f"both statistics are of the same texts ({', '.join(twice)}), which would count twice")
         total = self.n_tokens + other.n_tokens
         moment = (self.moment * (self.n_tokens / total)).add_(other.moment, alpha=other.n_tokens / total)
-        corpus = hashlib.sha256(f"{self.corpus} {other.corpus}".encode()).hexdigest()[:16]
-        return KeyStats(self.layer, moment, total, corpus, mine)
+        return KeyStats(self.layer, moment, total, "+".join(sorted(parts)), mine)
 
     def __radd__(self, other: object) -> KeyStats:
         """So that ``sum`` takes them, which begins with 0."""
