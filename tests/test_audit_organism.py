@@ -8,6 +8,7 @@ from pathlib import Path
 
 import laws
 import pytest
+import tiny
 import torch
 
 import tl_factedit as fe
@@ -27,6 +28,12 @@ held = pytest.mark.skipif(not HELD.exists(), reason="the twins' weights are in a
 OTHERS = tuple(relation.name for relation in o.RELATIONS if relation.name != "city")
 FIT = fe.ValueFit(kl_at="end", kl_prompts=tuple(o.relation(name).phrasings[0] for name in OTHERS))
 CONTEXTS = ("", "It rained all day . ", "As we know , ")
+
+
+@pytest.fixture(params=tiny.ONE_KIND, scope="session")
+def kind(request):
+    """Verdicts of either class hang together by what is measured, which is tested of both."""
+    return request.param
 
 
 @functools.cache

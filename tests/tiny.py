@@ -74,6 +74,8 @@ _HOOKED = "gpt2 gptj neox neo llama qwen2 qwen3 phi3 mistral bloom opt mixtral o
 HOOKED = tuple(_HOOKED.split()) if HAS_HOOKED else ()
 Kind = Literal["bridge", "hooked"]
 KINDS: tuple[Kind, ...] = ("bridge", "hooked") if HAS_HOOKED else ("bridge",)
+# For the long tests of what numbers mean: the bridge with the newest TransformerLens, HookedTransformer with the older.
+ONE_KIND: tuple[Kind, ...] = KINDS[-1:]
 TOKENIZERS = ("wordlevel", "bytebpe", "spm", "spm-always")
 N_CTX = 64
 
