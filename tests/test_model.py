@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import tiny
 import torch
+from oracles import untouched
 from torch import nn
 
 from tl_factedit.model import (
@@ -374,6 +375,32 @@ def test_capture_comes_after_the_hooks_and_is_a_detached_copy(name):
 def test_a_hook_that_never_fires_is_named(name):
     with pytest.raises(UnsupportedModelError, match=r"blocks\.3\.hook_resid_post.*never fired"):
         Runner(shared(name)).capture(TOKENS, [resid_post(3)], stop=2)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_hook_that_the_model_lacks_is_named(name):
+    model = untouched.used(shared(name))
+    before = untouched.state(model)
+    for place in ("blocks.9.hook_resid_post", "hook_nowhere"):
+        with pytest.raises(UnsupportedModelError, match=f"has no hook '{place}'"):
+            Runner(model).logits(TOKENS, hooks=[(EMBED, lambda value, hook: value), (place, lambda value, hook: value)])
+    assert untouched.state(model) == before
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_hooks_go_with_the_pass_and_a_callers_stay(name):
+    model, seen = shared(name), []
+    runner, mine = Runner(model), lambda value, hook: seen.append(hook.name)
+    with model.hooks(fwd_hooks=[(EMBED, mine)]):
+        level = model.context_level
+        with pytest.raises(ZeroDivisionError):
+            runner.logits(TOKENS, hooks=[(EMBED, lambda value, hook: 1 / 0)])
+        assert model.context_level == level
+        assert len(model.hook_dict[EMBED].fwd_hooks) == 1
+        runner.logits(TOKENS, at=torch.tensor([[0]] * len(TOKENS)))
+        assert len(model.hook_dict[EMBED].fwd_hooks) == 1
+    assert len(seen) == 2
+    assert not model.hook_dict[EMBED].fwd_hooks
 
 
 @pytest.mark.parametrize("name", FEW)

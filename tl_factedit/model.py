@@ -492,6 +492,7 @@ class Runner:
         self.model = model
         self.kind = kind(model)
         self.n_layers = n_layers(model)
+        self._points: dict[str, Any] | None = None
         self._arity = self._probe_arity() if self.kind == "bridge" else 0
 
     def logits(
@@ -678,18 +679,40 @@ class Runner:
 
     @contextmanager
     def _hooked(self, hooks: Sequence[Hook]) -> Iterator[None]:
-        named = [(place, fn) for place, fn in hooks if isinstance(place, str)]
+        """Hooks for the length of a block.
+
+        Put up and taken down at their hook points: a bridge of TransformerLens 3 looks all its names up anew in each
+        ``model.hooks``, for each hook, which takes longer than a short pass.
+        """
+        named = [(self._point(place), fn) for place, fn in hooks if isinstance(place, str)]
+        model: Any = self.model
+        level = model.context_level
         with ExitStack() as stack:
             for place, fn in hooks:
                 if not isinstance(place, str):
                     handle = place.register_forward_hook(lambda _m, _a, out, fn=fn: fn(out, hook=None))
                     stack.callback(handle.remove)
-            if named:
-                try:
-                    stack.enter_context(self.model.hooks(fwd_hooks=named))
-                except KeyError as error:
-                    raise UnsupportedModelError(f"{model_name(self.model)} lacks a hook ({error.args[0]})") from error
-            yield
+            try:
+                model.context_level = level + 1
+                for point, fn in named:
+                    point.add_hook(fn, level=level + 1)
+                yield
+            finally:
+
+                def take_down() -> None:
+                    for point, _ in named:
+                        point.remove_hooks(level=level + 1)
+                    model.context_level = level
+
+                insist(take_down)
+
+    def _point(self, place: str) -> Any:
+        """The hook point of a name."""
+        if self._points is None:
+            self._points = dict(self.model.hook_dict)  # type: ignore[attr-defined]
+        if place not in self._points:
+            raise UnsupportedModelError(f"{model_name(self.model)} has no hook {place!r}")
+        return self._points[place]
 
     # -- HookedTransformer
 
@@ -779,7 +802,7 @@ class Runner:
             return
         # At the unembedding and not at ln_final, after which GPT-2, GPT-J and NeoX reshape.
         pick = [("unembed.hook_in", lambda resid, hook: gather(resid, at))]
-        with self.model.hooks(fwd_hooks=pick):
+        with self._hooked(pick):
             yield
 
     @contextmanager
