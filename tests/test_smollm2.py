@@ -39,17 +39,14 @@ def models():
 
 @pytest.fixture(scope="module")
 def stats(models):
-    """One collection for each class, of the tokens that an unridged inverse wants."""
-    texts = fe.data.python_manual()
-    return {
-        kind: fe.key_stats(model, [LAYER], texts, n_tokens=15_360, progress=False) for kind, model in models.items()
-    }
+    """One collection for both classes, of the tokens that an unridged inverse wants."""
+    return fe.key_stats(models[KINDS[0]], [LAYER], fe.data.python_manual(), n_tokens=15_360, progress=False)
 
 
 @pytest.fixture(scope="module")
 def edits(models, stats):
-    """The Eiffel Tower moved to Rome, made on each class with its own statistics."""
-    return {kind: fe.Rome(stats[kind], progress=False)(model, [FACT]) for kind, model in models.items()}
+    """The Eiffel Tower moved to Rome, made on each class with the same statistics."""
+    return {kind: fe.Rome(stats, progress=False)(model, [FACT]) for kind, model in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +146,13 @@ def test_both_classes_give_one_delta(edits):
 
 
 @pytest.mark.skipif(not HAS_HOOKED, reason="this TransformerLens has one class only")
-def test_statistics_and_edits_of_one_class_fit_the_other(models, stats, edits):
-    assert torch.allclose(stats["hooked"][LAYER].moment, stats["bridge"][LAYER].moment, rtol=1e-3, atol=1e-3)
+def test_statistics_and_edits_of_one_class_fit_the_other(models, edits):
+    texts = fe.data.python_manual()
+    hooked, bridge = (
+        fe.key_stats(models[kind], [LAYER], texts, n_tokens=1_000, progress=False)[LAYER].moment
+        for kind in ("hooked", "bridge")
+    )
+    assert torch.allclose(hooked, bridge, rtol=1e-3, atol=1e-3)
     with edits["bridge"].applied(models["hooked"]):
         assert fe.evaluate(models["hooked"], [FACT]).p_new.mean > 0.9
 
