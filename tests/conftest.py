@@ -5,9 +5,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import jaxtyping
 import pytest
 import tiny
 from hypothesis import HealthCheck, settings
+
+# Types and shapes are checked at each call, a fifth of the suite's time: once for both generations of TransformerLens.
+if not tiny.HAS_HOOKED:
+    jaxtyping.install_import_hook("tl_factedit", "type_checks.checked")
 
 # Of some tokenizers most random subjects end inside a token, which is another test's matter.
 FEW_ARE_LEFT = [HealthCheck.filter_too_much]

@@ -30,6 +30,7 @@ from tl_factedit.tokens import align
 
 QUICK = LinearClassifier(shrinkages=(0.1, 0.5, 0.9), temperatures=(1.0, 4.0, 16.0))
 OBJECTS = (" Paris", " Rome", " London", " Berlin")
+ON_THE_NEWEST = pytest.mark.skipif(tiny.HAS_HOOKED, reason="no TransformerLens is in it, and the newest runs it")
 
 
 # ---------------------------------------------------------------------------------------- names
@@ -238,6 +239,7 @@ def under_the_null(news: bool) -> tuple[np.ndarray, np.ndarray]:
     return np.array(best) - within, np.array(smallest) - within
 
 
+@ON_THE_NEWEST
 @pytest.mark.parametrize("news", [False, True])
 def test_p_is_uniform_where_there_is_nothing(news):
     stats = pytest.importorskip("scipy.stats")
@@ -248,6 +250,7 @@ def test_p_is_uniform_where_there_is_nothing(news):
     assert (smallest < 0.05).mean() > 0.1
 
 
+@ON_THE_NEWEST
 def test_a_mean_percentile_of_62_over_100_facts_is_found_four_times_of_five():
     # The declared effect: 100 facts, 16 objects, 14 cells of which one knows something.
     lift = 0.432  # Φ(.432/√2) = .62

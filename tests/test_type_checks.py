@@ -3,6 +3,7 @@
 import pytest
 import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
+from tiny import HAS_HOOKED
 from torch import Tensor
 from type_checks import checked
 
@@ -27,6 +28,7 @@ def test_what_is_defined_again_is_checked_again_and_by_its_own_annotations():
             wide(square)
 
 
+@pytest.mark.skipif(HAS_HOOKED, reason="the newest TransformerLens runs the suite with its types checked")
 def test_the_package_is_checked():
     with pytest.raises(TypeCheckError):
         cholesky(torch.zeros(3, 4))
