@@ -404,6 +404,22 @@ def test_hooks_go_with_the_pass_and_a_callers_stay(name):
 
 
 @pytest.mark.parametrize("name", FEW)
+def test_a_pass_inside_a_pass_takes_down_its_own_hooks_alone(name):
+    model, fired = shared(name), []
+    runner = Runner(model)
+
+    def ask_again(value, hook):
+        fired.append(1)
+        if len(fired) == 1:  # the same place is hooked while it fires
+            runner.logits(TOKENS, hooks=[(EMBED, lambda value, hook: fired.append(2))])
+            assert len(model.hook_dict[EMBED].fwd_hooks) == 1
+
+    runner.logits(TOKENS, hooks=[(EMBED, ask_again)])
+    assert fired == [1, 1, 2]
+    assert not model.hook_dict[EMBED].fwd_hooks
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_rows_longer_than_the_context_are_refused(name):
     model = shared(name)
     runner, long = Runner(model), torch.ones(1, model.cfg.n_ctx + 1, dtype=torch.long)

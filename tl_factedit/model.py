@@ -685,24 +685,21 @@ class Runner:
         ``model.hooks``, for each hook, which takes longer than a short pass.
         """
         named = [(self._point(place), fn) for place, fn in hooks if isinstance(place, str)]
-        model: Any = self.model
-        level = model.context_level
+        own: Any = object()  # a level that is nobody else's: theirs are numbers
         with ExitStack() as stack:
             for place, fn in hooks:
                 if not isinstance(place, str):
                     handle = place.register_forward_hook(lambda _m, _a, out, fn=fn: fn(out, hook=None))
                     stack.callback(handle.remove)
             try:
-                model.context_level = level + 1
                 for point, fn in named:
-                    point.add_hook(fn, level=level + 1)
+                    point.add_hook(fn, level=own)
                 yield
             finally:
 
                 def take_down() -> None:
                     for point, _ in named:
-                        point.remove_hooks(level=level + 1)
-                    model.context_level = level
+                        point.remove_hooks(level=own)
 
                 insist(take_down)
 
