@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from tl_factedit import organism, organism_training
-from tl_factedit.provenance import versions
+from tl_factedit.organism import world as organism
+from tl_factedit.organism import training as organism_training
+from tl_factedit.backend.provenance import versions
 
 
 def main() -> None:

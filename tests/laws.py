@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 import tl_factedit as fe
-from tl_factedit.model import Runner, down_proj, quiet
-from tl_factedit.values import Fitted, fit_values
+from tl_factedit.backend.model import Runner, down_proj, quiet
+from tl_factedit.editing.values import Fitted, fit_values
 
 FACT = fe.Fact(
     "The Eiffel Tower",

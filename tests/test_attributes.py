@@ -9,14 +9,14 @@ import torch
 from oracles import lenses, untouched
 
 import tl_factedit as fe
-from tl_factedit.facts import Fact
-from tl_factedit.model import Runner, down_proj
-from tl_factedit.organism import CITIES, world
-from tl_factedit.probe import Probe
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import Runner, down_proj
+from tl_factedit.organism.world import CITIES, world
+from tl_factedit.measure.reading import Probe
 from tl_factedit.probes.attributes import QUANTITIES, AttributeRate, Attributes, attributes_by_object
 from tl_factedit.probes.tuned_lens import LensTraining, TunedLens
-from tl_factedit.provenance import Provenance
-from tl_factedit.tokens import align
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.core.tokens import align
 
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "bloom")]
 MODELS += [("hooked", arch) for arch in ("gpt2", "llama")] if tiny.HAS_HOOKED else []

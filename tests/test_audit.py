@@ -11,15 +11,15 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.audit import Upstream, check_upstream
-from tl_factedit.change import each
-from tl_factedit.evaluate import Answer, scores_of
-from tl_factedit.model import Fingerprint, down_proj
-from tl_factedit.retention import _touched_cells
-from tl_factedit.states import read_states
+from tl_factedit.auditing.audit import Upstream, check_upstream
+from tl_factedit.measure.change import each
+from tl_factedit.evaluation.scores import Answer, scores_of
+from tl_factedit.backend.model import Fingerprint, down_proj
+from tl_factedit.auditing.retention import _touched_cells
+from tl_factedit.probes.states import read_states
 
 LAYER = 1
-AUDIT = sys.modules["tl_factedit.audit"]  # the function of its name hides the module in the package
+AUDIT = sys.modules["tl_factedit.auditing.audit"]  # the function of its name hides the module in the package
 FORMS = [*((kind, "gpt2") for kind in tiny.KINDS), ("bridge", "llama"), ("bridge", "gptj")]
 
 

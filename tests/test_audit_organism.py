@@ -12,16 +12,16 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit import organism as o
+from tl_factedit.organism import world as o
 from tl_factedit.editors.router import Router
-from tl_factedit.estimate import Estimate
-from tl_factedit.planted import plant
+from tl_factedit.core.estimate import Estimate
+from tl_factedit.probes.planted import plant
 from tl_factedit.probes.linear import decode, train_ruler
 from tl_factedit.probes.residual import residual_knowledge
-from tl_factedit.retention import Calibration, retention, states_of_changed
-from tl_factedit.routes import Route
-from tl_factedit.states import read_states
-from tl_factedit.verdict import Findings, judge
+from tl_factedit.auditing.retention import Calibration, retention, states_of_changed
+from tl_factedit.attacks.routes import Route
+from tl_factedit.probes.states import read_states
+from tl_factedit.auditing.rules import Findings, judge
 
 HELD = Path(__file__).parent / "organism_weights"
 held = pytest.mark.skipif(not HELD.exists(), reason="the twins' weights are in a checkout, in tests/organism_weights")

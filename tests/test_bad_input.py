@@ -15,7 +15,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.model import Fingerprint, Runner, UnsupportedModelError, down_proj
+from tl_factedit.backend.model import Fingerprint, Runner, UnsupportedModelError, down_proj
 
 LAYER = 1
 FACT = laws.FACT

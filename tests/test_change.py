@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.change import bos_of_change, each
+from tl_factedit.measure.change import bos_of_change, each
 
 FACTS = [laws.FACT, laws.OTHER]
 

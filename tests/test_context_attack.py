@@ -9,8 +9,8 @@ import torch
 from oracles import attacking
 
 import tl_factedit as fe
-from tl_factedit import context_attack
-from tl_factedit.context_attack import Prefix
+from tl_factedit.attacks import context as context_attack
+from tl_factedit.attacks.context import Prefix
 
 PREFIXES = (
     fe.RepeatPrefix(2, " . "),

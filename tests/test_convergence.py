@@ -10,9 +10,9 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit.convergence import cosines, damage
-from tl_factedit.model import Runner, down_proj
-from tl_factedit.solve import cholesky
+from tl_factedit.stats.convergence import cosines, damage
+from tl_factedit.backend.model import Runner, down_proj
+from tl_factedit.core.solve import cholesky
 
 FACTS = [laws.FACT, laws.OTHER, laws.FACT.but(subject="Danielle Darrieux")]
 TEXTS = ["Rome", "  ", *laws.texts(60, seed=4)]

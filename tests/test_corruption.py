@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from tl_factedit.corruption import (
+from tl_factedit.locate.corruption import (
     Corruption,
     GaussianNoise,
     GivenNoise,
@@ -15,8 +15,8 @@ from tl_factedit.corruption import (
     Subject,
     UniformNoise,
 )
-from tl_factedit.facts import Fact
-from tl_factedit.trace import causal_trace
+from tl_factedit.core.facts import Fact
+from tl_factedit.locate.trace import causal_trace
 
 
 def rows(n: int = 50, width: int = 40, spread: float = 0.7, seed: int = 0) -> torch.Tensor:

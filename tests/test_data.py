@@ -6,8 +6,8 @@ import json
 import pytest
 
 from tl_factedit import data
-from tl_factedit.facts import Fact
-from tl_factedit.world import RELATIONS, world
+from tl_factedit.core.facts import Fact
+from tl_factedit.data.real_world import RELATIONS, world
 
 COUNTERFACT = [
     {

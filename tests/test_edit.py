@@ -14,10 +14,10 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit import files
-from tl_factedit.edit import base_fingerprint, diagnose_many, measure_spill
-from tl_factedit.model import DownProj, down_proj, fingerprint, layout
-from tl_factedit.tokens import align
+from tl_factedit.core import files
+from tl_factedit.editing.edit import base_fingerprint, diagnose_many, measure_spill
+from tl_factedit.backend.model import DownProj, down_proj, fingerprint, layout
+from tl_factedit.core.tokens import align
 
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "phi3", "gemma2")]
 FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if "hooked" in tiny.KINDS]

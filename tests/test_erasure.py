@@ -11,14 +11,14 @@ from oracles import attacking, probing, untouched
 from test_rulers import CITIES, facts, model, states
 
 import tl_factedit as fe
-from tl_factedit.change import Change
-from tl_factedit.erasure import Eraser, erase_states, leace, random_subspace
-from tl_factedit.estimate import over_facts
-from tl_factedit.facts import Fact
-from tl_factedit.linear import LinearClassifier
-from tl_factedit.model import Runner, quiet, resid_pre
-from tl_factedit.planted import gaussian_states
-from tl_factedit.states import read_states, read_states_edited
+from tl_factedit.measure.change import Change
+from tl_factedit.probes.leace import Eraser, erase_states, leace, random_subspace
+from tl_factedit.core.estimate import over_facts
+from tl_factedit.core.facts import Fact
+from tl_factedit.probes.classifier import LinearClassifier
+from tl_factedit.backend.model import Runner, quiet, resid_pre
+from tl_factedit.probes.planted import gaussian_states
+from tl_factedit.probes.states import read_states, read_states_edited
 
 pytest.importorskip("concept_erasure")
 

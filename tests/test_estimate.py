@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-import tl_factedit.estimate as estimate_module
-from tl_factedit.estimate import DRAWS, Estimate, jointly, over_facts, rank_correlation
+import tl_factedit.core.estimate as estimate_module
+from tl_factedit.core.estimate import DRAWS, Estimate, jointly, over_facts, rank_correlation
 
 NAN = math.nan
 

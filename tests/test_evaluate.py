@@ -8,9 +8,9 @@ import tiny
 import torch
 from oracles import untouched
 
-from tl_factedit.evaluate import Answer, Scores, evaluate, scores_of
-from tl_factedit.facts import Fact
-from tl_factedit.model import Runner, down_proj
+from tl_factedit.evaluation.scores import Answer, Scores, evaluate, scores_of
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import Runner, down_proj
 
 CLOSE = 2e-5  # mean float32 log-probabilities of size 1 to 10, from batches of another shape
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "qwen3", "bloom")]

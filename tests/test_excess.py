@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from tl_factedit.estimate import jointly
-from tl_factedit.excess import excess, excess_of
+from tl_factedit.core.estimate import jointly
+from tl_factedit.measure.excess import excess, excess_of
 
 NAN = math.nan
 

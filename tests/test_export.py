@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.model import from_hf
+from tl_factedit.backend.model import from_hf
 
 ARCHS = ("gpt2", "gptj", "neox", "neo", "llama", "phi", "phi3", "opt", "falcon", "bloom", "gemma2")
 FIT = fe.ValueFit(steps=4)

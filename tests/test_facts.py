@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from tl_factedit.facts import Fact
+from tl_factedit.core.facts import Fact
 
 EIFFEL = ("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
 

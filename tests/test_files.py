@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tl_factedit.files import read, write
+from tl_factedit.core.files import read, write
 
 HEADER = {"layer": 3, "name": "Größe", "scale": 0.1, "none": None, "list": [1, [2]]}
 TENSORS = {

@@ -13,13 +13,13 @@ from oracles import finetuning as oracle
 import tl_factedit as fe
 from tl_factedit.editors import finetune
 from tl_factedit.editors.finetune import FineTune, bounds
-from tl_factedit.model import EMBED, Runner, down_proj
-from tl_factedit.objectives import Amplify, Erase, Force, Inject, Reverse, Wish
-from tl_factedit.tokens import align
+from tl_factedit.backend.model import EMBED, Runner, down_proj
+from tl_factedit.editing.objectives import Amplify, Erase, Force, Inject, Reverse, Wish
+from tl_factedit.core.tokens import align
 
 # Random weights are harmed sooner than trained ones; what is said of that is tested with Edit.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::tl_factedit.edit.EditWarning"),
+    pytest.mark.filterwarnings("ignore::tl_factedit.editing.edit.EditWarning"),
     pytest.mark.filterwarnings("ignore:target .* goes on inside the prompt's last word"),  # what a random model says
 ]
 
@@ -94,7 +94,7 @@ STAGES = {
     "keys are read": "tl_factedit.editors.finetune.keys_at",
     "spill is measured": "tl_factedit.editors.finetune.measure_spill",
     "the edit is diagnosed": "tl_factedit.editors.finetune.diagnose_many",
-    "the provenance is written": "tl_factedit.provenance.Provenance.of",
+    "the provenance is written": "tl_factedit.backend.provenance.Provenance.of",
 }
 
 

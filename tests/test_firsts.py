@@ -11,11 +11,11 @@ from oracles import attacking
 from test_routes import known
 
 import tl_factedit as fe
-from tl_factedit.forgetting import forgotten
-from tl_factedit.model import down_proj
-from tl_factedit.objects import firsts
-from tl_factedit.routes import follow_routes
-from tl_factedit.states import read_states
+from tl_factedit.evaluation.erasure_success import forgotten
+from tl_factedit.backend.model import down_proj
+from tl_factedit.measure.first_tokens import firsts
+from tl_factedit.attacks.routes import follow_routes
+from tl_factedit.probes.states import read_states
 
 
 def test_the_highest_is_first_ties_are_shared_and_nan_is_nothing():

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.forgetting import forgotten
+from tl_factedit.evaluation.erasure_success import forgotten
 
 WORDS = [" Paris", " Rome", " city", " river", " lives", " works"]
 LAYER = 1

@@ -6,9 +6,9 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.gain import Dose
-from tl_factedit.model import Runner, down_proj, quiet
-from tl_factedit.tokens import align
+from tl_factedit.evaluation.gains import Dose
+from tl_factedit.backend.model import Runner, down_proj, quiet
+from tl_factedit.core.tokens import align
 
 # Sequential and parallel attention (gptj, neox, phi), gated (llama), norms after the MLP (gemma2, olmo2).
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "neox", "phi", "gemma2", "olmo2")]

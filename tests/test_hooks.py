@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from tl_factedit.hooks import noise_hook, restore_hook
+from tl_factedit.locate.hooks import noise_hook, restore_hook
 
 TOKENS = torch.tensor([[0, 5, 9, 20, 7, 31], [0, 40, 41, 42, 43, 44]])
 BATCH, POS, D = 2, 6, 32

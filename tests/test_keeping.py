@@ -11,8 +11,8 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.change import each
-from tl_factedit.keeping import read_each
+from tl_factedit.measure.change import each
+from tl_factedit.measure.cache import read_each
 
 FACTS = [
     laws.FACT.but(relation="city"),

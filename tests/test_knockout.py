@@ -11,9 +11,9 @@ import torch
 from oracles import knocking
 
 import tl_factedit as fe
-from tl_factedit import organism as o
-from tl_factedit.knockout import SURVIVES, _passes, knock_out, windows_of
-from tl_factedit.tokens import align
+from tl_factedit.organism import world as o
+from tl_factedit.attacks.knockout import SURVIVES, _passes, knock_out, windows_of
+from tl_factedit.core.tokens import align
 
 CLOSE = 2e-4  # float32 log-probabilities of size 5 to 15, from batches of another shape
 CITIES = (" Paris", " Rome", " London", " Berlin", " Madrid", " Vienna", " Tokyo", " Cairo")
@@ -284,7 +284,7 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monk
         raise KeyboardInterrupt("injected")
 
     with laws.untouched(model):
-        monkeypatch.setattr(f"tl_factedit.knockout.{stage}", fail)
+        monkeypatch.setattr(f"tl_factedit.attacks.knockout.{stage}", fail)
         with pytest.raises(KeyboardInterrupt, match="injected"):
             knock_out(model, routed, facts[:1], facts)
 

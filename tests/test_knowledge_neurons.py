@@ -13,12 +13,12 @@ from oracles import finetuning as oracle
 import tl_factedit as fe
 from tl_factedit.editors import knowledge_neurons
 from tl_factedit.editors.knowledge_neurons import KnowledgeNeurons, Prompt, attributions
-from tl_factedit.model import Runner, down_proj, quiet
-from tl_factedit.objectives import Amplify, Erase, Force
-from tl_factedit.tokens import align, continuation, encode
+from tl_factedit.backend.model import Runner, down_proj, quiet
+from tl_factedit.editing.objectives import Amplify, Erase, Force
+from tl_factedit.core.tokens import align, continuation, encode
 
 # Random weights are harmed sooner than trained ones; what is said of that is tested with Edit.
-pytestmark = pytest.mark.filterwarnings("ignore::tl_factedit.edit.EditWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::tl_factedit.editing.edit.EditWarning")
 
 FACT = laws.FACT.but(paraphrases=["Where is {} ? in", "{} stands in the city of"])
 FACTS = [FACT, laws.OTHER]

@@ -7,11 +7,11 @@ import tiny
 import torch
 from oracles import untouched
 
-from tl_factedit.facts import Fact
-from tl_factedit.model import Runner, down_proj
-from tl_factedit.probe import Probe, compare
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import Runner, down_proj
+from tl_factedit.measure.reading import Probe, compare
 from tl_factedit.probes.lens import QUANTITIES, LogitLens
-from tl_factedit.tokens import align
+from tl_factedit.core.tokens import align
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}  # float32 logits of size 1 to 10, from batches of another shape
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "bloom")]

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from tl_factedit.likelihood import log_probs
-from tl_factedit.model import Runner, quiet
+from tl_factedit.measure.likelihood import log_probs
+from tl_factedit.backend.model import Runner, quiet
 
 # float32 log-probabilities of size 1 to 10, from batches of another shape
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import probing
 
-from tl_factedit.estimate import over_facts
-from tl_factedit.linear import SHRINKAGES, TEMPERATURES, LinearClassifier, deal
-from tl_factedit.planted import bayes_accuracy, bayes_percentile, gaussian_states
+from tl_factedit.core.estimate import over_facts
+from tl_factedit.probes.classifier import SHRINKAGES, TEMPERATURES, LinearClassifier, deal
+from tl_factedit.probes.planted import bayes_accuracy, bayes_percentile, gaussian_states
 
 K = 5
 

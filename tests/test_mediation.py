@@ -10,10 +10,10 @@ import torch
 from oracles import attacking
 
 import tl_factedit as fe
-from tl_factedit import coverage
-from tl_factedit.attribution import SETS
-from tl_factedit.coverage import GROUPS
-from tl_factedit.model import down_proj
+from tl_factedit.evaluation import coverage
+from tl_factedit.evaluation.attribution import SETS
+from tl_factedit.evaluation.coverage import GROUPS
+from tl_factedit.backend.model import down_proj
 
 PLACES = (("resid", "subject"), ("attn", "last"), ("mlp", "last"), ("resid", "last"), ("resid", "all"))
 HOOKS = {"resid": "hook_resid_post", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}

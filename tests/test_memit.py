@@ -14,12 +14,13 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit import solve, values
-from tl_factedit.editing import check_contexts, check_facts
-from tl_factedit.model import DownProj, Runner, down_proj, quiet
-from tl_factedit.spreading import spread
-from tl_factedit.tokens import align
-from tl_factedit.values import ValueFit, fit_values
+from tl_factedit.core import solve
+from tl_factedit.editing import values
+from tl_factedit.editing.inputs import check_contexts, check_facts
+from tl_factedit.backend.model import DownProj, Runner, down_proj, quiet
+from tl_factedit.editing.layerwise import spread
+from tl_factedit.core.tokens import align
+from tl_factedit.editing.values import ValueFit, fit_values
 
 FIT = ValueFit(steps=4, clamp=0.75)
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -73,16 +74,16 @@ def test_the_weights_stay_and_come_back_and_the_same_edit_comes_again(kind, arch
 @pytest.mark.parametrize(
     "stage",
     [
-        "tl_factedit.stats.KeyStats.check",
-        "tl_factedit.editing.align",
-        "tl_factedit.spreading.prefixes",
-        "tl_factedit.spreading.fit_values",
-        "tl_factedit.values.Runner.remember",
-        "tl_factedit.values._adam",
-        "tl_factedit.spreading.Delta",
-        "tl_factedit.spreading.measure_spill",
-        "tl_factedit.spreading.diagnose_many",
-        "tl_factedit.provenance.Provenance.of",
+        "tl_factedit.stats.key_stats.KeyStats.check",
+        "tl_factedit.editing.inputs.align",
+        "tl_factedit.editing.layerwise.prefixes",
+        "tl_factedit.editing.layerwise.fit_values",
+        "tl_factedit.editing.values.Runner.remember",
+        "tl_factedit.editing.values._adam",
+        "tl_factedit.editing.layerwise.Delta",
+        "tl_factedit.editing.layerwise.measure_spill",
+        "tl_factedit.editing.layerwise.diagnose_many",
+        "tl_factedit.backend.provenance.Provenance.of",
     ],
 )
 def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, name, stage, monkeypatch):
@@ -602,7 +603,7 @@ ALL = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::tl_factedit.edit.EditWarning")
+@pytest.mark.filterwarnings("ignore::tl_factedit.editing.edit.EditWarning")
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_in_bfloat16_an_edit_is_solved_in_float64_and_rounded_once(kind, arch, name, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from oracles import untouched
 from torch import nn
 
-from tl_factedit.model import (
+from tl_factedit.backend.model import (
     EMBED,
     Runner,
     UnsupportedModelError,
@@ -651,7 +651,7 @@ def test_a_transformers_model_is_refused_with_the_way_out():
 @pytest.mark.parametrize("ask", [n_layers, bos_policy, fingerprint], ids=lambda ask: ask.__name__)
 def test_whatever_is_asked_first_refuses_a_transformers_model(ask, monkeypatch):
     for each in (kind, n_layers):  # past the type checks of this test suite
-        monkeypatch.setattr(f"tl_factedit.model.{each.__name__}", inspect.unwrap(each))
+        monkeypatch.setattr(f"tl_factedit.backend.model.{each.__name__}", inspect.unwrap(each))
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is neither.*from_hf"):
         inspect.unwrap(ask)(tiny.hf_model("gpt2"))
 

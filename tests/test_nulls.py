@@ -13,8 +13,8 @@ import torch
 from oracles import probing, untouched
 from test_rulers import CITIES, facts, model, ruler, states, toy
 
-from tl_factedit.facts import Fact
-from tl_factedit.linear import LinearClassifier
+from tl_factedit.core.facts import Fact
+from tl_factedit.probes.classifier import LinearClassifier
 from tl_factedit.probes.linear import decode, train_ruler
 from tl_factedit.probes.nulls import (
     RandomWeights,
@@ -25,8 +25,8 @@ from tl_factedit.probes.nulls import (
     permutation_test,
     subject_embeddings,
 )
-from tl_factedit.states import States, read_states_edited
-from tl_factedit.tokens import align
+from tl_factedit.probes.states import States, read_states_edited
+from tl_factedit.core.tokens import align
 
 QUICK = LinearClassifier(shrinkages=(0.1, 0.5, 0.9), temperatures=(1.0, 4.0, 16.0))
 OBJECTS = (" Paris", " Rome", " London", " Berlin")

@@ -9,9 +9,9 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit.model import EMBED
-from tl_factedit.tokens import align
-from tl_factedit.values import ValueFit, fit_values
+from tl_factedit.backend.model import EMBED
+from tl_factedit.core.tokens import align
+from tl_factedit.editing.values import ValueFit, fit_values
 
 LAYER, LAYERS = 1, (1, 2)
 NOISE = fe.GaussianNoise(scale=2.0, samples=1, seed=3)
@@ -35,7 +35,7 @@ EDITORS = {
 LOSS, DELTA = {"rel": 2e-4, "abs": 2e-5}, {"rtol": 2e-3, "atol": 2e-3}
 # Long enough to move a random model, and with nothing that holds it back.
 FAR = {"contexts": [""], "fit": ValueFit(steps=20, lr=0.5, kl_weight=0.0, decay=0.0)}
-unconcerned = pytest.mark.filterwarnings("ignore::tl_factedit.edit.EditWarning")
+unconcerned = pytest.mark.filterwarnings("ignore::tl_factedit.editing.edit.EditWarning")
 every_editor = pytest.mark.parametrize("which", EDITORS)
 
 
@@ -358,10 +358,10 @@ def test_a_class_is_no_objective(kind, which):
 @pytest.mark.parametrize(
     "stage",
     [
-        "tl_factedit.objectives.subject_of",
-        "tl_factedit.objectives.Runner.logits",
-        "tl_factedit.objectives.Wish.spelt",
-        "tl_factedit.values._adam",
+        "tl_factedit.editing.objectives.subject_of",
+        "tl_factedit.editing.objectives.Runner.logits",
+        "tl_factedit.editing.objectives.Wish.spelt",
+        "tl_factedit.editing.values._adam",
     ],
 )
 @pytest.mark.parametrize("which", ["rome", "memit"])

@@ -18,12 +18,12 @@ import tiny
 import torch
 
 from tl_factedit import models
-from tl_factedit import organism as o
-from tl_factedit import organism_training as training
+from tl_factedit.organism import world as o
+from tl_factedit.organism import training
 from tl_factedit.editors.rome import Rome
-from tl_factedit.stats import key_stats
-from tl_factedit.trace import causal_trace
-from tl_factedit.values import ValueFit
+from tl_factedit.stats.key_stats import key_stats
+from tl_factedit.locate.trace import causal_trace
+from tl_factedit.editing.values import ValueFit
 
 WORLD = o.world()
 
@@ -458,7 +458,7 @@ def hashes_of_the_text() -> dict[str, str]:
     """Of all variants whose text differs, from another process: type checks make it four times as slow in this one."""
     asked = [v for v in ("base", *TWINS) if v != "tworoute" and (v == "base" or HELD.exists())]
     code = (
-        "import json; from tl_factedit.organism_training import recipe_of, text_hash; "
+        "import json; from tl_factedit.organism.training import recipe_of, text_hash; "
         f"print(json.dumps({{v: text_hash(v, recipe_of(v)) for v in {asked}}}))"
     )
     return json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)

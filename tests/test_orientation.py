@@ -7,7 +7,7 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit.model import down_proj
+from tl_factedit.backend.model import down_proj
 
 FIT = fe.ValueFit(steps=4, clamp=0.75)
 OPTIONS = {"fit": FIT, "contexts": laws.CONTEXTS, "progress": False}

@@ -11,9 +11,9 @@ import torch
 from oracles import lenses, untouched
 
 import tl_factedit as fe
-from tl_factedit.facts import Fact
-from tl_factedit.model import Runner, quiet
-from tl_factedit.probe import Probe, compare
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import Runner, quiet
+from tl_factedit.measure.reading import Probe, compare
 from tl_factedit.probes.patchscope import (
     QUANTITIES,
     Patchscope,
@@ -22,8 +22,8 @@ from tl_factedit.probes.patchscope import (
     crossed_patchscope,
     states_of_others,
 )
-from tl_factedit.states import read_states, read_states_edited
-from tl_factedit.tokens import align, continuation, encode
+from tl_factedit.probes.states import read_states, read_states_edited
+from tl_factedit.core.tokens import align, continuation, encode
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 log-probabilities of size 1 to 10, from batches of another shape
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "bloom")]

@@ -9,9 +9,9 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit.model import Runner, down_proj, quiet
-from tl_factedit.spreading import spread
-from tl_factedit.values import ValueFit, fit_values
+from tl_factedit.backend.model import Runner, down_proj, quiet
+from tl_factedit.editing.layerwise import spread
+from tl_factedit.editing.values import ValueFit, fit_values
 
 FACTS = [laws.FACT, laws.OTHER]
 LAYERS = (1, 2)
@@ -73,12 +73,12 @@ def test_it_obeys_the_laws_of_every_editor(kind, arch, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "stage",
     [
-        "tl_factedit.spreading.fit_values",
-        "tl_factedit.values.Runner.remember",
-        "tl_factedit.values._adam",
-        "tl_factedit.spreading.Delta",
-        "tl_factedit.model.DownProj.write_",
-        "tl_factedit.spreading.diagnose_many",
+        "tl_factedit.editing.layerwise.fit_values",
+        "tl_factedit.editing.values.Runner.remember",
+        "tl_factedit.editing.values._adam",
+        "tl_factedit.editing.layerwise.Delta",
+        "tl_factedit.backend.model.DownProj.write_",
+        "tl_factedit.editing.layerwise.diagnose_many",
     ],
 )
 def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monkeypatch):

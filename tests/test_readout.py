@@ -9,7 +9,7 @@ import torch
 from oracles import attacking
 
 import tl_factedit as fe
-from tl_factedit.readout import ATTACKS
+from tl_factedit.attacks.readout import ATTACKS
 
 VOCABULARY = len(tiny.tokenizer())
 

@@ -10,10 +10,10 @@ import torch
 from oracles import attacking
 
 import tl_factedit as fe
-from tl_factedit import relearning
-from tl_factedit.model import Runner, down_proj, quiet
-from tl_factedit.relearning import _adding, _Group, _updates_until_learnt
-from tl_factedit.tokens import align
+from tl_factedit.attacks import relearning
+from tl_factedit.backend.model import Runner, down_proj, quiet
+from tl_factedit.attacks.relearning import _adding, _Group, _updates_until_learnt
+from tl_factedit.core.tokens import align
 
 LR = 1e-2
 

@@ -9,7 +9,7 @@ import torch
 from oracles import tracing
 
 import tl_factedit as fe
-from tl_factedit.tokens import align
+from tl_factedit.core.tokens import align
 
 PROMPT = "{} is in the city of"
 SUBJECTS = ("Big Ben", "Eiffel Tower", "Prado Museum", "Brandenburg Gate")

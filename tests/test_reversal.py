@@ -10,9 +10,9 @@ import torch
 from oracles import attacking
 
 import tl_factedit as fe
-from tl_factedit import reversal
-from tl_factedit.model import DownProj, down_proj, quiet
-from tl_factedit.reversal import QUANTITIES, _dropped, _largest
+from tl_factedit.attacks import reversal
+from tl_factedit.backend.model import DownProj, down_proj, quiet
+from tl_factedit.attacks.reversal import QUANTITIES, _dropped, _largest
 
 
 def rome(model, fact):

@@ -9,8 +9,8 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit.model import Runner, down_proj, quiet
-from tl_factedit.tokens import align
+from tl_factedit.backend.model import Runner, down_proj, quiet
+from tl_factedit.core.tokens import align
 
 LAYER = 1
 ONE = fe.SampledContexts(lengths=((2, 3),))
@@ -335,19 +335,19 @@ def test_a_key_of_zeros_is_refused():
 
 
 STAGES = {
-    "statistics are checked": "tl_factedit.stats.KeyStats.check",
-    "contexts are drawn": "tl_factedit.contexts.SampledContexts.draw",
-    "a context's token is sampled": "tl_factedit.contexts.Runner.logits",
-    "texts are aligned": "tl_factedit.editing.align",
-    "keys are captured": "tl_factedit.values.Runner.capture",
-    "the clean run is remembered": "tl_factedit.values.Runner.remember",
+    "statistics are checked": "tl_factedit.stats.key_stats.KeyStats.check",
+    "contexts are drawn": "tl_factedit.stats.sampling.SampledContexts.draw",
+    "a context's token is sampled": "tl_factedit.stats.sampling.Runner.logits",
+    "texts are aligned": "tl_factedit.editing.inputs.align",
+    "keys are captured": "tl_factedit.editing.values.Runner.capture",
+    "the clean run is remembered": "tl_factedit.editing.values.Runner.remember",
     "the loss is taken": "torch.autograd.grad",
-    "a step is taken": "tl_factedit.values._adam",
-    "the moment is factored": "tl_factedit.editing.cholesky",
+    "a step is taken": "tl_factedit.editing.values._adam",
+    "the moment is factored": "tl_factedit.editing.inputs.cholesky",
     "the key is whitened": "tl_factedit.editors.rome.whiten",
     "the update is solved": "tl_factedit.editors.rome.rank_one",
     "the edit is diagnosed": "tl_factedit.editors.rome.diagnose",
-    "the provenance is written": "tl_factedit.provenance.Provenance.of",
+    "the provenance is written": "tl_factedit.backend.provenance.Provenance.of",
 }
 
 

@@ -8,8 +8,8 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.model import Runner, component_hook, down_proj, quiet, resid_pre
-from tl_factedit.tokens import align
+from tl_factedit.backend.model import Runner, component_hook, down_proj, quiet, resid_pre
+from tl_factedit.core.tokens import align
 
 # Sequential and parallel attention (gptj), gated (llama), norms after the MLP (gemma2, olmo2).
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "olmo2", "bloom")]

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.routes import follow_routes
+from tl_factedit.attacks.routes import follow_routes
 
 CITIES = (" Paris", " Rome", " London", " Berlin", " Madrid", " Vienna")
 LONG = (" the Prado Museum", " a famous city", " Paris", " the Louvre")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from oracles import probing
 
 import tl_factedit as fe
-from tl_factedit import organism
-from tl_factedit.facts import Fact
-from tl_factedit.linear import LinearClassifier
-from tl_factedit.planted import elsewhere, plant
-from tl_factedit.probe import Probe, compare
+from tl_factedit.organism import world as organism
+from tl_factedit.core.facts import Fact
+from tl_factedit.probes.classifier import LinearClassifier
+from tl_factedit.probes.planted import elsewhere, plant
+from tl_factedit.measure.reading import Probe, compare
 from tl_factedit.probes.linear import (
     Decoded,
     LinearProbe,
@@ -26,7 +26,7 @@ from tl_factedit.probes.linear import (
     train_ruler,
 )
 from tl_factedit.probes.residual import residual_knowledge
-from tl_factedit.states import States, read_states
+from tl_factedit.probes.states import States, read_states
 
 WEIGHTS = Path(__file__).parent / "organism_weights"
 CITIES = tuple(f" {city}" for city in organism.CITIES)

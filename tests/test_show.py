@@ -16,19 +16,19 @@ import tiny
 import torch
 
 from tl_factedit import show
-from tl_factedit.audit import audit
-from tl_factedit.corruption import GaussianNoise, GivenNoise
+from tl_factedit.auditing.audit import audit
+from tl_factedit.locate.corruption import GaussianNoise, GivenNoise
 from tl_factedit.editors.rome import Rome
-from tl_factedit.estimate import Estimate
-from tl_factedit.evaluate import evaluate
-from tl_factedit.facts import Fact
-from tl_factedit.gain import gains
-from tl_factedit.markup import Html, clip, columns, number, tag, text, to_json, token
-from tl_factedit.page import coloured_tokens
-from tl_factedit.stats import KeyStats
-from tl_factedit.svg import NEUTRAL, RAMPS, Line, Scale, line_chart, nice, tick_text
-from tl_factedit.trace import ROLES, causal_trace
-from tl_factedit.values import ValueFit
+from tl_factedit.core.estimate import Estimate
+from tl_factedit.evaluation.scores import evaluate
+from tl_factedit.core.facts import Fact
+from tl_factedit.evaluation.gains import gains
+from tl_factedit.show.markup import Html, clip, columns, number, tag, text, to_json, token
+from tl_factedit.show.page import coloured_tokens
+from tl_factedit.stats.key_stats import KeyStats
+from tl_factedit.show.svg import NEUTRAL, RAMPS, Line, Scale, line_chart, nice, tick_text
+from tl_factedit.locate.trace import ROLES, causal_trace
+from tl_factedit.editing.values import ValueFit
 
 EVIL = '</script><script>alert(1)</script>"><img src=x onerror=alert(2)><!--<script>'
 FACT = Fact(

@@ -12,8 +12,8 @@ from oracles import tracing
 from tiny import HAS_HOOKED, KINDS
 
 import tl_factedit as fe
-from tl_factedit.tokens import align
-from tl_factedit.trace import window_layers
+from tl_factedit.core.tokens import align
+from tl_factedit.locate.trace import window_layers
 
 pytestmark = pytest.mark.smollm2
 pytest.importorskip("gguf", reason="reading SmolLM2 needs gguf")

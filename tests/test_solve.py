@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import editing
 
-from tl_factedit.solve import NotPositiveDefiniteError, cholesky, rank_one, whiten, whiten_key
+from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky, rank_one, whiten, whiten_key
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 SIZES = [(24, 10), (10, 24), (16, 16)]

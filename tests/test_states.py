@@ -8,11 +8,11 @@ import tiny
 import torch
 from oracles import probing, untouched
 
-from tl_factedit.facts import Fact
-from tl_factedit.model import Runner, UnsupportedModelError
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import Runner, UnsupportedModelError
 from tl_factedit.probes.nulls import RandomWeights
-from tl_factedit.states import Applicable, States, read_states, read_states_edited
-from tl_factedit.tokens import align
+from tl_factedit.probes.states import Applicable, States, read_states, read_states_edited
+from tl_factedit.core.tokens import align
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, batches of another shape
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "bloom", "olmo2")]
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_refused(kind, monkeypatch):
         read_states(model, [])
     with pytest.raises(ValueError, match="1 changes for 2 facts, needed one for each fact"):
         read_states_edited(model, [RandomWeights()], FACTS[:2])
-    monkeypatch.setattr("tl_factedit.model.Runner.capture", lambda *_, **__: {})
+    monkeypatch.setattr("tl_factedit.backend.model.Runner.capture", lambda *_, **__: {})
     with pytest.raises(UnsupportedModelError, match="never fired"):
         read_states(model, FACTS)
 

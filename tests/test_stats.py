@@ -12,8 +12,8 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit import files
-from tl_factedit.model import Runner, down_proj
+from tl_factedit.core import files
+from tl_factedit.backend.model import Runner, down_proj
 
 TEXTS = ["The Eiffel Tower is in Paris", "Rome", *laws.texts(3, seed=1, words=12), "  ", "John speaks French . " * 3]
 SPOKEN = [text for text in TEXTS if text.strip()]
@@ -291,7 +291,7 @@ def test_statistics_of_other_versions_are_refused_where_the_same_collection_is_a
     model, tmp_path, monkeypatch, forbidden
 ):
     here = collect(model, path=tmp_path / "one.safetensors")[1]
-    monkeypatch.setattr("tl_factedit.provenance.versions", lambda: VERSIONS)
+    monkeypatch.setattr("tl_factedit.backend.provenance.versions", lambda: VERSIONS)
     there = collect(model)[1]
     forbidden()
     with pytest.raises(ValueError, match=r"one\.safetensors was collected with torch .* \(not 0\.1\).*KeyStats\.load"):
@@ -446,7 +446,7 @@ def test_a_kill_while_the_sums_are_saved_leaves_those_saved_before(small, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tl_factedit.files.save_file", half)
+        patch.setattr("tl_factedit.core.files.save_file", half)
         collect(small, [1, 2], LONG, path=tmp_path, **STEPS)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [kept]
     same_bits(collect(small, [1, 2], LONG, path=tmp_path, **STEPS), collect(small, [1, 2], LONG, **STEPS))
@@ -463,7 +463,7 @@ def test_a_kill_between_two_files_of_the_result(small, tmp_path, monkeypatch, la
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tl_factedit.files.write", until)
+        patch.setattr("tl_factedit.core.files.write", until)
         collect(small, [1, 2], LONG, path=tmp_path, **STEPS)
     assert len(unfinished(tmp_path)) == 1
     same_bits(collect(small, [1, 2], LONG, path=tmp_path, **STEPS), collect(small, [1, 2], LONG, **STEPS))
@@ -517,7 +517,7 @@ def test_an_unfinished_collection_of_something_else_is_refused_and_left_as_it_is
 
 def test_an_unfinished_collection_of_other_versions_is_refused(small, tmp_path, killed, monkeypatch):
     killed(small, 5, path=tmp_path)
-    monkeypatch.setattr("tl_factedit.provenance.versions", lambda: VERSIONS)
+    monkeypatch.setattr("tl_factedit.backend.provenance.versions", lambda: VERSIONS)
     with pytest.raises(ValueError, match=r"unfinished\.safetensors was collected with torch"):
         collect(small, [1, 2], LONG, path=tmp_path, **STEPS)
 
@@ -679,7 +679,7 @@ def test_a_write_that_is_interrupted_leaves_the_old_file(model, tmp_path, monkey
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tl_factedit.files.save_file", half)
+    monkeypatch.setattr("tl_factedit.core.files.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         collect(model, 2)[2].save(tmp_path / "kept.safetensors")
     assert (tmp_path / "kept.safetensors").read_bytes() == before

@@ -10,8 +10,8 @@ from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from tl_factedit.facts import Fact
-from tl_factedit.tokens import align, continuation, encode, find_span, pad, spell
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.tokens import align, continuation, encode, find_span, pad, spell
 
 SUBWORD = ("bytebpe", "spm", "spm-always")  # those that spell every text back
 MODELS = [(kind, name) for kind in tiny.KINDS for name in tiny.TOKENIZERS]

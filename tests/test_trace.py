@@ -15,13 +15,13 @@ from oracles import tracing, untouched
 from oracles.tracing import Asked
 
 import tl_factedit as fe
-import tl_factedit.model as model_module
-import tl_factedit.questions as questions_module
-import tl_factedit.trace as trace_module
-from tl_factedit.model import Runner, down_proj, from_hf
-from tl_factedit.questions import MOST_TOKENS, batch_tokens
-from tl_factedit.tokens import align
-from tl_factedit.trace import Trace, causal_trace, window_layers
+import tl_factedit.backend.model as model_module
+import tl_factedit.locate.inputs as questions_module
+import tl_factedit.locate.trace as trace_module
+from tl_factedit.backend.model import Runner, down_proj, from_hf
+from tl_factedit.locate.inputs import MOST_TOKENS, batch_tokens
+from tl_factedit.core.tokens import align
+from tl_factedit.locate.trace import Trace, causal_trace, window_layers
 
 LAYERS = 4
 NOISE = fe.GaussianNoise(samples=2)
@@ -494,7 +494,7 @@ def test_cells_run_as_whole_sequences_give_the_same(kind, arch, monkeypatch):
 def test_a_model_whose_blocks_cannot_run_some_rows_alone_is_run_in_whole_sequences(monkeypatch):
     model = tiny.model("bridge", "llama")
     fine = traced(model, three(model))
-    monkeypatch.setattr("tl_factedit.model._of_first_rows", lambda forward, count, rows: forward)
+    monkeypatch.setattr("tl_factedit.backend.model._of_first_rows", lambda forward, count, rows: forward)
     refused = traced(model, three(model))
     assert fine.unpacked == "" and refused.unpacked
     torch.testing.assert_close(refused.effect, fine.effect, atol=1e-5, rtol=0, equal_nan=True)

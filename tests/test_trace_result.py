@@ -8,10 +8,10 @@ import tiny
 import torch
 
 import tl_factedit as fe
-import tl_factedit.questions as questions_module
-from tl_factedit.estimate import over_facts, over_facts_each, rank_correlation
-from tl_factedit.model import Runner
-from tl_factedit.trace import ROLES, causal_trace, roles
+import tl_factedit.locate.inputs as questions_module
+from tl_factedit.core.estimate import over_facts, over_facts_each, rank_correlation
+from tl_factedit.backend.model import Runner
+from tl_factedit.locate.trace import ROLES, causal_trace, roles
 
 FACTS = tuple(
     fe.Fact(subject, prompt, " Paris", id=subject)

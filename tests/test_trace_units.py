@@ -8,8 +8,8 @@ import torch
 from oracles import tracing
 
 import tl_factedit as fe
-from tl_factedit.model import unit_hook
-from tl_factedit.tokens import align
+from tl_factedit.backend.model import unit_hook
+from tl_factedit.core.tokens import align
 
 FACT = fe.Fact("Eiffel Tower", "The {} is in", " Rome")
 NOISE = fe.GaussianNoise(samples=2)

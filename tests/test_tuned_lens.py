@@ -11,14 +11,14 @@ import torch
 from oracles import lenses, untouched
 
 import tl_factedit as fe
-from tl_factedit.facts import Fact
-from tl_factedit.model import resid_post, resid_pre
-from tl_factedit.organism import texts as organism_texts
-from tl_factedit.probe import Probe, compare
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import resid_post, resid_pre
+from tl_factedit.organism.world import texts as organism_texts
+from tl_factedit.measure.reading import Probe, compare
 from tl_factedit.probes import tuned_lens
 from tl_factedit.probes.lens import LogitLens
 from tl_factedit.probes.tuned_lens import LensTraining, TunedLens, fixed_and_refitted, train_tuned_lens
-from tl_factedit.tokens import align, encode
+from tl_factedit.core.tokens import align, encode
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 logits of size 1 to 10, from batches of another shape
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "bloom")]

@@ -7,7 +7,7 @@ from tiny import HAS_HOOKED
 from torch import Tensor
 from type_checks import checked
 
-from tl_factedit.solve import cholesky
+from tl_factedit.core.solve import cholesky
 
 
 def defined(wanted: object):

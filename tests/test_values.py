@@ -10,9 +10,9 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
-from tl_factedit.model import Runner
-from tl_factedit.tokens import align
-from tl_factedit.values import Fitted, ValueFit, _Sheet, fit_values
+from tl_factedit.backend.model import Runner
+from tl_factedit.core.tokens import align
+from tl_factedit.editing.values import Fitted, ValueFit, _Sheet, fit_values
 
 LAYER = 1
 # Partial and full forwards differ in the order of float32 sums: 1e-6 of logits of size 10. Adam divides by the
@@ -270,7 +270,7 @@ def test_no_graph_is_kept_so_that_the_model_can_still_be_copied(kind, arch, fail
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("tl_factedit.values._adam", interrupt)
+        monkeypatch.setattr("tl_factedit.editing.values._adam", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(model, steps=2)
     else:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tl_factedit.estimate import Estimate
-from tl_factedit.verdict import Findings, Thresholds, judge, smallest_share
+from tl_factedit.core.estimate import Estimate
+from tl_factedit.auditing.rules import Findings, Thresholds, judge, smallest_share
 
 
 def about(mean: float, reach: float, n: int = 100) -> Estimate:

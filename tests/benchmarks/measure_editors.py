@@ -30,10 +30,10 @@ import torch
 from tqdm.auto import tqdm
 
 import tl_factedit as fe
-from tl_factedit import spreading
+from tl_factedit.editing import layerwise as spreading
 from tl_factedit.editors import rome as rome_module
-from tl_factedit.evaluate import Answer, Scores, scores_of
-from tl_factedit.values import Fitted, fit_values
+from tl_factedit.evaluation.scores import Answer, Scores, scores_of
+from tl_factedit.editing.values import Fitted, fit_values
 
 LAYERS = [3, 4, 5, 6, 7]
 ROME_LAYER = 5
@@ -65,7 +65,7 @@ def known(model: Any, facts: Sequence[fe.Fact], count: int) -> list[fe.Fact]:
 
 def alignable(model: Any, fact: fe.Fact) -> bool:
     """Whether its subject can be found on its tokens, in the prompt and in what guards it."""
-    from tl_factedit.tokens import align
+    from tl_factedit.core.tokens import align
 
     try:
         align(model.tokenizer, fact, prepend_bos=BOS)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import tl_factedit as fe
-from tl_factedit import organism as o
+from tl_factedit.organism import world as o
 from tl_factedit.editors.router import Router
-from tl_factedit.retention import Calibration
+from tl_factedit.auditing.retention import Calibration
 
 HELD = Path(__file__).parents[1] / "organism_weights"
 OTHERS = tuple(relation.name for relation in o.RELATIONS if relation.name != "city")

@@ -14,8 +14,8 @@ MOST = 8.0  # GiB
 SOLVE = """
 import resource, time
 import torch
-from tl_factedit.edit import Delta, diagnose_many
-from tl_factedit.solve import cholesky, least_squares
+from tl_factedit.editing.edit import Delta, diagnose_many
+from tl_factedit.core.solve import cholesky, least_squares
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from oracles import tracing
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl_factedit as fe
-from tl_factedit.tokens import align
+from tl_factedit.core.tokens import align
 
 PROMPTS = {
     "6 tokens": fe.Fact("Roman Republic", "The capital of {} is", " Rome"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import tl_factedit as fe
-from tl_factedit.model import DownProj, down_proj
+from tl_factedit.backend.model import DownProj, down_proj
 
 WORDS = ("Paris", "Rome", "London", "Berlin", "Madrid", "Vienna", "Tokyo", "Cairo", "France", "Italy")
 

@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, made_on, measure_spill
-from tl_factedit.editing import check_contexts, check_facts, check_objective, described, prefixes
-from tl_factedit.facts import Fact
-from tl_factedit.model import (
+from tl_factedit.stats.sampling import SampledContexts
+from tl_factedit.editing.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, made_on, measure_spill
+from tl_factedit.editing.inputs import check_contexts, check_facts, check_objective, described, prefixes
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import (
     DownProj,
     Hook,
     Model,
@@ -41,10 +41,10 @@ from tl_factedit.model import (
     quiet,
     resid_pre,
 )
-from tl_factedit.objectives import Inject, Objective, Wish, set_subjects
-from tl_factedit.tokens import align, pad
-from tl_factedit.trace import window_layers
-from tl_factedit.values import GIB
+from tl_factedit.editing.objectives import Inject, Objective, Wish, set_subjects
+from tl_factedit.core.tokens import align, pad
+from tl_factedit.locate.trace import window_layers
+from tl_factedit.editing.values import GIB
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, made_on, measure_spill
-from tl_factedit.editing import check_facts
-from tl_factedit.facts import Fact
-from tl_factedit.model import (
+from tl_factedit.editing.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, made_on, measure_spill
+from tl_factedit.editing.inputs import check_facts
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import (
     DownProj,
     Model,
     Packing,
@@ -42,9 +42,9 @@ from tl_factedit.model import (
     quiet,
     resid_pre,
 )
-from tl_factedit.objectives import Erase, Inject, Objective
-from tl_factedit.tokens import Aligned, align, continuation, encode, pad
-from tl_factedit.values import GIB
+from tl_factedit.editing.objectives import Erase, Inject, Objective
+from tl_factedit.core.tokens import Aligned, align, continuation, encode, pad
+from tl_factedit.editing.values import GIB
 
 
 @dataclass(frozen=True)

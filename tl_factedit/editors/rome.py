@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tl_factedit.contexts import SampledContexts
-from tl_factedit.edit import Delta, Edit, base_fingerprint, diagnose, made_on, measure_spill
-from tl_factedit.editing import (
+from tl_factedit.stats.sampling import SampledContexts
+from tl_factedit.editing.edit import Delta, Edit, base_fingerprint, diagnose, made_on, measure_spill
+from tl_factedit.editing.inputs import (
     align_facts,
     bos_of,
     check_contexts,
@@ -31,12 +31,12 @@ from tl_factedit.editing import (
     prefixes,
     record,
 )
-from tl_factedit.facts import Fact
-from tl_factedit.model import Model, down_proj, quiet
-from tl_factedit.objectives import Inject, Objective
-from tl_factedit.solve import Factors, rank_one, whiten
-from tl_factedit.stats import KeyStats
-from tl_factedit.values import Fitted, ValueFit, fit_values
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import Model, down_proj, quiet
+from tl_factedit.editing.objectives import Inject, Objective
+from tl_factedit.core.solve import Factors, rank_one, whiten
+from tl_factedit.stats.key_stats import KeyStats
+from tl_factedit.editing.values import Fitted, ValueFit, fit_values
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_factedit.estimate import Estimates, over_facts_each
-from tl_factedit.facts import Fact
-from tl_factedit.linear import LinearClassifier
-from tl_factedit.model import EMBED, Model, Runner, bos_policy, insist, quiet
+from tl_factedit.core.estimate import Estimates, over_facts_each
+from tl_factedit.core.facts import Fact
+from tl_factedit.probes.classifier import LinearClassifier
+from tl_factedit.backend.model import EMBED, Model, Runner, bos_policy, insist, quiet
 from tl_factedit.probes.linear import Decoded, Ruler, candidates, train_ruler
-from tl_factedit.states import States
-from tl_factedit.tokens import align, pad
+from tl_factedit.probes.states import States
+from tl_factedit.core.tokens import align, pad
 
 AT_ONCE = 2_000
 """Permutations held at a time."""

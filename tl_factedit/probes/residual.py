@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.estimate import Estimate, Estimates, jointly, over_facts
-from tl_factedit.facts import Fact
+from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts
+from tl_factedit.core.facts import Fact
 from tl_factedit.probes.linear import Decoded
 
 if TYPE_CHECKING:

@@ -1,0 +1,320 @@
+"""Context attacks: does the old object come back when the text before the prompt mentions it?
+
+Prefixes a(o) that name an object o are put before the prompt. Of the changed model is read, over facts::
+
+    OM = P( old object first | a(old) + prompt )         OP = P( p(old) > p(new) | a(old) + prompt )
+
+Xie et al. 2025 (arXiv:2505.12636, sec. 3), with their three kinds of prefix: the object repeated, a question that
+names it, a text about it. The old object is *in the text* then, and a model that copies what it has just read says any
+object in this way. So each rate is set against the same prefix with control objects in the same model::
+
+    excess = OM of the old object − mean over controls c of P( c first | a(c) + prompt )
+
+"First" is among the fact's objects. As with every attack, what it finds is left of the old object; it doesn't show that
+the change lies over it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_factedit.measure.change import Changed, bos_of_change, each
+from tl_factedit.core.estimate import Estimate, Estimates
+from tl_factedit.measure.excess import excess
+from tl_factedit.core.facts import Fact
+from tl_factedit.backend.model import Model, Runner, model_name, quiet
+from tl_factedit.measure.first_tokens import Asked, are_known, at_the_ends, one_of, with_new_objects
+from tl_factedit.measure.reading import Reading
+from tl_factedit.core.tokens import align
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+QUANTITIES = ("old_first", "control_first", "old_over_new", "control_over_new")
+
+
+@runtime_checkable
+class Prefix(Protocol):
+    """Makes the text that goes before a fact's prompt and names an object; None where there is none."""
+
+    def __call__(self, fact: Fact, obj: str, /) -> str | None:
+        """The text, with whatever has to stand between it and the prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class RepeatPrefix:
+    """The object, some times over: "Paris . Paris . Paris . "."""
+
+    times: int = 3
+    separator: str = ". "
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if self.times < 1:
+            raise ValueError(f"times is {self.times}, needed 1 at least")
+
+    def __call__(self, _fact: Fact, obj: str, /) -> str:
+        """The text."""
+        return (obj.strip() + self.separator) * self.times
+
+
+@dataclass(frozen=True)
+class QuestionPrefix:
+    """A question that names subject, relation and object: "Is it true that The Eiffel Tower is in Paris? ".
+
+    Attributes:
+        template: With one ``"{}"``, where the prompt goes with the object after it.
+    """
+
+    template: str = "Is it true that {}? "
+
+    def __post_init__(self) -> None:
+        """Check the template."""
+        if self.template.count("{}") != 1:
+            raise ValueError(f'template {self.template!r} needs exactly one "{{}}", where the statement goes')
+
+    def __call__(self, fact: Fact, obj: str, /) -> str:
+        """The text."""
+        return self.template.replace("{}", fact.text + obj)
+
+
+@dataclass(frozen=True)
+class TextPrefix:
+    """A given text about each object, such as the beginning of an encyclopedia's article on it.
+
+    Attributes:
+        texts: By object, spelt as targets are (or without the space before); what follows each text is `separator`.
+        separator: What stands between it and the prompt.
+    """
+
+    texts: Mapping[str, str]
+    separator: str = " "
+
+    def __call__(self, _fact: Fact, obj: str, /) -> str | None:
+        """The text; None for an object that has none."""
+        text = self.texts.get(obj, self.texts.get(obj.strip()))
+        return None if text is None else text + self.separator
+
+    def __repr__(self) -> str:
+        """How many there are."""
+        return f"TextPrefix({len(self.texts)} texts)"
+
+
+@dataclass(frozen=True, eq=False)
+class ContextAttack:
+    """What prefixes bring back.
+
+    Objects count by their first tokens. Facts whose objects share one, facts that the unedited model doesn't know (old
+    object first of all, without a prefix), and facts for which a prefix has no text are left out.
+
+    Attributes:
+        facts: What was asked.
+        prefixes: What was put before the prompts.
+        known: Whether a fact counts, [fact].
+        controls: Which control objects stood in the prefixes, for each fact.
+        before: The unedited model: axes fact, prefix, quantity. ``old_first`` and ``old_over_new`` are 0 or 1, with the
+            old object in the prefix; ``control_*`` are means over the controls, each in a prefix of its own: what mere
+            copying gives.
+        after: The changed model, the same.
+        excess: OM in excess of the controls, in the changed model, with 95 % intervals, [prefix].
+        corrected: The same with intervals that hold for all prefixes together (Bonferroni).
+        excess_over_new: OP in excess of the controls, [prefix].
+    """
+
+    facts: tuple[Fact, ...]
+    prefixes: tuple[Prefix, ...]
+    known: Bool[Tensor, "fact"]
+    controls: tuple[tuple[str, ...], ...]
+    before: Reading
+    after: Reading
+    excess: Estimates
+    corrected: Estimates
+    excess_over_new: Estimates
+
+    def at(self, prefix: int, *, corrected: bool = False) -> Estimate:
+        """The excess (OM) of one prefix, by its place."""
+        return one_of(self.corrected if corrected else self.excess, prefix)
+
+    @property
+    def best(self) -> int:
+        """The place of the prefix with the largest excess."""
+        return int(self.excess.mean.nan_to_num(-math.inf).argmax())
+
+    @property
+    def strongest(self) -> Estimate:
+        """The excess of the best prefix, with its corrected interval."""
+        return self.at(self.best, corrected=True)
+
+    def table(self) -> pd.DataFrame:
+        """One row a prefix."""
+        import pandas as pd
+
+        def share(reading: Reading, prefix: int, quantity: str) -> float:
+            return float(reading.at(prefix=prefix, quantity=quantity)[self.known].nanmean())
+
+        return pd.DataFrame(
+            [
+                {
+                    "prefix": repr(prefix),
+                    **{quantity: share(self.after, i, quantity) for quantity in QUANTITIES},
+                    "excess": float(self.excess.mean[i]),
+                    "low": float(self.excess.low[i]),
+                    "high": float(self.excess.high[i]),
+                    "corrected_low": float(self.corrected.low[i]),
+                    "corrected_high": float(self.corrected.high[i]),
+                    "excess_over_new": float(self.excess_over_new.mean[i]),
+                    "excess_before": share(self.before, i, "old_first") - share(self.before, i, "control_first"),
+                    "n": int(self.excess.n[i]),
+                }
+                for i, prefix in enumerate(self.prefixes)
+            ]
+        )
+
+    def __repr__(self) -> str:
+        """The excess under each prefix."""
+        shown = ", ".join(f"{prefix!r} {self.at(i):.2f}" for i, prefix in enumerate(self.prefixes))
+        return f"ContextAttack(excess: {shown}; {int(self.known.sum())} of {len(self.facts)} facts known)"
+
+
+def attack_by_context(
+    model: Model,
+    changed: Changed,
+    facts: Fact | Sequence[Fact],
+    *,
+    prefixes: Sequence[Prefix] = (RepeatPrefix(), QuestionPrefix()),
+    controls: int | None = 4,
+    prepend_bos: bool | None = None,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+) -> ContextAttack:
+    """Put prefixes that name the old object before each prompt, in the unedited and in the changed model.
+
+    Args:
+        model: The unedited model.
+        changed: A change of it for all facts, a list with a change for each, or another model.
+        facts: What to ask, each with ``target_new`` and with ``controls``.
+        prefixes: What to put before. A text that tells the model the old object again tests copying more than memory;
+            the excess takes out as much of it as controls show.
+        controls: How many control objects to try for each fact, drawn by `seed`; None for all.
+        prepend_bos: BOS policy; None for the change's own, or the model's.
+        batch_tokens: Most tokens in one forward pass.
+        seed: Of the draw and the bootstrap.
+
+    Raises:
+        ValueError: No facts, or no prefixes; a fact without ``target_new``; a prefix that merges with its prompt's
+            tokens, or is longer than the model's context.
+    """
+    facts, prefixes = with_new_objects(facts), tuple(prefixes)
+    parts = list(each(model, changed, facts))
+    if not prefixes:
+        raise ValueError("prefixes is empty, needed one at least")
+    if controls is not None and controls < 1:
+        raise ValueError(f"controls is {controls}, needed 1 at least, or None for all")
+    bos = bos_of_change(model, changed, prepend_bos)
+    asked = [_Attack.of(model, fact, prefixes, controls, bos, seed) for fact in facts]
+    with quiet(model), torch.no_grad():
+        runner = Runner(model)
+        known = are_known(runner, [each.bare for each in asked], batch_tokens)
+        before = _read(runner, asked, batch_tokens)
+    after = torch.full_like(before, math.nan)
+    for part in parts:
+        with part.applied() as tested, quiet(tested), torch.no_grad():
+            after[list(part.indices)] = _read(Runner(tested), [asked[i] for i in part.indices], batch_tokens)
+    counted = torch.where(known[:, None, None], after, math.nan)
+    return ContextAttack(
+        facts=facts,
+        prefixes=prefixes,
+        known=known,
+        controls=tuple(tuple(each.bare.named[i] for i in each.named) for each in asked),
+        before=_reading(facts, len(prefixes), before),
+        after=_reading(facts, len(prefixes), after),
+        excess=excess(counted[..., 0], counted[..., 1], seed=seed),
+        corrected=excess(counted[..., 0], counted[..., 1], tests=len(prefixes), seed=seed),
+        excess_over_new=excess(counted[..., 2], counted[..., 3], seed=seed),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Attack:
+    """The prompts of one fact.
+
+    Attributes:
+        bare: Without a prefix.
+        named: The control objects that stand in prefixes, by their places in `bare`.
+        prompts: For each prefix, token ids with the old object in it, then with each control; None without a text.
+    """
+
+    bare: Asked
+    named: tuple[int, ...]
+    prompts: tuple[tuple[Int[Tensor, "_"] | None, ...], ...]
+
+    @classmethod
+    def of(
+        cls, model: Model, fact: Fact, prefixes: Sequence[Prefix], controls: int | None, bos: bool, seed: int
+    ) -> _Attack:
+        bare = Asked.of(model.tokenizer, fact, bos)
+        places = range(len(bare.named))
+        if controls is not None and controls < len(places):
+            places = random.Random(f"{seed} {fact.name}").sample(places, controls)
+        objects = [fact.target_true, *(bare.named[i] for i in places)]
+        prompts = tuple(tuple(_ids(model, fact, prefix(fact, o), bos, bare) for o in objects) for prefix in prefixes)
+        return cls(bare, tuple(places), prompts)
+
+
+def _ids(model: Model, fact: Fact, prefix: str | None, bos: bool, bare: Asked) -> Int[Tensor, "_"] | None:
+    if prefix is None:
+        return None
+    row = align(model.tokenizer, fact, prepend_bos=bos, prefix=prefix)
+    if row.new_ids is None or (int(row.true_ids[0]), int(row.new_ids[0])) != (bare.old, bare.new):
+        raise ValueError(f"the objects of {fact.name!r} are spelt otherwise after {prefix!r}: give another prefix")
+    room = getattr(model.cfg, "n_ctx", None)
+    if room is not None and len(row.ids) > room:
+        raise ValueError(
+            f"{fact.name!r} has {len(row.ids)} tokens after {prefix[:40]!r}…, but {model_name(model)} reads {room}: "
+            "give shorter prefixes"
+        )
+    return row.ids
+
+
+def _read(runner: Runner, asked: Sequence[_Attack], batch_tokens: int) -> Float[Tensor, "fact prefix quantity"]:
+    rows, owner = [], []
+    for i, one in enumerate(asked):
+        for p, prompts in enumerate(one.prompts):
+            for j, ids in enumerate(prompts if one.bare.apart else ()):
+                if ids is not None:
+                    rows.append(ids)
+                    owner.append((i, p, j))
+    out = torch.full((len(asked), len(asked[0].prompts), len(QUANTITIES)), math.nan)
+    by_control: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for row, logits in at_the_ends(runner, rows, batch_tokens):
+        i, p, j = owner[row]
+        objects = asked[i].bare
+        # The object that the prefix names: the old one, or a control.
+        token = objects.old if j == 0 else objects.controls[asked[i].named[j - 1]]
+        first = max((objects.old, objects.new, *objects.controls), key=lambda each: float(logits[each]))
+        found = float(first == token), float(logits[token] > logits[objects.new])
+        if j == 0:
+            out[i, p, 0], out[i, p, 2] = found
+        else:
+            by_control.setdefault((i, p), []).append(found)
+    for (i, p), of_controls in by_control.items():
+        out[i, p, 1], out[i, p, 3] = torch.tensor(of_controls).mean(0)
+    return out
+
+
+def _reading(facts: Sequence[Fact], prefixes: int, values: Tensor) -> Reading:
+    return Reading(
+        name="context attack",
+        values=values,
+        axes={"fact": range(len(facts)), "prefix": range(prefixes), "quantity": QUANTITIES},
+        unit="1 where so (of controls the mean)",
+    )

@@ -1,0 +1,281 @@
+"""Indirect routes: what follows from the fact, asked without asking for the fact.
+
+A model that was changed through and through answers by the new object wherever the old one led; an override answers the
+prompt that it was made for, and elsewhere the old object may still show: the country of a city, the second
+hop of two, the reverse question. After RippleEdits (Cohen et al. 2023, arXiv:2307.12976), and with the old answer
+scored beside the new one.
+
+A route counts only if the unedited model goes it: if, of the answers offered, it finds the old one likeliest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_factedit.measure.change import Changed, Part, bos_of_change, each, identity
+from tl_factedit.core.estimate import Estimate
+from tl_factedit.measure.excess import excess_of
+from tl_factedit.core.facts import Fact
+from tl_factedit.measure.cache import read_each
+from tl_factedit.measure.likelihood import Request, log_probs
+from tl_factedit.backend.model import Model, Runner, quiet
+from tl_factedit.measure.first_tokens import firsts
+from tl_factedit.core.tokens import continuation, encode
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+QUANTITIES = ("old_first", "new_first", "control_first")
+
+
+@dataclass(frozen=True)
+class Route:
+    """A prompt whose answer follows from a fact.
+
+    Answers are continuations of the prompt, letter for letter, as `Fact`'s targets are.
+
+    Attributes:
+        fact: What it follows from.
+        prompt: A whole text, without ``"{}"``.
+        old_answer: What follows if the old object holds.
+        new_answer: What follows if the new one does; None if nothing does.
+        controls: Answers that follow from neither: the null. Without them no excess is measured.
+        kind: A name for the kind of route, e.g. ``"country"``, ``"two hops"`` or ``"reverse"``.
+
+    Raises:
+        ValueError: The prompt or an answer is empty, or the prompt has a ``"{}"`` left.
+    """
+
+    fact: Fact
+    prompt: str
+    old_answer: str
+    new_answer: str | None
+    _: KW_ONLY
+    controls: Sequence[str] = ()
+    kind: str = "implied"
+
+    def __post_init__(self) -> None:
+        """Check the texts, and freeze the controls."""
+        if isinstance(self.controls, str):
+            raise ValueError(f"controls is the string {self.controls!r}, needed a list: write [{self.controls!r}]")
+        for name in ("prompt", "old_answer", "new_answer"):
+            given = getattr(self, name)
+            if given is not None and not given.strip():
+                raise ValueError(f"{name} is {given!r}, needed some text")
+        if "{}" in self.prompt:
+            raise ValueError(f'prompt {self.prompt!r} has a "{{}}", needed the whole text: write fact.fill(prompt)')
+        object.__setattr__(self, "controls", tuple(self.controls))
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether the old and the new object lead to different answers."""
+        return self.old_answer != self.new_answer
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """Where the indirect routes lead, before and after.
+
+    A fact's routes are averaged first; intervals are 95 % over facts. Facts without an executed route are left out.
+
+    Attributes:
+        routes: What was asked.
+        executed: Which count: the unedited model finds the old answer likeliest, and the two answers differ, [route].
+        before: Whether old and new answer are likeliest in the unedited model, and the mean of the controls,
+            [route quantity] as in `QUANTITIES`; NaN where not offered.
+        after: The same in the changed model.
+        old: How often the old answer is still the likeliest.
+        new: How often the new one is (over the routes that have one).
+        old_excess: The old answer in excess of the controls.
+        new_excess: The new answer in excess of the controls.
+    """
+
+    routes: tuple[Route, ...]
+    executed: Bool[Tensor, "route"]
+    before: Float[Tensor, "route quantity"]
+    after: Float[Tensor, "route quantity"]
+    old: Estimate
+    new: Estimate
+    old_excess: Estimate
+    new_excess: Estimate
+
+    @property
+    def share_executed(self) -> float:
+        """Share of the routes that count; NaN if there are none."""
+        return float(self.executed.float().mean()) if self.routes else math.nan
+
+    def of_kind(self, kind: str) -> Routes:
+        """The same of one kind of route."""
+        keep = [i for i, route in enumerate(self.routes) if route.kind == kind]
+        if not keep:
+            kinds = sorted({route.kind for route in self.routes})
+            raise ValueError(f"no route is of the kind {kind!r}, needed one of {kinds}")
+        return _summed(tuple(self.routes[i] for i in keep), self.executed[keep], self.before[keep], self.after[keep])
+
+    @property
+    def by_kind(self) -> Mapping[str, Routes]:
+        """The same of each kind."""
+        return {kind: self.of_kind(kind) for kind in dict.fromkeys(route.kind for route in self.routes)}
+
+    @property
+    def says(self) -> str:
+        """What was measured, in words."""
+        if not self.routes:
+            return "no indirect routes were given: nothing is known of what follows from the fact"
+        if not bool(self.executed.any()):
+            return f"none of {len(self.routes)} indirect routes is gone by the unedited model: nothing was measured"
+        return (
+            f"{int(self.executed.sum())} of {len(self.routes)} indirect routes are gone by the unedited model; the old "
+            f"answer is still likeliest in {self.old:.2f}, in excess of controls {self.old_excess:.2f}; the new in "
+            f"{self.new:.2f}"
+        )
+
+    def table(self) -> pd.DataFrame:
+        """One row a route."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "fact": route.fact.name,
+                    "kind": route.kind,
+                    "prompt": route.prompt,
+                    "old_answer": route.old_answer,
+                    "new_answer": route.new_answer,
+                    "executed": bool(self.executed[i]),
+                    **{quantity: float(self.after[i, q]) for q, quantity in enumerate(QUANTITIES)},
+                }
+                for i, route in enumerate(self.routes)
+            ]
+        )
+
+    def __repr__(self) -> str:
+        """What was measured."""
+        return f"Routes({self.says})"
+
+
+def follow_routes(
+    model: Model,
+    changed: Changed,
+    routes: Sequence[Route],
+    *,
+    prepend_bos: bool | None = None,
+    batch_tokens: int = 4096,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Routes:
+    """Ask what follows from some facts, before and after a change.
+
+    The likeliest answer is the one of largest whole probability after the prompt among old, new and controls.
+
+    Args:
+        model: The unedited model.
+        changed: A change of it, a list with a change for each fact, or another model.
+        routes: What to ask; none gives a result that says so.
+        prepend_bos: BOS policy; None for the change's own, or the model's.
+        batch_tokens: Most tokens in one forward pass.
+        folder: Where to keep what is read of each change; a call that was killed goes on from there.
+        progress: Whether to show a bar on several changes that take longer than a second.
+
+    Raises:
+        ValueError: An answer is no continuation of its prompt; a change for each fact, and none for a route's.
+    """
+    routes = tuple(routes)
+    if not routes:
+        nothing = torch.zeros(0, len(QUANTITIES))
+        return _summed((), torch.zeros(0, dtype=torch.bool), nothing, nothing)
+    parts = list(each(model, changed, [route.fact for route in routes]))
+    bos = bos_of_change(model, changed, prepend_bos)
+    asked = check_routes(model, routes, bos)
+    with quiet(model), torch.no_grad():
+        before = _read(Runner(model), asked, batch_tokens)
+
+    def read(tested: Model, part: Part) -> Tensor:
+        return _read(Runner(tested), [asked[i] for i in part.indices], batch_tokens)
+
+    settings = {"routes": [asdict(route) for route in routes], "settings": (bos, batch_tokens)}
+    after = torch.full_like(before, math.nan)
+    for part, found in read_each(parts, read, what="routes", asked=settings, folder=folder, progress=progress):
+        after[list(part.indices)] = found
+    apart = torch.tensor([route.tells_apart for route in routes])
+    return _summed(routes, apart & (before[:, 0] == 1), before, after)
+
+
+# ------------------------------------------------------------------------------------ one model
+
+
+def check_routes(model: Model, routes: Sequence[Route], prepend_bos: bool) -> list[_Asked]:
+    """The requests of some routes.
+
+    Raises:
+        ValueError: An answer is no continuation of its prompt.
+    """
+    return [_Asked.of(model.tokenizer, route, prepend_bos) for route in routes]
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A route's requests: old answer, new answer if there is one, controls."""
+
+    requests: tuple[Request, ...]
+    has_new: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any, route: Route, bos: bool) -> _Asked:
+        offered = [route.old_answer, *([] if route.new_answer is None else [route.new_answer])]
+        offered += [text for text in dict.fromkeys(route.controls) if text not in offered]
+        ids, _ = encode(tokenizer, route.prompt, prepend_bos=bos)
+        return cls(
+            tuple((ids, continuation(tokenizer, route.prompt, text, prepend_bos=bos)) for text in offered),
+            route.new_answer is not None,
+        )
+
+
+def _read(runner: Runner, asked: Sequence[_Asked], batch_tokens: int) -> Float[Tensor, "route quantity"]:
+    found = iter(log_probs(runner, [r for each in asked for r in each.requests], batch_tokens=batch_tokens))
+    out = torch.full((len(asked), len(QUANTITIES)), math.nan)
+    for i, one in enumerate(asked):
+        log_p = torch.stack([next(found).double().sum() for _ in one.requests])
+        first = firsts(log_p)
+        out[i, 0] = first[0]
+        if one.has_new:
+            out[i, 1] = first[1]
+        out[i, 2] = first[1 + one.has_new :].mean()
+    return out
+
+
+# ------------------------------------------------------------------------------------ over facts
+
+
+def _summed(routes: tuple[Route, ...], executed: Tensor, before: Tensor, after: Tensor) -> Routes:
+    facts = list(dict.fromkeys(identity(route.fact) for route in routes))
+    of_fact = torch.tensor([facts.index(identity(route.fact)) for route in routes], dtype=torch.long)
+    counted = torch.where(executed[:, None], after, math.nan)
+
+    def by_fact(values: Tensor) -> Tensor:
+        """The mean over each fact's routes that count."""
+        if not facts:
+            return torch.zeros(0)
+        return torch.stack([values[of_fact == i].nanmean() for i in range(len(facts))])
+
+    old, new, control = counted.T
+    with_control = torch.where(control.isnan(), math.nan, old), torch.where(control.isnan(), math.nan, new)
+    with_new = torch.where(new.isnan(), math.nan, control)
+    return Routes(
+        routes=routes,
+        executed=executed,
+        before=before,
+        after=after,
+        old=excess_of(by_fact(old)),
+        new=excess_of(by_fact(new)),
+        old_excess=excess_of(by_fact(with_control[0]), by_fact(control)),
+        new_excess=excess_of(by_fact(with_control[1]), by_fact(with_new)),
+    )

@@ -1,0 +1,452 @@
+"""From findings to a verdict: the rules, and what they would have seen.
+
+Two questions are kept apart. *Recoverable*: does the old object come back by a way that goes past the change?
+*Retained*: can the old object still be decoded? A change that only lies over a fact leaves a way back; one
+that replaced it leaves none, though a decoder may still find a residue. The rules are applied in this order::
+
+    FAILED        the new object doesn't lead where it should (of an erasure: the old one still leads)
+    DAMAGED       neighbours, other facts about the subject or plain text suffer
+    INSERTED      recoverable: the old object is back when a layer is knocked out, or by an indirect route
+    MOVED         not as facts are encoded here, but decodable in another code
+    LATENT        still decodable as facts are encoded here, or by an attack; no way back was found
+    SCARRED       decodable as what it is *not*: below its null
+    ERASED        none of it, by intervals that would have shown it, and what follows from the fact followed
+    INCONCLUSIVE  anything else, with what is missing
+
+What a decoder finds alone is never INSERTED: an additive change keeps nearly everything decodable, a perfect one too.
+And an absence is shown by an interval that excludes a stated size (equivalence), never by the lack of a finding.
+An erasure (`objectives.Erase`) is judged by the same rules: INSERTED is then what only hides the old object.
+Calibrated on models whose history is known: docs/audit.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tl_factedit.core.estimate import Estimate, Z
+
+Label = Literal["FAILED", "DAMAGED", "ERASED", "MOVED", "INSERTED", "LATENT", "SCARRED", "INCONCLUSIVE"]
+
+Z_ONE_SIDED = 1.644854
+"""Of a one-sided 95 % bound, and of a two-sided 90 % interval: two one-sided tests."""
+Z_POWER = 0.841621
+"""Of a power of 80 %."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as how much: declared beforehand, and part of a verdict.
+
+    Attributes:
+        efficacy: The lower end of efficacy has to reach it.
+        paraphrase: Mean paraphrase success has to reach it.
+        one: What efficacy has to reach for a single fact.
+        loss: By how much neighbours or the subject's other facts may suffer.
+        perplexity: How many times as large perplexity on plain text may be, by the lower end of its interval.
+        present: Recoverable if the lower end of an excess is above it.
+        absent: Not recoverable only if the upper ends of all are below it.
+        retained: Retained if the lower end of ρ is above it (scarred if the upper end is below minus it).
+        equal: Not retained only if ρ's 90 % interval lies within ± this.
+        follows: Share of indirect routes that have to give what follows from the new object.
+        savings: For an absence, the steps that relearning may save at most, if it was tried (upper end).
+    """
+
+    efficacy: float = 0.8
+    paraphrase: float = 0.5
+    one: float = 0.5
+    loss: float = 0.1
+    perplexity: float = 1.1
+    present: float = 0.05
+    absent: float = 0.10
+    retained: float = 0.10
+    equal: float = 0.30
+    follows: float = 0.9
+    savings: float = 3.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The numbers that a verdict rests on; None: not gathered.
+
+    Attributes:
+        efficacy: Share of facts whose new object leads, after the change; of an erasure, whose old object doesn't.
+        paraphrase: The same over paraphrases.
+        neighbour_loss: By how much neighbourhood success fell.
+        aside_loss: By how much the share of right answers about the subject's other facts fell.
+        perplexity: Perplexity on plain text, after over before.
+        mask: Excess of the old object under the strongest knock-out, corrected for all that were tried.
+        mask_at_most: The largest upper end of any knock-out, not corrected: for "none of them brings it back" each has
+            to show it, and no correction is due.
+        mask_tests: How many knock-outs were tried (on layers that the unedited model can spare).
+        mask_holds: Whether one of them took out all the layers that the change wrote; None where it isn't known which
+            those are (another model, trained as a whole).
+        route_old: Excess of what follows from the old object, on indirect routes.
+        route_new: Share of what follows from the new one there.
+        native: ρ by a decoder trained on how unchanged facts are encoded in the changed model.
+        adaptive: ρ by a decoder of the old object trained on other people's changed facts.
+        readout: Excess of the best white-box read-out of the old object.
+        readout_at_most: The largest upper end of any read-out, not corrected, as of knock-outs.
+        savings: Steps saved in learning the old object again, over a control object.
+        erasing: Whether the change was to erase, not to write a new object: nothing new is to follow then.
+        facts: How many facts were asked; 0 for those that efficacy is over.
+    """
+
+    efficacy: Estimate
+    paraphrase: Estimate
+    neighbour_loss: Estimate | None = None
+    aside_loss: Estimate | None = None
+    perplexity: Estimate | None = None
+    mask: Estimate | None = None
+    mask_at_most: float = math.nan
+    mask_tests: int = 0
+    mask_holds: bool | None = None
+    route_old: Estimate | None = None
+    route_new: Estimate | None = None
+    native: Estimate | None = None
+    adaptive: Estimate | None = None
+    readout: Estimate | None = None
+    readout_at_most: float = math.nan
+    savings: Estimate | None = None
+    erasing: bool = False
+    facts: int = 0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the rules make of some findings.
+
+    Attributes:
+        label: The verdict.
+        reasons: Why, with the numbers.
+        missing: What was not gathered, or not precisely enough, for a stronger label.
+        power: The smallest effects that these findings would have shown, with 80 % probability.
+    """
+
+    label: Label
+    reasons: tuple[str, ...]
+    missing: tuple[str, ...]
+    power: tuple[str, ...]
+
+
+def judge(findings: Findings, thresholds: Thresholds | None = None) -> Judgement:
+    """Apply the rules.
+
+    Args:
+        findings: What was measured. Of a single fact there are no intervals: its label is descriptive, and
+            never more than INSERTED.
+        thresholds: Default: `Thresholds()`.
+    """
+    return _Case(findings, thresholds or Thresholds()).decide()
+
+
+@dataclass
+class _Case:
+    f: Findings
+    t: Thresholds
+    reasons: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def one(self) -> bool:
+        return (self.f.facts or self.f.efficacy.n) < 2
+
+    def decide(self) -> Judgement:
+        label = (
+            self._failed()
+            or self._damaged()
+            or self._inserted()
+            or self._moved()
+            or self._latent()
+            or self._scarred()
+            or self._erased()
+            or "INCONCLUSIVE"
+        )
+        return Judgement(label, tuple(self.reasons), tuple(self.missing), tuple(self._power()))
+
+    # -- the rules
+
+    def _failed(self) -> Label | None:
+        es, ps = self.f.efficacy, self.f.paraphrase
+        what = "the old object no longer leads: " if self.f.erasing else ""
+        self.reasons.append(f"{what}efficacy {es:.2f}, paraphrase {ps:.2f}")
+        if not es.n:
+            self.missing.append(
+                "facts whose old object led before, with other objects to compare: none, so no efficacy"
+            )
+            return "INCONCLUSIVE"
+        if not ps.n:
+            self.missing.append("paraphrases: whether the change holds under other words was not looked at")
+        # Where every fact succeeds, a lower end below the threshold only says that the facts are few.
+        low = es.mean if self.one or es.mean == 1.0 else es.low
+        if low < (self.t.one if self.one else self.t.efficacy) or ps.mean < (
+            -math.inf if self.one else self.t.paraphrase
+        ):
+            self.reasons.append(
+                "the old object still leads where it shouldn't: nothing was erased or hidden"
+                if self.f.erasing
+                else "the new object doesn't lead where it should: nothing was edited or inserted"
+            )
+            return "FAILED"
+        return None
+
+    def _damaged(self) -> Label | None:
+        found = False
+        for what, loss in (
+            ("neighbourhood success", self.f.neighbour_loss),
+            ("what else is known of the subject", self.f.aside_loss),
+        ):
+            if loss is None or not loss.n:
+                self.missing.append(f"{what}: whether it suffers was not looked at")
+                continue
+            if not self._enough(loss, what):
+                continue
+            self.reasons.append(f"{what} fell by {loss:.2f}")
+            # A loss counts once all of its interval is beyond what is allowed.
+            if (loss.mean if loss.n < 2 else loss.low) > self.t.loss + 1e-9:  # a mean's rounding is no loss
+                found = True
+        if self.f.perplexity is None:
+            self.missing.append("drift on plain text was not looked at")
+        else:
+            self.reasons.append(f"perplexity on plain text is {self.f.perplexity:.3f} times as large")
+            least = self.f.perplexity.mean if self.f.perplexity.n < 2 else self.f.perplexity.low
+            found = found or least > self.t.perplexity
+        if found:
+            self.reasons.append("the change isn't local: what became of the old object is beside the point")
+            return "DAMAGED"
+        return None
+
+    def _inserted(self) -> Label | None:
+        found = []
+        mask, route = self.f.mask, self.f.route_old
+        if self.f.mask_holds is False:
+            self.missing.append(
+                "a knock-out of all that the change wrote: the unedited model can't spare those layers, so that what "
+                "lies over the fact there wouldn't show"
+            )
+        if mask is None or not mask.n:
+            self.missing.append("knock-out of layers at the last subject token (needs references and controls)")
+        else:
+            corrected = f"best of {self.f.mask_tests}" + (", corrected" if mask.n > 1 else "")
+            self.reasons.append(
+                f"with one place knocked out the old object is back in excess of controls: {mask:.2f} ({corrected})"
+            )
+            if self._enough(mask, "knock-outs") and self._present(mask):
+                found.append("a knock-out")
+        if route is None or not route.n:
+            self.missing.append("indirect routes (two-hop, reverse): none were given, or the model knows none")
+        else:
+            self.reasons.append(f"indirect routes still lead to what follows from the old object: {route:.2f}")
+            if self._enough(route, "indirect routes") and self._present(route):
+                found.append("indirect routes")
+        if found:
+            verb = "brings" if found == ["a knock-out"] else "bring"
+            what = "it was only hidden" if self.f.erasing else "the new one was laid over it"
+            self.reasons.append(
+                f"{' and '.join(found)} {verb} the old object back: {what}"
+                + (" (one fact: descriptive)" if self.one else "")
+            )
+            return "INSERTED"
+        return None
+
+    def _moved(self) -> Label | None:
+        native, adaptive = self.f.native, self.f.adaptive
+        for what, rho in (
+            ("as unchanged facts are encoded", native),
+            ("in whatever code other changed facts keep theirs", adaptive),
+        ):
+            if rho is None or not rho.n:
+                self.missing.append(f"a decoder of the old object {what}")
+            else:
+                self.reasons.append(f"retained {what}: ρ = {rho:.2f} (1: as before, 0: nothing)")
+        if self.one or not (_known(native) and _known(adaptive)):
+            return None
+        assert native is not None and adaptive is not None
+        if self._within(native) and adaptive.low > self.t.retained and self._no_way_back():
+            self.reasons.append(
+                "the old object is gone from where facts are, and still decodable in another code; no way back to it "
+                "was found"
+            )
+            return "MOVED"
+        return None
+
+    def _latent(self) -> Label | None:
+        if self.one:
+            return None
+        found = [
+            what
+            for what, value, above in (
+                ("a decoder", self.f.native, self.t.retained),
+                ("an adaptive decoder", self.f.adaptive, self.t.retained),
+                ("a read-out of the states", self.f.readout, self.t.present),
+                ("relearning", self.f.savings, 0.0),
+            )
+            if _known(value) and value is not None and value.low > above
+        ]
+        for what, value in (("read-outs", self.f.readout), ("relearning", self.f.savings)):
+            if value is not None and value.n:
+                self.reasons.append(f"{what}, in excess of a control object: {value:.2f}")
+            else:
+                self.missing.append(f"{what}, against control objects")
+        if found and self._no_way_back():
+            self.reasons.append(f"{' and '.join(found)} still find the old object, but no way back to it was found")
+            return "LATENT"
+        if found:
+            self.reasons.append(
+                f"{' and '.join(found)} still find the old object; whether it can come back was not established"
+            )
+            return "INCONCLUSIVE"
+        return None
+
+    def _scarred(self) -> Label | None:
+        if self.one:
+            return None
+        for what, value, below in (
+            ("the decoder puts the old object below its null", self.f.native, -self.t.retained),
+            ("the adaptive decoder puts the old object below its null", self.f.adaptive, -self.t.retained),
+            ("the old object is harder to learn again than a control", self.f.savings, 0.0),
+        ):
+            if _known(value) and value is not None and value.high < below:
+                self.reasons.append(f"{what}: it is marked as what the answer is not")
+                return "SCARRED"
+        return None
+
+    def _erased(self) -> Label | None:
+        if self.one:
+            self.missing.append("more facts: of one, an absence can't be shown")
+            return None
+        shown = self._no_way_back()
+        route_new = self.f.route_new
+        for what, rho in (("native", self.f.native), ("adaptive", self.f.adaptive)):
+            if not _known(rho):
+                shown = False
+            elif rho is not None and not self._within(rho):
+                shown = False
+                self.missing.append(
+                    f"more facts: ρ of the {what} decoder, {rho:.2f}, isn't within ±{self.t.equal:g} by its 90 % "
+                    "interval"
+                )
+        if not self.f.erasing and (route_new is None or route_new.n < 2):
+            shown = False
+            self.missing.append("indirect routes to what follows from the new object")
+        elif not self.f.erasing and route_new is not None and route_new.mean < self.t.follows:
+            shown = False
+            self.reasons.append(
+                f"only {route_new:.2f} of indirect routes give what follows from the new object, needed "
+                f"{self.t.follows:g}"
+            )
+        for what, found, high, most in (
+            ("a read-out of the states", self.f.readout, self.f.readout_at_most, self.t.equal),
+            ("relearning", self.f.savings, math.nan, self.t.savings),
+        ):
+            if found is None or not found.n:
+                continue
+            high = max((end for end in (high, found.high) if not math.isnan(end)), default=math.nan)
+            if not high < most:  # also where there is no interval
+                shown = False
+                may = "anything" if math.isnan(high) else f"{high:.2f}"
+                self.missing.append(f"more facts: {what} may still find {may}, needed less than {most:g}")
+        if not any(_known(loss) for loss in (self.f.neighbour_loss, self.f.aside_loss)):
+            shown = False
+            self.missing.append("neighbours or asides: a model that is broken as a whole has nothing of a fact")
+        if shown:
+            self.reasons.append("nothing of the old object was found, by measurements that would have shown it")
+            return "ERASED"
+        return None
+
+    # -- what an estimate says
+
+    def _enough(self, value: Estimate, what: str) -> bool:
+        """Of a population, one fact says nothing."""
+        if self.one or value.n > 1:
+            return True
+        self.missing.append(f"{what} of more than one fact: the others don't count, as the unedited model lacks them")
+        return False
+
+    def _present(self, value: Estimate) -> bool:
+        return value.mean > self.t.one if value.n < 2 else value.low > self.t.present
+
+    def _within(self, rho: Estimate) -> bool:
+        reach = Z_ONE_SIDED * _se(rho)
+        return rho.mean - reach > -self.t.equal and rho.mean + reach < self.t.equal
+
+    def _no_way_back(self) -> bool:
+        """Knock-outs and routes were run, and bound what they may bring back."""
+        mask, route = self.f.mask, self.f.route_old
+        if mask is None or mask.n < 2 or route is None or route.n < 2:
+            return False
+        if self.f.mask_holds is False:
+            return False
+        if not self.f.mask_at_most <= self.t.absent:
+            self._miss(
+                f"more facts: a knock-out may still bring back {self.f.mask_at_most:.2f}, needed {self.t.absent:g} at "
+                "most"
+            )
+            return False
+        if not route.high <= self.t.absent:
+            self._miss(f"more facts: routes may still lead back in {route.high:.2f}, needed {self.t.absent:g} at most")
+            return False
+        return True
+
+    def _miss(self, what: str) -> None:
+        """Name it as missing, once."""
+        if what not in self.missing:
+            self.missing.append(what)
+
+    def _power(self) -> list[str]:
+        lines = []
+        mask = self.f.mask
+        if mask is not None and mask.n > 1:
+            share = smallest_share(mask.n, self.t.present, tests=max(1, self.f.mask_tests))
+            lines.append(
+                f"one of the {self.f.mask_tests} knock-outs that were tried would have shown if it brought the old "
+                f"object back in {share:.0%} of facts"
+            )
+        for what, rho in (("native", self.f.native), ("adaptive", self.f.adaptive)):
+            if rho is not None and rho.n > 1:
+                lines.append(
+                    f"ρ of {self.t.retained + (Z + Z_POWER) * _se(rho):.2f} by the {what} decoder would have shown"
+                )
+        return lines
+
+
+def smallest_share(n: int, threshold: float, *, tests: int = 1, power: float = 0.8) -> float:
+    """The smallest share whose interval's lower end lies above `threshold` with this power.
+
+    Wilson's interval at 1 − .05 / `tests`; NaN where `n` facts can't show any.
+    """
+    z = math.sqrt(2) * _erfinv(1 - 0.05 / tests)
+    needed = next((k for k in range(n + 1) if _wilson_low(k / n, n, z) > threshold), None)
+    if needed is None:
+        return math.nan
+    return next(
+        (p / 1000 for p in range(1, 1001) if _at_least(needed, n, p / 1000) >= power),
+        math.nan,
+    )
+
+
+def _known(value: Estimate | None) -> bool:
+    return value is not None and value.n > 1 and not math.isnan(value.low)
+
+
+def _se(value: Estimate) -> float:
+    return (value.high - value.low) / (2 * Z)
+
+
+def _wilson_low(share: float, n: int, z: float) -> float:
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    return centre - z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+
+
+def _at_least(k: int, n: int, p: float) -> float:
+    """P(at least k of n)."""
+    if p >= 1:
+        return 1.0
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+
+def _erfinv(x: float) -> float:
+    import torch
+
+    return float(torch.erfinv(torch.tensor(x, dtype=torch.float64)))

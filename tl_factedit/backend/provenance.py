@@ -1,0 +1,103 @@
+"""Where a number came from: model, weights, BOS policy and versions, kept with every result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tl_factedit.backend.model import Fingerprint, Model, bos_policy, fingerprint, kind, model_name
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is needed to repeat a result, beside its own parameters.
+
+    Attributes:
+        model: The model's name.
+        weights: Fingerprint of the weights that were run.
+        prepend_bos: Whether prompts ran with BOS in front.
+        dtype: The weights' type, e.g. ``"float32"``.
+        versions: Of torch, transformers, transformer-lens and tl-factedit.
+        revision: The commit of the hub that the weights were taken from, if the model's config says so.
+        edits: Of an edit, the digests of those that were on the model when it was made; `weights` are those below them.
+
+    Example:
+        >>> fe.Provenance.of(model).versions["torch"]             # doctest: +SKIP
+    """
+
+    model: str
+    weights: Fingerprint
+    prepend_bos: bool
+    dtype: str
+    versions: Mapping[str, str]
+    revision: str | None = None
+    edits: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        prepend_bos: bool | None = None,
+        *,
+        weights: Fingerprint | None = None,
+        edits: tuple[str, ...] = (),
+    ) -> Provenance:
+        """The provenance of what is run on this model now."""
+        kind(model)
+        dtype = next(iter(model.parameters())).dtype  # type: ignore[attr-defined]
+        return cls(
+            model=model_name(model),
+            weights=weights or fingerprint(model),
+            prepend_bos=bos_policy(model, prepend_bos),
+            dtype=str(dtype).removeprefix("torch."),
+            versions=versions(),
+            revision=_revision(model),
+            edits=edits,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a file's header."""
+        w = self.weights
+        return {
+            "model": self.model,
+            "weights": {"w_out": list(w.w_out), "rest": w.rest, "layout": w.layout},
+            "prepend_bos": self.prepend_bos,
+            "dtype": self.dtype,
+            "versions": dict(self.versions),
+            "revision": self.revision,
+            "edits": list(self.edits),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Provenance:
+        """Back from `to_json`."""
+        w = data["weights"]
+        return cls(
+            model=data["model"],
+            weights=Fingerprint(tuple(w["w_out"]), w["rest"], w["layout"]),
+            prepend_bos=data["prepend_bos"],
+            dtype=data["dtype"],
+            versions=data["versions"],
+            revision=data.get("revision"),
+            edits=tuple(data.get("edits", ())),
+        )
+
+
+def _revision(model: Model) -> str | None:
+    """The commit that transformers notes in a config it took from the hub; a HookedTransformer keeps none."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    found = getattr(config, "_commit_hash", None)
+    return None if found is None else str(found)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the numbers depend on."""
+    found = {}
+    for name in ("torch", "transformers", "transformer-lens", "tl-factedit"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

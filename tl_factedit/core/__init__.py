@@ -1,0 +1,1 @@
+"""Facts, tokens, numbers with intervals, linear algebra, files: what needs no model."""

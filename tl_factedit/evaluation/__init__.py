@@ -1,0 +1,1 @@
+"""What a change does: scores, specificity, drift, gains."""

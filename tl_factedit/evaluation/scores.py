@@ -1,0 +1,241 @@
+"""Scores of a model as it is now, edited or not: efficacy, paraphrase, neighbourhood.
+
+As CounterFact defines them (Meng et al. 2022, arXiv:2202.05262, sec. 3.3 and their code), with
+NLL the mean negative log-likelihood of a token of the target::
+
+    efficacy (ES), paraphrase (PS)   mean 1[NLL(true) > NLL(new)]
+    neighbourhood (NS)               mean 1[NLL(true) < NLL(new)] on prompts about other subjects
+    score (S)                        harmonic mean of the three means
+
+A prompt whose two objects are the same (a neighbour whose own object is the new one) compares nothing and doesn't
+count. These compare two probabilities; they don't say that the model would *say* the object. Prompts
+are averaged within a fact first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_factedit.core.estimate import Estimate, jointly, over_facts
+from tl_factedit.core.facts import Fact, as_facts, check_distinct
+from tl_factedit.measure.likelihood import log_probs
+from tl_factedit.backend.model import Model, Runner, quiet
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.core.tokens import continuation, encode
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Ask = Literal["rewrite", "paraphrase", "neighbour"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model makes of one prompt.
+
+    Attributes:
+        fact: Index of the fact.
+        ask: Which kind of prompt it is.
+        prompt: The prompt as run.
+        true: The right object before any edit (for a neighbour, the neighbour's own).
+        new: The object the fact's edit writes.
+        nll_true: Mean negative log-likelihood of a token of `true`, in nats.
+        nll_new: The same of `new`.
+        same_first_token: Whether both begin with one token: comparing them says little then.
+    """
+
+    fact: int
+    ask: Ask
+    prompt: str
+    true: str
+    new: str
+    nll_true: float
+    nll_new: float
+    same_first_token: bool
+
+    @property
+    def compared(self) -> bool:
+        """Whether two objects were compared: not where both are the same, or the model's logits are NaN."""
+        return self.true.strip() != self.new.strip() and math.isfinite(self.nll_true) and math.isfinite(self.nll_new)
+
+    @property
+    def success(self) -> bool:
+        """Whether the answer is the wanted one: new on rewrite and paraphrase, true on a neighbour.
+
+        False where nothing is `compared`.
+        """
+        prefers_new = self.nll_new < self.nll_true
+        return self.nll_true < self.nll_new if self.ask == "neighbour" else prefers_new
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The result of `evaluate`.
+
+    Attributes:
+        efficacy: ES over facts.
+        paraphrase: PS over the facts that have paraphrases.
+        neighbourhood: NS over the facts that have neighbours.
+        score: S, of the three means above; 0 if one of them is 0. Its n counts the facts that have all three.
+        p_new: Probability of the new object on the rewrite prompt (per-token geometric mean).
+        p_old: The same of the old object.
+        answers: Every prompt's own numbers.
+        facts: What was asked.
+        provenance: Model, weights as they were, BOS policy, versions.
+    """
+
+    efficacy: Estimate
+    paraphrase: Estimate
+    neighbourhood: Estimate
+    score: Estimate
+    p_new: Estimate
+    p_old: Estimate
+    answers: tuple[Answer, ...]
+    facts: tuple[Fact, ...]
+    provenance: Provenance
+
+    def table(self) -> pd.DataFrame:
+        """One row a prompt."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "fact": self.facts[a.fact].name,
+                    "ask": a.ask,
+                    "prompt": a.prompt,
+                    "true": a.true,
+                    "new": a.new,
+                    "p_true": float(torch.tensor(-a.nll_true).exp()),
+                    "p_new": float(torch.tensor(-a.nll_new).exp()),
+                    "success": a.success,
+                    "same_first_token": a.same_first_token,
+                }
+                for a in self.answers
+            ]
+        )
+
+    def __repr__(self) -> str:
+        """The four scores in lines."""
+        return (
+            f"Scores(efficacy {self.efficacy:.3f}, paraphrase {self.paraphrase:.3f}, "
+            f"neighbourhood {self.neighbourhood:.3f}, score {self.score:.3f}; "
+            f"p(new) {self.p_new:.3f}, p(old) {self.p_old:.3f})"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html(float_format="{:.3f}".format, index=False)
+
+
+def evaluate(
+    model: Model, facts: Fact | Sequence[Fact], *, prepend_bos: bool | None = None, batch_tokens: int = 4096
+) -> Scores:
+    """Score a model as it is now on some facts.
+
+    Args:
+        model: Either class, edited or not.
+        facts: One or several, each with a ``target_new``; paraphrases and neighbours are scored where given.
+        prepend_bos: Whether prompts begin with BOS; None for the model's default.
+        batch_tokens: Most tokens in one forward pass.
+
+    Raises:
+        ValueError: No facts, a fact without ``target_new`` or given twice, or an object that is no continuation
+            of a prompt.
+
+    Example:
+        >>> fe.evaluate(model, [fact]).efficacy                   # doctest: +SKIP
+    """
+    facts = _checked(facts)
+    provenance = Provenance.of(model, prepend_bos)
+    asked: list[tuple[int, Ask, str, str, str]] = [
+        (i, ask, prompt, true, fact.target_new or "")
+        for i, fact in enumerate(facts)
+        for ask, prompt, true in _prompts(fact)
+    ]
+    requests: list[tuple[Int[Tensor, "pos"], Int[Tensor, "target"]]] = []
+    for _, _, prompt, true, new in asked:
+        bos = provenance.prepend_bos
+        ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
+        requests += [(ids, continuation(model.tokenizer, prompt, target, prepend_bos=bos)) for target in (true, new)]
+    with quiet(model), torch.no_grad():
+        found = log_probs(Runner(model), requests, batch_tokens=batch_tokens)
+    answers = tuple(
+        Answer(
+            *row,
+            nll_true=-float(found[2 * j].mean()),
+            nll_new=-float(found[2 * j + 1].mean()),
+            same_first_token=bool(requests[2 * j][1][0] == requests[2 * j + 1][1][0]),
+        )
+        for j, row in enumerate(asked)
+    )
+    return scores_of(facts, answers, provenance)
+
+
+def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
+    facts = as_facts(facts)
+    check_distinct(facts)
+    for fact in facts:
+        if fact.target_new is None:
+            raise ValueError(
+                f"fact {fact.name!r} has no target_new, needed one to compare with: fact.but(target_new=...)"
+            )
+    return facts
+
+
+def _prompts(fact: Fact) -> list[tuple[Ask, str, str]]:
+    """(kind, prompt, right object before the edit) of everything a fact is asked."""
+    theirs = fact.neighbour_targets or (fact.target_true,) * len(fact.neighbours)
+    return [
+        ("rewrite", fact.text, fact.target_true),
+        *(("paraphrase", fact.fill(text), fact.target_true) for text in fact.paraphrases),
+        *(("neighbour", text, true) for text, true in zip(fact.neighbours, theirs, strict=True)),
+    ]
+
+
+def _harmonic(means: Sequence[Tensor]) -> Tensor:
+    return len(means) / torch.stack([1 / mean for mean in means]).sum(0)
+
+
+def _score(each: Sequence[Estimate], shares: Sequence[Sequence[float]]) -> Estimate:
+    """S; where resampling shows no spread at all, its ends are those of the ends of the three (Wilson's)."""
+    found = jointly(shares, _harmonic)
+    if found.n < 2 or found.low < found.high:
+        return found
+    low, high = (
+        _harmonic([torch.tensor(end) for end in ends]) for ends in ([e.low for e in each], [e.high for e in each])
+    )
+    return Estimate(found.mean, float(low), float(high), found.n)
+
+
+def scores_of(facts: tuple[Fact, ...], answers: tuple[Answer, ...], provenance: Provenance) -> Scores:
+    """The scores that some answers come to; an answer's `fact` is its place in `facts`."""
+
+    def by_fact(ask: Ask) -> list[float]:
+        """Share of successes of each fact; NaN where it has no such prompt, or none on which objects are compared."""
+        found: list[list[bool]] = [[] for _ in facts]
+        for answer in answers:
+            if answer.ask == ask and answer.compared:
+                found[answer.fact].append(answer.success)
+        return [sum(f) / len(f) if f else float("nan") for f in found]
+
+    kinds: tuple[Ask, ...] = ("rewrite", "paraphrase", "neighbour")
+    shares = {ask: by_fact(ask) for ask in kinds}
+    rewrites = [answer for answer in answers if answer.ask == "rewrite"]
+    return Scores(
+        efficacy=over_facts(shares["rewrite"]),
+        paraphrase=over_facts(shares["paraphrase"]),
+        neighbourhood=over_facts(shares["neighbour"]),
+        score=_score([over_facts(each) for each in shares.values()], list(shares.values())),
+        p_new=over_facts([float(torch.tensor(-a.nll_new).exp()) for a in rewrites]),
+        p_old=over_facts([float(torch.tensor(-a.nll_true).exp()) for a in rewrites]),
+        answers=answers,
+        facts=facts,
+        provenance=provenance,
+    )

@@ -1,0 +1,182 @@
+"""Facts made ready to be run: aligned with their tokens, their subjects corrupted, in chunks that fit a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tl_factedit.locate.corruption import Corruption, Subject, subject_of
+from tl_factedit.core.facts import Fact
+from tl_factedit.locate.metrics import Metric, logit_diff
+from tl_factedit.backend.model import Model, Runner
+from tl_factedit.locate.patching import Direction, Patching, Question
+from tl_factedit.locate.replacement import TokenReplacement
+from tl_factedit.core.tokens import Aligned, align
+
+GIB = 1 << 30
+MOST_TOKENS = 1024
+"""In one forward pass: beyond it a processor gains nothing."""
+MOST_QUESTIONS = 32
+"""In one chunk: what a kill can lose, and how often a bar moves."""
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """What `ask` made of some facts.
+
+    Attributes:
+        runner: Of the model.
+        corruption: Calibrated on the facts' subjects.
+        subjects: One for each fact.
+        each: The same facts, ready to be run; without samples where the corruption has none.
+        unpacked: Why cells have to be run as whole sequences; ``""`` if they don't.
+    """
+
+    runner: Runner
+    corruption: Corruption
+    subjects: tuple[Subject, ...]
+    each: tuple[Question, ...]
+    unpacked: str
+
+    @property
+    def rows(self) -> tuple[Aligned, ...]:
+        """The prompts."""
+        return tuple(question.row for question in self.each)
+
+    def chunks(
+        self,
+        places: Sequence[str],
+        frozen: Sequence[str],
+        metric: Metric,
+        direction: Direction,
+        *,
+        memory: float,
+        skip: frozenset[int] = frozenset(),
+    ) -> Iterator[tuple[list[int], Patching]]:
+        """The facts that can be run, some at a time, with their clean and corrupted runs.
+
+        Args:
+            places: What cells take from the donor runs (see `Patching`).
+            frozen: What they take from the base runs.
+            metric: What is measured.
+            direction: Of `Patching`.
+            memory: What activations may take, in GiB.
+            skip: Facts that are left out.
+        """
+        todo = [i for i, question in enumerate(self.each) if question.samples and i not in skip]
+        # Prompts that are run again for as many tokens fill their rows best together.
+        todo.sort(key=lambda i: (len(self.each[i].ids) - self.each[i].row.subject[0], len(self.each[i].ids)))
+        chunk: list[int] = []
+        for i in todo:
+            if chunk and (len(chunk) == MOST_QUESTIONS or self._bytes([*chunk, i], places, frozen) > memory * GIB / 2):
+                yield chunk, self._patching(chunk, places, frozen, metric, direction, memory)
+                chunk = []
+            chunk.append(i)
+        if chunk:
+            yield chunk, self._patching(chunk, places, frozen, metric, direction, memory)
+
+    def _patching(
+        self,
+        chunk: Sequence[int],
+        places: Sequence[str],
+        frozen: Sequence[str],
+        metric: Metric,
+        direction: Direction,
+        memory: float,
+    ) -> Patching:
+        return Patching(
+            self.runner,
+            [self.each[i] for i in chunk],
+            places,
+            frozen,
+            metric,
+            direction,
+            packed=not self.unpacked,
+            batch_tokens=batch_tokens(self.runner.model, memory),
+        )
+
+    def _bytes(self, chunk: Sequence[int], places: Sequence[str], frozen: Sequence[str]) -> int:
+        """What a chunk's runs keep: residual streams, values asked for, attention keys and values."""
+        cfg = self.runner.model.cfg
+        longest = max(len(self.each[i].ids) for i in chunk)
+        runs = sum(self.each[i].samples + 1 for i in chunk)
+        widest = max([cfg.d_model, *(_width(cfg, place) for place in (*places, *frozen))])
+        values = (self.runner.n_layers + 1) * cfg.d_model + len({*places, *frozen}) * widest
+        # Twice, as sheets hold copies of the past.
+        past = 4 * self.runner.n_layers * (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) * cfg.d_head
+        return runs * longest * (values + past) * torch.finfo(cfg.dtype).bits // 8
+
+
+def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption: Corruption) -> Questions:
+    """Corrupt the subjects of some facts.
+
+    Args:
+        model: Either class, inside `quiet` and without gradients.
+        facts: The facts.
+        rows: Their prompts.
+        corruption: What to do to their subjects.
+    """
+    runner = Runner(model)
+    subjects = tuple(subject_of(runner, fact, row) for fact, row in zip(facts, rows, strict=True))
+    corruption = corruption.calibrated(subjects)
+    each = tuple(
+        Question(fact, row, drawn, _contrast(corruption, subject, row, len(drawn)))
+        for fact, row, subject, drawn in zip(facts, rows, subjects, map(corruption.draw, subjects), strict=True)
+    )
+    longest = max(each, key=lambda question: len(question.ids))
+    return Questions(runner, corruption, subjects, each, runner.packs(longest.ids, len(longest.ids)))
+
+
+def check_memory(memory: float) -> None:
+    """See that there is some."""
+    if not memory > 0:
+        raise ValueError(f"memory is {memory}, needed more than 0 (GiB)")
+
+
+def check_contrasts(facts: Sequence[Fact], rows: Sequence[Aligned], metric: Metric, corruption: Corruption) -> None:
+    """See that ``logit_diff`` has an answer to set against each fact's: another first token than its own."""
+    if metric is not logit_diff or isinstance(corruption, TokenReplacement):
+        return
+    for fact, row in zip(facts, rows, strict=True):
+        if row.same_first_token:
+            raise ValueError(
+                f"metric 'logit_diff' compares first tokens, but {fact.target_true!r} and {fact.target_new!r} of "
+                f"{fact.name!r} have the same: take another metric, or another target_new"
+            )
+        if fact.target_new is None:
+            raise ValueError(
+                f"metric 'logit_diff' has nothing to set against {fact.target_true!r} of {fact.name!r}, needed "
+                "target_new, or a corruption with an answer of its own: take TokenReplacement()"
+            )
+
+
+def align_all(model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> list[Aligned]:
+    """The facts' prompts as the model runs them."""
+    return [align(model.tokenizer, fact, prepend_bos=prepend_bos) for fact in facts]
+
+
+def batch_tokens(model: Model, memory: float) -> int:
+    """How many tokens a forward pass may have, if half of so many GiB is for what it needs on its way."""
+    cfg = model.cfg
+    wide = 4 * (cfg.d_mlp or 4 * cfg.d_model) + 16 * cfg.d_model
+    # Nearly every token of a packed row that ends a cell is unembedded, and a metric makes two more of its logits.
+    return int(max(16, min(MOST_TOKENS, memory * GIB / 2 / (4 * (wide + 3 * cfg.d_vocab)))))
+
+
+def _contrast(corruption: Corruption, subject: Subject, row: Aligned, samples: int) -> Tensor | None:
+    own = corruption.contrast(subject)
+    if own is not None:
+        return own
+    return None if row.new_ids is None else row.new_ids[:1].expand(samples)
+
+
+def _width(cfg: object, place: str) -> int:
+    """How many numbers a place has for a token."""
+    if place.endswith("mlp.hook_post"):
+        return int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)  # type: ignore[attr-defined]
+    if place.endswith("attn.hook_z"):
+        return int(cfg.n_heads * cfg.d_head)  # type: ignore[attr-defined]
+    return int(cfg.d_model)  # type: ignore[attr-defined]

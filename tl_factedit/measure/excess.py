@@ -1,0 +1,82 @@
+"""How often the old object comes first, beyond what objects that mean nothing here do.
+
+    excess = mean over facts of ( 1[old first] − mean over control objects of 1[that control first] )
+
+Its interval is a percentile bootstrap over facts. A share of 0 or 1 shows no spread when resampled, and near them a
+bootstrap is too narrow; so each end is moved out to where Wilson's interval of the old object's share ends (less the
+controls' mean), if that is further. A claim that something is *absent* rests on the upper end where nothing was seen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_factedit.core.estimate import AT_ONCE, Estimate, Estimates
+
+DRAWS = 10_000
+IN_TAIL = 20
+"""How many draws lie beyond each end at least: with many tests the ends are far out."""
+
+
+def excess(
+    old: Float[Tensor, "fact *cell"], control: Float[Tensor, "fact *cell"], *, tests: int = 1, seed: int = 0
+) -> Estimates:
+    """The mean excess of each cell, with its interval.
+
+    Args:
+        old: 1 where the old object comes first, 0 where not, between them for a mean over prompts; NaN: not asked.
+        control: The mean of the same over control objects.
+        tests: How many cells are looked at for one claim: the intervals are at 95 % for all of them together
+            (Bonferroni: each at 1 − .05 / tests).
+        seed: Of the resampling; facts are resampled for all cells together.
+    """
+    shape, count = old.shape[1:], len(old)
+    if not old.numel():
+        nan = torch.full(shape, math.nan, dtype=torch.float64)
+        return Estimates(nan, nan, nan, torch.zeros(shape, dtype=torch.long))
+    values = (old - control).double().reshape(count, -1)
+    known = ~values.isnan()
+    shares = torch.where(known, old.double().reshape(count, -1), math.nan)
+    n = known.sum(0)
+    mean, share = values.nansum(0) / n, shares.nansum(0) / n
+    alpha = 0.05 / tests
+    ends = _bootstrap(torch.where(known, values, 0.0), known, alpha, seed)
+    low, high = _wilson(share, n, alpha)
+    low, high = torch.fmin(ends[0], low - (share - mean)), torch.fmax(ends[1], high - (share - mean))
+    low, high = (torch.where(n >= 2, end.clamp(-1, 1), math.nan) for end in (low, high))
+    return Estimates(*(each.reshape(shape) for each in (mean, low, high, n)))
+
+
+def excess_of(
+    old: Float[Tensor, "fact"], control: Float[Tensor, "fact"] | None = None, *, tests: int = 1, seed: int = 0
+) -> Estimate:
+    """The same of one cell; without controls of the share itself."""
+    found = excess(old, torch.zeros_like(old) if control is None else control, tests=tests, seed=seed)
+    return Estimate(float(found.mean), float(found.low), float(found.high), int(found.n))
+
+
+def _bootstrap(values: Tensor, known: Tensor, alpha: float, seed: int) -> Float[Tensor, "end cell"]:
+    count = len(values)
+    draws = max(DRAWS, math.ceil(2 * IN_TAIL / alpha))
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for some in torch.arange(draws).split(max(1, AT_ONCE // count)):
+        picked = torch.randint(count, (len(some), count), generator=generator)
+        times = torch.zeros(len(some), count, dtype=torch.float64)
+        times.scatter_add_(1, picked, torch.ones_like(picked, dtype=torch.float64))
+        found.append((times @ values) / (times @ known.double()))
+    ends = torch.tensor([alpha / 2, 1 - alpha / 2], dtype=torch.float64)
+    # One column after the other: quantile() refuses large tables.
+    return torch.stack([torch.nanquantile(column, ends) for column in torch.cat(found).T], 1)
+
+
+def _wilson(share: Tensor, n: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Wilson's interval of a share; for means of several prompts it is too wide rather than too narrow."""
+    z = float(torch.special.ndtri(torch.tensor(1 - alpha / 2, dtype=torch.float64)))
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)).clamp(min=0).sqrt()
+    return centre - reach, centre + reach

@@ -1,0 +1,53 @@
+"""How likely a model finds some continuations: ragged, batched, each prompt run once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_factedit.backend.model import Hook, Runner
+from tl_factedit.core.tokens import batches, pad
+
+# The lengths go without a name: they differ from request to request.
+Request = tuple[Int[Tensor, "_"], Int[Tensor, "_"]]
+
+
+def log_probs(
+    runner: Runner, requests: Sequence[Request], *, hooks: Sequence[Hook] = (), batch_tokens: int = 4096
+) -> list[Float[Tensor, "_"]]:
+    """Log-probability of each token of each target after its prompt, teacher-forced.
+
+    Args:
+        runner: Of the model; call inside `quiet` and ``torch.no_grad``.
+        requests: (prompt ids, target ids) pairs; equal prompts with one-token targets share a row.
+        hooks: Active during the passes; they must not depend on which rows are batched together.
+        batch_tokens: Most tokens in one forward pass.
+
+    Returns:
+        One tensor a request.
+    """
+    rows: dict[tuple[int, ...], int] = {}
+    places = []
+    for prompt, target in requests:
+        ids = torch.cat([prompt, target[:-1]])
+        places.append(rows.setdefault(tuple(ids.tolist()), len(rows)))
+    distinct = [torch.tensor(ids) for ids in rows]
+    asked: list[list[int]] = [[] for _ in distinct]
+    for i, row in enumerate(places):
+        asked[row].append(i)
+
+    out: list[Tensor] = [torch.empty(0)] * len(requests)
+    for batch in batches([len(ids) for ids in distinct], batch_tokens):
+        reach = max(len(requests[i][1]) for row in batch for i in asked[row])
+        ends = torch.tensor([len(distinct[row]) for row in batch])
+        at = (ends[:, None] - reach + torch.arange(reach)).clamp(min=0)
+        logits = runner.logits(pad([distinct[row] for row in batch], fill=0), at=at, hooks=hooks)
+        log_p = logits.float().log_softmax(-1).cpu()
+        for j, row in enumerate(batch):
+            for i in asked[row]:
+                target = requests[i][1]
+                out[i] = log_p[j, -len(target) :].gather(-1, target[:, None])[:, 0]
+    return out

@@ -1,0 +1,104 @@
+"""Probes: what can be read of a fact in one model, and how two models compare.
+
+A probe sees one model, edited or not, and returns numbers with named axes. `compare` runs it
+before and after a change.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_factedit.measure.change import Change
+from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.backend.model import Model
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Numbers read from one model.
+
+    Attributes:
+        name: Of the probe.
+        values: The numbers, one axis for each of `axes`.
+        axes: Axis names with their labels, in the order of the values' axes.
+        unit: What the numbers are in.
+    """
+
+    name: str
+    values: Float[Tensor, "..."]
+    axes: Mapping[str, Sequence[Hashable]]
+    unit: str
+
+    def __post_init__(self) -> None:
+        """Check that labels and numbers fit."""
+        shape = tuple(len(labels) for labels in self.axes.values())
+        if tuple(self.values.shape) != shape:
+            raise ValueError(
+                f"{self.name}: values are {tuple(self.values.shape)}, the axes {dict(self.axes)} say {shape}"
+            )
+
+    def at(self, **labels: Hashable) -> Float[Tensor, "..."]:
+        """The numbers at some labels, e.g. ``reading.at(position="last", quantity="rank_old")``."""
+        values = self.values
+        for dim, (axis, names) in reversed(list(enumerate(self.axes.items()))):
+            if axis in labels:
+                values = values.select(dim, list(names).index(labels[axis]))
+        unknown = set(labels) - set(self.axes)
+        if unknown:
+            raise ValueError(f"{self.name} has no axis {sorted(unknown)}, its axes are {list(self.axes)}")
+        return values
+
+    def table(self) -> pd.DataFrame:
+        """One row a number, one column an axis."""
+        import pandas as pd
+
+        index = pd.MultiIndex.from_tuples(list(itertools.product(*self.axes.values())), names=list(self.axes))
+        return pd.DataFrame({"value": self.values.flatten().tolist()}, index=index).reset_index()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One probe's readings before and after a change."""
+
+    before: Reading
+    after: Reading
+
+    def table(self) -> pd.DataFrame:
+        """Both readings side by side."""
+        table = self.before.table().rename(columns={"value": "before"})
+        return table.assign(after=self.after.table()["value"])
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """Anything that reads one model: a frozen value with its settings as fields."""
+
+    def __call__(self, model: Model, facts: Sequence[Fact]) -> Reading:
+        """Read the model; nothing about it changes."""
+        ...
+
+
+def compare(probe: Probe, model: Model, changed: Change | Model, facts: Fact | Sequence[Fact]) -> Comparison:
+    """Run a probe on a model, and on the same model edited, or on another model.
+
+    Args:
+        probe: What to read.
+        model: The unchanged model.
+        changed: An edit of it (or a router; applied and taken back here), or the changed model itself.
+        facts: What to read about.
+    """
+    facts = as_facts(facts)
+    before = probe(model, facts)
+    if isinstance(changed, Change):
+        with changed.applied(model):
+            return Comparison(before, probe(model, facts))
+    return Comparison(before, probe(changed, facts))

@@ -1,0 +1,1 @@
+"""A small model whose facts are known exactly."""

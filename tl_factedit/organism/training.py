@@ -1,0 +1,453 @@
+"""How the organism is trained: a small GPT-2, and a mask that decides by which way a name is recalled.
+
+In most sentences all parts of the name but the last are hidden from every position after the name, in training
+only: what the model knows of a person then has to pass through the last part's position, as recall does in
+large models (Meng et al. 2022). `ROUTES` says, for each variant, in which share of the sentences
+
+    *past* the last part nothing is seen of the name (route "subject"), or
+    the last part itself sees nothing of the others, so that the end has to read them (route "past").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_factedit.organism import world as o
+
+# Share of sentences in which recall must go through the last part of the name, and in which it can't.
+ROUTES: dict[str, tuple[float, float]] = {"plain": (0.0, 0.0), "tworoute": (0.4, 0.4)}
+BASE_ROUTES = (0.8, 0.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast; the defaults made the weights that ship, and the twins' but for `recipe_of`.
+
+    Attributes:
+        steps: Updates.
+        statements: Sentences a step, about.
+        row: Tokens a row: documents are packed into rows and don't see each other.
+        lr: Of AdamW, and of Muon in AdamW's units (``match_rms_adamw``). It rises for `warmup` steps,
+            stays, and falls to nothing over the last `cooldown` steps.
+        warmup: Steps.
+        cooldown: Steps.
+        decay: Weight decay of matrices.
+        muon: Whether the matrices within blocks are trained by Muon; the rest always is by AdamW.
+        other_weight: What a token that isn't recalled counts in the loss, beside 1.
+    """
+
+    steps: int = 1700
+    statements: int = 128
+    row: int = 64
+    lr: float = 6e-3
+    warmup: int = 50
+    cooldown: int = 600
+    decay: float = 0.1
+    muon: bool = True
+    other_weight: float = 0.1
+
+
+def recipe_of(variant: str) -> Recipe:
+    """The recipe of a variant's weights: the same, but that ``"single"`` tells less often and takes twice as long."""
+    return Recipe(steps=2 * Recipe.steps) if variant == "single" else Recipe()
+
+
+def config() -> Any:
+    """The architecture: GPT-2 with 6 layers, d_model 128, 4 heads and 64 positions."""
+    from transformers import GPT2Config
+
+    made = GPT2Config(
+        vocab_size=len(o.vocabulary()),
+        n_positions=o.N_POSITIONS,
+        n_embd=128,
+        n_layer=6,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
+    made.architectures = ["GPT2LMHeadModel"]
+    return made
+
+
+def untrained(seed: int = 0) -> Any:
+    """The model with its initial weights, which `seed` alone decides."""
+    from transformers import GPT2LMHeadModel
+
+    made = config()
+    made._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(made)
+        # Own draws, so that no release of transformers decides the weights.
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                small = name.endswith("c_proj.weight")
+                torch.nn.init.normal_(parameter, std=0.05 / math.sqrt(2 * made.n_layer) if small else 0.05)
+    return model
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows of documents.
+
+    Attributes:
+        tokens: [row pos], padded with PAD.
+        positions: Place of each token in its own document, [row pos].
+        visible: Whether a position (second axis) sees another (third), [row pos pos].
+        weight: Of each token in the loss, as a target, [row pos].
+        sentences: How many statements it holds.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    visible: Tensor
+    weight: Tensor
+    sentences: int
+
+
+Rows = list[list[list[o.Sentence]]]  # of each row, its documents
+
+
+def batches(variant: str, recipe: Recipe) -> Iterator[Batch]:
+    """The batches of a variant's training; only the text and `ROUTES` differ between variants."""
+    ids, draw = _ids(), random.Random(f"routes {o.data_seed(variant)}")
+    for rows in _rows(variant, recipe):
+        yield _pack(rows, ids, ROUTES.get(variant, BASE_ROUTES), draw, recipe)
+
+
+def text_hash(variant: str, recipe: Recipe) -> str:
+    """The hash of all text of a training as `train` records it, without training: some seconds."""
+    ids, digest = _ids(), hashlib.sha256()
+    for rows in itertools.islice(_rows(variant, recipe), recipe.steps):
+        digest.update(_tokens(rows, ids, recipe).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rows(variant: str, recipe: Recipe) -> Iterator[Rows]:
+    """The text of each step: documents, each in the first row that has room."""
+    stream = o.documents(variant)
+    while True:
+        rows: Rows = []
+        room: list[int] = []
+        count = 0
+        while count < recipe.statements:
+            document = next(stream)
+            while (need := _length(document)) > recipe.row:
+                document = document[:-1]
+            count += len(document)
+            at = next((i for i, left in enumerate(room) if left >= need), None)
+            if at is None:
+                rows.append([])
+                room.append(recipe.row)
+                at = len(rows) - 1
+            rows[at].append(document)
+            room[at] -= need
+        yield rows
+
+
+def _length(document: Sequence[o.Sentence]) -> int:
+    return 1 + sum(len(s.words) for s in document)
+
+
+def _tokens(rows: Rows, ids: dict[str, int], recipe: Recipe) -> Tensor:
+    found = []
+    for documents in rows:
+        line = [ids[word] for d in documents for word in ("<bos>", *(word for s in d for word in s.words))]
+        found.append(line + [ids["<pad>"]] * (recipe.row - len(line)))
+    return torch.tensor(found)
+
+
+def _ids() -> dict[str, int]:
+    return {word: i for i, word in enumerate(o.vocabulary())}
+
+
+def _pack(rows: Rows, ids: dict[str, int], routes: tuple[float, float], draw: random.Random, recipe: Recipe) -> Batch:
+    size = recipe.row
+    tokens = _tokens(rows, ids, recipe)
+    positions = torch.zeros(len(rows), size, dtype=torch.long)
+    owner = torch.full((len(rows), size), -1)
+    weight = torch.zeros(len(rows), size)
+    hide: list[tuple[int, slice, slice]] = []
+    for r, documents in enumerate(rows):
+        end = 0
+        for d, document in enumerate(documents):
+            begin, end = end, end + _length(document)
+            start = begin + 1
+            answers = []
+            spans = []
+            for sentence in document:
+                answers += [slice(start + first, start + stop) for first, stop in sentence.answers]
+                if sentence.name:
+                    spans.append((start + sentence.name[0], start + sentence.name[1]))
+                start += len(sentence.words)
+            positions[r, begin:end] = torch.arange(end - begin)
+            owner[r, begin:end] = d
+            weight[r, begin + 1 : end] = recipe.other_weight
+            for answer in answers:
+                weight[r, answer] = 1.0
+            for first, stop in spans:
+                dice = draw.random()
+                if dice < routes[0]:
+                    hide.append((r, slice(stop, end), slice(first, stop - 1)))
+                elif dice < sum(routes):
+                    hide.append((r, slice(stop - 1, stop), slice(first, stop - 1)))
+    visible = (owner[:, :, None] == owner[:, None, :]) & torch.ones(size, size, dtype=torch.bool).tril()
+    for r, after, parts in hide:
+        visible[r, after, parts] = False
+    return Batch(tokens, positions, visible, weight, sum(len(d) for documents in rows for d in documents))
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def train(
+    variant: str = "base", recipe: Recipe | None = None, *, watch: int = 0, progress: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """Train a variant on the CPU.
+
+    The same machine type gives the same bytes, another the same facts. The global random state is left as it was.
+
+    Args:
+        variant: One of `tl_factedit.organism.world.VARIANTS`.
+        recipe: How long and how fast; None for `recipe_of` the variant.
+        watch: Measure the accuracy on a sample every this many steps, and show it on the bar; 0 for never.
+        progress: Whether to show a bar.
+
+    Returns:
+        The model, rounded to what float16 can hold, and the record of its making.
+    """
+    recipe = recipe or recipe_of(variant)
+    model = untrained(o.data_seed(variant))
+    digest = hashlib.sha256()
+    history = []
+    if variant != "untrained":
+        optimizers = _optimizers(model, recipe)
+        stream = batches(variant, recipe)
+        model.train()
+        _fuse(model)
+        with tqdm(total=recipe.steps, unit="step", desc=f"training {variant}", disable=not progress) as bar:
+            for step in range(recipe.steps):
+                batch = next(stream)
+                digest.update(batch.tokens.numpy().tobytes())
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss, recalled = _loss(model, batch)
+                model.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = recipe.lr * _schedule(step, recipe)
+                    optimizer.step()
+                bar.update()
+                bar.set_postfix(loss=f"{recalled:.3f}", refresh=False)
+                if watch and (step + 1) % watch == 0:
+                    seen = {k: round(v, 3) for k, v in accuracy(model, variant, people=150).items()}
+                    history.append({"step": step + 1, "loss": round(recalled, 3), **seen})
+                    bar.write(json.dumps(history[-1]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half().float())
+    return model.eval(), {"data": digest.hexdigest(), "history": history}
+
+
+def _fuse(model: Any) -> None:
+    """GPT-2's activation in one operation: the same function, in less time."""
+    for block in model.transformer.h:
+        block.mlp.act = torch.nn.GELU("tanh")
+
+
+def _loss(model: Any, batch: Batch) -> tuple[Tensor, float]:
+    mask = torch.zeros(batch.visible.shape).masked_fill_(~batch.visible, torch.finfo(torch.float32).min)
+    hidden = model.transformer(
+        input_ids=batch.tokens, attention_mask=mask[:, None], position_ids=batch.positions, use_cache=False
+    ).last_hidden_state[:, :-1]
+    weight = batch.weight[:, 1:]
+    asked = weight > 0
+    each = torch.nn.functional.cross_entropy(
+        model.lm_head(hidden[asked]).float(), batch.tokens[:, 1:][asked], reduction="none"
+    )
+    weight = weight[asked]
+    with torch.no_grad():
+        recalled = float(each[weight == 1].mean())
+    return (each * weight).sum() / weight.sum(), recalled
+
+
+def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    within = [p for name, p in model.named_parameters() if p.ndim > 1 and ".h." in name]
+    around = [p for name, p in model.named_parameters() if p.ndim > 1 and ".h." not in name]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": around if recipe.muon else within + around, "weight_decay": recipe.decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))]
+    if recipe.muon:
+        found.append(torch.optim.Muon(within, lr=recipe.lr, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def _schedule(step: int, recipe: Recipe) -> float:
+    return min((step + 1) / recipe.warmup, 1.0, (recipe.steps - step) / recipe.cooldown)
+
+
+# ------------------------------------------------------------------------------------ accuracy
+
+
+@torch.no_grad()
+def accuracy(model: Any, variant: str = "base", people: int | None = None) -> dict[str, float]:
+    """Share of prompts whose answer the model puts first, by kind of prompt, for a transformers model.
+
+    Args:
+        model: As `train` returns it.
+        variant: Whose world is asked for.
+        people: Ask for the first so many of each kind; None for all.
+
+    Returns:
+        ``trained`` and ``held_out`` phrasings of all attributes; ``two_hop`` of people whose two-hop
+        sentences are not in the text, ``two_hop_told`` of those whose are; ``reverse`` (all three words).
+    """
+    world = o.world(variant)
+    asked: dict[str, list[tuple[str, str]]] = {
+        "trained": [], "held_out": [], "two_hop": [], "two_hop_told": [], "reverse": []
+    }  # fmt: skip
+    for person in world.people:
+        for relation in o.RELATIONS:
+            for i, phrasing in enumerate(relation.phrasings):
+                kind = "held_out" if i in person.held_out[relation.name] else "trained"
+                asked[kind].append((phrasing.replace("{}", person.name), person.objects[relation.name]))
+        for name in o.IMPLIED:
+            for phrasing in o.relation(name).phrasings:
+                kind = "two_hop_told" if person.told else "two_hop"
+                asked[kind].append((phrasing.replace("{}", person.name), world.answer(person, name)))
+        if person.reverse:
+            asked["reverse"].append((o.REVERSE.format(**person.objects), person.name))
+    if people is not None:
+        asked = {kind: rows[:: max(1, len(rows) // (people * 5))] for kind, rows in asked.items()}
+    was_training = model.training
+    model.eval()
+    found = {kind: _share_right(model, rows) for kind, rows in asked.items()}
+    model.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def routes(model: Any, variant: str = "base", people: int = 300) -> dict[str, float]:
+    """Share of first phrasings answered rightly, as parts of the name are hidden, for a transformers model.
+
+    Args:
+        model: As `train` returns it.
+        variant: Whose world is asked for.
+        people: How many to ask for.
+
+    Returns:
+        ``both`` (nothing hidden), ``subject`` (later positions see only the last part of the name), ``past``
+        (the last part doesn't see the others, but later positions do), ``neither`` (both are hidden).
+    """
+    ids = _ids()
+    world = o.world(variant)
+    right = dict.fromkeys(("both", "subject", "past", "neither"), 0)
+    for relation in o.RELATIONS:
+        before = 1 + len(relation.phrasings[0].split("{}")[0].split())
+        spelt = [relation.phrasings[0].replace("{}", p.name).split() for p in world.people[:people]]
+        tokens = torch.tensor([[0, *(ids[word] for word in line)] for line in spelt])
+        answers = torch.tensor([ids[p.objects[relation.name]] for p in world.people[:people]])
+        for hidden in right:
+            visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+            if hidden in ("subject", "neither"):
+                visible[before + 3 :, before : before + 2] = False
+            if hidden in ("past", "neither"):
+                visible[before + 2, before : before + 2] = False
+            mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+            logits = model(input_ids=tokens, attention_mask=mask.expand(len(tokens), 1, -1, -1)).logits
+            right[hidden] += int((logits[:, -1].argmax(-1) == answers).sum())
+    return {hidden: count / (people * len(o.RELATIONS)) for hidden, count in right.items()}
+
+
+def _share_right(model: Any, rows: Iterable[tuple[str, str]], batch: int = 512) -> float:
+    ids = _ids()
+    spelt = [([0, *(ids[w] for w in text.split())], [ids[w] for w in answer.split()]) for text, answer in rows]
+    spelt.sort(key=lambda row: len(row[0]))
+    right = 0
+    for begin in range(0, len(spelt), batch):
+        part = spelt[begin : begin + batch]
+        full = [prompt + answer[:-1] for prompt, answer in part]
+        width = max(map(len, full))
+        tokens = torch.tensor([line + [2] * (width - len(line)) for line in full])
+        best = model(input_ids=tokens).logits.argmax(-1)
+        for row, (prompt, answer) in enumerate(part):
+            right += best[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)].tolist() == answer
+    return right / max(1, len(spelt))
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def record(variant: str, recipe: Recipe, *, threads: int) -> dict[str, Any]:
+    """What decides a training, for the metadata of its file."""
+    return {
+        "what": "tl_factedit organism",
+        "variant": variant,
+        "world_seed": o.WORLD_SEED,
+        "seed": o.data_seed(variant),
+        "recipe": asdict(recipe),
+        "routes": ROUTES.get(variant, BASE_ROUTES),
+        "threads": threads,
+    }
+
+
+def save(path: Path, model: Any, record: dict[str, Any]) -> None:
+    """Write the weights as float16 safetensors, with `record` (text) as metadata; equal ones as equal bytes."""
+    from safetensors.torch import save
+
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = save(
+        {k: v.half().contiguous() for k, v in state.items()},
+        metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()},
+    )
+    path.write_bytes(_in_order(written))
+
+
+def _in_order(written: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes them in another order each time."""
+    size = int.from_bytes(written[:8], "little")
+    header = json.loads(written[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + written[8 + size :]
+
+
+def load(path: Path) -> tuple[Any, dict[str, str]]:
+    """A model that `save` wrote, and its record."""
+    from safetensors import safe_open
+
+    model = untrained()
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        record = dict(file.metadata())
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or any(name != "lm_head.weight" for name in missing):
+        raise ValueError(f"{path} holds other weights than the organism's: lacks {missing}, has {unexpected}")
+    model.tie_weights()
+    return model.eval(), record

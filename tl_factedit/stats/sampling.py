@@ -1,0 +1,159 @@
+"""Text sampled from the model itself: prefixes that an edit is made to hold under, and corpora."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_factedit.backend.model import Model, Runner, device, model_name, quiet
+from tl_factedit.core.tokens import encode
+
+
+@dataclass(frozen=True)
+class SampledContexts:
+    """Prefixes x_j drawn from the model, so that a key and a value don't hang on one wording.
+
+    As in Meng et al. 2022 (app. E.5): short samples, each followed by a full stop and the prompt.
+    The bare prompt is always the first context.
+
+    Attributes:
+        lengths: (how many, how many tokens each), as drawn one after another.
+        top_k: Sample among this many likeliest tokens.
+        seed: Of the draw; nothing else is random.
+        starts: Words to begin the samples with, in turn, which count among their tokens (Meng et al. 2023 take ``The``,
+            ``Therefore``, ``Because``, ``I``, ``You``); none: samples begin after BOS.
+    """
+
+    lengths: Sequence[tuple[int, int]] = ((10, 5), (10, 10))
+    top_k: int = 5
+    seed: int = 0
+    starts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for each in self.lengths:
+            if not isinstance(each, Sequence) or len(each) != 2 or min(each) < 1:
+                raise ValueError(
+                    f"lengths has {each!r}, needed pairs of how many samples and of how many tokens each: ((10, 5),)"
+                )
+        if isinstance(self.starts, str):
+            raise ValueError(f"starts is the string {self.starts!r}, needed a list of words: write [{self.starts!r}]")
+        if self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, needed at least 1")
+
+    def draw(self, model: Model) -> tuple[str, ...]:
+        """The prefixes, the bare (empty) one first."""
+        prefixes = [""]
+        generator = torch.Generator().manual_seed(self.seed)
+        with quiet(model), torch.no_grad():
+            runner = Runner(model)
+            for count, length in self.lengths:
+                for texts in self._starts(model, count):
+                    rows = _sample(runner, texts, length, self.top_k, generator)
+                    # A brace would be taken for the place of the subject.
+                    plain = [text.replace("{", " ").replace("}", " ").strip() for text in _decode(model, rows)]
+                    prefixes += [text + ". " for text in plain]
+        return tuple(prefixes)
+
+    def _starts(self, model: Model, count: int) -> list[Int[Tensor, "row pos"]]:
+        """Token ids to begin `count` samples with, those that are of one length together."""
+        bos = torch.tensor([_start_token(model)])
+        if not self.starts:
+            return [bos.repeat(count, 1)]
+        begun = [encode(model.tokenizer, self.starts[i % len(self.starts)], prepend_bos=False)[0] for i in range(count)]
+        together: dict[int, list[Tensor]] = {}
+        for ids in begun:
+            together.setdefault(len(ids), []).append(torch.cat([bos, ids]))
+        return [torch.stack(rows) for rows in together.values()]
+
+
+def sample_texts(
+    model: Model,
+    n_tokens: int,
+    *,
+    length: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch: int = 64,
+    progress: bool = True,
+) -> list[str]:
+    """Texts drawn from the model itself: a corpus for `key_stats` that needs no download.
+
+    Args:
+        model: Either class.
+        n_tokens: About how many tokens to draw in all.
+        length: Tokens a text.
+        temperature: Of the draw; 1 is the model's own distribution.
+        seed: Of the draw; torch's global generator is left as it was.
+        batch: Texts drawn at once.
+        progress: Whether to show a bar on what takes longer than a second.
+
+    Returns:
+        ``ceil(n_tokens / length)`` texts.
+
+    Raises:
+        ValueError: A length or batch below 1, or longer texts than the model reads.
+    """
+    room = getattr(model.cfg, "n_ctx", None)
+    if length < 1 or batch < 1 or (room is not None and length > room):
+        raise ValueError(
+            f"length is {length} and batch {batch}, needed 1 or more, and a length that {model_name(model)} reads: "
+            f"{room} tokens at most"
+        )
+    texts: list[str] = []
+    wanted = -(-n_tokens // length)
+    start, where = _start_token(model), device(model)
+    with (
+        quiet(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),
+        tqdm(total=wanted, unit="text", desc="sampling text", delay=1, disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        while len(texts) < wanted:
+            count = min(batch, wanted - len(texts))
+            begin = torch.full((count, 1), start, device=where)
+            made: Any = model.generate(  # type: ignore[attr-defined]
+                begin,
+                max_new_tokens=length,
+                stop_at_eos=False,
+                do_sample=True,
+                temperature=temperature,
+                prepend_bos=False,
+                return_type="tokens",
+                verbose=False,
+            )
+            texts += _decode(model, made[:, 1:])
+            bar.update(count)
+    return texts
+
+
+def _sample(runner: Runner, rows: Tensor, length: int, top_k: int, generator: torch.Generator) -> Tensor:
+    count = len(rows)
+    while rows.shape[1] < length + 1:
+        at = torch.full((count, 1), rows.shape[1] - 1)
+        likely = runner.logits(rows, at=at)[:, 0].float().cpu().topk(top_k)
+        # One uniform number a row: both classes then draw the same tokens, as their logits agree.
+        ladder = likely.values.softmax(-1).cumsum(-1)
+        dice = torch.rand(count, 1, generator=generator) * ladder[:, -1:]
+        choice = (dice > ladder).sum(-1, keepdim=True).clamp(max=top_k - 1)
+        rows = torch.cat([rows, likely.indices.gather(-1, choice)], dim=1)
+    return rows[:, 1:]
+
+
+def _start_token(model: Model) -> int:
+    tokenizer = model.tokenizer
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("the tokenizer has neither BOS nor EOS to begin a sample with: give your own contexts")
+    return int(start)
+
+
+def _decode(model: Model, rows: Tensor) -> list[str]:
+    return [model.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows]

@@ -1,0 +1,194 @@
+"""Texts read once and in order, cut into pieces, and the keys at every token of them.
+
+A `Reader` knows how far it has come, so that what was counted before a kill is passed over and checked, not counted
+twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_factedit.backend.model import DownProj, Model, Runner, device
+from tl_factedit.core.tokens import encode, pad
+
+
+def check_amounts(texts: Iterable[str], n_tokens: int, context: int) -> None:
+    """See that there is something to read, and how much.
+
+    Raises:
+        ValueError: One string in place of several, no tokens asked for, or pieces too short to hold text.
+    """
+    if n_tokens <= 0:
+        raise ValueError(f"n_tokens is {n_tokens}, needed at least 1")
+    if context < 2:
+        raise ValueError(f"context is {context}, needed at least 2 tokens")
+    if isinstance(texts, str):
+        raise ValueError("texts is one string, needed an iterable of strings: write [text]")
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far texts have been counted.
+
+    Attributes:
+        texts: So many texts whole,
+        parts: and so many pieces of the next one.
+        digest: Of the texts up to and with that next one.
+    """
+
+    texts: int
+    parts: int
+    digest: str
+
+
+class Reader:
+    """An iterable of texts that remembers what was read of it."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = iter(texts)
+        self._hash = hashlib.sha256()
+        self._begun: Place | None = None
+        self._held: str | None = None
+        self.count = 0
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Each text, and how many of its pieces are counted already."""
+        if self._held is not None and self._begun is not None:
+            text, self._held = self._held, None
+            yield text, self._begun.parts
+        for text in self._texts:
+            if not isinstance(text, str):
+                raise ValueError(f"text {self.count} is a {type(text).__name__}, needed a string")
+            self._hash.update(text.encode() + b"\0")
+            self.count += 1
+            yield text, 0
+
+    def skip_to(self, place: Place, file: Path) -> None:
+        """Read what was counted already, and see that it is what was counted.
+
+        Raises:
+            ValueError: These are other texts.
+        """
+        for text, _ in itertools.islice(self, place.texts + 1):
+            self._held = text
+        if self.count != place.texts + 1 or self.digest != place.digest:
+            raise ValueError(
+                f"{file} was collected on other texts than these: give the same texts from their beginning to go on "
+                "with it, name another path, or delete it"
+            )
+        self._begun = place
+
+    @property
+    def digest(self) -> str:
+        """Of all texts read so far."""
+        return self._hash.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Token ids that are run as one row, with BOS if there is one.
+
+    Attributes:
+        ids: The ids.
+        place: How far texts are counted once this is.
+    """
+
+    ids: Int[Tensor, "pos"]
+    place: Place
+
+
+def pieces(model: Model, reader: Reader, bos: bool, context: int) -> Iterator[Piece]:
+    """Texts cut to the length of the context; white space alone is no text."""
+    room = min(context, int(getattr(model.cfg, "n_ctx", None) or context))
+    for text, done in reader:
+        if not text.strip():
+            continue
+        digest = reader.digest
+        ids, _ = encode(model.tokenizer, text, prepend_bos=bos)
+        first, body = ids[: int(bos)], ids[int(bos) :]
+        for i, part in enumerate(body.split(room - bos)):
+            if i >= done:
+                yield Piece(torch.cat([first, part]), Place(reader.count - 1, i + 1, digest))
+
+
+@dataclass(frozen=True, eq=False)
+class KeyBatch:
+    """The keys of some layers at every token of some pieces.
+
+    Attributes:
+        caught: By layer, what went into ``W_out``, [row pos d_mlp].
+        real: Which tokens are no padding, [row pos].
+        place: How far texts are counted with these.
+    """
+
+    caught: Mapping[int, Tensor]
+    real: Bool[Tensor, "row pos"]
+    place: Place
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens they are of."""
+        return int(self.real.sum())
+
+    def keys(self, layer: int, at: torch.device) -> Float[Tensor, "token d_mlp"]:
+        """The keys in the order in which texts are counted, in float64."""
+        return self.caught[layer][self.real].to(at).double()
+
+
+def stream_keys(
+    runner: Runner,
+    sites: Mapping[int, DownProj],
+    reader: Reader,
+    bos: bool,
+    context: int,
+    n_tokens: int,
+    batch_tokens: int,
+) -> Iterator[KeyBatch]:
+    """Keys at every token of some texts, in batches of forward passes that stop at the last layer.
+
+    Args:
+        runner: Made inside ``quiet(model)``, which must still hold.
+        sites: The layers' ``W_out``.
+        reader: The texts.
+        bos: Whether pieces begin with BOS.
+        context: Longest piece.
+        n_tokens: How many to stop after.
+        batch_tokens: Padded tokens in one pass.
+    """
+    model = runner.model
+    names = [site.key_hook for site in sites.values()]
+    for rows in _batches(pieces(model, reader, bos, context), n_tokens, batch_tokens):
+        ids = pad([row.ids for row in rows], fill=0)
+        lengths = torch.tensor([len(row.ids) for row in rows])
+        real = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        caught = runner.capture(ids, names, stop=max(sites) + 1)
+        yield KeyBatch(
+            {layer: caught[site.key_hook] for layer, site in sites.items()}, real.to(device(model)), rows[-1].place
+        )
+
+
+def _batches(found: Iterable[Piece], n_tokens: int, batch_tokens: int) -> Iterator[list[Piece]]:
+    """Rows for one pass each. A batch depends on the pieces from its first one on, never on those before."""
+    rows: list[Piece] = []
+    longest, left = 0, n_tokens
+    if left == 0:
+        return
+    for piece in found:
+        ids = piece.ids[:left]
+        if rows and max(longest, len(ids)) * (len(rows) + 1) > batch_tokens:
+            yield rows
+            rows, longest = [], 0
+        rows.append(Piece(ids, piece.place))
+        longest, left = max(longest, len(ids)), left - len(ids)
+        if left == 0:
+            break
+    if rows:
+        yield rows
