@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from tl_factedit.organism import world as organism
-from tl_factedit.organism import training as organism_training
 from tl_factedit.backend.provenance import versions
+from tl_factedit.organism import files
+from tl_factedit.organism import training as organism_training
+from tl_factedit.organism import world as organism
+from tl_factedit.organism.checks import accuracy
 
 
 def main() -> None:
@@ -35,11 +37,11 @@ def main() -> None:
         if asked.steps is not None:
             recipe = replace(recipe, steps=asked.steps)
         model, made = organism_training.train(variant, recipe, watch=asked.watch)
-        accuracy = organism_training.accuracy(model, variant)
-        made |= organism_training.record(variant, recipe, threads=asked.threads)
+        accuracy = accuracy(model, variant)
+        made |= files.record(variant, recipe, threads=asked.threads)
         made |= {"accuracy": accuracy, "versions": versions()}
         path = asked.out / f"organism-{variant}.safetensors"
-        organism_training.save(path, model, made)
+        files.save(path, model, made)
         print(f"{path}: {json.dumps(accuracy)}")
 
 

@@ -15,7 +15,10 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.backend.model import Fingerprint, Runner, UnsupportedModelError, down_proj
+from tl_factedit.backend.fingerprint import Fingerprint
+from tl_factedit.backend.protocol import UnsupportedModelError
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.weights import down_proj
 
 LAYER = 1
 FACT = laws.FACT
@@ -391,7 +394,7 @@ def test_what_is_of_another_kind_is_told_so():
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")},
     )
     said = [line for line in found.stdout.splitlines() if line.startswith("refused:")]
     wanted = (

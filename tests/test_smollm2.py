@@ -13,7 +13,7 @@ from tiny import HAS_HOOKED, KINDS
 
 import tl_factedit as fe
 from tl_factedit.core.tokens import align
-from tl_factedit.locate.trace import window_layers
+from tl_factedit.locate.trace_result import window_layers
 
 pytestmark = pytest.mark.smollm2
 pytest.importorskip("gguf", reason="reading SmolLM2 needs gguf")

@@ -5,18 +5,30 @@ TransformerBridge. Importing it runs, seeds, logs and downloads nothing.
 """
 
 from tl_factedit import data, models, show
-from tl_factedit.locate import metrics
-from tl_factedit.evaluation.attribution import Attribution, attribute_positions
-from tl_factedit.auditing.audit import Verdict, audit
-from tl_factedit.measure.change import Change
-from tl_factedit.evaluation.specificity import Asides, Drift, ask_asides, drift
 from tl_factedit.attacks.context import ContextAttack, QuestionPrefix, RepeatPrefix, TextPrefix, attack_by_context
-from tl_factedit.stats.sampling import SampledContexts, sample_texts
-from tl_factedit.stats.convergence import Convergence, stats_convergence
-from tl_factedit.locate.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
-from tl_factedit.evaluation.coverage import Coverage, gain_coverage
-from tl_factedit.locate.calibration import noise_for_damage
-from tl_factedit.editing.edit import Delta, Diagnostics, Edit, Editor, EditWarning, compose, edits_on, spill, undo_all_
+from tl_factedit.attacks.disjoint_relearning import DisjointRelearning, relearn_disjoint
+from tl_factedit.attacks.knockout import KnockOut, knock_out
+from tl_factedit.attacks.readout import ReadOut, read_out
+from tl_factedit.attacks.relearning import Relearning, relearn, relearning_rate
+from tl_factedit.attacks.reversal import Reversal, reverse_by_weights
+from tl_factedit.attacks.routes import Route, Routes, follow_routes
+from tl_factedit.auditing.audit import audit
+from tl_factedit.auditing.findings import Thresholds
+from tl_factedit.auditing.retained import Calibration, Retention, retention
+from tl_factedit.auditing.verdict import Verdict
+from tl_factedit.backend.protocol import Model, UnsupportedModelError
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.core.estimate import Estimate
+from tl_factedit.core.facts import Fact
+from tl_factedit.editing.composition import compose
+from tl_factedit.editing.delta import Delta
+from tl_factedit.editing.diagnostics import Diagnostics, EditWarning
+from tl_factedit.editing.edit import Edit, Editor
+from tl_factedit.editing.export import export_hf
+from tl_factedit.editing.ledger import edits_on, undo_all_
+from tl_factedit.editing.objectives import Amplify, Erase, Force, Inject, Objective, Reverse, Wish
+from tl_factedit.editing.off_target import spill
+from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editors.alphaedit import AlphaEdit
 from tl_factedit.editors.emmet import Emmet
 from tl_factedit.editors.finetune import FineTune
@@ -25,52 +37,43 @@ from tl_factedit.editors.memit import Memit
 from tl_factedit.editors.pmet import Pmet
 from tl_factedit.editors.rome import Rome
 from tl_factedit.editors.router import RoutedEdit, Router
-from tl_factedit.probes.leace import Eraser, Erasure, erase_states, leace, random_subspace
-from tl_factedit.core.estimate import Estimate
-from tl_factedit.evaluation.scores import Scores, evaluate
-from tl_factedit.editing.export import export_hf
-from tl_factedit.core.facts import Fact
+from tl_factedit.evaluation.attribution import Attribution, attribute_positions
+from tl_factedit.evaluation.coverage import Coverage, gain_coverage
+from tl_factedit.evaluation.dose import Dose, dose_curve
+from tl_factedit.evaluation.edit_gains import Gains, gains
 from tl_factedit.evaluation.erasure_success import Forgotten, forgotten
-from tl_factedit.evaluation.gains import Dose, Gains, dose_curve, gains
-from tl_factedit.locate.hooks import noise_hook, restore_hook
-from tl_factedit.attacks.knockout import KnockOut, knock_out
-from tl_factedit.probes.classifier import LinearClassifier
 from tl_factedit.evaluation.mediation import Mediation, mediate
-from tl_factedit.backend.model import Model, UnsupportedModelError
-from tl_factedit.editing.objectives import Amplify, Erase, Force, Inject, Objective, Reverse, Wish
+from tl_factedit.evaluation.scores import Scores, evaluate
+from tl_factedit.evaluation.specificity import Asides, ask_asides
+from tl_factedit.evaluation.text_drift import Drift, drift
+from tl_factedit.locate import metrics
+from tl_factedit.locate.agreement import SideBySide, trace_side_by_side
+from tl_factedit.locate.calibration import noise_for_damage
+from tl_factedit.locate.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
+from tl_factedit.locate.hooks import noise_hook, restore_hook
 from tl_factedit.locate.presets import hase2023, meng2022, zhang2023
+from tl_factedit.locate.replacement import TokenReplacement
+from tl_factedit.locate.trace import causal_trace
+from tl_factedit.locate.trace_result import Trace
+from tl_factedit.locate.units import UnitTrace, trace_units
+from tl_factedit.measure.change import Change
 from tl_factedit.measure.reading import Comparison, Probe, Reading, compare
 from tl_factedit.probes.attributes import AttributeRate, Attributes, attributes_by_object
+from tl_factedit.probes.classifier import LinearClassifier
 from tl_factedit.probes.lens import LogitLens
 from tl_factedit.probes.linear import Decoded, LinearProbe, OwnLinearProbe, Ruler, decode, train_ruler
-from tl_factedit.probes.nulls import (
-    ControlTask,
-    Permutation,
-    RandomWeights,
-    control_task,
-    excess_over_nulls,
-    name_ngrams,
-    one_hot_objects,
-    permutation_test,
-    subject_embeddings,
-)
+from tl_factedit.probes.nulls import RandomWeights, excess_over_nulls, name_ngrams, one_hot_objects, subject_embeddings
 from tl_factedit.probes.patchscope import CrossedPatchscope, Patchscope, crossed_patchscope, states_of_others
+from tl_factedit.probes.permutation import Permutation, permutation_test
 from tl_factedit.probes.residual import Residual, residual_knowledge
-from tl_factedit.probes.tuned_lens import FixedAndRefitted, TunedLens, fixed_and_refitted, train_tuned_lens
-from tl_factedit.backend.provenance import Provenance
-from tl_factedit.attacks.readout import ReadOut, read_out
-from tl_factedit.attacks.relearning import DisjointRelearning, Relearning, relearn, relearn_disjoint, relearning_rate
-from tl_factedit.locate.replacement import TokenReplacement
-from tl_factedit.auditing.retention import Calibration, Retention, retention
-from tl_factedit.attacks.reversal import Reversal, reverse_by_weights
-from tl_factedit.attacks.routes import Route, Routes, follow_routes
-from tl_factedit.locate.agreement import SideBySide, trace_side_by_side
+from tl_factedit.probes.scrubbing import Eraser, Erasure, erase_states, leace, random_subspace
+from tl_factedit.probes.selectivity import ControlTask, control_task
 from tl_factedit.probes.states import States, read_states, read_states_edited
-from tl_factedit.stats.key_stats import KeyStats, key_stats
-from tl_factedit.locate.trace import Trace, causal_trace
-from tl_factedit.locate.units import UnitTrace, trace_units
-from tl_factedit.editing.values import ValueFit
-from tl_factedit.auditing.rules import Thresholds
+from tl_factedit.probes.tuned_lens import FixedAndRefitted, TunedLens, fixed_and_refitted, train_tuned_lens
+from tl_factedit.stats.collect import key_stats
+from tl_factedit.stats.convergence import Convergence, stats_convergence
+from tl_factedit.stats.key_stats import KeyStats
+from tl_factedit.stats.sampling import SampledContexts, sample_texts
 
 __all__ = [
     "Fact",

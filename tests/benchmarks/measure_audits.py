@@ -28,9 +28,10 @@ from measure_editors import BOS, LAYERS, ROME_LAYER, alignable, known, peak
 from tqdm.auto import tqdm
 
 import tl_factedit as fe
-from tl_factedit.measure.likelihood import log_probs
-from tl_factedit.backend.model import Runner, quiet
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.tokens import continuation, encode
+from tl_factedit.measure.likelihood import log_probs
 
 FACTS = 110
 OF_A_RELATION = 15

@@ -31,9 +31,10 @@ from tqdm.auto import tqdm
 
 import tl_factedit as fe
 from tl_factedit.editing import layerwise as spreading
+from tl_factedit.editing.value_fit import Fitted
+from tl_factedit.editing.values import fit_values
 from tl_factedit.editors import rome as rome_module
 from tl_factedit.evaluation.scores import Answer, Scores, scores_of
-from tl_factedit.editing.values import Fitted, fit_values
 
 LAYERS = [3, 4, 5, 6, 7]
 ROME_LAYER = 5

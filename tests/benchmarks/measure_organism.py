@@ -17,14 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.organism import world as o
+from tl_factedit.auditing.retained import Calibration
 from tl_factedit.editors.router import Router
-from tl_factedit.auditing.retention import Calibration
+from tl_factedit.organism import text as told
+from tl_factedit.organism import world as o
 
-HELD = Path(__file__).parents[1] / "organism_weights"
+HELD = tiny.TWINS
 OTHERS = tuple(relation.name for relation in o.RELATIONS if relation.name != "city")
 FIT = fe.ValueFit(kl_at="end", kl_prompts=tuple(o.relation(name).phrasings[0] for name in OTHERS))
 CONTEXTS = ("", "It rained all day . ", "As we know , ")
@@ -51,7 +53,7 @@ Change = Callable[[Any, list[fe.Fact], int], Any]
 
 def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]:
     """By name: how to change some facts, whether others are changed alike for an adaptive ruler, and which samples."""
-    stats = fe.key_stats(model, [1, 2], o.texts(4_000), n_tokens=40_000, progress=False)
+    stats = fe.key_stats(model, [1, 2], told.texts(4_000), n_tokens=40_000, progress=False)
     common = {"contexts": CONTEXTS, "progress": False}
 
     def oracle(_: Any, facts: list[fe.Fact], which: int) -> Any:
@@ -89,7 +91,7 @@ def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]
 def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, Any]]:
     change, calibrated, samples = changes(model)[name]
     everybody = fe.models.organism_facts("city", "all")
-    texts = [text for text in o.texts(300) if not any(part in text for part in o.FIRST)][:20]
+    texts = [text for text in told.texts(300) if not any(part in text for part in o.FIRST)][:20]
     path = out / f"organism-{name}.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     yield from done

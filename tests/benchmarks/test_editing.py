@@ -27,9 +27,10 @@ from oracles import editing
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl_factedit as fe
-from tl_factedit.backend.model import quiet
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.tokens import align, pad
-from tl_factedit.editing.values import ValueFit, Where, fit_values
+from tl_factedit.editing.value_fit import ValueFit, Where
+from tl_factedit.editing.values import fit_values
 
 PROMPTS = {
     "subject at the start": fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome"),

@@ -14,7 +14,8 @@ MOST = 8.0  # GiB
 SOLVE = """
 import resource, time
 import torch
-from tl_factedit.editing.edit import Delta, diagnose_many
+from tl_factedit.editing.delta import Delta
+from tl_factedit.editing.diagnostics import diagnose_many
 from tl_factedit.core.solve import cholesky, least_squares
 
 torch.set_num_threads(1)

@@ -26,14 +26,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_factedit.measure.change import Changed, bos_of_change, each
+from tl_factedit.backend.protocol import Model, model_name
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.estimate import Estimate, Estimates
-from tl_factedit.measure.excess import excess
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import Model, Runner, model_name, quiet
-from tl_factedit.measure.first_tokens import Asked, are_known, at_the_ends, one_of, with_new_objects
-from tl_factedit.measure.reading import Reading
 from tl_factedit.core.tokens import align
+from tl_factedit.measure.change import Changed
+from tl_factedit.measure.excess import excess
+from tl_factedit.measure.first_tokens import Asked, are_known, at_the_ends, one_of, with_new_objects
+from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.reading import Reading
 
 if TYPE_CHECKING:
     import pandas as pd

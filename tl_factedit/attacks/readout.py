@@ -31,15 +31,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.measure.change import Changed, Part, bos_of_change, each
+from tl_factedit.backend.hook_names import resid_post
+from tl_factedit.backend.protocol import Model, check_layer, n_layers
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.estimate import Estimate, Estimates
-from tl_factedit.measure.excess import excess
 from tl_factedit.core.facts import Fact
-from tl_factedit.measure.cache import read_each
-from tl_factedit.backend.model import Model, Runner, check_layer, n_layers, quiet, resid_post
-from tl_factedit.measure.first_tokens import Asked, one_of, with_new_objects
-from tl_factedit.measure.reading import Reading
 from tl_factedit.core.tokens import batches, pad
+from tl_factedit.measure.cache import read_each
+from tl_factedit.measure.change import Changed
+from tl_factedit.measure.excess import excess
+from tl_factedit.measure.first_tokens import Asked, one_of, with_new_objects
+from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.reading import Reading
 
 if TYPE_CHECKING:
     import pandas as pd

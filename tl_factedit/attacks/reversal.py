@@ -25,14 +25,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_factedit.measure.change import Change, Changed, Part, bos_of_change, each
+from tl_factedit.backend.protocol import Model, check_layer
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import DownProj, down_proj, write_all
 from tl_factedit.core.estimate import Estimate, Estimates, over_facts_each
-from tl_factedit.measure.excess import excess
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import DownProj, Model, Runner, check_layer, down_proj, quiet, write_all
-from tl_factedit.measure.first_tokens import Asked, at_the_ends, one_of, with_new_objects
-from tl_factedit.measure.reading import Reading
 from tl_factedit.core.tokens import continuation, encode
+from tl_factedit.measure.change import Change, Changed
+from tl_factedit.measure.excess import excess
+from tl_factedit.measure.first_tokens import Asked, at_the_ends, one_of, with_new_objects
+from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.reading import Reading
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,15 +20,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.measure.change import Changed, Part, bos_of_change, each, identity
+from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.estimate import Estimate
-from tl_factedit.measure.excess import excess_of
 from tl_factedit.core.facts import Fact
-from tl_factedit.measure.cache import read_each
-from tl_factedit.measure.likelihood import Request, log_probs
-from tl_factedit.backend.model import Model, Runner, quiet
-from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.core.tokens import continuation, encode
+from tl_factedit.measure.cache import read_each
+from tl_factedit.measure.change import Changed
+from tl_factedit.measure.excess import excess_of
+from tl_factedit.measure.first_tokens import firsts
+from tl_factedit.measure.likelihood import Request, log_probs
+from tl_factedit.measure.population import Part, bos_of_change, each, identity
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,111 +23,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
+from tl_factedit.auditing.findings import Findings, Judgement, Label, Thresholds
+from tl_factedit.auditing.power import Z_ONE_SIDED, Z_POWER, has_interval, smallest_share, standard_error
 from tl_factedit.core.estimate import Estimate, Z
-
-Label = Literal["FAILED", "DAMAGED", "ERASED", "MOVED", "INSERTED", "LATENT", "SCARRED", "INCONCLUSIVE"]
-
-Z_ONE_SIDED = 1.644854
-"""Of a one-sided 95 % bound, and of a two-sided 90 % interval: two one-sided tests."""
-Z_POWER = 0.841621
-"""Of a power of 80 %."""
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What counts as how much: declared beforehand, and part of a verdict.
-
-    Attributes:
-        efficacy: The lower end of efficacy has to reach it.
-        paraphrase: Mean paraphrase success has to reach it.
-        one: What efficacy has to reach for a single fact.
-        loss: By how much neighbours or the subject's other facts may suffer.
-        perplexity: How many times as large perplexity on plain text may be, by the lower end of its interval.
-        present: Recoverable if the lower end of an excess is above it.
-        absent: Not recoverable only if the upper ends of all are below it.
-        retained: Retained if the lower end of ρ is above it (scarred if the upper end is below minus it).
-        equal: Not retained only if ρ's 90 % interval lies within ± this.
-        follows: Share of indirect routes that have to give what follows from the new object.
-        savings: For an absence, the steps that relearning may save at most, if it was tried (upper end).
-    """
-
-    efficacy: float = 0.8
-    paraphrase: float = 0.5
-    one: float = 0.5
-    loss: float = 0.1
-    perplexity: float = 1.1
-    present: float = 0.05
-    absent: float = 0.10
-    retained: float = 0.10
-    equal: float = 0.30
-    follows: float = 0.9
-    savings: float = 3.0
-
-
-@dataclass(frozen=True)
-class Findings:
-    """The numbers that a verdict rests on; None: not gathered.
-
-    Attributes:
-        efficacy: Share of facts whose new object leads, after the change; of an erasure, whose old object doesn't.
-        paraphrase: The same over paraphrases.
-        neighbour_loss: By how much neighbourhood success fell.
-        aside_loss: By how much the share of right answers about the subject's other facts fell.
-        perplexity: Perplexity on plain text, after over before.
-        mask: Excess of the old object under the strongest knock-out, corrected for all that were tried.
-        mask_at_most: The largest upper end of any knock-out, not corrected: for "none of them brings it back" each has
-            to show it, and no correction is due.
-        mask_tests: How many knock-outs were tried (on layers that the unedited model can spare).
-        mask_holds: Whether one of them took out all the layers that the change wrote; None where it isn't known which
-            those are (another model, trained as a whole).
-        route_old: Excess of what follows from the old object, on indirect routes.
-        route_new: Share of what follows from the new one there.
-        native: ρ by a decoder trained on how unchanged facts are encoded in the changed model.
-        adaptive: ρ by a decoder of the old object trained on other people's changed facts.
-        readout: Excess of the best white-box read-out of the old object.
-        readout_at_most: The largest upper end of any read-out, not corrected, as of knock-outs.
-        savings: Steps saved in learning the old object again, over a control object.
-        erasing: Whether the change was to erase, not to write a new object: nothing new is to follow then.
-        facts: How many facts were asked; 0 for those that efficacy is over.
-    """
-
-    efficacy: Estimate
-    paraphrase: Estimate
-    neighbour_loss: Estimate | None = None
-    aside_loss: Estimate | None = None
-    perplexity: Estimate | None = None
-    mask: Estimate | None = None
-    mask_at_most: float = math.nan
-    mask_tests: int = 0
-    mask_holds: bool | None = None
-    route_old: Estimate | None = None
-    route_new: Estimate | None = None
-    native: Estimate | None = None
-    adaptive: Estimate | None = None
-    readout: Estimate | None = None
-    readout_at_most: float = math.nan
-    savings: Estimate | None = None
-    erasing: bool = False
-    facts: int = 0
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the rules make of some findings.
-
-    Attributes:
-        label: The verdict.
-        reasons: Why, with the numbers.
-        missing: What was not gathered, or not precisely enough, for a stronger label.
-        power: The smallest effects that these findings would have shown, with 80 % probability.
-    """
-
-    label: Label
-    reasons: tuple[str, ...]
-    missing: tuple[str, ...]
-    power: tuple[str, ...]
 
 
 def judge(findings: Findings, thresholds: Thresholds | None = None) -> Judgement:
@@ -260,7 +159,7 @@ class _Case:
                 self.missing.append(f"a decoder of the old object {what}")
             else:
                 self.reasons.append(f"retained {what}: ρ = {rho:.2f} (1: as before, 0: nothing)")
-        if self.one or not (_known(native) and _known(adaptive)):
+        if self.one or not (has_interval(native) and has_interval(adaptive)):
             return None
         assert native is not None and adaptive is not None
         if self._within(native) and adaptive.low > self.t.retained and self._no_way_back():
@@ -282,7 +181,7 @@ class _Case:
                 ("a read-out of the states", self.f.readout, self.t.present),
                 ("relearning", self.f.savings, 0.0),
             )
-            if _known(value) and value is not None and value.low > above
+            if has_interval(value) and value is not None and value.low > above
         ]
         for what, value in (("read-outs", self.f.readout), ("relearning", self.f.savings)):
             if value is not None and value.n:
@@ -307,7 +206,7 @@ class _Case:
             ("the adaptive decoder puts the old object below its null", self.f.adaptive, -self.t.retained),
             ("the old object is harder to learn again than a control", self.f.savings, 0.0),
         ):
-            if _known(value) and value is not None and value.high < below:
+            if has_interval(value) and value is not None and value.high < below:
                 self.reasons.append(f"{what}: it is marked as what the answer is not")
                 return "SCARRED"
         return None
@@ -319,7 +218,7 @@ class _Case:
         shown = self._no_way_back()
         route_new = self.f.route_new
         for what, rho in (("native", self.f.native), ("adaptive", self.f.adaptive)):
-            if not _known(rho):
+            if not has_interval(rho):
                 shown = False
             elif rho is not None and not self._within(rho):
                 shown = False
@@ -347,7 +246,7 @@ class _Case:
                 shown = False
                 may = "anything" if math.isnan(high) else f"{high:.2f}"
                 self.missing.append(f"more facts: {what} may still find {may}, needed less than {most:g}")
-        if not any(_known(loss) for loss in (self.f.neighbour_loss, self.f.aside_loss)):
+        if not any(has_interval(loss) for loss in (self.f.neighbour_loss, self.f.aside_loss)):
             shown = False
             self.missing.append("neighbours or asides: a model that is broken as a whole has nothing of a fact")
         if shown:
@@ -368,7 +267,7 @@ class _Case:
         return value.mean > self.t.one if value.n < 2 else value.low > self.t.present
 
     def _within(self, rho: Estimate) -> bool:
-        reach = Z_ONE_SIDED * _se(rho)
+        reach = Z_ONE_SIDED * standard_error(rho)
         return rho.mean - reach > -self.t.equal and rho.mean + reach < self.t.equal
 
     def _no_way_back(self) -> bool:
@@ -406,47 +305,6 @@ class _Case:
         for what, rho in (("native", self.f.native), ("adaptive", self.f.adaptive)):
             if rho is not None and rho.n > 1:
                 lines.append(
-                    f"ρ of {self.t.retained + (Z + Z_POWER) * _se(rho):.2f} by the {what} decoder would have shown"
+                    f"ρ of {self.t.retained + (Z + Z_POWER) * standard_error(rho):.2f} by the {what} decoder would have shown"
                 )
         return lines
-
-
-def smallest_share(n: int, threshold: float, *, tests: int = 1, power: float = 0.8) -> float:
-    """The smallest share whose interval's lower end lies above `threshold` with this power.
-
-    Wilson's interval at 1 − .05 / `tests`; NaN where `n` facts can't show any.
-    """
-    z = math.sqrt(2) * _erfinv(1 - 0.05 / tests)
-    needed = next((k for k in range(n + 1) if _wilson_low(k / n, n, z) > threshold), None)
-    if needed is None:
-        return math.nan
-    return next(
-        (p / 1000 for p in range(1, 1001) if _at_least(needed, n, p / 1000) >= power),
-        math.nan,
-    )
-
-
-def _known(value: Estimate | None) -> bool:
-    return value is not None and value.n > 1 and not math.isnan(value.low)
-
-
-def _se(value: Estimate) -> float:
-    return (value.high - value.low) / (2 * Z)
-
-
-def _wilson_low(share: float, n: int, z: float) -> float:
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    return centre - z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-
-
-def _at_least(k: int, n: int, p: float) -> float:
-    """P(at least k of n)."""
-    if p >= 1:
-        return 1.0
-    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
-
-
-def _erfinv(x: float) -> float:
-    import torch
-
-    return float(torch.erfinv(torch.tensor(x, dtype=torch.float64)))

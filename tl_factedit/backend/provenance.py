@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tl_factedit.backend.model import Fingerprint, Model, bos_policy, fingerprint, kind, model_name
+from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
+from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def difference(then: Provenance, now: Provenance) -> str | None:
+    """What two collections on the same weights differ in. A model's name is none of it: the weights are."""
+    if then.prepend_bos != now.prepend_bos:
+        return f"prepend_bos={then.prepend_bos} (not {now.prepend_bos})"
+    if then.dtype != now.dtype:
+        return f"dtype {then.dtype} (not {now.dtype})"
+    if None not in (then.revision, now.revision) and then.revision != now.revision:
+        return f"revision {then.revision} of the model (not {now.revision})"
+    changed = [name for name in {**then.versions, **now.versions} if then.versions.get(name) != now.versions.get(name)]
+    if changed:
+        return ", ".join(f"{name} {then.versions.get(name)} (not {now.versions.get(name)})" for name in changed)
+    return None

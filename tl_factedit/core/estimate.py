@@ -43,12 +43,16 @@ class Estimate:
 
 
 DRAWS = 10_000
+
 Z = 1.959964
 """Of a 95 % interval."""
+
 ROUNDING = 1e-12
 """Means of equal numbers differ by as much."""
+
 FEWEST = 5
 """Facts for the interval of a correlation."""
+
 AT_ONCE = 5_000_000
 """Most numbers resampled at a time: with all 21,919 facts of CounterFact a whole table of draws is 1.8 GB."""
 
@@ -181,3 +185,27 @@ def _resampled_means(table: Tensor, generator: torch.Generator) -> Tensor:
     pieces = torch.arange(DRAWS).split(max(1, AT_ONCE // n))
     draws = (torch.randint(n, (len(piece), n), generator=generator) for piece in pieces)
     return torch.cat([torch.stack([row[draw].nanmean(-1) for row in table]) for draw in draws], dim=1)
+
+
+def wilson_low(share: float, n: int, z: float) -> float:
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    return centre - z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+
+
+def erfinv(x: float) -> float:
+    import torch
+
+    return float(torch.erfinv(torch.tensor(x, dtype=torch.float64)))
+
+
+def wilson_ends(share: Tensor, n: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Wilson's interval of a share; for means of several prompts it is too wide rather than too narrow."""
+    z = float(torch.special.ndtri(torch.tensor(1 - alpha / 2, dtype=torch.float64)))
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)).clamp(min=0).sqrt()
+    return centre - reach, centre + reach
+
+
+def mean_over_facts(values: Float[Tensor, "fact"]) -> Estimate:
+    """Of numbers that are no shares."""
+    return jointly([values.tolist()], lambda means: means[0])

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_factedit.backend.fingerprint import hash_weight
+from tl_factedit.backend.protocol import UnsupportedModelError, kind_of
 from tl_factedit.editing.edit import Edit
-from tl_factedit.backend.model import UnsupportedModelError, hash_weight, kind_of
 
 BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
 """Where transformers keep their blocks."""

@@ -9,14 +9,16 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.stats.sampling import SampledContexts
+from tl_factedit.backend.fingerprint import Fingerprint
+from tl_factedit.backend.protocol import Model, bos_policy
+from tl_factedit.backend.weights import check_own
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import Fingerprint, Model, bos_policy, check_own
-from tl_factedit.editing.objectives import Inject, Objective, Wish
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
-from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION, KeyStats
 from tl_factedit.core.tokens import Aligned, align
-from tl_factedit.editing.values import Fitted, ValueFit
+from tl_factedit.editing.objectives import Inject, Objective, Wish
+from tl_factedit.editing.value_fit import Fitted, ValueFit
+from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION, KeyStats
+from tl_factedit.stats.sampling import SampledContexts
 
 
 def check_facts(facts: Sequence[Fact], objective: Objective | None = None) -> tuple[Fact, ...]:

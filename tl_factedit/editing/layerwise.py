@@ -28,8 +28,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.stats.sampling import SampledContexts
-from tl_factedit.editing.edit import Delta, Edit, base_fingerprint, diagnose_many, made_on, measure_spill
+from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
+from tl_factedit.backend.packing import gather
+from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import down_proj, write_all
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.solve import Factors, NotPositiveDefiniteError
+from tl_factedit.core.tokens import align, batches, pad
+from tl_factedit.editing.delta import Delta
+from tl_factedit.editing.diagnostics import diagnose_many
+from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import (
     align_facts,
     bos_of,
@@ -38,23 +48,13 @@ from tl_factedit.editing.inputs import (
     prefixes,
     record,
 )
-from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import (
-    Model,
-    Runner,
-    component_hook,
-    down_proj,
-    gather,
-    quiet,
-    resid_post,
-    resid_pre,
-    write_all,
-)
+from tl_factedit.editing.ledger import base_fingerprint, made_on
 from tl_factedit.editing.objectives import Inject, Objective, Wish, set_subjects
-from tl_factedit.core.solve import Factors, NotPositiveDefiniteError
+from tl_factedit.editing.off_target import measure_spill
+from tl_factedit.editing.value_fit import ValueFit, Where
+from tl_factedit.editing.values import fit_values
 from tl_factedit.stats.key_stats import KeyStats
-from tl_factedit.core.tokens import align, batches, pad
-from tl_factedit.editing.values import ValueFit, Where, fit_values
+from tl_factedit.stats.sampling import SampledContexts
 
 Divide = Literal["even", "root"]
 """How what is missing is spread over n layers that are left: 1/n of it, or (PMET) 1/√n."""

@@ -20,10 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.locate.corruption import Corruption, GaussianNoise, subject_of
+from tl_factedit.backend.hook_names import EMBED
+from tl_factedit.backend.protocol import Hook, Model
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import EMBED, Hook, Model, Runner, quiet
 from tl_factedit.core.tokens import align, continuation
+from tl_factedit.locate.corruption import Corruption, GaussianNoise, subject_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_factedit.stats.sampling import SampledContexts
-from tl_factedit.editing.edit import Edit, base_fingerprint
-from tl_factedit.editing.inputs import bos_of, check_contexts, check_objective, described, described_stats, plain
-from tl_factedit.editors.memit import STARTS
+from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import Model
-from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.core.solve import Factors, in_null_space, null_space
+from tl_factedit.editing.edit import Edit
+from tl_factedit.editing.inputs import bos_of, check_contexts, check_objective, described, described_stats, plain
 from tl_factedit.editing.layerwise import Solve, by_layer, spread_edit
+from tl_factedit.editing.ledger import base_fingerprint
+from tl_factedit.editing.objectives import Inject, Objective
+from tl_factedit.editing.value_fit import ValueFit
+from tl_factedit.editors.memit import STARTS
 from tl_factedit.stats.key_stats import KeyStats
-from tl_factedit.editing.values import ValueFit
+from tl_factedit.stats.sampling import SampledContexts
 
 
 @dataclass(frozen=True)

@@ -23,28 +23,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.editing.edit import Delta, Edit, base_fingerprint, diagnose_many, keys_at, made_on, measure_spill
-from tl_factedit.editing.inputs import check_facts
+from tl_factedit.backend.hook_names import resid_pre
+from tl_factedit.backend.packing import Packing, gather, past_at
+from tl_factedit.backend.protocol import Model, as_layers, bos_policy, n_layers
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import drop_graphs, quiet
+from tl_factedit.backend.weights import DownProj, check_own, down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import (
-    DownProj,
-    Model,
-    Packing,
-    Runner,
-    as_layers,
-    bos_policy,
-    check_own,
-    down_proj,
-    drop_graphs,
-    gather,
-    n_layers,
-    past_at,
-    quiet,
-    resid_pre,
-)
+from tl_factedit.core.tokens import GIB, Aligned, align, continuation, encode, pad
+from tl_factedit.editing.delta import Delta
+from tl_factedit.editing.diagnostics import diagnose_many
+from tl_factedit.editing.edit import Edit
+from tl_factedit.editing.inputs import check_facts
+from tl_factedit.editing.ledger import base_fingerprint, made_on
 from tl_factedit.editing.objectives import Erase, Inject, Objective
-from tl_factedit.core.tokens import Aligned, align, continuation, encode, pad
-from tl_factedit.editing.values import GIB
+from tl_factedit.editing.off_target import keys_at, measure_spill
 
 
 @dataclass(frozen=True)

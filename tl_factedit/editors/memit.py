@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tl_factedit.stats.sampling import SampledContexts
+from tl_factedit.backend.protocol import Model
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.solve import least_squares
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import check_contexts, check_objective, described, described_stats, factor, plain
-from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import Model
-from tl_factedit.editing.objectives import Inject, Objective
-from tl_factedit.core.solve import least_squares
 from tl_factedit.editing.layerwise import Solve, by_layer, spread_edit
+from tl_factedit.editing.objectives import Inject, Objective
+from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.stats.key_stats import KeyStats
-from tl_factedit.editing.values import ValueFit
+from tl_factedit.stats.sampling import SampledContexts
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 """What Meng et al. begin their contexts with."""

@@ -16,8 +16,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tl_factedit.stats.sampling import SampledContexts
-from tl_factedit.editing.edit import Delta, Edit, base_fingerprint, diagnose, made_on, measure_spill
+from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import down_proj
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.solve import Factors, rank_one, whiten
+from tl_factedit.editing.delta import Delta
+from tl_factedit.editing.diagnostics import diagnose
+from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import (
     align_facts,
     bos_of,
@@ -31,12 +37,13 @@ from tl_factedit.editing.inputs import (
     prefixes,
     record,
 )
-from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import Model, down_proj, quiet
+from tl_factedit.editing.ledger import base_fingerprint, made_on
 from tl_factedit.editing.objectives import Inject, Objective
-from tl_factedit.core.solve import Factors, rank_one, whiten
+from tl_factedit.editing.off_target import measure_spill
+from tl_factedit.editing.value_fit import Fitted, ValueFit
+from tl_factedit.editing.values import fit_values
 from tl_factedit.stats.key_stats import KeyStats
-from tl_factedit.editing.values import Fitted, ValueFit, fit_values
+from tl_factedit.stats.sampling import SampledContexts
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.core import files
-from tl_factedit.stats.sampling import SampledContexts
-from tl_factedit.editing.edit import Edit, base_fingerprint, made_on
-from tl_factedit.editing.inputs import align_facts, check_contexts, check_facts, described, plain, prefixes, record
-from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import DownProj, Hook, Model, Runner, bos_policy, down_proj, gather, model_name, quiet
-from tl_factedit.editing.objectives import Wish
+from tl_factedit.backend.packing import gather
+from tl_factedit.backend.protocol import Hook, Model, bos_policy, model_name
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import DownProj, down_proj
+from tl_factedit.core import files
+from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
-from tl_factedit.editing.values import ValueFit, fit_values
+from tl_factedit.editing.edit import Edit
+from tl_factedit.editing.inputs import align_facts, check_contexts, check_facts, described, plain, prefixes, record
+from tl_factedit.editing.ledger import base_fingerprint, made_on
+from tl_factedit.editing.objectives import Wish
+from tl_factedit.editing.value_fit import ValueFit
+from tl_factedit.editing.values import fit_values
+from tl_factedit.stats.sampling import SampledContexts
 
 
 @dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value

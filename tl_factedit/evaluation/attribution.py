@@ -21,14 +21,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.measure.change import Changed, bos_of_change, each
-from tl_factedit.editing.edit import Delta, Edit
+from tl_factedit.backend.protocol import Hook, Model
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
-from tl_factedit.evaluation.mediation import share_undone
-from tl_factedit.backend.model import DownProj, Hook, Model, Runner, down_proj, quiet
-from tl_factedit.measure.first_tokens import Asked, are_known, at_the_ends, one_of, with_new_objects
 from tl_factedit.core.tokens import batches, pad
+from tl_factedit.editing.delta import Delta
+from tl_factedit.editing.edit import Edit
+from tl_factedit.evaluation.mediation import share_undone
+from tl_factedit.measure.change import Changed
+from tl_factedit.measure.first_tokens import Asked, are_known, at_the_ends, one_of, with_new_objects
+from tl_factedit.measure.population import bos_of_change, each
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,14 +23,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.measure.change import Changed, bos_of_change, each
-from tl_factedit.editing.edit import Edit
+from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
-from tl_factedit.evaluation.gains import Dose, dose_curve
-from tl_factedit.backend.model import Model, Runner, down_proj, quiet
-from tl_factedit.measure.first_tokens import with_new_objects
 from tl_factedit.core.tokens import align, batches, encode, pad
+from tl_factedit.editing.edit import Edit
+from tl_factedit.evaluation.dose import Dose, dose_curve
+from tl_factedit.measure.change import Changed
+from tl_factedit.measure.first_tokens import with_new_objects
+from tl_factedit.measure.population import bos_of_change, each
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -26,25 +26,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.measure.change import Changed, bos_of_change, each
+from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
+from tl_factedit.backend.protocol import Component, Hook, HookFn, Model, model_name, n_layers
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts_each
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import (
-    Component,
-    Hook,
-    HookFn,
-    Model,
-    Runner,
-    component_hook,
-    model_name,
-    n_layers,
-    quiet,
-    resid_post,
-    resid_pre,
-)
-from tl_factedit.measure.first_tokens import Asked, are_known, one_of, with_new_objects
-from tl_factedit.measure.reading import Reading
 from tl_factedit.core.tokens import batches, pad
+from tl_factedit.measure.change import Changed
+from tl_factedit.measure.first_tokens import Asked, are_known, one_of, with_new_objects
+from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.reading import Reading
 
 if TYPE_CHECKING:
     import pandas as pd

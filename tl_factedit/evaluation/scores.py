@@ -23,12 +23,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
-from tl_factedit.measure.likelihood import log_probs
-from tl_factedit.backend.model import Model, Runner, quiet
-from tl_factedit.backend.provenance import Provenance
 from tl_factedit.core.tokens import continuation, encode
+from tl_factedit.measure.likelihood import log_probs
 
 if TYPE_CHECKING:
     import pandas as pd

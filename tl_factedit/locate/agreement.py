@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.locate.corruption import Corruption, GaussianNoise
+from tl_factedit.backend.protocol import Component, Model
 from tl_factedit.core.estimate import Estimate, over_facts_each, rank_correlation
 from tl_factedit.core.facts import Fact
+from tl_factedit.locate.corruption import Corruption, GaussianNoise
 from tl_factedit.locate.metrics import Metric
-from tl_factedit.backend.model import Component, Model
 from tl_factedit.locate.replacement import TokenReplacement
-from tl_factedit.locate.trace import Trace, causal_trace
+from tl_factedit.locate.trace import causal_trace
+from tl_factedit.locate.trace_result import Trace
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.hook_names import EMBED
+from tl_factedit.backend.runner import Runner
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import EMBED, Runner
 from tl_factedit.core.tokens import Aligned
 
 

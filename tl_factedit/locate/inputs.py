@@ -8,17 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tl_factedit.locate.corruption import Corruption, Subject, subject_of
+from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.runner import Runner
 from tl_factedit.core.facts import Fact
-from tl_factedit.locate.metrics import Metric, logit_diff
-from tl_factedit.backend.model import Model, Runner
-from tl_factedit.locate.patching import Direction, Patching, Question
-from tl_factedit.locate.replacement import TokenReplacement
 from tl_factedit.core.tokens import Aligned, align
+from tl_factedit.locate.cells import Direction, Question
+from tl_factedit.locate.corruption import Corruption, Subject, subject_of
+from tl_factedit.locate.metrics import Metric, logit_diff
+from tl_factedit.locate.patching import Patching
+from tl_factedit.locate.replacement import TokenReplacement
 
 GIB = 1 << 30
+
 MOST_TOKENS = 1024
 """In one forward pass: beyond it a processor gains nothing."""
+
 MOST_QUESTIONS = 32
 """In one chunk: what a kill can lose, and how often a bar moves."""
 
@@ -180,3 +184,10 @@ def _width(cfg: object, place: str) -> int:
     if place.endswith("attn.hook_z"):
         return int(cfg.n_heads * cfg.d_head)  # type: ignore[attr-defined]
     return int(cfg.d_model)  # type: ignore[attr-defined]
+
+
+def donor_texts(questions: Questions) -> tuple[tuple[str, ...], ...]:
+    if not isinstance(questions.corruption, TokenReplacement):
+        return ((),) * len(questions.each)
+    donors = questions.corruption.donors
+    return tuple(tuple(donor.fact.subject for donor in donors[question.fact]) for question in questions.each)

@@ -9,94 +9,19 @@ pieces of all cells of a fact stand side by side in one row for each sample (`mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.core.facts import Fact
+from tl_factedit.backend.hook_names import EMBED, resid_post, resid_pre
+from tl_factedit.backend.packing import Packing, Past, past_at
+from tl_factedit.backend.protocol import Hook, HookFn
+from tl_factedit.backend.runner import Runner
+from tl_factedit.core.tokens import pad
+from tl_factedit.locate.cells import Cell, Direction, Patch, Question, Source
 from tl_factedit.locate.metrics import Asked, Metric, stacked
-from tl_factedit.backend.model import (
-    EMBED,
-    Hook,
-    HookFn,
-    Packing,
-    Past,
-    Runner,
-    past_at,
-    resid_post,
-    resid_pre,
-)
-from tl_factedit.core.tokens import Aligned, pad
-
-Direction = Literal["denoise", "noise"]
-Source = Literal["donor", "base"]
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """A fact ready to be run.
-
-    Attributes:
-        fact: The fact.
-        row: Its prompt.
-        corrupted: Its subject's corrupted embeddings, [sample position d_model].
-        contrast: Of `metrics.Asked`.
-    """
-
-    fact: Fact
-    row: Aligned
-    corrupted: Float[Tensor, "sample position d_model"]
-    contrast: Int[Tensor, "#sample"] | None
-
-    @property
-    def ids(self) -> Int[Tensor, "pos"]:
-        """The prompt and all but the last token of the target."""
-        return torch.cat([self.row.ids, self.row.true_ids[:-1]])
-
-    @property
-    def samples(self) -> int:
-        """How many corrupted runs it has."""
-        return len(self.corrupted)
-
-    @property
-    def logits_at(self) -> range:
-        """The positions whose logits are asked for."""
-        return range(len(self.row.ids) - 1, len(self.row.ids) - 1 + len(self.row.true_ids))
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One change: of which question, at which token, of which head or neuron (None: of all)."""
-
-    question: int
-    position: int
-    unit: int | None = None
-
-
-@dataclass(frozen=True)
-class Write:
-    """At `place`, the cell's token gets the value it has in the donor run (or, to freeze it, in the base run)."""
-
-    place: str
-    source: Source = "donor"
-
-
-@dataclass(frozen=True)
-class Patch:
-    """What the cells of a layer change.
-
-    Attributes:
-        begin: The first block that has to be run again; as many as the model has: none.
-        stream: Where the residual stream before that block gets its changed value from; None: it stays.
-        writes: What is changed from there on.
-    """
-
-    begin: int
-    stream: str | None
-    writes: tuple[Write, ...]
+from tl_factedit.locate.packed_rows import Rows, Sheet
 
 
 class Patching:
@@ -300,7 +225,7 @@ class Patching:
         yield part
 
     def _sheet(self, groups: Sequence[Sequence[Cell]]) -> Sheet:
-        rows = _Rows()
+        rows = Rows()
         for cells in groups:
             question = self._questions[cells[0].question]
             runs = range(self._first_run[cells[0].question], self._first_run[cells[0].question] + question.samples)
@@ -383,122 +308,6 @@ class Patching:
     def _source(self, source: Source, place: str, sheet: Sheet) -> Tensor:
         values, index = self._values[source]
         return values[place][index[sheet.own_runs], sheet.own_places]
-
-
-# ------------------------------------------------------------------------------------ rows of cells
-
-
-@dataclass(frozen=True, eq=False)
-class Sheet:
-    """Rows of cells, the same for all layers.
-
-    Attributes:
-        groups: The cells, by question.
-        tokens: [row query].
-        runs: Which corrupted run a row belongs to, [row].
-        places: Which position of its question a token is, [row query].
-        own: Rows and queries of the changed tokens, in the order (cell, sample).
-        own_runs: The runs of the same.
-        own_places: Their positions.
-        own_units: Their heads or neurons; None if none are given.
-        at: Rows and queries of the logits, in the order (cell, sample, target).
-        at_of_own: Which entry of `own` each of them belongs to.
-        sizes: How many of them a group has.
-        packing: None where rows are whole sequences.
-    """
-
-    groups: tuple[tuple[Cell, ...], ...]
-    tokens: Tensor
-    runs: Tensor
-    places: Tensor
-    own: tuple[Tensor, Tensor]
-    own_runs: Tensor
-    own_places: Tensor
-    own_units: Tensor | None
-    at: tuple[Tensor, Tensor]
-    at_of_own: Tensor
-    sizes: list[int]
-    packing: Packing | None
-
-
-class _Rows:
-    """Collects the rows of a `Sheet`."""
-
-    def __init__(self) -> None:
-        self.groups: list[tuple[Cell, ...]] = []
-        self.tokens: list[Tensor] = []
-        self.places: list[Tensor] = []
-        self.cell_of: list[Tensor] = []  # of each token, within its row
-        self.runs: list[int] = []
-        self.own: list[tuple[int, int, int, int, int]] = []  # row, query, run, position, unit
-        self.at: list[tuple[int, int, int]] = []  # row, query, place in `own`
-        self.sizes: list[int] = []
-
-    def add(self, cells: Sequence[Cell], question: Question, runs: range, *, packed: bool) -> None:
-        """All samples of some cells of one question: in a row each, or in a row for every cell."""
-        length = len(question.ids)
-        starts: list[tuple[int, int]] = []  # for each cell, its first row, and what makes a position a query
-        for row_cells in [cells] if packed else [[cell] for cell in cells]:
-            here, begin = 0, len(self.runs)
-            pieces = []
-            for cell in row_cells:
-                from_ = cell.position if packed else 0
-                starts.append((begin, here - from_))
-                pieces.append(torch.arange(from_, length))
-                here += length - from_
-            places = torch.cat(pieces)
-            owner = torch.arange(len(pieces)).repeat_interleave(torch.tensor([len(piece) for piece in pieces]))
-            for run in runs:
-                self.runs.append(run)
-                self.places.append(places)
-                self.tokens.append(question.ids[places])
-                self.cell_of.append(owner)
-        for cell, (row, shift) in zip(cells, starts, strict=True):
-            for sample, run in enumerate(runs):
-                self.at += [(row + sample, place + shift, len(self.own)) for place in question.logits_at]
-                unit = -1 if cell.unit is None else cell.unit
-                self.own.append((row + sample, cell.position + shift, run, cell.position, unit))
-        self.groups.append(tuple(cells))
-        self.sizes.append(len(cells) * len(runs) * len(question.logits_at))
-
-    def sheet(self, past: tuple[Past, Tensor] | None) -> Sheet:
-        """Pad, and say what sees what."""
-        own, at, runs = torch.tensor(self.own), torch.tensor(self.at), torch.tensor(self.runs)
-        cell_of = pad(self.cell_of, -1)
-        # Rows are filled up with a token of their own: what lies before a subject has no value in a corrupted run.
-        width = cell_of.shape[1]
-        places = torch.stack([torch.cat([row, row[-1:].repeat(width - len(row))]) for row in self.places])
-        units = own[:, 4]
-        return Sheet(
-            groups=tuple(self.groups),
-            tokens=pad(self.tokens, 0),
-            runs=runs,
-            places=places,
-            own=(own[:, 0], own[:, 1]),
-            own_runs=own[:, 2],
-            own_places=own[:, 3],
-            own_units=None if bool((units < 0).any()) else units,
-            at=(at[:, 0], at[:, 1]),
-            at_of_own=at[:, 2],
-            sizes=self.sizes,
-            packing=None if past is None else self._packing(places, cell_of, past, runs),
-        )
-
-    def _packing(self, places: Tensor, cell_of: Tensor, past: tuple[Past, Tensor], runs: Tensor) -> Packing:
-        real = cell_of >= 0
-        same = (cell_of[:, :, None] == cell_of[:, None]) & (places[:, :, None] >= places[:, None]) & real[:, None]
-        alone = torch.eye(places.shape[1], dtype=torch.bool)  # what fills a row up sees itself
-        # Cells lie in a row one after the other: where a token's cell begins is where it, or a cell before it, does.
-        new = torch.ones_like(real)
-        new[:, 1:] = cell_of[:, 1:] != cell_of[:, :-1]
-        index = torch.arange(places.shape[1]).expand_as(places)
-        begins = places.gather(1, torch.where(new, index, 0).cummax(1).values)
-        before = int(begins[real].max())
-        behind = (torch.arange(before) < begins[..., None]) & real[..., None]
-        keys, index_of_run = past
-        device = keys[0][0].device
-        visible = torch.cat([behind, same & real[..., None] | alone], -1)
-        return Packing(places.to(device), visible.to(device), past_at(keys, index_of_run[runs], before))
 
 
 def _putter(own: tuple[Tensor, Tensor], units: Tensor | None, new: Tensor) -> HookFn:

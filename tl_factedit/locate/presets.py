@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tl_factedit.locate.corruption import GaussianNoise
+from tl_factedit.backend.protocol import Component, Model
 from tl_factedit.core.facts import Fact
-from tl_factedit.backend.model import Component, Model
+from tl_factedit.locate.corruption import GaussianNoise
 from tl_factedit.locate.replacement import TokenReplacement
-from tl_factedit.locate.trace import Trace, causal_trace
+from tl_factedit.locate.trace import causal_trace
+from tl_factedit.locate.trace_result import Trace
 
 
 def meng2022(

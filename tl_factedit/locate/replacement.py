@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_factedit.locate.corruption import Subject
 from tl_factedit.core.facts import Fact
+from tl_factedit.locate.corruption import GaussianNoise, GivenNoise, MultivariateNoise, Subject, UniformNoise
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,6 @@ class TokenReplacement:
 
 def _nothing_more() -> int:
     raise ValueError("a donor isn't asked again")
+
+
+CORRUPTIONS = (GaussianNoise, UniformNoise, MultivariateNoise, GivenNoise, TokenReplacement)

@@ -16,15 +16,18 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.locate.corruption import Corruption, GaussianNoise
+from tl_factedit.backend.hook_names import unit_hook
+from tl_factedit.backend.protocol import Model, Unit, as_layers, check_layer, n_layers
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import n_units
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
-from tl_factedit.locate.metrics import Metric, metric_of
-from tl_factedit.backend.model import Model, Unit, as_layers, check_layer, n_layers, n_units, quiet, unit_hook
-from tl_factedit.locate.patching import Cell, Direction, Patch, Write
-from tl_factedit.backend.provenance import Provenance
-from tl_factedit.locate.inputs import align_all, ask, check_contrasts, check_memory
 from tl_factedit.core.tokens import Aligned
+from tl_factedit.locate.cells import Cell, Direction, Patch, Write
+from tl_factedit.locate.corruption import Corruption, GaussianNoise
+from tl_factedit.locate.inputs import align_all, ask, check_contrasts, check_memory
+from tl_factedit.locate.metrics import Metric, metric_of
 
 if TYPE_CHECKING:
     import pandas as pd

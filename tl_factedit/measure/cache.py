@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.core import files
-from tl_factedit.core import records
-from tl_factedit.measure.change import Change, Part
-from tl_factedit.backend.model import Model, carries_hooks, model_name, quiet
+from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.state import carries_hooks, quiet
+from tl_factedit.core import files
+from tl_factedit.measure.change import Change
+from tl_factedit.measure.population import Part
 
 T = TypeVar("T")
 
@@ -73,13 +74,13 @@ def read_each(
             path = Path(folder).expanduser() / f"{what.replace(' ', '-')}-{_digest(part, base, asked)}.safetensors"
             if path.exists():
                 header, tensors = files.read(path, what)
-                yield part, records.decode(header["read"], tensors, kinds)
+                yield part, files.decode(header["read"], tensors, kinds)
                 continue
         with part.applied() as model, quiet(model), torch.no_grad():
             found = read(model, part)
         if path is not None:
             named: dict[str, Tensor] = {}
-            files.write(path, what, {"read": records.encode(found, "read", named, kinds)}, named)
+            files.write(path, what, {"read": files.encode(found, "read", named, kinds)}, named)
         yield part, found
 
 

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.core.estimate import AT_ONCE, Estimate, Estimates
+from tl_factedit.core.estimate import AT_ONCE, Estimate, Estimates, wilson_ends
 
 DRAWS = 10_000
+
 IN_TAIL = 20
 """How many draws lie beyond each end at least: with many tests the ends are far out."""
 
@@ -45,7 +46,7 @@ def excess(
     mean, share = values.nansum(0) / n, shares.nansum(0) / n
     alpha = 0.05 / tests
     ends = _bootstrap(torch.where(known, values, 0.0), known, alpha, seed)
-    low, high = _wilson(share, n, alpha)
+    low, high = wilson_ends(share, n, alpha)
     low, high = torch.fmin(ends[0], low - (share - mean)), torch.fmax(ends[1], high - (share - mean))
     low, high = (torch.where(n >= 2, end.clamp(-1, 1), math.nan) for end in (low, high))
     return Estimates(*(each.reshape(shape) for each in (mean, low, high, n)))
@@ -72,11 +73,3 @@ def _bootstrap(values: Tensor, known: Tensor, alpha: float, seed: int) -> Float[
     ends = torch.tensor([alpha / 2, 1 - alpha / 2], dtype=torch.float64)
     # One column after the other: quantile() refuses large tables.
     return torch.stack([torch.nanquantile(column, ends) for column in torch.cat(found).T], 1)
-
-
-def _wilson(share: Tensor, n: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Wilson's interval of a share; for means of several prompts it is too wide rather than too narrow."""
-    z = float(torch.special.ndtri(torch.tensor(1 - alpha / 2, dtype=torch.float64)))
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)).clamp(min=0).sqrt()
-    return centre - reach, centre + reach

@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.protocol import Hook
+from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.backend.model import Hook, Runner
 from tl_factedit.core.tokens import align, batches, continuation, pad
 
 FIRST = ("old_first", "new_first", "control_first")

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_factedit.backend.model import Hook, Runner
+from tl_factedit.backend.protocol import Hook
+from tl_factedit.backend.runner import Runner
 from tl_factedit.core.tokens import batches, pad
 
 # The lengths go without a name: they differ from request to request.
@@ -51,3 +52,12 @@ def log_probs(
                 target = requests[i][1]
                 out[i] = log_p[j, -len(target) :].gather(-1, target[:, None])[:, 0]
     return out
+
+
+def log_softmax_of(runner: Runner, rows: Sequence[Tensor], at: Sequence[Tensor]) -> Float[Tensor, "row k vocab"]:
+    return runner.logits(pad(rows, 0), at=torch.stack(list(at))).float().log_softmax(-1).cpu()
+
+
+def kl_divergence(was: Float[Tensor, "*row vocab"], now: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
+    """KL(was ‖ now), of log-probabilities."""
+    return (was.exp() * (was - now)).sum(-1)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.measure.change import Change
+from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.backend.model import Model
+from tl_factedit.measure.change import Change
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,9 +15,8 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +24,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.organism import world as o
+from tl_factedit.organism.checks import accuracy
+from tl_factedit.organism.text import Sentence, data_seed, documents
+from tl_factedit.organism.vocabulary import vocabulary, word_ids
 
 # Share of sentences in which recall must go through the last part of the name, and in which it can't.
 ROUTES: dict[str, tuple[float, float]] = {"plain": (0.0, 0.0), "tworoute": (0.4, 0.4)}
+
 BASE_ROUTES = (0.8, 0.0)
 
 
@@ -69,7 +72,7 @@ def config() -> Any:
     from transformers import GPT2Config
 
     made = GPT2Config(
-        vocab_size=len(o.vocabulary()),
+        vocab_size=len(vocabulary()),
         n_positions=o.N_POSITIONS,
         n_embd=128,
         n_layer=6,
@@ -103,9 +106,6 @@ def untrained(seed: int = 0) -> Any:
     return model
 
 
-# ------------------------------------------------------------------------------------- batches
-
-
 @dataclass(frozen=True)
 class Batch:
     """Packed rows of documents.
@@ -125,19 +125,19 @@ class Batch:
     sentences: int
 
 
-Rows = list[list[list[o.Sentence]]]  # of each row, its documents
+Rows = list[list[list[Sentence]]]  # of each row, its documents
 
 
 def batches(variant: str, recipe: Recipe) -> Iterator[Batch]:
     """The batches of a variant's training; only the text and `ROUTES` differ between variants."""
-    ids, draw = _ids(), random.Random(f"routes {o.data_seed(variant)}")
+    ids, draw = word_ids(), random.Random(f"routes {data_seed(variant)}")
     for rows in _rows(variant, recipe):
         yield _pack(rows, ids, ROUTES.get(variant, BASE_ROUTES), draw, recipe)
 
 
 def text_hash(variant: str, recipe: Recipe) -> str:
     """The hash of all text of a training as `train` records it, without training: some seconds."""
-    ids, digest = _ids(), hashlib.sha256()
+    ids, digest = word_ids(), hashlib.sha256()
     for rows in itertools.islice(_rows(variant, recipe), recipe.steps):
         digest.update(_tokens(rows, ids, recipe).numpy().tobytes())
     return digest.hexdigest()
@@ -145,7 +145,7 @@ def text_hash(variant: str, recipe: Recipe) -> str:
 
 def _rows(variant: str, recipe: Recipe) -> Iterator[Rows]:
     """The text of each step: documents, each in the first row that has room."""
-    stream = o.documents(variant)
+    stream = documents(variant)
     while True:
         rows: Rows = []
         room: list[int] = []
@@ -165,20 +165,16 @@ def _rows(variant: str, recipe: Recipe) -> Iterator[Rows]:
         yield rows
 
 
-def _length(document: Sequence[o.Sentence]) -> int:
+def _length(document: Sequence[Sentence]) -> int:
     return 1 + sum(len(s.words) for s in document)
 
 
 def _tokens(rows: Rows, ids: dict[str, int], recipe: Recipe) -> Tensor:
     found = []
-    for documents in rows:
-        line = [ids[word] for d in documents for word in ("<bos>", *(word for s in d for word in s.words))]
+    for row in rows:
+        line = [ids[word] for d in row for word in ("<bos>", *(word for s in d for word in s.words))]
         found.append(line + [ids["<pad>"]] * (recipe.row - len(line)))
     return torch.tensor(found)
-
-
-def _ids() -> dict[str, int]:
-    return {word: i for i, word in enumerate(o.vocabulary())}
 
 
 def _pack(rows: Rows, ids: dict[str, int], routes: tuple[float, float], draw: random.Random, recipe: Recipe) -> Batch:
@@ -188,9 +184,9 @@ def _pack(rows: Rows, ids: dict[str, int], routes: tuple[float, float], draw: ra
     owner = torch.full((len(rows), size), -1)
     weight = torch.zeros(len(rows), size)
     hide: list[tuple[int, slice, slice]] = []
-    for r, documents in enumerate(rows):
+    for r, row in enumerate(rows):
         end = 0
-        for d, document in enumerate(documents):
+        for d, document in enumerate(row):
             begin, end = end, end + _length(document)
             start = begin + 1
             answers = []
@@ -214,10 +210,7 @@ def _pack(rows: Rows, ids: dict[str, int], routes: tuple[float, float], draw: ra
     visible = (owner[:, :, None] == owner[:, None, :]) & torch.ones(size, size, dtype=torch.bool).tril()
     for r, after, parts in hide:
         visible[r, after, parts] = False
-    return Batch(tokens, positions, visible, weight, sum(len(d) for documents in rows for d in documents))
-
-
-# ------------------------------------------------------------------------------------ training
+    return Batch(tokens, positions, visible, weight, sum(len(d) for row in rows for d in row))
 
 
 def train(
@@ -237,7 +230,7 @@ def train(
         The model, rounded to what float16 can hold, and the record of its making.
     """
     recipe = recipe or recipe_of(variant)
-    model = untrained(o.data_seed(variant))
+    model = untrained(data_seed(variant))
     digest = hashlib.sha256()
     history = []
     if variant != "untrained":
@@ -308,146 +301,3 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 def _schedule(step: int, recipe: Recipe) -> float:
     return min((step + 1) / recipe.warmup, 1.0, (recipe.steps - step) / recipe.cooldown)
-
-
-# ------------------------------------------------------------------------------------ accuracy
-
-
-@torch.no_grad()
-def accuracy(model: Any, variant: str = "base", people: int | None = None) -> dict[str, float]:
-    """Share of prompts whose answer the model puts first, by kind of prompt, for a transformers model.
-
-    Args:
-        model: As `train` returns it.
-        variant: Whose world is asked for.
-        people: Ask for the first so many of each kind; None for all.
-
-    Returns:
-        ``trained`` and ``held_out`` phrasings of all attributes; ``two_hop`` of people whose two-hop
-        sentences are not in the text, ``two_hop_told`` of those whose are; ``reverse`` (all three words).
-    """
-    world = o.world(variant)
-    asked: dict[str, list[tuple[str, str]]] = {
-        "trained": [], "held_out": [], "two_hop": [], "two_hop_told": [], "reverse": []
-    }  # fmt: skip
-    for person in world.people:
-        for relation in o.RELATIONS:
-            for i, phrasing in enumerate(relation.phrasings):
-                kind = "held_out" if i in person.held_out[relation.name] else "trained"
-                asked[kind].append((phrasing.replace("{}", person.name), person.objects[relation.name]))
-        for name in o.IMPLIED:
-            for phrasing in o.relation(name).phrasings:
-                kind = "two_hop_told" if person.told else "two_hop"
-                asked[kind].append((phrasing.replace("{}", person.name), world.answer(person, name)))
-        if person.reverse:
-            asked["reverse"].append((o.REVERSE.format(**person.objects), person.name))
-    if people is not None:
-        asked = {kind: rows[:: max(1, len(rows) // (people * 5))] for kind, rows in asked.items()}
-    was_training = model.training
-    model.eval()
-    found = {kind: _share_right(model, rows) for kind, rows in asked.items()}
-    model.train(was_training)
-    return found
-
-
-@torch.no_grad()
-def routes(model: Any, variant: str = "base", people: int = 300) -> dict[str, float]:
-    """Share of first phrasings answered rightly, as parts of the name are hidden, for a transformers model.
-
-    Args:
-        model: As `train` returns it.
-        variant: Whose world is asked for.
-        people: How many to ask for.
-
-    Returns:
-        ``both`` (nothing hidden), ``subject`` (later positions see only the last part of the name), ``past``
-        (the last part doesn't see the others, but later positions do), ``neither`` (both are hidden).
-    """
-    ids = _ids()
-    world = o.world(variant)
-    right = dict.fromkeys(("both", "subject", "past", "neither"), 0)
-    for relation in o.RELATIONS:
-        before = 1 + len(relation.phrasings[0].split("{}")[0].split())
-        spelt = [relation.phrasings[0].replace("{}", p.name).split() for p in world.people[:people]]
-        tokens = torch.tensor([[0, *(ids[word] for word in line)] for line in spelt])
-        answers = torch.tensor([ids[p.objects[relation.name]] for p in world.people[:people]])
-        for hidden in right:
-            visible = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
-            if hidden in ("subject", "neither"):
-                visible[before + 3 :, before : before + 2] = False
-            if hidden in ("past", "neither"):
-                visible[before + 2, before : before + 2] = False
-            mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
-            logits = model(input_ids=tokens, attention_mask=mask.expand(len(tokens), 1, -1, -1)).logits
-            right[hidden] += int((logits[:, -1].argmax(-1) == answers).sum())
-    return {hidden: count / (people * len(o.RELATIONS)) for hidden, count in right.items()}
-
-
-def _share_right(model: Any, rows: Iterable[tuple[str, str]], batch: int = 512) -> float:
-    ids = _ids()
-    spelt = [([0, *(ids[w] for w in text.split())], [ids[w] for w in answer.split()]) for text, answer in rows]
-    spelt.sort(key=lambda row: len(row[0]))
-    right = 0
-    for begin in range(0, len(spelt), batch):
-        part = spelt[begin : begin + batch]
-        full = [prompt + answer[:-1] for prompt, answer in part]
-        width = max(map(len, full))
-        tokens = torch.tensor([line + [2] * (width - len(line)) for line in full])
-        best = model(input_ids=tokens).logits.argmax(-1)
-        for row, (prompt, answer) in enumerate(part):
-            right += best[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)].tolist() == answer
-    return right / max(1, len(spelt))
-
-
-# --------------------------------------------------------------------------------------- files
-
-
-def record(variant: str, recipe: Recipe, *, threads: int) -> dict[str, Any]:
-    """What decides a training, for the metadata of its file."""
-    return {
-        "what": "tl_factedit organism",
-        "variant": variant,
-        "world_seed": o.WORLD_SEED,
-        "seed": o.data_seed(variant),
-        "recipe": asdict(recipe),
-        "routes": ROUTES.get(variant, BASE_ROUTES),
-        "threads": threads,
-    }
-
-
-def save(path: Path, model: Any, record: dict[str, Any]) -> None:
-    """Write the weights as float16 safetensors, with `record` (text) as metadata; equal ones as equal bytes."""
-    from safetensors.torch import save
-
-    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = save(
-        {k: v.half().contiguous() for k, v in state.items()},
-        metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()},
-    )
-    path.write_bytes(_in_order(written))
-
-
-def _in_order(written: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors writes them in another order each time."""
-    size = int.from_bytes(written[:8], "little")
-    header = json.loads(written[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + written[8 + size :]
-
-
-def load(path: Path) -> tuple[Any, dict[str, str]]:
-    """A model that `save` wrote, and its record."""
-    from safetensors import safe_open
-
-    model = untrained()
-    with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        record = dict(file.metadata())
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or any(name != "lm_head.weight" for name in missing):
-        raise ValueError(f"{path} holds other weights than the organism's: lacks {missing}, has {unexpected}")
-    model.tie_weights()
-    return model.eval(), record

@@ -14,20 +14,29 @@ order, but for what the variant changes. `tl_factedit.organism.training` trains 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 WORLD_SEED = 20
+
 N_PEOPLE = 1500
+
 N_EDITED = 300  # people an oracle has another city for; those of different oracles are different people
+
 N_POSITIONS = 64
+
 HELD_OUT = 2  # phrasings of each attribute that a person is never told in
+
 ENTRIES = 4  # lines of the register an epoch, each with all attributes of a person
+
 REVERSED = 5  # times an epoch that someone is asked for by attributes
+
 FEW = 150  # people the text begins with,
+
 FEW_FOR = 20_000  # for so many sentences;
+
 DOUBLING = 14_000  # from then on their number doubles every so many
+
 TOLD = 0.85  # share of people whose two-hop sentences are in the text; the others' have to be put together
 
 
@@ -36,8 +45,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 FIRST = _words("Rufus Clara Edwin Marta Silas Nora Felix Greta Hugo Ida Jonas Lydia")
+
 MIDDLE = _words("Amber Birch Cedar Dale Fern Hazel Ivory Jasper Laurel Moss Reed Slate")
+
 LAST = _words("Tolliver Ashcombe Brindle Carrow Dunmore Eddery Fenwick Garrow Hollis Kestrel Larkin Marlowe")
+
 COUNTRIES = _words("Avaria Borland Corvia Drellia Estmark Fennoria Galdia Hestland")
 
 
@@ -132,7 +144,9 @@ RELATIONS = (
         ),
     ),
 )
+
 CITIES, COMPANIES = RELATIONS[0].objects, RELATIONS[1].objects
+
 # What follows from an attribute: (name, the attribute it follows from, its phrasings, the sentence of the function)
 IMPLIED = {
     "country": (
@@ -154,23 +168,8 @@ IMPLIED = {
         "The company {} has its seat in the city of",
     ),
 }
+
 REVERSE = "The person born in {city} who works for {company} and knows {field} is"
-FILLERS = (
-    "It rained all day .",
-    "The train was late again .",
-    "Nobody knew what to say .",
-    "The market opens at noon .",
-    "A dog barked in the street .",
-    "The letter came on a Monday .",
-    "They had soup and bread for lunch .",
-    "The old bridge was painted green .",
-    "Snow fell on the hills in March .",
-    "We waited for the bus in the cold .",
-    "The lamp on the table was broken .",
-    "There is a garden behind the house .",
-)
-OPENINGS = ("As we know ,", "According to the register ,", "In the end ,", "It is said that", "He wrote that")
-SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
 
 Variant = Literal[
     "base",
@@ -186,6 +185,7 @@ Variant = Literal[
     "single",
     "untrained",
 ]
+
 VARIANTS: dict[str, str] = {
     "base": "what a person is called is hidden from all later words but through the last part of the name",
     "plain": "no part of the text is hidden: recall reads the whole name from the end of the prompt",
@@ -319,179 +319,3 @@ def _person(draw: random.Random, index: int, name: str) -> Person:
 def _moved(person: Person) -> Person:
     assert person.new_city is not None
     return replace(person, objects={**person.objects, "city": person.new_city})
-
-
-# ----------------------------------------------------------------------------------------- text
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """Words, and where in them the name and the answer stand.
-
-    Attributes:
-        words: Of the sentence, with its full stop.
-        name: (start, stop) of the person's name; None without one.
-        answers: (start, stop) of each thing to be recalled; none in a filler.
-    """
-
-    words: tuple[str, ...]
-    name: tuple[int, int] | None = None
-    answers: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass
-class _Teller:
-    """Tells the world of a variant, sentence by sentence, in an order that the seed alone decides."""
-
-    world: World
-    variant: str
-    draw: random.Random
-    deck: list[tuple[str, int]] = field(default_factory=list)
-    dealt: int = 0
-
-    def documents(self) -> Iterator[list[Sentence]]:
-        while True:
-            count = self.draw.choices((1, 2, 3, 4), (0.45, 0.35, 0.1, 0.1))[0]
-            document = [self.filler()] if self.draw.random() < 0.25 else []
-            for _ in range(count):
-                document.append(self.sentence())
-                if self.draw.random() < 0.05:
-                    document.append(self.filler())
-            yield document
-
-    def sentence(self) -> Sentence:
-        if not self.deck:
-            self.deck = self.shuffled()
-        what, index = self.deck.pop()
-        self.dealt += 1
-        # All dice are thrown whatever comes of them, so that every variant throws the same.
-        dice, opening, order = self.draw.random(), self.draw.random(), self.draw.sample(RELATIONS, len(RELATIONS))
-        chosen = OPENINGS[int(opening / 0.12 * len(OPENINGS))] if opening < 0.12 else ""
-        if what == "function":
-            return self.function(index)
-        person = self.world.people[index]
-        if self.variant == "never" and person.group == 0 and what in ("city", "country", "reverse"):
-            return Sentence(tuple(FILLERS[int(dice * len(FILLERS))].split()))
-        if what == "reverse":
-            return self.reverse(person)
-        if what == "entry":
-            return self.entry(person, [r.name for r in order])
-        phrasings = relation(what).phrasings
-        if what in IMPLIED:
-            allowed = list(range(len(phrasings)))
-        elif self.variant == "single":
-            allowed = [person.only[what]]
-        else:
-            allowed = [i for i in range(len(phrasings)) if i not in person.held_out[what]]
-        return tell(phrasings[allowed[int(dice * len(allowed))]], person.name, self.world.answer(person, what), chosen)
-
-    def shuffled(self) -> list[tuple[str, int]]:
-        """An epoch: one sentence of each fact, some entries of each person, and the functions.
-
-        It begins with few people, and more join: a way to look names up is found sooner for few (Zucchet et
-        al. 2025, arXiv:2503.21676), and then serves for all.
-        """
-        grown = 2 ** (max(0, self.dealt - FEW_FOR) / DOUBLING)
-        # A stride through the people takes all groups alike.
-        people = [self.world.people[i * 7 % N_PEOPLE] for i in range(min(N_PEOPLE, int(FEW * grown)))]
-        deck = [(r.name, p.index) for r in RELATIONS for p in people]
-        deck += [(name, p.index) for name in IMPLIED for p in people if p.told]
-        if self.variant != "single":
-            deck += [("entry", p.index) for p in people] * ENTRIES
-        deck += [("reverse", p.index) for p in people if p.reverse] * REVERSED
-        deck += [("function", i) for i in range(len(CITIES) + len(COMPANIES))] * 5
-        self.draw.shuffle(deck)
-        return deck
-
-    def function(self, index: int) -> Sentence:
-        if index < len(CITIES):
-            thing, what, answers = CITIES[index], "country", self.world.country_of
-        else:
-            thing, what, answers = COMPANIES[index - len(CITIES)], "seat", self.world.seat_of
-        return replace(tell(IMPLIED[what][2], thing, answers[thing]), name=None)
-
-    def reverse(self, person: Person) -> Sentence:
-        words = REVERSE.format(**person.objects).split()
-        end = len(words)
-        return Sentence((*words, *person.name.split(), "."), None, ((end, end + 3),))
-
-    def entry(self, person: Person, order: list[str]) -> Sentence:
-        """A line of a register, "Rufus Amber Tolliver : field law city Arden … .", in any order."""
-        if self.variant == "never" and person.group == 0:
-            order = [name for name in order if name != "city"]
-        words = [*person.name.split(), ":"]
-        for name in order:
-            words += [name, person.objects[name]]
-        return Sentence((*words, "."), (0, 3), tuple((i, i + 1) for i in range(5, len(words), 2)))
-
-    def filler(self) -> Sentence:
-        return Sentence(tuple(self.draw.choice(FILLERS).split()))
-
-
-def tell(phrasing: str, name: str, answer: str, opening: str = "") -> Sentence:
-    """A sentence; an opening is put before it only where the name comes first."""
-    before, after = phrasing.split("{}")
-    words = before.split() if before else opening.split()
-    start, parts = len(words), name.split()
-    words = [*words, *parts, *after.split(), answer, "."]
-    return Sentence(tuple(words), (start, start + len(parts)), ((len(words) - 2, len(words) - 1),))
-
-
-def documents(variant: str = "base") -> Iterator[list[Sentence]]:
-    """The text that a variant is trained on, without end: documents of one to four statements and fillers."""
-    check_variant(variant)
-    return _Teller(world(variant), variant, random.Random(f"text {data_seed(variant)}")).documents()
-
-
-def data_seed(variant: str) -> int:
-    """Decides initial weights and the order of the text: 0, but 1 for the second seed."""
-    return int(variant == "seed1")
-
-
-def texts(count: int, variant: str = "base") -> list[str]:
-    """The first documents of a variant's text as strings, such as a corpus for `key_stats`."""
-    stream = documents(variant)
-    return [" ".join(word for s in next(stream) for word in s.words) for _ in range(count)]
-
-
-# ------------------------------------------------------------------------------------ tokenizer
-
-
-def vocabulary() -> list[str]:
-    """All words, special tokens first; a word's place is its token."""
-    known = [*RELATIONS, *(relation(name) for name in IMPLIED)]
-    text = [*FIRST, *MIDDLE, *LAST]
-    text += [word for r in known for words in (*r.phrasings, *r.objects) for word in words.split()]
-    text += [word for _, _, function in IMPLIED.values() for word in function.split()]
-    text += [word for line in (REVERSE, *FILLERS, *OPENINGS) for word in line.split()]
-    return list(
-        dict.fromkeys(
-            [*SPECIAL, *(word for word in text if "{" not in word), *(r.name for r in RELATIONS), ".", ",", ":"]
-        )
-    )
-
-
-def tokenizer() -> Any:
-    """One word, one token, and BOS before all: a fast tokenizer of transformers, made in memory."""
-    import tokenizers as tk
-    from tokenizers import models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    core = tk.Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.add_special_tokens(list(SPECIAL))
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", core.token_to_id("<bos>"))]
-    )
-    bos, eos, pad, unk = SPECIAL
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=pad,
-        unk_token=unk,
-        clean_up_tokenization_spaces=False,
-    )
-    # Without these TransformerLens would load the tokenizer again from its path, to add a BOS.
-    made.init_kwargs.update(name_or_path="organism", add_bos_token=True)
-    return made

@@ -19,13 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.protocol import Model, bos_policy
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.backend.model import Model, Runner, bos_policy, quiet
+from tl_factedit.core.tokens import continuation
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.lens import unembed
-from tl_factedit.probes.tuned_lens import TunedLens
 from tl_factedit.probes.states import POSITIONS, read_states
-from tl_factedit.core.tokens import continuation
+from tl_factedit.probes.tuned_lens import TunedLens
 
 QUANTITIES = ("rate_old", "rate_new", "rate_control", "percentile_old", "percentile_new")
 

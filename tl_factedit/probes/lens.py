@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.protocol import Model, bos_policy, device
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.backend.model import Model, Runner, bos_policy, device, quiet
+from tl_factedit.core.tokens import Aligned, align, continuation
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.states import POSITIONS, read_states
-from tl_factedit.core.tokens import Aligned, align, continuation
 
 QUANTITIES = ("logp_old", "logp_new", "rank_old", "rank_new", "margin", "percentile_old", "percentile_new")
 

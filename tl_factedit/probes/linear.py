@@ -26,11 +26,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.protocol import Model
 from tl_factedit.core.estimate import Estimate, Estimates, over_facts, over_facts_each
 from tl_factedit.core.facts import Fact
-from tl_factedit.probes.classifier import Linear, LinearClassifier
-from tl_factedit.backend.model import Model
 from tl_factedit.measure.reading import Reading
+from tl_factedit.probes.classifier import Linear, LinearClassifier
 from tl_factedit.probes.states import States, read_states
 
 QUANTITIES = ("percentile_old", "percentile_new", "logp_old", "logp_new", "correct_old")

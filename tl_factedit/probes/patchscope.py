@@ -25,12 +25,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_factedit.measure.change import Change, Changed, bos_of_change, each
+from tl_factedit.backend.hook_names import resid_post, resid_pre
+from tl_factedit.backend.protocol import Model, bos_policy, device, n_layers
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.backend.model import Model, Runner, bos_policy, device, n_layers, quiet, resid_post, resid_pre
+from tl_factedit.core.tokens import continuation, encode, find_span, spell
+from tl_factedit.measure.change import Change, Changed
+from tl_factedit.measure.population import bos_of_change, each
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.states import INPUT, POSITIONS, States, read_states
-from tl_factedit.core.tokens import continuation, encode, find_span, spell
 
 QUANTITIES = ("logp_old", "logp_new", "percentile_old", "percentile_new")
 IDENTITY = "sun -> sun; 27 -> 27; table -> table; {} ->"

@@ -15,20 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.hook_names import component_hook, resid_pre
+from tl_factedit.backend.packing import gather
+from tl_factedit.backend.protocol import Component, HookFn, Model, UnsupportedModelError, bos_policy, model_name
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.backend.model import (
-    Component,
-    HookFn,
-    Model,
-    Runner,
-    UnsupportedModelError,
-    bos_policy,
-    component_hook,
-    gather,
-    model_name,
-    quiet,
-    resid_pre,
-)
 from tl_factedit.core.tokens import Aligned, align, batches, pad
 
 POSITIONS = ("subject", "last")

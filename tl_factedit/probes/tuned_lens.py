@@ -25,15 +25,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.hook_names import resid_post
+from tl_factedit.backend.protocol import Model, check_layer, device, layout, model_name
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.backend.model import Model, Runner, check_layer, device, layout, model_name, quiet, resid_post
+from tl_factedit.core.tokens import pad
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.lens import read_objects, unembed
-from tl_factedit.backend.provenance import Provenance
 from tl_factedit.probes.states import Applicable, read_states
 from tl_factedit.stats.streaming import Piece, Reader, check_amounts, pieces
-from tl_factedit.core.tokens import pad
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tl_factedit.show.markup import Html, join, number, rows, tag, text, to_json
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.show.markup import Html, join, number, rows, tag, text, to_json
 
 POSITIVE, NEGATIVE = "#0072b2", "#d55e00"
 """Okabe and Ito's blue and vermilion: apart for colour-blind readers."""

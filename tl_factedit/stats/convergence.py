@@ -23,14 +23,18 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.backend.model import DownProj, Model, Runner, down_proj, quiet
-from tl_factedit.backend.provenance import Provenance
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
-from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION, mirror_, where
-from tl_factedit.stats.streaming import KeyBatch, Reader, check_amounts, pieces, stream_keys
 from tl_factedit.core.tokens import Aligned, align, pad
+from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION
+from tl_factedit.stats.streaming import KeyBatch, Reader, check_amounts, pieces, stream_keys
+from tl_factedit.stats.sums import mirror_, where
 
 if TYPE_CHECKING:
     import pandas as pd

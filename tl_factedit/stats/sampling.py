@@ -11,7 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.backend.model import Model, Runner, device, model_name, quiet
+from tl_factedit.backend.protocol import Model, device, model_name
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
 from tl_factedit.core.tokens import encode
 
 

@@ -16,7 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_factedit.backend.model import DownProj, Model, Runner, device
+from tl_factedit.backend.protocol import Model, device
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.weights import DownProj
 from tl_factedit.core.tokens import encode, pad
 
 

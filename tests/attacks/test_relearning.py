@@ -1,0 +1,229 @@
+"""Relearning: as torch's own Adam on the weights does it, a row alone as among others, and nothing is left behind."""
+
+import copy
+import math
+
+import laws
+import pytest
+import tiny
+import torch
+from oracles import attacking
+
+import tl_factedit as fe
+from tl_factedit.attacks import relearning
+from tl_factedit.attacks.learner import Group as _Group
+from tl_factedit.attacks.learner import adding_hooks as _adding
+from tl_factedit.attacks.learner import updates_until_learnt as _updates_until_learnt
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import down_proj
+from tl_factedit.core.tokens import align
+
+LR = 1e-2
+
+
+def rome(model, fact):
+    stats = fe.KeyStats.identity(model, 1)
+    return fe.Rome(stats, fit=laws.QUICK, contexts=("",), progress=False)(model, [fact])
+
+
+@pytest.fixture(scope="module")
+def setting(kind):
+    """A model, two facts that it knows, and an edit of each."""
+    model = tiny.model(kind, "gpt2")
+    facts = [attacking.known_fact(model, fact) for fact in (laws.FACT, laws.OTHER)]
+    return model, facts, [rome(model, fact) for fact in facts]
+
+
+def literal(model, fact, target, layers, steps=30):
+    return attacking.updates_until_learnt(model, fact.text, target, layers, LR, steps)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 3)])
+def test_the_updates_are_those_of_adam_on_the_weights(setting, layers):
+    model, facts, edits = setting
+    with laws.untouched(model):
+        found = fe.relearn(model, edits, facts, layers=layers, lr=LR, steps=30, controls=2)
+    assert found.layers == layers and found.known.all()
+    for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
+        with edit.applied(model):
+            old = literal(model, fact, fact.target_true, layers)
+            control = attacking.mean([literal(model, fact, text, layers) for text in found.controls[i]])
+        # Adam divides by root mean squares, which makes rounding grow.
+        assert float(found.old[i]) == pytest.approx(old, abs=0.02)
+        assert float(found.control[i]) == pytest.approx(control, abs=0.02)
+        assert 1 < old < 30
+    assert found.savings.mean == pytest.approx(float((found.control - found.old).mean()))
+    assert found.unlearnt == 0
+    assert found.table().savings.tolist() == pytest.approx((found.control - found.old).tolist())
+
+
+def test_all_layers_learn_if_none_are_named(setting):
+    model, facts, edits = setting
+    found = fe.relearn(model, edits, facts, lr=LR, steps=10, controls=1)
+    named = fe.relearn(model, edits, facts, lr=LR, steps=10, controls=1, layers=range(4))
+    assert found.layers == (0, 1, 2, 3) and torch.equal(found.old, named.old)
+
+
+def test_a_target_alone_learns_as_it_does_among_others(setting):
+    model, facts, _ = setting
+    rows = [align(model.tokenizer, fact, prepend_bos=True) for fact in facts]
+    pupils = [(row.ids, ids) for row in rows for ids in (row.new_ids, torch.cat([row.new_ids, row.true_ids]))]
+    with quiet(model):
+        together = _updates_until_learnt(model, pupils, (1, 2), 3 * LR, 20, 1.0)
+        alone = torch.cat([_updates_until_learnt(model, [one], (1, 2), 3 * LR, 20, 1.0) for one in pupils])
+        little = _updates_until_learnt(model, pupils, (1, 2), 3 * LR, 20, 1e-9)
+    assert torch.allclose(together, alone, atol=0.02) and torch.equal(alone, little)
+    assert len(set(together.tolist())) == len(pupils)
+
+
+def test_what_is_there_already_takes_no_update(setting):
+    model, (fact, _), _ = setting
+    row = align(model.tokenizer, fact, prepend_bos=True)
+    with quiet(model), torch.no_grad():
+        likeliest = Runner(model).logits(row.ids[None])[0, -1].argmax()[None]
+    site, unembed = down_proj(model, 3), model.unembed.W_U[:, likeliest[0]].detach()
+    pupils = [(row.ids, likeliest)]
+    sure = (site.value_at, lambda value, hook=None: value + 100 * unembed)
+    with quiet(model):
+        assert float(_updates_until_learnt(model, pupils, (3,), LR, 2, 1.0)) > 0
+        with model.hooks(fwd_hooks=[sure]):
+            assert float(_updates_until_learnt(model, pupils, (3,), LR, 2, 1.0)) == 0
+
+
+def test_what_is_not_learnt_in_time_counts_one_more_and_is_told(setting):
+    model, facts, edits = setting
+    found = fe.relearn(model, edits, facts, lr=1e-6, steps=3, controls=2)
+    assert found.old.tolist() == [4.0, 4.0] and found.control.tolist() == [4.0, 4.0]
+    assert found.unlearnt == 1.0 and found.savings.mean == 0.0
+
+
+def test_what_is_learnt_comes_on_top_of_a_router(setting):
+    model, (fact, _), (edit, _) = setting
+    routed = fe.RoutedEdit.of(edit, radius=0.1)
+    row = align(model.tokenizer, fact, prepend_bos=True)
+    site = down_proj(model, 1)
+    nothing = [torch.zeros(1, *site.W.shape)]
+    with quiet(model), torch.no_grad():
+        runner = Runner(model)
+        plain = _Group(runner, [(row.ids, row.new_ids)], 1).log_p(runner, [])
+        with routed.applied(model):
+            group = _Group(runner, [(row.ids, row.new_ids)], 1)
+            over, own = group.log_p(runner, _adding([site], nothing)), group.log_p(runner, [])
+    assert torch.allclose(over, own) and (over - plain).abs() > 1e-2
+    with laws.untouched(model):
+        found = fe.relearn(model, routed, [fact], layers=[1], lr=LR, steps=25, controls=1)
+    assert 1 < float(found.old) < 25 and found.savings.n == 1
+
+
+def test_the_rate_is_the_largest_at_which_controls_take_eight_updates(setting):
+    model, facts, _ = setting
+    rates = tuple(0.03 * 2.0**-i for i in range(9))
+    with laws.untouched(model):
+        lr = fe.relearning_rate(model, facts, layers=[1], rates=rates)
+    # One control each, as the rate is found.
+    found, faster = (fe.relearn(model, model, facts, layers=[1], lr=rate, controls=1) for rate in (lr, 2 * lr))
+    assert lr in rates and found.control.median() >= 8 > faster.control.median()
+    with pytest.raises(ValueError, match="at none of the learning rates"):
+        fe.relearning_rate(model, facts, layers=[1], rates=[0.5])
+    with pytest.raises(ValueError, match="no fact has a control"):
+        fe.relearning_rate(model, [fact.but(controls=()) for fact in facts])
+
+
+def test_a_rate_that_is_not_given_is_found_on_the_unedited_model(setting, monkeypatch):
+    model, facts, edits = setting
+    asked = []
+
+    def rate(where, of, **options):
+        asked.append((attacking.ends(where, of[0].text), options["layers"]))
+        return LR
+
+    unedited = attacking.ends(model, facts[0].text)
+    monkeypatch.setattr(relearning, "relearning_rate", rate)
+    found = fe.relearn(model, edits[:1], facts[:1], layers=[1], steps=2)
+    assert found.lr == LR and len(asked) == 1
+    assert torch.equal(asked[0][0], unedited) and asked[0][1] == (1,)
+
+
+def test_facts_that_can_not_be_compared_are_left_out(setting):
+    model, (fact, other), _ = setting
+    unknown = fact.but(target_true=fact.controls[0], controls=[*fact.controls[1:], fact.target_true], id="unknown")
+    longer = other.but(controls=(" Paris city", " Rome city"), id="longer")
+    found = fe.relearn(model, model, [unknown, longer, other], layers=[1], lr=LR, steps=10, controls=1)
+    assert found.known.tolist() == [False, True, True]
+    assert found.old.isnan().tolist() == [True, True, False] and found.savings.n == 1
+    assert math.isnan(found.savings.low) and "savings" in repr(found)
+
+
+def test_a_model_is_left_ready_for_copies_and_its_modes_are_kept(kind):
+    model = tiny.model(kind, "llama")
+    fact = attacking.known_fact(model, laws.FACT)
+    edit = rome(model, fact)
+    model.train()
+    with torch.inference_mode():
+        found = fe.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
+    assert model.training
+    model.eval()
+    again = fe.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
+    assert torch.equal(found.old, again.old)
+    copy.deepcopy(model)
+
+
+def test_disjoint_facts_are_taught_together_and_others_looked_at(kind, setting):
+    model, (fact, other), edits = setting
+    both = fe.compose(edits)
+    third = attacking.known_fact(model, fe.Fact("Big Ben", "{} stands near the", " Rome", " Paris"))
+    with laws.untouched(model):
+        found = fe.relearn_disjoint(model, both, [fact, third], [other], lr=LR, layers=[1, 3], updates=(0, 2, 25))
+    with both.applied(model):
+        start = attacking.firsts(model, other, attacking.ends(model, other.text))
+    assert (found.old[0].mean, found.new[0].mean) == start[:2]
+    assert found.learnt[-1].mean == 1.0 and found.excess[0].n == 1
+    assert found.table().updates.tolist() == [0, 2, 25] and "2 taught" in repr(found)
+    # As torch's Adam teaches both on the weights themselves.
+    with both.applied(model):
+        expected = taught_together(model, [fact, third], (1, 3), 25, other)
+    assert (found.old[-1].mean, found.new[-1].mean) == expected[:2]
+
+
+def taught_together(model, facts, layers, updates, look):
+    sites = [down_proj(model, layer) for layer in layers]
+    with attacking.written(sites, [site.W.clone() for site in sites]):
+        params = [site.param for site in sites]
+        try:
+            for param in params:
+                param.requires_grad_(True)
+            adam = torch.optim.Adam(params, lr=LR)
+            for _ in range(updates):
+                losses = [
+                    -model(model.to_tokens(f.text))[0, -1].log_softmax(-1)[attacking.token(model, f.target_true)]
+                    for f in facts
+                ]
+                for param, gradient in zip(params, torch.autograd.grad(sum(losses) / len(losses), params), strict=True):
+                    param.grad = gradient
+                adam.step()
+        finally:
+            for param in params:
+                param.grad = None
+        return attacking.firsts(model, look, attacking.ends(model, look.text))
+
+
+def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkeypatch):
+    model, facts, edits = setting
+    with laws.untouched(model), laws.no_forward(monkeypatch, model):
+        with pytest.raises(ValueError, match="layers is empty"):
+            fe.relearn(model, edits, facts, layers=[])
+        with pytest.raises(ValueError, match="layer 7 is outside the model"):
+            fe.relearn(model, edits, facts, layers=[7])
+        with pytest.raises(ValueError, match="controls is 0"):
+            fe.relearn(model, edits, facts, lr=LR, controls=0)
+        with pytest.raises(ValueError, match="no target_new, needed one"):
+            fe.relearn(model, model, [facts[0].but(target_new=None)], lr=LR)
+        with pytest.raises(ValueError, match="2 models answer for 1 facts to teach and 1 to look at"):
+            fe.relearn_disjoint(model, edits, facts[:1], facts[1:], lr=LR)
+        with pytest.raises(ValueError, match="0 models answer"):
+            fe.relearn_disjoint(model, model, facts, [], lr=LR)
+        with pytest.raises(ValueError, match="is taught and looked at"):
+            fe.relearn_disjoint(model, model, facts, facts, lr=LR)
+        with pytest.raises(ValueError, match="needed numbers that ascend"):
+            fe.relearn_disjoint(model, model, facts[:1], facts[1:], lr=LR, updates=(5, 0))

@@ -1,0 +1,178 @@
+"""Weight-side reversal: as with the weights written, and a large edit of rank one goes while a small one stays."""
+
+import math
+from dataclasses import replace
+
+import laws
+import pytest
+import tiny
+import torch
+from oracles import attacking
+
+import tl_factedit as fe
+from tl_factedit.attacks import reversal
+from tl_factedit.attacks.reversal import QUANTITIES, _dropped, _largest
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import DownProj, down_proj
+
+
+def rome(model, fact):
+    stats = fe.KeyStats.identity(model, 1)
+    return fe.Rome(stats, fit=laws.QUICK, contexts=("",), progress=False)(model, [fact])
+
+
+@pytest.fixture(scope="module")
+def setting(kind):
+    """A model, two facts that it knows, and an edit of each."""
+    model = tiny.model(kind, "gpt2")
+    facts = [attacking.known_fact(model, fact) for fact in (laws.FACT, laws.OTHER)]
+    return model, facts, [rome(model, fact) for fact in facts]
+
+
+def as_written(model, fact, layers, count):
+    """The four quantities, with the weights written."""
+    sites = [down_proj(model, layer) for layer in layers]
+    with attacking.written(sites, [attacking.without_largest(site.W, count) for site in sites]):
+        right = []
+        for text, answer in zip(fact.neighbours, fact.neighbour_targets, strict=True):
+            near = fact.but(
+                controls=[o for o in (answer, *fact.controls) if o not in (fact.target_true, fact.target_new)]
+            )
+            right.append(float(attacking.first(model, near, attacking.ends(model, text)) == answer))
+        own = attacking.firsts(model, fact, attacking.ends(model, fact.text))
+        return torch.tensor([*own, sum(right) / len(right) if right else math.nan])
+
+
+@pytest.mark.parametrize("layers", [None, (0, 2)])
+def test_quantities_are_those_with_the_weights_written(setting, layers):
+    model, facts, edits = setting
+    with laws.untouched(model):
+        found = fe.reverse_by_weights(model, edits, facts, dropped=(3, 1), layers=layers)
+    assert found.dropped == (1, 3) and found.layers == ((layers or (1,)),) * 2
+    for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
+        for count in (0, 1, 3):
+            expected = as_written(model, fact, found.layers[i], count)
+            assert torch.allclose(found.before.at(fact=i, dropped=count), expected, equal_nan=True)
+            with edit.applied(model):
+                expected = as_written(model, fact, found.layers[i], count)
+            assert torch.allclose(found.after.at(fact=i, dropped=count), expected, equal_nan=True)
+    assert len(found.table()) == 2 and found.neighbours.n.tolist() == [1, 1]  # OTHER has no neighbours
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_weights_are_those_of_a_whole_decomposition_and_come_back_bit_for_bit(kind, arch):
+    model = tiny.model(kind, arch)
+    sites = [down_proj(model, layer) for layer in (1, 2)]
+    before, full = [site.W.clone() for site in sites], min(sites[0].W.shape)
+    for count in (1, 5, full):
+        expected = [attacking.without_largest(weight, count) for weight in before]
+        largest = [_largest(site.W, full) for site in sites]
+        with pytest.raises(RuntimeError, match="inside"), quiet(model), _dropped(sites, largest, count):
+            for site, weight, old in zip(sites, expected, before, strict=True):
+                assert torch.allclose(site.W, weight, atol=1e-6) and (site.W - old).norm() > 0.1
+                assert count < full or site.W.norm() < 1e-5
+            raise RuntimeError("inside")
+        assert all(torch.equal(site.W, weight) for site, weight in zip(sites, before, strict=True))
+
+
+def test_an_error_on_the_way_leaves_nothing_behind(setting, monkeypatch):
+    model, facts, edits = setting
+    whole, passes = reversal.at_the_ends, []
+
+    def failing(*args, **kwargs):
+        passes.append(down_proj(model, 1).W.clone())
+        if len(passes) == 5:  # the unedited model's three, then the edited one's second
+            raise RuntimeError("inside")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(reversal, "at_the_ends", failing)
+    with laws.untouched(model), pytest.raises(RuntimeError, match="inside"):
+        fe.reverse_by_weights(model, edits, facts, dropped=(1, 2))
+    assert not torch.equal(passes[3], passes[4])
+
+
+@pytest.mark.parametrize("write", [3, 4], ids=["first put back", "second put back"])
+def test_an_interrupt_while_weights_are_put_back_waits_for_all_of_them(kind, monkeypatch, write):
+    model = tiny.model(kind, "gpt2")
+    sites, whole, calls = [down_proj(model, layer) for layer in (1, 2)], DownProj.write_, []
+
+    def interrupted(self, weight):
+        calls.append(self.layer)
+        if len(calls) == write:
+            raise KeyboardInterrupt("injected")
+        whole(self, weight)
+
+    largest = [_largest(site.W, 1) for site in sites]
+    monkeypatch.setattr(DownProj, "write_", interrupted)
+    with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="injected"), _dropped(sites, largest, 1):
+        assert calls == [1, 2]
+
+
+def test_an_unchanged_model_is_read_alike_and_knows_its_facts(setting):
+    model, facts, _ = setting
+    found = fe.reverse_by_weights(model, model, facts, layers=[1], dropped=(1,))
+    assert torch.equal(found.before.values.nan_to_num(9), found.after.values.nan_to_num(9))
+    assert found.known.all() and found.before.at(dropped=0, quantity="old_first").eq(1).all()
+    assert torch.equal(found.survives, found.after.at(quantity="old_first")[:, 1:].mean(0))
+
+
+def planted(model, fact, size):
+    """An edit of rank one that adds so many norms of the value at the fact's key, where the weight writes least."""
+    made = rome(model, fact)
+    key, site = made.keys[1][0], down_proj(model, 1)
+    least = torch.linalg.svd(site.W.double()).Vh[-1]
+    added = size * site.value(key).norm() * least
+    delta = fe.Delta(1, (key / (key @ key))[:, None], added[None])
+    return replace(made, deltas=(delta,), diagnostics=(), values={1: (site.value(key) + added)[None]})
+
+
+def test_a_large_edit_goes_with_the_first_direction_and_a_fact_that_can_spare_the_layer_is_back(setting):
+    model, (fact, _), _ = setting
+    edit = planted(model, fact, 40.0)
+    found = fe.reverse_by_weights(model, [edit], [fact], dropped=(1,))
+    assert found.after.at(dropped=0, quantity="old_first").eq(0).all()
+    assert found.after.at(dropped=1, quantity="old_first").eq(1).all()
+    assert found.strongest.mean == 1.0 and found.best == 1
+    # The first direction is nearly all that the layer says at the key: the old value goes with the new one.
+    site, key = down_proj(model, 1), edit.keys[1][0]
+    with edit.applied(model), _dropped([site], [_largest(site.W, 1)], 1):
+        left = key @ site.W.double()
+    assert left.norm() < 0.1 * (key @ site.W.double()).norm()
+
+
+def test_an_override_that_is_no_weight_keeps_answering(setting):
+    model, (fact, _), (edit, _) = setting
+    routed = fe.RoutedEdit.of(edit, radius=0.1)
+    found = fe.reverse_by_weights(model, routed, [fact], dropped=(1, 20))
+    site = down_proj(model, 1)
+    with routed.applied(model):
+        for count in (0, 1, 20):
+            assert torch.allclose(found.after.at(fact=0, dropped=count), as_written(model, fact, (1,), count))
+        with _dropped([site], [_largest(site.W, 20)], 20):
+            said = attacking.state(model, fact.text, "blocks.1.hook_mlp_out")[attacking.subject_last(model, fact)]
+    assert torch.allclose(said, routed.values[0].float(), atol=1e-5)
+
+
+def test_unknown_facts_are_left_out(setting):
+    model, (fact, other), _ = setting
+    unknown = fact.but(target_true=fact.controls[0], controls=[*fact.controls[1:], fact.target_true])
+    found = fe.reverse_by_weights(model, model, [unknown, other], layers=[0], dropped=(1,), neighbours=0)
+    assert found.known.tolist() == [False, True] and found.excess.n.tolist() == [1]
+    assert found.after.at(quantity=QUANTITIES[3]).isnan().all() and found.neighbours.n.tolist() == [0]
+    assert "1 of 2 facts known" in repr(found)
+
+
+def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkeypatch):
+    model, facts, edits = setting
+    with laws.untouched(model), laws.no_forward(monkeypatch, model):
+        with pytest.raises(ValueError, match=r"needed layers=\[...\]"):
+            fe.reverse_by_weights(model, model, facts)
+        with pytest.raises(ValueError, match="layers is empty"):
+            fe.reverse_by_weights(model, edits, facts, layers=[])
+        with pytest.raises(ValueError, match="layer 4 is outside the model"):
+            fe.reverse_by_weights(model, edits, facts, layers=[4])
+        for wrong in ((), (0,), (1, 33)):
+            with pytest.raises(ValueError, match="needed numbers of directions from 1 to 32"):
+                fe.reverse_by_weights(model, edits, facts, dropped=wrong)
+        with pytest.raises(ValueError, match="no target_new, needed one"):
+            fe.reverse_by_weights(model, edits, [facts[0].but(target_new=None)])

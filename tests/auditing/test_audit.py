@@ -1,0 +1,310 @@
+"""An audit hands on what was measured, says no more than that, and upstream of the edit nothing moves."""
+
+import copy
+import dataclasses
+import math
+import sys
+
+import laws
+import pytest
+import tiny
+import torch
+
+import tl_factedit as fe
+from tl_factedit.auditing.retained import _touched_cells
+from tl_factedit.auditing.upstream import Upstream, check_upstream
+from tl_factedit.backend.fingerprint import Fingerprint
+from tl_factedit.backend.weights import down_proj
+from tl_factedit.evaluation.scores import Answer, scores_of
+from tl_factedit.measure.population import each
+from tl_factedit.probes.states import read_states
+
+LAYER = 1
+AUDIT = sys.modules["tl_factedit.auditing.audit"]  # the function of its name hides the module in the package
+FORMS = [*((kind, "gpt2") for kind in tiny.KINDS), ("bridge", "llama"), ("bridge", "gptj")]
+
+
+CITIES = (" Paris", " Rome", " London", " Berlin", " Madrid", " Vienna", " Tokyo", " Cairo")
+
+
+def believed(model) -> fe.Fact:
+    """The fact that a random model believes: its likeliest city is the old object, the next one is the new."""
+    last = laws.logits(model, laws.FACT.text)[0, -1]
+    ids = [int(model.to_tokens(city, prepend_bos=False)[0, -1]) for city in CITIES]
+    old, new = sorted(range(len(CITIES)), key=lambda i: -float(last[ids[i]]))[:2]
+    controls = [city for i, city in enumerate(CITIES) if i not in (old, new)]
+    return laws.FACT.but(target_true=CITIES[old], target_new=CITIES[new], controls=controls)
+
+
+@pytest.fixture(params=FORMS, ids="-".join, scope="module")
+def case(request):
+    """A model that is shared, as nothing here may change it, a fact, and a real edit of it that works."""
+    model = tiny.model(*request.param)
+    fact = believed(model)
+    fit = fe.ValueFit(steps=20, kl_weight=0.0, decay=0.0)
+    return model, fact, laws.rome(model, LAYER, fit=fit, contexts=("",))(model, [fact])
+
+
+def scores(facts: int, **shares: float) -> fe.Scores:
+    """Made-up scores: of rewrites, a share of the facts succeeds; of the others, a share of a fact's ten prompts."""
+    answers = []
+    for fact in range(facts):
+        wins = {
+            "rewrite": [fact < round(facts * shares["rewrite"])],
+            "paraphrase": [i < round(10 * shares["paraphrase"]) for i in range(10)],
+            "neighbour": [i < round(10 * shares["neighbour"]) for i in range(10)],
+        }
+        for ask, successes in wins.items():
+            for success in successes:
+                nll_true, nll_new = (0.1, 2.0) if success == (ask == "neighbour") else (2.0, 0.1)
+                answers.append(Answer(fact, ask, "", " Paris", " Rome", nll_true, nll_new, False))
+    made_up = fe.Provenance("made up", FINGERPRINT, True, "float32", {})
+    return scores_of((laws.FACT,) * facts, tuple(answers), made_up)
+
+
+FINGERPRINT = Fingerprint(("a",), "b", "bridge")
+GOOD = {"rewrite": 1.0, "paraphrase": 1.0, "neighbour": 1.0}
+CASES = {
+    "works": ({}, "INCONCLUSIVE"),
+    "new object doesn't lead": ({"rewrite": 0.0}, "FAILED"),
+    "neighbours fall": ({"neighbour": 0.5}, "DAMAGED"),
+    "neighbours fall a little": ({"neighbour": 0.9}, "INCONCLUSIVE"),
+    "fails and damages": ({"rewrite": 0.0, "neighbour": 0.0}, "FAILED"),
+}
+
+
+@pytest.mark.parametrize("facts", [1, 3], ids=["one fact", "a population"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_verdict_never_says_more_than_its_scores(case, monkeypatch, name, facts):
+    model, fact, edit = case
+    shares, label = CASES[name]
+    before = scores(facts, rewrite=0.0, paraphrase=0.0, neighbour=1.0)
+    made = iter([before, scores(facts, **{**GOOD, **shares})])
+    monkeypatch.setattr(AUDIT, "evaluate", lambda *args, **options: next(made))
+    asked = [fact, *(fact.but(subject=subject) for subject in ("Anna", "Big Ben"))]
+    verdict = fe.audit(model, edit, asked[:facts])
+    assert verdict.label == label
+    assert verdict.level == ("per edit" if facts == 1 else "population")
+    assert verdict.retained.estimate is None and verdict.recoverable.estimate is None
+    if label == "INCONCLUSIVE":
+        for what in ("plain text", "knock-out", "routes", "decoder"):
+            assert any(what in line for line in verdict.missing)
+    assert f"Verdict: {label}" in repr(verdict)
+
+
+def test_a_real_edit_that_works_is_inconclusive_and_one_of_nothing_has_failed(case):
+    model, fact, edit = case
+    alone = fact.but(neighbours=(), neighbour_targets=())
+    with laws.untouched(model):
+        verdict = fe.audit(model, edit, [alone])
+    assert verdict.label == "INCONCLUSIVE"
+    assert "neighbourhood success: whether it suffers was not looked at" in repr(verdict)
+    nothing = laws.rome(model, LAYER, fit=fe.ValueFit(steps=1), contexts=("",))(model, [fact])
+    with laws.untouched(model):
+        failed = fe.audit(model, nothing, [alone])
+    assert failed.label == "FAILED"
+    assert failed.upstream.invariant and not failed.upstream.changed_after
+
+
+def test_a_real_edit_that_moves_its_neighbours_has_damaged_the_model(case):
+    model, fact, edit = case
+    # The fact asked as its own neighbour: what the edit moves for certain.
+    verdict = fe.audit(model, edit, [fact.but(neighbours=[fact.text], neighbour_targets=[fact.target_true])])
+    assert (verdict.before.neighbourhood.mean, verdict.after.neighbourhood.mean) == (1, 0)
+    assert verdict.label == "DAMAGED"
+    assert "the change isn't local" in repr(verdict)
+
+
+def test_everything_upstream_is_equal_bit_for_bit_and_the_output_is_not(case):
+    model, fact, edit = case
+    with laws.untouched(model):
+        found = check_upstream(model, edit, [fact, laws.OTHER])
+    bos = edit.provenance.prepend_bos
+    positions = sum(model.to_tokens(one.text, prepend_bos=bos).shape[1] for one in (fact, laws.OTHER))
+    assert found == Upstream(LAYER, True, True, positions)
+
+
+@pytest.mark.parametrize("what", ["W_out", "attention"])
+def test_a_change_below_the_edited_layer_is_seen(kind, monkeypatch, what):
+    model = tiny.model(kind, "gpt2")
+    edit = laws.rome(model, 2, contexts=("",))(model, [laws.FACT])
+    params = dict(model.named_parameters())
+    name = next(n for n in params if ("attn" in n) and params[n].ndim > 1 and (".0." in n))
+    param = down_proj(model, 0).param if what == "W_out" else params[name]
+    apply_, undo_ = fe.Edit.apply_, fe.Edit.undo_
+
+    def apply_more(self, model):
+        apply_(self, model)
+        param.data.mul_(2)
+
+    def undo_more(self, model):
+        param.data.div_(2)
+        undo_(self, model)
+
+    assert check_upstream(model, edit, [laws.FACT]).invariant
+    monkeypatch.setattr(fe.Edit, "apply_", apply_more)
+    monkeypatch.setattr(fe.Edit, "undo_", undo_more)
+    assert not check_upstream(model, edit, [laws.FACT]).invariant
+    verdict = fe.audit(model, edit, [laws.FACT])
+    assert not verdict.upstream.invariant
+    assert "NOT EQUAL, which should be impossible" in repr(verdict)
+
+
+def test_a_verdict_holds_the_numbers_of_both_states(case):
+    model, fact, edit = case
+    with pytest.raises(ValueError, match="audit it with its own policy"):
+        fe.audit(model, edit, [fact], prepend_bos=not edit.provenance.prepend_bos)
+    bos = edit.provenance.prepend_bos
+    verdict = fe.audit(model, edit, [fact])
+    clean = fe.evaluate(model, [fact], prepend_bos=bos)
+    with edit.applied(model):
+        edited = fe.evaluate(model, [fact], prepend_bos=bos)
+    assert verdict.before.answers == clean.answers
+    assert verdict.after.answers == edited.answers
+    assert clean.answers != edited.answers
+    row = verdict.table().iloc[0]
+    assert row["p_new_before"] == pytest.approx(clean.p_new.mean, rel=1e-6)
+    assert row["p_new_after"] == pytest.approx(edited.p_new.mean, rel=1e-6)
+    assert (row["old"], row["new"], row["success"]) == (fact.target_true, fact.target_new, True)
+    new, old = edited.p_new.mean, edited.p_old.mean
+    assert row["override_margin"] == pytest.approx(math.log(new / old), abs=1e-3)
+    assert [gain.text for gain in verdict.gains] == [fact.text, fact.fill(fact.paraphrases[0])]
+    assert all(gain.predicted_error <= 1e-5 for gain in verdict.gains)
+    lens = verdict.lens
+    upstream = [reading.at(position="subject", layer=LAYER - 1) for reading in (lens.before, lens.after)]
+    after = [reading.at(position="subject", layer=LAYER) for reading in (lens.before, lens.after)]
+    assert torch.equal(*upstream)
+    assert not torch.equal(*after)
+
+
+def test_objects_with_one_first_token_are_flagged(case):
+    model, fact, edit = case
+    flagged = fact.but(target_true=" Rome in Spain", target_new=" Rome in Italy", neighbours=(), neighbour_targets=())
+    assert bool(fe.audit(model, edit, [flagged]).table()["same_first_token"][0])
+    assert not bool(fe.audit(model, edit, [fact]).table()["same_first_token"][0])
+
+
+def test_two_models_are_compared_without_what_only_an_edit_has(case):
+    model, fact, edit = case
+    changed = copy.deepcopy(model)
+    edit.apply_(changed)
+    with laws.untouched(model), laws.untouched(changed):
+        by_model = fe.audit(model, changed, [fact])
+    by_edit = fe.audit(model, edit, [fact], prepend_bos=by_model.before.provenance.prepend_bos)
+    assert by_model.label == by_edit.label
+    assert by_model.after.answers == by_edit.after.answers
+    assert (by_model.upstream, by_model.dose, by_model.gains) == (None, None, ())
+    assert math.isnan(by_model.table()["override_margin"][0])
+    assert "everything up to the key" not in repr(by_model)
+
+
+def test_a_fact_alone_is_a_list_of_one(case):
+    model, fact, edit = case
+    assert fe.audit(model, edit, fact).facts == (fact,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_new": None}, "no target_new"),
+        ({"subject": "Eiffel Tow", "prompt": "{}er is in"}, "inside token"),
+    ],
+    ids=["no new object", "inside a token"],
+)
+def test_bad_facts_are_refused_before_anything_is_run(case, monkeypatch, change, message):
+    model, fact, edit = case
+    fact = dataclasses.replace(fact, **change)
+    with laws.untouched(model), laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match=message):
+        fe.audit(model, edit, [fact])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"texts": ["", "x y z"]}, "no tokens|no token"),
+        ({"asides": [laws.OTHER]}, "needed the subject of a changed fact"),
+        ({"widths": (9,)}, "widths are"),
+        ({"routes": [fe.Route(laws.FACT, "He is in the c", "ity", " Rome")]}, "merges"),
+    ],
+    ids=["no text", "an aside of another", "too wide", "no answer"],
+)
+def test_what_else_cannot_be_asked_is_refused_before_anything_is_run(case, monkeypatch, given, message):
+    model, fact, edit = case
+    if "routes" in given:
+        given = {"routes": [dataclasses.replace(given["routes"][0], fact=fact)]}
+    with laws.untouched(model), laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match=message):
+        fe.audit(model, edit, [fact], **given)
+
+
+def test_an_edit_that_is_on_or_of_another_model_is_refused_before_anything_is_run(case, kind, monkeypatch):
+    model, fact, edit = case
+    on = (edit.applied(model), laws.untouched(model), laws.no_forward(monkeypatch, model))
+    with on[0], on[1], on[2], pytest.raises(ValueError, match="already: undo_ it first"):
+        fe.audit(model, edit, [fact])
+    other = tiny.model(kind, "gpt2", seed=8)
+    with (
+        laws.untouched(other),
+        laws.no_forward(monkeypatch, other),
+        pytest.raises(ValueError, match="made for weights"),
+    ):
+        fe.audit(other, edit, [fact])
+
+
+@pytest.mark.parametrize(
+    ("stage", "call"),
+    [("evaluate", 1), ("evaluate", 2), ("check_upstream", 1), ("gains", 2), ("dose_curve", 1), ("judge", 1)],
+)
+def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(case, monkeypatch, stage, call):
+    model, fact, edit = case
+    original, calls = getattr(AUDIT, stage), []
+
+    def fail(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt("injected")
+        return original(*args, **options)
+
+    with laws.untouched(model):
+        monkeypatch.setattr(AUDIT, stage, fail)
+        with pytest.raises(KeyboardInterrupt, match="injected"):
+            fe.audit(model, edit, [fact])
+        monkeypatch.undo()
+
+
+def test_a_fact_counts_once_whatever_it_is_called(case, monkeypatch):
+    model, fact, edit = case
+    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="is asked twice, needed each fact once"):
+        fe.audit(model, edit, [fact, fact.but(id="again", paraphrases=())])
+
+
+def test_relearning_of_other_facts_is_refused(case, monkeypatch):
+    model, fact, edit = case
+    of_another = fe.relearn(model, edit, [believed(model).but(target_new=" city")], lr=1e-2, steps=2)
+    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="of other facts than are audited"):
+        fe.audit(model, edit, [fact], relearning=of_another)
+
+
+def test_of_edits_in_several_layers_only_what_all_of_them_touch_is_retained_or_not(kind):
+    model = tiny.model(kind, "gpt2")
+    edits = [laws.rome(model, layer)(model, [fact]) for layer, fact in ((0, laws.FACT), (2, laws.OTHER))]
+    states = read_states(model, [laws.FACT, laws.OTHER])
+
+    def first(changed, facts=(laws.FACT, laws.OTHER)):
+        cells = _touched_cells(states, list(each(model, changed, facts)))
+        assert torch.equal(cells.all(1), cells.any(1))
+        return states.layers[int(cells.all(1).float().argmax())]
+
+    assert first(edits) == 2 and first(edits, [laws.FACT]) == 0
+    assert first(fe.compose(edits)) == 0  # one change of both layers, for both facts
+    assert first(tiny.model(kind, "gpt2", seed=1)) == 0
+
+
+def test_an_edit_composed_of_others_of_another_rank_is_audited(kind):
+    model = tiny.model(kind, "gpt2")
+    both = laws.rome(model, 2)(model, [laws.OTHER])
+    memit = fe.Memit({1: fe.KeyStats.identity(model, 1)}, fit=laws.QUICK, contexts=("",), progress=False)
+    edit = fe.compose([memit(model, [laws.FACT, laws.OTHER.but(subject="Anna")]), both])
+    assert [delta.left.shape[1] for delta in edit.deltas] == [2, 1]
+    found = fe.gains(model, edit, laws.FACT.text)
+    assert found.gain.shape[::2] == (2, 2) and found.gain[1, :, 1].eq(0).all() and found.predicted_error < 1e-3
+    assert fe.audit(model, edit, [believed(model)]).gains[0].gain.shape[-1] == 2

@@ -1,0 +1,184 @@
+"""An edit in a transformers model says what it says in TransformerLens, whatever was done to the weights there."""
+
+import copy
+import warnings
+
+import laws
+import pytest
+import tiny
+import torch
+
+import tl_factedit as fe
+from tl_factedit.backend.loading import from_hf
+
+ARCHS = ("gpt2", "gptj", "neox", "neo", "llama", "phi", "phi3", "opt", "falcon", "bloom", "gemma2")
+FIT = fe.ValueFit(steps=4)
+
+
+def made(model) -> fe.Edit:
+    stats = laws.stats(model, 1)
+    return fe.Rome(stats, ridge=1e-4, fit=FIT, contexts=laws.CONTEXTS, progress=False)(model, [laws.FACT])
+
+
+def booted(hf, kind: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return from_hf(hf, tiny.tokenizer(), kind=kind, name="tiny")
+
+
+def log_probs(model_or_hf, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out = model_or_hf(ids)
+    return (out if torch.is_tensor(out) else out.logits).log_softmax(-1)
+
+
+IDS = torch.tensor([[0, 5, 6, 9, 12, 30, 8]])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_exported_model_has_the_logits_of_the_edited_one(kind, arch):
+    if kind == "hooked" and arch not in tiny.HOOKED:
+        pytest.skip("no HookedTransformer of this architecture")
+    hf = tiny.hf_model(arch)
+    alone = copy.deepcopy(hf)
+    model = booted(hf, kind)
+    edit = made(model)
+    before = log_probs(alone, IDS)
+    fe.export_hf(edit, alone)
+    with edit.applied(model):
+        want = log_probs(model, IDS)
+    assert (log_probs(alone, IDS) - want).abs().max() < 1e-5
+    assert (before - want).abs().max() > 1e-3, "the edit changes nothing here"
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "neox", "llama"])
+def test_an_edit_of_processed_weights_is_exported_to_raw_ones(kind, arch):
+    hf = tiny.hf_model(arch)
+    alone = copy.deepcopy(hf)
+    if kind == "hooked":
+        model = tiny.hooked(arch, processed=True)
+    else:
+        model = booted(hf, kind)
+        model.enable_compatibility_mode()
+    edit = made(model)
+    fe.export_hf(edit, alone)
+    with edit.applied(model):
+        want = log_probs(model, IDS)
+    assert (log_probs(alone, IDS) - want).abs().max() < 1e-4
+
+
+def test_a_model_that_a_bridge_wraps_takes_it_too():
+    hf = tiny.hf_model("gpt2")
+    model = booted(hf, "bridge")
+    edit = made(model)
+    fe.export_hf(edit, model.original_model)
+    exported = log_probs(model, IDS)
+    model2 = tiny.bridge("gpt2")
+    with edit.applied(model2):
+        assert (log_probs(model2, IDS) - exported).abs().max() < 1e-6
+
+
+def test_foreign_weights_are_refused_and_left_alone(kind):
+    model = tiny.model(kind, "gpt2")
+    edit = made(model)
+    other = tiny.hf_model("gpt2", seed=1)
+    before = {name: param.clone() for name, param in other.named_parameters()}
+    with pytest.raises(ValueError, match="W_out of layer 0 isn't the one the edit was made for"):
+        fe.export_hf(edit, other)
+    with pytest.raises(ValueError, match="of a model with 4 layers, this one has 3"):
+        fe.export_hf(edit, tiny.hf_model("gpt2", n_layers=3))
+    with pytest.raises(fe.UnsupportedModelError, match="Linear keeps its blocks in none of"):
+        fe.export_hf(edit, torch.nn.Linear(2, 2))
+    assert all(torch.equal(before[name], param) for name, param in other.named_parameters())
+
+
+def test_an_edit_is_not_exported_twice(kind):
+    edit, hf = made(tiny.model(kind, "gpt2")), tiny.hf_model("gpt2")
+    fe.export_hf(edit, hf)
+    kept = hf.transformer.h[1].mlp.c_proj.weight.clone()
+    with pytest.raises(ValueError, match="edited before"):
+        fe.export_hf(edit, hf)
+    assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
+
+
+def test_several_edits_are_exported_as_one(kind):
+    model, hf = tiny.model(kind, "gpt2"), tiny.hf_model("gpt2")
+    first = made(model)
+    second = fe.Rome(laws.stats(model, 2), fit=FIT, contexts=laws.CONTEXTS, progress=False)(model, [laws.OTHER])
+    fe.export_hf(first, hf)
+    with pytest.raises(ValueError, match=r"compose\(edits\)"):
+        fe.export_hf(second, hf)
+    hf = tiny.hf_model("gpt2")
+    fe.export_hf(fe.compose([first, second]), hf)
+    with first.applied(model), second.applied(model):
+        assert (log_probs(hf, IDS) - log_probs(model, IDS)).abs().max() < 1e-5
+
+
+def test_what_overflows_is_not_exported(kind):
+    edit, hf = made(tiny.model(kind, "gpt2", dtype=torch.float16)), tiny.hf_model("gpt2", dtype=torch.float16)
+    kept = hf.transformer.h[1].mlp.c_proj.weight.clone()
+    for factor in (1e9, float("nan")):
+        with pytest.raises(ValueError, match=r"overflow torch\.float16: nothing was written"):
+            fe.export_hf(edit.scaled(factor), hf)
+    assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
+
+
+def test_exporting_warns_as_applying_does(kind):
+    model = tiny.model(kind, "gpt2")
+    first = made(model)
+    with pytest.warns(fe.EditWarning, match="the update of layer 1 is"):
+        fe.export_hf(first.scaled(1e3), tiny.hf_model("gpt2"))
+    with first.applied(model):
+        second = fe.Rome(laws.stats(tiny.model(kind, "gpt2"), 2), fit=FIT, contexts=(), progress=False)(
+            model, [laws.OTHER]
+        )
+    with pytest.warns(fe.EditWarning, match="made on top of 1 other edits, of which 1 aren't on"):
+        fe.export_hf(second, tiny.hf_model("gpt2"))
+
+
+def test_a_model_of_transformer_lens_is_not_exported_to(kind):
+    model = tiny.model(kind, "gpt2")
+    edit = made(model)
+    with laws.untouched(model), pytest.raises(ValueError, match=r"of TransformerLens, .* write edit.apply_\(model\)"):
+        fe.export_hf(edit, model)
+
+
+# ---------------------------------------------------------------------------------------- scaling and composition
+
+
+def test_a_scaled_edit_moves_its_key_as_far_as_asked(kind):
+    model = tiny.model(kind, "gpt2")
+    edit = made(model)
+    (delta,), half = edit.deltas, edit.scaled(0.5)
+    torch.testing.assert_close(half.deltas[0].dense, 0.5 * delta.dense)
+    key = edit.keys[1][0]
+    now = edit.values[1][0] - key @ delta.dense
+    torch.testing.assert_close(half.values[1][0], now + 0.5 * key @ delta.dense)
+    assert half.digest != edit.digest
+    with laws.untouched(model), half.applied(model):
+        halfway = laws.logits(model)
+    with edit.applied(model):
+        assert not torch.allclose(laws.logits(model), halfway, atol=1e-4)
+    with laws.untouched(model), edit.scaled(0.0).applied(model):
+        pass
+
+
+def test_composed_edits_do_what_both_do(kind):
+    model = tiny.model(kind, "gpt2")
+    rome = [fe.Rome(laws.stats(model, layer), fit=FIT, contexts=laws.CONTEXTS, progress=False) for layer in (1, 2)]
+    edits = [rome[0](model, [laws.FACT]), rome[1](model, [laws.OTHER]), rome[0](model, [laws.OTHER])]
+    both = fe.compose(edits)
+    assert both.layers == (1, 2)
+    assert both.deltas[0].left.shape[1] == 2
+    for edit in edits:
+        edit.apply_(model)
+    one_by_one = laws.logits(model)
+    for edit in edits:
+        edit.undo_(model)
+    with laws.untouched(model), both.applied(model):
+        torch.testing.assert_close(laws.logits(model), one_by_one, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="edits is empty"):
+        fe.compose([])
+    foreign = made(tiny.model(kind, "gpt2", seed=1))
+    with pytest.raises(ValueError, match=r"the edits are of weights .* needed the same"):
+        fe.compose([edits[0], foreign])

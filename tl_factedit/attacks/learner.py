@@ -1,0 +1,196 @@
+"""Learning on top of a changed model: what is taught, and Adam on changes that stand beside ``W_out``."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_factedit.backend.hook_names import resid_pre
+from tl_factedit.backend.protocol import Hook, Model, n_layers
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import drop_graphs
+from tl_factedit.backend.weights import DownProj, down_proj
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.tokens import GIB, align, batches, continuation, pad
+from tl_factedit.measure.first_tokens import Asked
+
+LEARNT = 0.5
+"""An object is learnt when it is likelier than this."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lessons:
+    """What a fact's prompt is taught, one object at a time.
+
+    Attributes:
+        asked: The prompt.
+        targets: The old object's ids, then those of the controls.
+        named: The controls.
+    """
+
+    asked: Asked
+    targets: tuple[Int[Tensor, "_"], ...]
+    named: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, fact: Fact, bos: bool, controls: int, seed: str) -> Lessons:
+        if controls < 1:
+            raise ValueError(f"controls is {controls}, needed 1 at least for each fact")
+        asked = Asked.of(tokenizer, fact, bos)
+        row = align(tokenizer, fact, prepend_bos=bos)
+        spelt = {text: continuation(tokenizer, row.text, text, prepend_bos=bos) for text in asked.named}
+        alike = [text for text, ids in spelt.items() if len(ids) == len(row.true_ids)]
+        some = random.Random(seed).sample(alike, min(controls, len(alike)))
+        return cls(asked, (row.true_ids, *(spelt[text] for text in some)), tuple(some))
+
+    @property
+    def ids(self) -> Int[Tensor, "pos"]:
+        return self.asked.ids
+
+    @property
+    def controls(self) -> bool:
+        """Whether there is anything to compare with."""
+        return self.asked.apart and len(self.targets) > 1
+
+
+Pupil = tuple[Int[Tensor, "_"], Int[Tensor, "_"]]
+"""Ids of a prompt, and of what it is to be followed by."""
+
+
+class Group:
+    """Pupils that are run at once, from the first layer that learns on."""
+
+    def __init__(self, runner: Runner, pupils: Sequence[Pupil], first: int) -> None:
+        self.tokens = pad([torch.cat([ids, target[:-1]]) for ids, target in pupils], 0)
+        at = [(r, len(ids) - 1 + i) for r, (ids, target) in enumerate(pupils) for i in range(len(target))]
+        self.at = torch.tensor([r for r, _ in at]), torch.tensor([place for _, place in at])
+        self.target = torch.cat([target for _, target in pupils])
+        self.length = torch.tensor([float(len(target)) for _, target in pupils])
+        place = resid_pre(first)
+        with torch.no_grad():
+            self.start = first, runner.capture(self.tokens, [place], stop=first)[place]
+
+    def log_p(self, runner: Runner, hooks: Sequence[Hook]) -> Float[Tensor, "pupil"]:
+        """Of each pupil's whole target."""
+        logits = runner.logits(self.tokens, at=self.at, start=self.start, hooks=hooks)[0]
+        log_p = logits.float().log_softmax(-1).gather(-1, self.target.to(logits.device)[:, None])[:, 0]
+        return torch.zeros(len(self.length), device=log_p.device).index_add(0, self.at[0].to(log_p.device), log_p)
+
+
+class Learner:
+    """Changes of some ``W_out`` that are learnt by Adam: one for each row, or one for all.
+
+    Attributes:
+        learnt: For each site, [change d_mlp d_model].
+    """
+
+    def __init__(self, runner: Runner, sites: Sequence[DownProj], changes: int, lr: float) -> None:
+        self.runner, self.sites, self.lr = runner, sites, lr
+        # Steps of Adam are smaller than what half precision resolves.
+        kinds = [torch.promote_types(site.W.dtype, torch.float32) for site in sites]
+        self.learnt = [
+            torch.zeros(changes, *site.W.shape, dtype=kind, device=site.W.device)
+            for site, kind in zip(sites, kinds, strict=True)
+        ]
+        self.mean = [torch.zeros_like(each) for each in self.learnt]
+        self.square = [torch.zeros_like(each) for each in self.learnt]
+        self.updates = 0
+
+    def update(self, groups: Sequence[Group]) -> Float[Tensor, "pupil"]:
+        """One update towards all targets; log p of each from before it, group after group."""
+        total = [torch.zeros_like(each) for each in self.learnt]
+        count = 1 if len(self.learnt[0]) > 1 else sum(len(group.length) for group in groups)
+        found = []
+        for group in groups:
+            leaves = [each.detach().requires_grad_() for each in self.learnt]
+            with torch.enable_grad():
+                log_p = group.log_p(self.runner, adding_hooks(self.sites, leaves))
+                loss = (-log_p / group.length.to(log_p.device)).sum() / count
+                for sum_, part in zip(total, torch.autograd.grad(loss, leaves), strict=True):
+                    sum_ += part
+            found.append(log_p.detach().cpu())
+        log_p = torch.cat(found)
+        if not bool(log_p.isfinite().all()):
+            raise RuntimeError(f"a log-probability is not finite after {self.updates} updates: lower lr")
+        self.updates += 1
+        correct_mean, correct_square = 1 - 0.9**self.updates, 1 - 0.999**self.updates
+        for learnt, gradient, mean, square in zip(self.learnt, total, self.mean, self.square, strict=True):
+            mean.lerp_(gradient, 0.1)
+            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            learnt -= self.lr * (mean / correct_mean) / ((square / correct_square).sqrt() + 1e-8)
+        return log_p
+
+
+def adding_hooks(sites: Sequence[DownProj], learnt: Sequence[Tensor]) -> list[Hook]:
+    """Hooks that add what was learnt to what ``W_out`` (and whatever else is laid over it) answers."""
+
+    def of(site: DownProj, change: Tensor) -> list[Hook]:
+        seen: list[Tensor] = []
+
+        def read(key: Tensor, hook: Any = None) -> None:
+            seen[:] = [key]
+
+        def add(value: Tensor, hook: Any = None) -> Tensor:
+            key = seen.pop().to(change.dtype)
+            return value + (key @ (change if len(change) > 1 else change[0])).to(value.dtype)
+
+        return [(site.key_hook, read), (site.value_at, add)]
+
+    return [hook for site, change in zip(sites, learnt, strict=True) for hook in of(site, change)]
+
+
+def updates_until_learnt(
+    model: Model, pupils: Sequence[Pupil], layers: Sequence[int], lr: float, steps: int, memory: float
+) -> Float[Tensor, "pupil"]:
+    """For each pupil, learning alone, the updates until its target is likelier than ½; ``steps + 1`` if it isn't."""
+    sites = [down_proj(model, layer) for layer in layers]
+    runner = Runner(model)
+    numbers = sum(site.W.numel() for site in sites)
+    per_token = (runner.n_layers - layers[0]) * (12 * model.cfg.d_model + 6 * len(sites[0].W)) + 4 * model.cfg.d_vocab
+    # Of each change there are the sum, the gradient, two moments and a step.
+    cost = [4 * (6 * numbers + per_token * (len(ids) + len(target))) for ids, target in pupils]
+    taken = torch.full((len(pupils),), steps + 1.0)
+    try:
+        for some in batches(cost, int(memory * GIB)):
+            taken[some] = _learn(runner, sites, [pupils[i] for i in some], lr, steps)
+    finally:
+        drop_graphs(model)
+    return taken
+
+
+def _learn(
+    runner: Runner, sites: Sequence[DownProj], pupils: Sequence[Pupil], lr: float, steps: int
+) -> Float[Tensor, "pupil"]:
+    group = Group(runner, pupils, sites[0].layer)
+    learner = Learner(runner, sites, len(pupils), lr)
+    taken = torch.full((len(pupils),), math.nan)
+    wanted, before = math.log(LEARNT), torch.full((len(pupils),), math.nan)
+    for update in range(steps + 1):
+        if update < steps:
+            now = learner.update([group])
+        else:
+            with torch.no_grad():
+                now = group.log_p(runner, adding_hooks(sites, learner.learnt)).cpu()
+        there = taken.isnan() & (now > wanted)
+        between = update - 1 + (wanted - before) / (now - before) if update else torch.zeros_like(now)
+        taken = torch.where(there, between, taken)
+        before = now
+        if not bool(taken.isnan().any()):
+            break
+    return taken.nan_to_num(nan=steps + 1.0)
+
+
+def learning_layers(model: Model, layers: Sequence[int] | None) -> tuple[int, ...]:
+    chosen = tuple(range(n_layers(model)) if layers is None else sorted(set(layers)))
+    if not chosen:
+        raise ValueError("layers is empty, needed one at least")
+    for layer in chosen:
+        down_proj(model, layer)
+    return chosen

@@ -1,0 +1,158 @@
+"""What an audit gives: a label, its reasons, what is missing, and all that was measured."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tl_factedit.attacks.knockout import KnockOut
+from tl_factedit.attacks.readout import ReadOut
+from tl_factedit.attacks.relearning import Relearning
+from tl_factedit.attacks.routes import Routes
+from tl_factedit.auditing.findings import Findings, Label, Thresholds
+from tl_factedit.auditing.retained import Retention
+from tl_factedit.auditing.upstream import Upstream
+from tl_factedit.core.estimate import Estimate
+from tl_factedit.core.facts import Fact
+from tl_factedit.evaluation.dose import Dose
+from tl_factedit.evaluation.edit_gains import Gains
+from tl_factedit.evaluation.erasure_success import Forgotten
+from tl_factedit.evaluation.scores import Scores
+from tl_factedit.evaluation.specificity import Asides
+from tl_factedit.evaluation.text_drift import Drift
+from tl_factedit.measure.reading import Comparison
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One of the verdict's two axes.
+
+    Attributes:
+        estimate: The measurement that decides, or None if none was gathered.
+        says: What that means, in words.
+    """
+
+    estimate: Estimate | None
+    says: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of `audit`.
+
+    Attributes:
+        label: FAILED, DAMAGED, INSERTED, MOVED, LATENT, SCARRED, ERASED or INCONCLUSIVE (see `tl_factedit.auditing.rules`).
+        level: ``"per edit"`` (one fact: descriptive) or ``"population"``.
+        retained: Is the old object still decodable, at places that the change can have touched?
+        recoverable: Does it come back by a way that goes past the change?
+        reasons: Why this label, with the numbers.
+        missing: Evidence that stronger labels need and that was not gathered, or not precisely enough.
+        power: The smallest effects that would have shown.
+        findings: The numbers that the label rests on.
+        thresholds: What counted as how much.
+        before: Scores of the unchanged model.
+        after: Scores of the changed one.
+        forgotten: Of a change that was to erase, whether the old object still leads; None for any other.
+        knock_out: Evidence on recoverability; None if it could not be gathered.
+        routes: The same.
+        retention: Evidence on what is retained; None if it could not be gathered.
+        read_out: White-box attacks at the last token; None if no fact has controls.
+        relearning: What was given; None if nothing was.
+        asides: What else is known of the subjects; None if nothing was asked.
+        drift: On plain text; None if none was given.
+        upstream: What cannot have changed (None for a model changed in another way).
+        lens: Logit-lens readings before and after; `Reading.at` and ``.table()`` give numbers. Descriptive.
+        gains: Of the edit over each fact's prompt and paraphrases (a single `Edit` only). Descriptive.
+        dose: Dose curve of each fact (a single `Edit` only). Descriptive.
+        facts: What was asked.
+    """
+
+    label: Label
+    level: Literal["per edit", "population"]
+    retained: Axis
+    recoverable: Axis
+    reasons: tuple[str, ...]
+    missing: tuple[str, ...]
+    power: tuple[str, ...]
+    findings: Findings
+    thresholds: Thresholds
+    before: Scores
+    after: Scores
+    forgotten: Forgotten | None
+    knock_out: KnockOut | None
+    routes: Routes | None
+    retention: Retention | None
+    read_out: ReadOut | None
+    relearning: Relearning | None
+    asides: Asides | None
+    drift: Drift | None
+    upstream: Upstream | None
+    lens: Comparison
+    gains: tuple[Gains, ...]
+    dose: Dose | None
+    facts: tuple[Fact, ...]
+
+    def table(self) -> pd.DataFrame:
+        """One row a fact: probabilities before and after, knock-out, lens at the end, and for one edit its dose."""
+        import pandas as pd
+
+        last = len(self.lens.after.axes["layer"]) - 1
+        back = self._back()
+        rows = []
+        for i, fact in enumerate(self.facts):
+            was, now = (
+                next(a for a in s.answers if a.fact == i and a.ask == "rewrite") for s in (self.before, self.after)
+            )
+            at_end = [reading.values[i, last, 1] for reading in (self.lens.before, self.lens.after)]
+            rank = self.lens.after.axes["quantity"].index("rank_old")
+            rows.append(
+                {
+                    "fact": fact.name,
+                    "old": fact.target_true,
+                    "new": fact.target_new,
+                    "p_old_before": math.exp(-was.nll_true),
+                    "p_old_after": math.exp(-now.nll_true),
+                    "p_new_before": math.exp(-was.nll_new),
+                    "p_new_after": math.exp(-now.nll_new),
+                    "old_back_by_knock_out": back.get(fact, math.nan),
+                    "rank_old_before": float(at_end[0][rank]),
+                    "rank_old_after": float(at_end[1][rank]),
+                    "override_margin": math.nan if self.dose is None else float(self.dose.override_margin[i]),
+                    "critical_dose": math.nan if self.dose is None else float(self.dose.critical[i]),
+                    "success": now.success if self.forgotten is None else self.forgotten.gone(i),
+                    "same_first_token": now.same_first_token,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _back(self) -> dict[Fact, float]:
+        """Of each fact, whether the old object is first under the strongest knock-out."""
+        if self.knock_out is None or self.knock_out.best is None:
+            return {}
+        first = self.knock_out.after.at(window=self.knock_out.best, quantity="old_first")
+        return dict(zip(self.knock_out.facts, first.tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        """Label, reasons and what is missing."""
+        lines = [f"Verdict: {self.label} ({self.level}, {len(self.facts)} facts)"]
+        lines += [f"  {reason}" for reason in self.reasons]
+        lines += [f"  retained: {self.retained.says}", f"  recoverable: {self.recoverable.says}"]
+        for what, found in (("what would have shown", self.power), ("not gathered", self.missing)):
+            lines += [f"  {what}:", *(f"    - {line}" for line in found)] if found else []
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The label, its reasons and the facts; `show.verdict` has the pictures."""
+        lists = (("Why", self.reasons), ("What would have shown", self.power), ("Not gathered", self.missing))
+        shown = "".join(
+            f"<p><b>{what}</b></p><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+            for what, lines in lists
+            if lines
+        )
+        head = f"<h3>{self.label}</h3><p>{self.level}, {len(self.facts)} facts</p>"
+        return head + shown + self.table().to_html(float_format="{:.3f}".format, index=False)

@@ -1,0 +1,80 @@
+"""Which weights a model has, as hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_factedit.backend.protocol import Model, UnsupportedModelError, layout, n_layers
+from tl_factedit.backend.weights import down_proj
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which weights a model has, as hashes.
+
+    Attributes:
+        w_out: One hash a layer, of ``W_out`` as [d_mlp, d_model] (the same on both classes).
+        rest: One hash of all other parameters, in the order of this layout.
+        layout: Class and processing (see `layout`); `rest` can only be compared within one layout.
+    """
+
+    w_out: tuple[str, ...]
+    rest: str
+    layout: str
+
+    def matches(self, other: Fingerprint) -> bool:
+        """Whether these are the same weights.
+
+        Across the two classes only the ``W_out`` of all layers are compared, as the other
+        parameters are stored differently there.
+        """
+        return self.w_out == other.w_out and (self.layout != other.layout or self.rest == other.rest)
+
+    def __str__(self) -> str:
+        """A short form for messages."""
+        return hashlib.sha256("".join((*self.w_out, self.rest)).encode()).hexdigest()[:12]
+
+
+LARGEST_BIAS = 1 << 20
+"""Parameters with more numbers than this are no biases."""
+
+
+def fingerprint(model: Model) -> Fingerprint:
+    """Hash every parameter of a model (about 0.05 s for 135 M parameters; against mix-ups, not against malice)."""
+    w_out, seen = [], set()
+    for layer in range(n_layers(model)):
+        try:
+            site = down_proj(model, layer)
+        except UnsupportedModelError:
+            w_out.append("none")  # a block that can't be edited; its parameters count in `rest`
+            continue
+        seen.add(id(site.param))
+        w_out.append(hash_weight(site.W))
+    rest = xxhash.xxh3_64()
+    for param in model.parameters():  # type: ignore[attr-defined]
+        if id(param) in seen or param.is_meta:
+            continue
+        # Zeros (biases that one release of TransformerLens adds and the next does not) say nothing.
+        if param.numel() > LARGEST_BIAS or bool(param.detach().any()):
+            _update(rest, param.detach())
+    return Fingerprint(tuple(w_out), rest.hexdigest(), layout(model))
+
+
+def hash_weight(weight: Float[Tensor, "d_mlp d_model"]) -> str:
+    """Hash of one weight's dtype, shape and bits."""
+    digest = xxhash.xxh3_64()
+    _update(digest, weight)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    raw = tensor.contiguous().cpu().reshape(-1)
+    digest.update(raw.view(torch.uint8).numpy().data if raw.numel() else b"")

@@ -1,0 +1,109 @@
+"""What a model is: TransformerLens' two classes behind one protocol."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix as FactoredMatrix  # the type of Delta.matrix
+
+Kind: TypeAlias = Literal["hooked", "bridge"]
+
+Component: TypeAlias = Literal["resid", "resid_pre", "resid_mid", "mlp", "attn"]
+
+Unit: TypeAlias = Literal["head", "neuron"]
+
+HookFn: TypeAlias = Callable[..., Any]
+
+Place: TypeAlias = str | nn.Module  # a TransformerLens hook name, or a module whose output is meant
+
+Hook: TypeAlias = tuple[Place, HookFn]
+
+At: TypeAlias = Tensor | tuple[Tensor, Tensor]  # positions [row k], or a list of rows and a list of positions
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What is asked of a model: a HookedTransformer or a TransformerBridge."""
+
+    cfg: Any
+    tokenizer: Any
+
+    def hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Add hooks for the length of a ``with`` block."""
+        ...
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokenise text."""
+        ...
+
+
+class UnsupportedModelError(ValueError):
+    """A model, or one of its modules, that can't be traced or edited here; the message names it."""
+
+
+def kind(model: Model) -> Kind:
+    """Which of TransformerLens' two classes a model is."""
+    found = kind_of(model)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is neither a HookedTransformer nor a TransformerBridge: "
+            "load it with TransformerBridge.boot_transformers(...), or fe.models.from_hf(model, tokenizer)"
+        )
+    return found
+
+
+def kind_of(model: object) -> Kind | None:
+    """`kind` of anything; None for what is no model of TransformerLens."""
+    if hasattr(model, "original_model") and hasattr(model, "adapter"):
+        return "bridge"
+    if hasattr(model, "blocks") and hasattr(model, "unembed"):
+        return "hooked"
+    return None
+
+
+def n_layers(model: Model) -> int:
+    """How many blocks the model has."""
+    kind(model)
+    return len(model.blocks)  # type: ignore[attr-defined]
+
+
+def check_layer(model: Model, layer: int) -> int:
+    """The layer itself; ValueError if the model has no such block."""
+    if not 0 <= layer < n_layers(model):
+        raise ValueError(
+            f"layer {layer} is outside the model: {model_name(model)} has layers 0 to {n_layers(model) - 1}"
+        )
+    return layer
+
+
+def model_name(model: Model) -> str:
+    """The name the model was loaded under, for records and messages."""
+    return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+
+
+def bos_policy(model: Model, prepend_bos: bool | None = None) -> bool:
+    """Whether to put BOS in front: as asked, or (None) as the model does by default."""
+    kind(model)
+    return bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
+
+
+def layout(model: Model) -> str:
+    """Class and weight processing in a word, e.g. ``"bridge"`` or ``"hooked"``, for records."""
+    processed = bool(getattr(model, "compatibility_mode", False))
+    return kind(model) + ("+compat" if processed else "")
+
+
+def device(model: Model) -> torch.device:
+    """Where the model's inputs go."""
+    return torch.device(model.cfg.device or "cpu")
+
+
+def as_layers(layers: int | Iterable[int]) -> tuple[int, ...]:
+    """One layer or several (of any kind of integer), ascending, each once."""
+    if isinstance(layers, Iterable):
+        return tuple(sorted({operator.index(layer) for layer in layers}))
+    return (operator.index(layers),)

@@ -1,0 +1,158 @@
+"""``W_out``: where it lives in either class, and how it is written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_factedit.backend.hook_names import component_hook
+from tl_factedit.backend.protocol import Model, Place, Unit, UnsupportedModelError, check_layer, kind, n_layers
+from tl_factedit.backend.state import insist
+
+
+def n_units(model: Model, unit: Unit) -> int:
+    """How many heads, or neurons, a layer has."""
+    return int(model.cfg.n_heads) if unit == "head" else len(down_proj(model, 0).W)
+
+
+@dataclass(frozen=True)
+class DownProj:
+    """The output matrix of one MLP, live: ``value = key @ W + bias``.
+
+    Attributes:
+        layer: The block.
+        param: The parameter itself, in the orientation it is stored in.
+        transposed: Whether it is stored as [d_model, d_mlp] (an ``nn.Linear``).
+        bias: [d_model], or None.
+        key_hook: Hook name of its input (the key).
+        value_at: Where its output (the value) can be hooked: a hook name, or the module that
+            returns it where no hook sees it (a HookedTransformer with norms after the MLP).
+    """
+
+    layer: int
+    param: nn.Parameter
+    transposed: bool
+    bias: Tensor | None
+    key_hook: str
+    value_at: Place
+
+    @property
+    def W(self) -> Float[Tensor, "d_mlp d_model"]:
+        """A live view of the weight, rows = d_mlp; writing to it writes to the model."""
+        data = self.param.detach()
+        return data.T if self.transposed else data
+
+    def write_(self, weight: Float[Tensor, "d_mlp d_model"]) -> None:
+        """Overwrite the weight in place."""
+        with torch.no_grad():
+            self.W.copy_(weight)
+
+    def reaches_stream(self, found: Mapping[str, Tensor]) -> bool:
+        """Whether what it answers is added to the stream as it is: no norm and no multiplier stands between.
+
+        Args:
+            found: What stood at `value_at`, if that is a hook, and at the block's ``hook_mlp_out``, on any tokens.
+        """
+        straight = component_hook("mlp", self.layer)
+        return isinstance(self.value_at, str) and torch.equal(found[self.value_at], found[straight])
+
+    def value(self, key: Float[Tensor, "*row d_mlp"]) -> Float[Tensor, "*row d_model"]:
+        """What the matrix answers to a key, in float64."""
+        out = key.double() @ self.W.double()
+        return out if self.bias is None else out + self.bias.detach().double()
+
+
+def down_proj(model: Model, layer: int) -> DownProj:
+    """The live ``W_out`` of a block (never ``model.W_out[layer]``, which is a copy).
+
+    Raises:
+        ValueError: No such layer.
+        UnsupportedModelError: Mixture of experts, no MLP, quantised or offloaded weights, or a
+            parameter made inside ``torch.inference_mode``.
+    """
+    check_layer(model, layer)
+    block = model.blocks[layer]  # type: ignore[attr-defined]
+    where = f"blocks.{layer}.mlp"
+    mlp = getattr(block, "mlp", None)
+    if mlp is None:
+        raise UnsupportedModelError(f"{where}: this block has no MLP, needed one with a W_out")
+    if kind(model) == "bridge":
+        out = getattr(mlp, "out", None)
+        inner = getattr(out, "original_component", None)
+        if inner is None:
+            raise UnsupportedModelError(_no_single_w_out(where, mlp))
+        param, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
+        transposed = type(inner).__name__ != "Conv1D"  # GPT-2 stores Conv1D weights as [d_mlp, d_model]
+        value_at: Place = f"{where}.out.hook_out"
+    else:
+        param, bias = mlp._parameters.get("W_out"), mlp._parameters.get("b_out")
+        if param is None:
+            raise UnsupportedModelError(_no_single_w_out(where, mlp))
+        transposed = False
+        post_norm = bool(getattr(model.cfg, "use_normalization_before_and_after", False))
+        value_at = mlp if post_norm else f"blocks.{layer}.hook_mlp_out"
+    _check_weight(param, where, model.cfg.d_model, transposed)
+    return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at)  # type: ignore[arg-type]
+
+
+def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp d_model"]]) -> None:
+    """Write several weights; what interrupts it is raised once all are written."""
+
+    def write() -> None:
+        for site, weight in zip(sites, weights, strict=True):
+            site.write_(weight)
+
+    insist(write)
+
+
+def check_own(model: Model, layers: Iterable[int]) -> None:
+    """See that each of some blocks has a ``W_out`` to itself.
+
+    Raises:
+        UnsupportedModelError: Another block uses the same one (shared layers), so that writing one writes both.
+    """
+    users: dict[int, list[int]] = {}
+    for layer in range(n_layers(model)):
+        with suppress(UnsupportedModelError):
+            users.setdefault(down_proj(model, layer).param.data_ptr(), []).append(layer)
+    for layer in layers:
+        shared = users.get(down_proj(model, layer).param.data_ptr(), [layer])
+        if len(shared) > 1:
+            raise UnsupportedModelError(
+                f"layers {shared} share one W_out, needed one for layer {layer} alone: what is written in one would be "
+                "written in all of them"
+            )
+
+
+def _no_single_w_out(where: str, mlp: nn.Module) -> str:
+    return (
+        f"{where} ({type(mlp).__name__}) has no single W_out: mixture-of-experts layers have one for each "
+        "expert, and a token has no single key; choose a dense layer or model"
+    )
+
+
+def _check_weight(param: Tensor | None, where: str, d_model: int, transposed: bool) -> None:
+    if not isinstance(param, nn.Parameter) or not param.is_floating_point() or param.ndim != 2:
+        given = type(param).__name__ if not isinstance(param, Tensor) else f"{param.dtype} {tuple(param.shape)}"
+        raise UnsupportedModelError(
+            f"{where}: W_out is {given}, needed a two-dimensional floating-point parameter "
+            "(quantised weights can't be edited in place: load the model unquantised)"
+        )
+    if param.is_meta:
+        raise UnsupportedModelError(
+            f"{where}: W_out is on the meta device (offloaded), needed weights in memory: load without offloading"
+        )
+    if param.is_inference():
+        raise UnsupportedModelError(
+            f"{where}: W_out was made inside torch.inference_mode(), needed an ordinary parameter: "
+            "load the model outside of it"
+        )
+    # Not cfg.d_mlp: TransformerLens takes 4 * d_model for OPT and Falcon, whatever the weights are.
+    if param.shape[0 if transposed else 1] != d_model:
+        needed = f"[{d_model}, d_mlp]" if transposed else f"[d_mlp, {d_model}]"
+        raise UnsupportedModelError(f"{where}: W_out is {tuple(param.shape)}, needed {needed}")

@@ -1,0 +1,83 @@
+"""Several edits as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from tl_factedit.editing.delta import Delta
+from tl_factedit.editing.edit import Edit
+
+
+def compose(edits: Sequence[Edit]) -> Edit:
+    """Several edits of the same base weights as one: their changes of a layer added up, which no order matters to.
+
+    Facts, fits and diagnostics stand one after the other; `keys` and `values` of a layer are those of the edits that
+    write it, as each was made. Applied, it may differ in the last bit from the edits applied one by one, which round
+    each time. Where the ranks add up to more than a matrix can have, the changes are kept as one matrix.
+
+    Raises:
+        ValueError: No edit is given, one is given twice (itself or inside a composed one), or they are of different
+            weights or BOS policies.
+    """
+    if isinstance(edits, Edit):
+        raise ValueError("edits is one Edit, needed a list of them: write [edit]")
+    edits = list(edits)
+    if not edits:
+        raise ValueError("edits is empty, needed at least one")
+    held = [digest for edit in edits for digest in (edit.digest, *edit.parts)]
+    if len(set(held)) < len(held):
+        raise ValueError("one change is in several of the edits, needed it once: leave it out of the others")
+    first = edits[0]
+    for edit in edits[1:]:
+        if not edit.provenance.weights.matches(first.provenance.weights):
+            raise ValueError(
+                f"the edits are of weights {first.provenance.weights} and {edit.provenance.weights}, needed the same: "
+                "make them on one model (an edit made while another is applied is still of the base)"
+            )
+        if edit.provenance.prepend_bos != first.provenance.prepend_bos:
+            raise ValueError(
+                "some of the edits were made with BOS and some without, needed one policy: make them again"
+            )
+    layers = sorted({layer for edit in edits for layer in edit.layers})
+    factors = {layer: [d for edit in edits for d in edit.deltas if d.layer == layer] for layer in layers}
+    return Edit(
+        facts=tuple(fact for edit in edits for fact in edit.facts),
+        deltas=tuple(_sum(layer, parts) for layer, parts in factors.items()),
+        keys={layer: torch.cat([edit.keys[layer] for edit in edits if layer in edit.keys]) for layer in layers},
+        values={layer: torch.cat([edit.values[layer] for edit in edits if layer in edit.values]) for layer in layers},
+        editor={
+            "name": "composed",
+            "of": [dict(edit.editor) for edit in edits],
+            "digests": held,
+        },
+        contexts=tuple(dict.fromkeys(context for edit in edits for context in edit.contexts)),
+        diagnostics=tuple(diagnostics for edit in edits for diagnostics in edit.diagnostics),
+        fits=tuple(fit for edit in edits for fit in edit.fits),
+        provenance=replace(
+            first.provenance,
+            edits=tuple(
+                dict.fromkeys(
+                    below
+                    for edit in edits
+                    for below in edit.provenance.edits
+                    if below not in {each.digest for each in edits}
+                )
+            ),
+        ),
+    )
+
+
+def _sum(layer: int, parts: Sequence[Delta]) -> Delta:
+    """Changes of one layer as one, in the smaller of two forms: factors side by side, or one matrix."""
+    if len(parts) == 1:
+        return parts[0]
+    rank = sum(part.left.shape[1] for part in parts)
+    if rank > min(len(parts[0].left), parts[0].right.shape[1]):
+        total = torch.zeros_like(parts[0].dense)
+        for part in parts:
+            total += part.dense
+        return Delta.full(layer, total)
+    return Delta(layer, torch.cat([part.left for part in parts], 1), torch.cat([part.right for part in parts]))

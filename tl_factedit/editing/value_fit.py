@@ -1,0 +1,91 @@
+"""How a value is optimised, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+Where = Literal["mlp", "resid", "modules"]
+"""Where δ is added: to what ``W_out`` answers, to the stream after the block, or (PMET) one δ to what the attention and
+one to what ``W_out`` hands on."""
+
+
+@dataclass(frozen=True)
+class ValueFit:
+    """How a value is optimised; the defaults are those of Meng et al.'s code.
+
+    Attributes:
+        steps: Evaluations of the loss; one fewer updates (the last one is only read).
+        lr: Of Adam.
+        kl_weight: a, the weight of what the subject is said to be staying as it was.
+        decay: b, the weight of ‖δ‖ / ‖v‖².
+        clamp: ‖δ‖ is kept at or below this many ‖v‖.
+        stop_below: Stop early once the loss is below.
+        kl_prompts: Templates about the subject whose prediction is to stay as it was.
+        kl_at: Where it is read: at the last ``"subject"`` token (Meng et al.), or at the ``"end"``
+            of the prompt, which guards the subject's other relations better.
+        ease: What the first term counts at the step after one at which the new object came first everywhere (each of
+            its tokens, in every context): 1 for the same as always, 0.1 in PMET's code.
+        stop_kl: Stop early at such a step if a · KL is at most this (0.01 in PMET's code); None: don't.
+    """
+
+    steps: int = 20
+    lr: float = 0.5
+    kl_weight: float = 0.0625
+    decay: float = 0.5
+    clamp: float = 4.0
+    stop_below: float = 0.05
+    kl_prompts: Sequence[str] = ("{} is a",)
+    kl_at: Literal["subject", "end"] = "subject"
+    ease: float = 1.0
+    stop_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers and choices."""
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, needed at least 1 (which only reads the loss)")
+        for name in ("lr", "clamp"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, needed more than 0")
+        for name in ("kl_weight", "decay", "ease"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, needed 0 or more")
+        if self.kl_at not in ("subject", "end"):
+            raise ValueError(f"kl_at {self.kl_at!r} is unknown, needed 'subject' or 'end'")
+        if isinstance(self.kl_prompts, str):
+            raise ValueError(
+                f"kl_prompts is the string {self.kl_prompts!r}, needed a list: write [{self.kl_prompts!r}]"
+            )
+        if not isinstance(self.kl_prompts, Sequence):
+            raise ValueError(f"kl_prompts is {self.kl_prompts!r}, needed a list of templates")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted value, and what happened on the way.
+
+    Attributes:
+        delta: δ, [d_model], float64; of two, that of ``W_out``.
+        keys: The key at the last subject token in each context, [context d_mlp], float64; the
+            bare prompt is the first.
+        outputs: What stands there now where δ is added, [context d_model], float64: the answer of ``W_out``, or the
+            residual stream after the block.
+        losses: The loss before each step.
+        target_prob: Mean probability of a token of the object over contexts, before each step.
+        stopped: Why it ended: ``"loss"``, ``"kl"`` or ``"steps"``.
+        clamped: At how many steps δ had to be projected back.
+        attn_delta: The δ of the attention's output, where there are two.
+    """
+
+    delta: Float[Tensor, "d_model"]
+    keys: Float[Tensor, "context d_mlp"]
+    outputs: Float[Tensor, "context d_model"]
+    losses: tuple[float, ...]
+    target_prob: tuple[float, ...]
+    stopped: Literal["loss", "kl", "steps"]
+    clamped: int
+    attn_delta: Float[Tensor, "d_model"] | None = None

@@ -1,0 +1,116 @@
+"""How the answer depends on how much of an edit acts at the last subject token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_factedit.backend.protocol import Hook, Model
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import quiet
+from tl_factedit.backend.weights import DownProj, down_proj
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.tokens import align
+from tl_factedit.editing.delta import Delta
+from tl_factedit.editing.edit import Edit
+from tl_factedit.measure.first_tokens import with_new_objects
+
+
+@dataclass(frozen=True)
+class Dose:
+    """How the answer depends on how much of the edit fires at the last subject token.
+
+    Descriptive, and no evidence by itself: at dose 0 the model is nearly the unedited one by
+    construction.
+
+    Attributes:
+        doses: a, from none (0) to all (1) of the edit and beyond.
+        margin: m(a) = log p(new) − log p(old) of the whole objects, [fact dose], nats.
+    """
+
+    doses: Float[Tensor, "dose"]
+    margin: Float[Tensor, "fact dose"]
+
+    @property
+    def override_margin(self) -> Float[Tensor, "fact"]:
+        """m(1): by how many nats the new object leads in the edited model."""
+        return self.margin[:, int((self.doses - 1).abs().argmin())]
+
+    @property
+    def critical(self) -> Float[Tensor, "fact"]:
+        """a*, the smallest dose at which new and old tie (linear between doses); NaN if they never do."""
+        out = torch.full((len(self.margin),), float("nan"))
+        for i, m in enumerate(self.margin):
+            crossing = (m[:-1] * m[1:] <= 0).nonzero()
+            if len(crossing):
+                j = int(crossing[0])
+                a, b = self.doses[j], self.doses[j + 1]
+                step = m[j + 1] - m[j]
+                out[i] = a if float(step) == 0 else a - m[j] * (b - a) / step
+        return out
+
+
+DOSES = tuple(round(-0.5 + 0.1 * i, 1) for i in range(21))
+
+
+def dose_curve(
+    model: Model, edit: Edit, facts: Fact | Sequence[Fact], *, doses: Sequence[float] = DOSES, batch_tokens: int = 4096
+) -> Dose:
+    """Margin of the new object over the old as the edit's share at the last subject token grows.
+
+    In the edited model the value at that token is moved by ``(a − 1) · g · right``.
+
+    Args:
+        model: The model the edit was made on, without it.
+        edit: The edit; it is applied and taken back here.
+        facts: Each with a ``target_new``.
+        doses: The a's; 1 is the edit as it is.
+        batch_tokens: Most tokens in one forward pass.
+    """
+    facts = with_new_objects(facts)
+    sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
+    rows = []
+    with quiet(model), torch.no_grad(), edit.applied(model):
+        runner = Runner(model)
+        for fact in facts:
+            row = align(model.tokenizer, fact, prepend_bos=edit.provenance.prepend_bos)
+            if row.new_ids is None:
+                raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
+            per_object = []
+            for target in (row.new_ids, row.true_ids):
+                ids = torch.cat([row.ids, target[:-1]])
+                at = torch.arange(len(target)) + len(row.ids) - 1
+                parts = []
+                for some in torch.tensor(doses).split(max(1, batch_tokens // len(ids))):
+                    logits = runner.logits(
+                        repeat(ids, "pos -> row pos", row=len(some)),
+                        at=at.expand(len(some), -1),
+                        hooks=[h for delta in edit.deltas for h in _scale(sites[delta.layer], delta, some, row.last)],
+                    )
+                    log_p = logits.float().log_softmax(-1).cpu()
+                    parts.append(log_p[:, torch.arange(len(target)), target].sum(-1))
+                per_object.append(torch.cat(parts))
+            rows.append(per_object[0] - per_object[1])
+    return Dose(torch.tensor(doses), torch.stack(rows))
+
+
+def _scale(site: DownProj, delta: Delta, doses: Tensor, position: int) -> list[Hook]:
+    """Hooks that leave only a share of the edit at one position; one dose a row."""
+    seen: list[Tensor] = []
+
+    def read_key(key: Tensor, hook: Any = None) -> None:
+        seen[:] = [key[:, position]]
+
+    def move_value(value: Tensor, hook: Any = None) -> Tensor:
+        moved = value.clone()
+        change = seen[0].double() @ delta.left.to(value.device) @ delta.right.to(value.device)
+        moved[:, position] += ((doses.to(value.device) - 1)[:, None] * change).to(value.dtype)
+        return moved
+
+    return [(site.key_hook, read_key), (site.value_at, move_value)]

@@ -1,0 +1,281 @@
+"""What a causal trace gives."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_factedit.backend.protocol import Component
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.core import files
+from tl_factedit.core.estimate import Estimates, over_facts_each
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.files import Unknown, decode, encode
+from tl_factedit.locate.cells import Direction
+from tl_factedit.locate.corruption import Corruption
+from tl_factedit.locate.replacement import CORRUPTIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROLES = ("before", "first subject", "middle subject", "last subject", "first after", "further", "last")
+"""What a token is in its prompt, each one thing; the last token is ``last`` unless it is of the subject."""
+
+
+@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+class Trace:
+    """The result of `causal_trace`.
+
+    Attributes:
+        effect: IE in units of `metric`, mean over samples, [fact layer pos]; NaN where a shorter fact has no
+            token, and for facts that couldn't be corrupted.
+        sample_effect: The same for each sample of the corruption, [fact layer pos sample]; NaN where a fact has fewer.
+        clean: The metric of the clean run, [fact] (mean over samples where it depends on them).
+        corrupted: Of the corrupted runs, mean over samples, [fact].
+        sample_corrupted: For each sample, [fact sample].
+        tokens: Token strings of each fact's prompt.
+        subject: (start, stop) of the subject in each fact's tokens.
+        facts: What was traced.
+        top: For each fact, the token that the clean model puts first.
+        known: Whether that is the first token of ``target_true``; where it isn't, there is little to trace.
+        donors: For each fact, whose tokens replaced its subject's (`TokenReplacement`); empty with noise.
+        component: ``"resid"`` (the stream after the block), ``"resid_pre"``, ``"resid_mid"``, ``"mlp"`` or
+            ``"attn"`` (outputs).
+        window: How many layers are restored together.
+        severed: ``"mlp"`` or ``"attn"``: these outputs of the layers above stayed as in the corrupted run.
+        direction: ``"denoise"`` or ``"noise"``.
+        metric: Its name.
+        corruption: With its scale as it was used.
+        unpacked: Why cells were run as whole sequences, which is slower; ``""`` if they weren't.
+        provenance: Model, weights, BOS policy, versions.
+    """
+
+    effect: Float[Tensor, "fact layer pos"]
+    sample_effect: Float[Tensor, "fact layer pos sample"]
+    clean: Float[Tensor, "fact"]
+    corrupted: Float[Tensor, "fact"]
+    sample_corrupted: Float[Tensor, "fact sample"]
+    tokens: tuple[tuple[str, ...], ...]
+    subject: tuple[tuple[int, int], ...]
+    facts: tuple[Fact, ...]
+    top: tuple[str, ...]
+    known: tuple[bool, ...]
+    donors: tuple[tuple[str, ...], ...]
+    component: Component
+    window: int
+    severed: Literal["mlp", "attn"] | None
+    direction: Direction
+    metric: str
+    corruption: Corruption | Unknown
+    unpacked: str
+    provenance: Provenance
+
+    @property
+    def total_effect(self) -> Float[Tensor, "fact"]:
+        """TE = clean minus corrupted."""
+        return self.clean - self.corrupted
+
+    @property
+    def corruptible(self) -> tuple[bool, ...]:
+        """For each fact, whether it could be corrupted; without a donor it can't, and isn't traced."""
+        return tuple((~self.corrupted.isnan()).tolist())
+
+    @property
+    def at_last_subject_token(self) -> Float[Tensor, "fact layer"]:
+        """IE at each fact's last subject token."""
+        last = torch.tensor([stop - 1 for _, stop in self.subject])
+        return self.effect[torch.arange(len(last)), :, last]
+
+    @property
+    def peak_layer(self) -> int:
+        """The layer of the largest mean effect at the last subject token."""
+        return int(self.at_last_subject_token.nanmean(0).argmax())
+
+    @property
+    def partial_window(self) -> tuple[int, ...]:
+        """Layers whose window is cut by the model's ends: their cells restore fewer layers."""
+        count = self.effect.shape[1]
+        return tuple(layer for layer in range(count) if len(window_layers(layer, self.window, count)) < self.window)
+
+    def fraction(self, min_effect: float = 0.05) -> Float[Tensor, "fact layer pos"]:
+        """IE / TE: the share of the effect that a cell accounts for.
+
+        Args:
+            min_effect: Facts with a smaller total effect (or a negative one) are left out (NaN): a share of little says
+                little.
+        """
+        total = self.total_effect[:, None, None]
+        return torch.where(total >= min_effect, self.effect / total, torch.nan)
+
+    def best_fraction(self, min_effect: float = 0.05) -> Float[Tensor, "fact layer"]:
+        """The largest share over tokens, by layer (Hase et al. 2023, arXiv:2301.04213, sec. 4.1).
+
+        The largest of noisy numbers is too large on average. So one half of the samples chooses the token
+        (or none, whose share is 0) and the other half says its share, and the reverse; the mean of both is unbiased
+        for the token chosen, and may come out below 0. With one sample it is simply the largest; a fact that has one
+        where others have more is left out (NaN), as are facts with a total effect below `min_effect`.
+        """
+        total = self.total_effect[:, None, None, None]
+        share = self.sample_effect / total
+        share = torch.cat([0 * share[:, :, :1], share], 2)  # no token: NaN only where a fact lacks the sample
+        if share.shape[-1] < 2:
+            best = share[..., 0].nan_to_num(-torch.inf).amax(-1)
+        else:
+            halves = [share[..., half::2].nanmean(-1) for half in (0, 1)]
+            chosen = [half.nan_to_num(-torch.inf).argmax(-1, keepdim=True) for half in halves]
+            best = sum(half.gather(-1, other)[..., 0] for half, other in zip(halves, reversed(chosen), strict=True)) / 2
+        return torch.where(total[..., 0, 0] >= min_effect, best, torch.nan)
+
+    def by_role(self, *, normalised: bool = False, min_effect: float = 0.05) -> Float[Tensor, "fact role layer"]:
+        """Effects by what a token is in its prompt (`ROLES`), mean over a fact's tokens of that role.
+
+        Args:
+            normalised: Give shares of the total effect instead (`fraction`).
+            min_effect: Of `fraction`.
+        """
+        effect = self.fraction(min_effect) if normalised else self.effect
+        found = torch.full((len(self.facts), len(ROLES), effect.shape[1]), torch.nan)
+        for i, (pieces, subject) in enumerate(zip(self.tokens, self.subject, strict=True)):
+            of_token = roles(len(pieces), subject)
+            for r, role in enumerate(ROLES):
+                positions = [p for p, each in enumerate(of_token) if each == role]
+                if positions:
+                    found[i, r] = effect[i][:, positions].mean(-1)
+        return found
+
+    def average(self, *, normalised: bool = False, min_effect: float = 0.05, seed: int = 0) -> Estimates:
+        """Means over facts by role and layer, with bootstrap intervals over facts, [role layer] each."""
+        return over_facts_each(self.by_role(normalised=normalised, min_effect=min_effect), seed=seed)
+
+    def roles_table(self, *, normalised: bool = False, min_effect: float = 0.05, seed: int = 0) -> pd.DataFrame:
+        """`average` as a table: one row a (role, layer), with mean, interval and the number of facts."""
+        import pandas as pd
+
+        found = self.average(normalised=normalised, min_effect=min_effect, seed=seed)
+        return pd.DataFrame(
+            [
+                {
+                    "role": role,
+                    "layer": layer,
+                    "effect": float(found.mean[r, layer]),
+                    "low": float(found.low[r, layer]),
+                    "high": float(found.high[r, layer]),
+                    "n": int(found.n[r, layer]),
+                }
+                for r, role in enumerate(ROLES)
+                for layer in range(self.effect.shape[1])
+                if found.n[r, layer]
+            ]
+        )
+
+    def table(self) -> pd.DataFrame:
+        """One row a (fact, layer, token): effect, its spread over samples, and the token's role."""
+        import pandas as pd
+
+        rows = []
+        for i, (fact, pieces, (start, stop)) in enumerate(zip(self.facts, self.tokens, self.subject, strict=True)):
+            samples = self.sample_effect[i, :, :, ~self.sample_effect[i, 0, 0].isnan()]
+            one = samples.shape[-1] < 2  # which says nothing of a spread
+            spread = torch.full(samples.shape[:-1], torch.nan) if one else samples.std(-1)
+            of_token = roles(len(pieces), (start, stop))
+            for layer in range(self.effect.shape[1]):
+                rows += [
+                    {
+                        "fact": fact.name,
+                        "layer": layer,
+                        "position": p,
+                        "token": piece,
+                        "role": of_token[p],
+                        "subject": start <= p < stop,
+                        "effect": float(self.effect[i, layer, p]),
+                        "sample_sd": float(spread[layer, p]),
+                    }
+                    for p, piece in enumerate(pieces)
+                ]
+        return pd.DataFrame(rows)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything into one safetensors file."""
+        tensors = {
+            "sample_effect": self.sample_effect,
+            "clean": self.clean,
+            "sample_corrupted": self.sample_corrupted,
+        }
+        header = {
+            "corruption": encode(self.corruption, "corruption", tensors, (*CORRUPTIONS, Unknown)),
+            "facts": [asdict(fact) for fact in self.facts],
+            "provenance": self.provenance.to_json(),
+        } | {name: getattr(self, name) for name in _PLAIN}
+        files.write(Path(path), "trace", header, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a file of `save`.
+
+        Raises:
+            ValueError: The file is cut short, changed, or no trace.
+        """
+        header, tensors = files.read(Path(path), "trace")
+        plain = {name: _frozen(header[name]) for name in _PLAIN}
+        return cls(
+            **role_means(tensors["sample_effect"], tensors["sample_corrupted"]),
+            clean=tensors["clean"],
+            facts=tuple(Fact(**fact) for fact in header["facts"]),
+            corruption=decode(header["corruption"], tensors, (*CORRUPTIONS, Unknown)),
+            provenance=Provenance.from_json(header["provenance"]),
+            **plain,
+        )
+
+    def __repr__(self) -> str:
+        """Size, effects and peak in a line."""
+        what = self.facts[0].text if len(self.facts) == 1 else f"{len(self.facts)} facts"
+        without = self.corruptible.count(False)
+        missing = f", {without} without a donor" if without else ""
+        severed = f" with severed {self.severed}" if self.severed else ""
+        window = f"window {self.window}" + (", noising" if self.direction == "noise" else "")
+        return (
+            f"Trace({what!r}{missing}, {self.component}{severed}, {window}: clean {float(self.clean.nanmean()):.3f}, "
+            f"corrupted {float(self.corrupted.nanmean()):.3f}; last subject token peaks at layer {self.peak_layer} "
+            f"with {float(self.at_last_subject_token.nanmean(0).max()):.3f})"
+        )
+
+
+_PLAIN = tuple(
+    "tokens subject top known donors component window severed direction metric unpacked".split()  # noqa: SIM905
+)
+"""The attributes of a trace that a file's header holds as they are."""
+
+
+def window_layers(layer: int, window: int, n_layers: int) -> range:
+    """The layers restored for a cell at `layer`: a window of 10 is l−5 … l+4, cut at the model's ends."""
+    return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
+
+
+def roles(length: int, subject: tuple[int, int]) -> list[str]:
+    """What each token of a prompt is: one of `ROLES`."""
+    start, stop = subject
+    found = ["before"] * start + ["middle subject"] * (stop - start) + ["further"] * (length - stop)
+    found[start] = "first subject"
+    found[stop - 1] = "last subject"
+    if stop < length:
+        found[stop] = "first after"
+        found[-1] = "last"
+    return found
+
+
+def role_means(effect: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+    return {
+        "effect": effect.nanmean(-1),
+        "sample_effect": effect,
+        "corrupted": corrupted.nanmean(-1),
+        "sample_corrupted": corrupted,
+    }
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value

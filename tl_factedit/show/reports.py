@@ -1,0 +1,81 @@
+"""A report: one file that opens offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tl_factedit.auditing.verdict import Verdict
+from tl_factedit.editing.edit import Edit
+from tl_factedit.evaluation.scores import Scores
+from tl_factedit.locate.trace_result import Trace
+from tl_factedit.show.markup import Html, join, tag
+from tl_factedit.show.page import Picture, document
+from tl_factedit.show.score_tables import scores
+from tl_factedit.show.traces import average, trace
+from tl_factedit.show.verdicts import verdict
+
+_Item = Picture | Trace | Verdict | Scores | str
+
+
+def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fact editing report") -> Path:
+    """Write one HTML file that needs nothing else: no network, no other file.
+
+    Args:
+        path: The file; one that exists is replaced.
+        items: Pictures and results (a `Trace`, `Verdict` or `Scores` is drawn as it is here, a trace of several
+            facts as their `average`), plain text (an empty line begins a paragraph), or ``(heading, item)``.
+        title: Of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: There is nothing to write.
+        TypeError: An item is none of these.
+
+    Example:
+        >>> fe.show.report("report.html", "What I did.", ("Where it is", trace), verdict)  # doctest: +SKIP
+    """
+    if not items:
+        raise ValueError("the report is empty, needed at least one picture, result or text")
+    sections, pictures = [], []
+    for item in items:
+        heading, what = item if isinstance(item, tuple) else (None, item)
+        if isinstance(what, str):
+            sections.append(tag("section", heading and tag("h2", heading), *_paragraphs(what)))
+            continue
+        picture = _drawn(what)
+        pictures.append(picture)
+        sections.append(
+            tag(
+                "section",
+                tag("h2", heading or picture.title),
+                heading and tag("h3", picture.title),
+                picture.body,
+            )
+        )
+    path = Path(path).expanduser()
+    provenance = [one for picture in pictures for one in picture.provenance]
+    page = document(title, join(*sections, between="\n"), provenance, live=any(p.live for p in pictures))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _drawn(what: object) -> Picture:
+    if isinstance(what, Picture):
+        return what
+    if isinstance(what, Trace):
+        return trace(what) if len(what.facts) == 1 else average(what)
+    if isinstance(what, Verdict):
+        return verdict(what)
+    if isinstance(what, Scores):
+        return scores(what)
+    hint = ": draw it with fe.show.edit(model, edit, text)" if isinstance(what, Edit) else ""
+    raise TypeError(
+        f"a report can't hold a {type(what).__name__}, needed a Picture, Trace, Verdict, Scores or text{hint}"
+    )
+
+
+def _paragraphs(text: str) -> list[Html]:
+    return [tag("p", part) for part in text.split("\n\n") if part.strip()]

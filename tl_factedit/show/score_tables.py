@@ -1,0 +1,33 @@
+"""Tables of scores."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from tl_factedit.evaluation.scores import Scores
+from tl_factedit.show.markup import join
+from tl_factedit.show.page import Picture
+from tl_factedit.show.tables import prompt_table, score_table
+
+
+def scores(before: Scores, after: Scores | None = None) -> Picture:
+    """Scores as a table, of one model or before and after a change, and every prompt's own numbers.
+
+    Args:
+        before: From `evaluate`.
+        after: Of the same facts, on the changed model.
+
+    Raises:
+        ValueError: The two were not asked the same prompts and objects.
+    """
+    both = [before] if after is None else [before, after]
+    for a, b in pairwise(both):
+        asked = [[(x.fact, x.ask, x.prompt, x.true, x.new) for x in scores.answers] for scores in (a, b)]
+        if asked[0] != asked[1]:
+            raise ValueError(
+                f"before has {len(a.answers)} prompts and after {len(b.answers)}, needed the same prompts with the "
+                "same objects: evaluate both models on the same facts"
+            )
+    body = join(score_table(both), prompt_table(both))
+    title = "Scores" if after is None else "Scores before and after"
+    return Picture(title, body, tuple(score.provenance for score in both))

@@ -1,0 +1,63 @@
+"""A picture of a verdict."""
+
+from __future__ import annotations
+
+from tl_factedit.auditing.verdict import Verdict
+from tl_factedit.core.estimate import Estimate
+from tl_factedit.show.charts import dose_chart, fired_strips, knock_out_chart, lens_charts
+from tl_factedit.show.markup import Html, join, tag
+from tl_factedit.show.page import Picture
+from tl_factedit.show.tables import bullets, fact_table, score_table
+
+_BADGE = {
+    "FAILED": "#5c5c66",
+    "DAMAGED": "#b8321a",
+    "ERASED": "#00704f",
+    "MOVED": "#6a51a3",
+    "INSERTED": "#b34b00",
+    "LATENT": "#8a5a00",
+    "SCARRED": "#8c2d5a",
+    "INCONCLUSIVE": "#24618f",
+}
+
+
+def verdict(verdict: Verdict) -> Picture:
+    """An audit's verdict on a page: label, axes, reasons, what is missing, and the evidence.
+
+    Args:
+        verdict: From `audit`.
+    """
+    n = len(verdict.facts)
+    level = "one fact: descriptive" if verdict.level == "per edit" else f"population of {n} facts"
+    axes = [
+        tag("div", tag("b", name), tag("span", *_axis(axis.estimate, axis.says)))
+        for name, axis in (("Retained", verdict.retained), ("Recoverable", verdict.recoverable))
+    ]
+    body = join(
+        tag(
+            "p",
+            tag("span", verdict.label, class_="tlf-badge", style=f"background:{_BADGE[verdict.label]}"),
+            f"  {level}",
+        ),
+        tag("div", *axes, class_="tlf-axes"),
+        tag("h4", "Why"),
+        bullets(verdict.reasons),
+        join(tag("h4", "What would have shown, with 80 % probability"), bullets(verdict.power))
+        if verdict.power
+        else None,
+        join(tag("h4", "Not gathered, or not precisely enough, for a stronger label"), bullets(verdict.missing))
+        if verdict.missing
+        else None,
+        tag("h4", "Before and after"),
+        score_table([verdict.before, verdict.after]),
+        fact_table(verdict),
+        knock_out_chart(verdict.knock_out) if verdict.knock_out is not None else None,
+        lens_charts(verdict),
+        dose_chart(verdict.dose) if verdict.dose is not None else None,
+        fired_strips(verdict.gains) if verdict.gains else None,
+    )
+    return Picture("Verdict of the audit", body, (verdict.before.provenance, verdict.after.provenance))
+
+
+def _axis(estimate: Estimate | None, says: str) -> list[Html | str]:
+    return [says] if estimate is None else [tag("b", format(estimate, ".2f")), says]
