@@ -37,12 +37,12 @@ def main() -> None:
         if asked.steps is not None:
             recipe = replace(recipe, steps=asked.steps)
         model, made = organism_training.train(variant, recipe, watch=asked.watch)
-        accuracy = accuracy(model, variant)
+        found = accuracy(model, variant)
         made |= files.record(variant, recipe, threads=asked.threads)
-        made |= {"accuracy": accuracy, "versions": versions()}
+        made |= {"accuracy": found, "versions": versions()}
         path = asked.out / f"organism-{variant}.safetensors"
         files.save(path, model, made)
-        print(f"{path}: {json.dumps(accuracy)}")
+        print(f"{path}: {json.dumps(found)}")
 
 
 if __name__ == "__main__":
