@@ -90,7 +90,9 @@ def modules_of(source: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = [ast.Pass()]
-    names = {name.removeprefix("tl_factedit.") for name in imported(ast.unparse(tree)) if name.startswith("tl_factedit")}
+    names = {
+        name.removeprefix("tl_factedit.") for name in imported(ast.unparse(tree)) if name.startswith("tl_factedit")
+    }
     return {name for full in names for name in (full, full.rpartition(".")[0]) if name in MODULES}
 
 

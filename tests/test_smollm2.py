@@ -78,7 +78,7 @@ def test_cells_of_a_trace_are_those_of_the_literal_loop(models, kind, component,
         model, fact, component=component, window=window, corruption=noise, prepend_bos=False, progress=False
     )
     row = align(model.tokenizer, fact, prepend_bos=False)
-    asked = tracing.Asked(row.ids, row.subject, row.true_ids)
+    asked = tracing.TracedPrompt(row.ids, row.subject, row.true_ids)
     drawn = trace.corruption.noise(row.subject[1] - row.subject[0], model.cfg.d_model).float()
     low = tracing.corrupted(model, asked, drawn)
     assert (trace.sample_corrupted[0] - low).abs().max() < 1e-5

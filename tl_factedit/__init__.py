@@ -26,8 +26,8 @@ from tl_factedit.editing.diagnostics import Diagnostics, EditWarning
 from tl_factedit.editing.edit import Edit, Editor
 from tl_factedit.editing.export import export_hf
 from tl_factedit.editing.ledger import edits_on, undo_all_
-from tl_factedit.editing.objectives import Amplify, Erase, Force, Inject, Objective, Reverse, Wish
-from tl_factedit.editing.off_target import spill
+from tl_factedit.editing.objectives import Amplify, EditTarget, Erase, Force, Inject, Objective, Reverse
+from tl_factedit.editing.off_target import off_target_share
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editors.alphaedit import AlphaEdit
 from tl_factedit.editors.emmet import Emmet
@@ -37,18 +37,18 @@ from tl_factedit.editors.memit import Memit
 from tl_factedit.editors.pmet import Pmet
 from tl_factedit.editors.rome import Rome
 from tl_factedit.editors.router import RoutedEdit, Router
-from tl_factedit.evaluation.attribution import Attribution, attribute_positions
+from tl_factedit.evaluation.attribution import PositionAttribution, attribute_positions
 from tl_factedit.evaluation.coverage import Coverage, gain_coverage
 from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.evaluation.edit_gains import Gains, gains
-from tl_factedit.evaluation.erasure_success import Forgotten, forgotten
+from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
 from tl_factedit.evaluation.mediation import Mediation, mediate
+from tl_factedit.evaluation.same_subject import Specificity, specificity
 from tl_factedit.evaluation.scores import Scores, evaluate
-from tl_factedit.evaluation.specificity import Asides, ask_asides
 from tl_factedit.evaluation.text_drift import Drift, drift
 from tl_factedit.locate import metrics
-from tl_factedit.locate.agreement import SideBySide, trace_side_by_side
-from tl_factedit.locate.calibration import noise_for_damage
+from tl_factedit.locate.agreement import CorruptionComparison, compare_corruptions
+from tl_factedit.locate.calibration import calibrate_noise
 from tl_factedit.locate.corruption import Corruption, GaussianNoise, GivenNoise, MultivariateNoise, UniformNoise
 from tl_factedit.locate.hooks import noise_hook, restore_hook
 from tl_factedit.locate.presets import hase2023, meng2022, zhang2023
@@ -68,7 +68,7 @@ from tl_factedit.probes.permutation import Permutation, permutation_test
 from tl_factedit.probes.residual import Residual, residual_knowledge
 from tl_factedit.probes.scrubbing import Eraser, Erasure, erase_states, leace, random_subspace
 from tl_factedit.probes.selectivity import ControlTask, control_task
-from tl_factedit.probes.states import States, read_states, read_states_edited
+from tl_factedit.probes.states import HiddenStates, read_states, read_states_edited
 from tl_factedit.probes.tuned_lens import FixedAndRefitted, TunedLens, fixed_and_refitted, train_tuned_lens
 from tl_factedit.stats.collect import key_stats
 from tl_factedit.stats.convergence import Convergence, stats_convergence
@@ -86,15 +86,15 @@ __all__ = [
     "zhang2023",
     "trace_units",
     "UnitTrace",
-    "trace_side_by_side",
-    "SideBySide",
+    "compare_corruptions",
+    "CorruptionComparison",
     "Corruption",
     "GaussianNoise",
     "UniformNoise",
     "MultivariateNoise",
     "GivenNoise",
     "TokenReplacement",
-    "noise_for_damage",
+    "calibrate_noise",
     "key_stats",
     "KeyStats",
     "stats_convergence",
@@ -111,7 +111,7 @@ __all__ = [
     "Router",
     "RoutedEdit",
     "Objective",
-    "Wish",
+    "EditTarget",
     "Inject",
     "Erase",
     "Amplify",
@@ -127,7 +127,7 @@ __all__ = [
     "Delta",
     "Diagnostics",
     "EditWarning",
-    "spill",
+    "off_target_share",
     "gains",
     "Gains",
     "dose_curve",
@@ -146,7 +146,7 @@ __all__ = [
     "states_of_others",
     "read_states",
     "read_states_edited",
-    "States",
+    "HiddenStates",
     "train_ruler",
     "LinearClassifier",
     "Ruler",
@@ -197,13 +197,13 @@ __all__ = [
     "mediate",
     "Mediation",
     "attribute_positions",
-    "Attribution",
+    "PositionAttribution",
     "gain_coverage",
     "Coverage",
-    "ask_asides",
-    "Asides",
-    "forgotten",
-    "Forgotten",
+    "specificity",
+    "Specificity",
+    "erasure_success",
+    "ErasureSuccess",
     "drift",
     "Drift",
     "retention",

@@ -15,14 +15,14 @@ import torch
 
 from tl_factedit.backend.loading import from_hf, from_hub
 from tl_factedit.backend.protocol import Kind, Model
-from tl_factedit.organism.facts import organism_asides, organism_facts, organism_implications, organism_routes
+from tl_factedit.organism.facts import organism_facts, organism_implications, organism_routes, organism_same_subject
 from tl_factedit.organism.load import organism, organism_hf
 
 __all__ = [
     "from_hf",
     "load",
     "organism",
-    "organism_asides",
+    "organism_same_subject",
     "organism_facts",
     "organism_hf",
     "organism_implications",

@@ -15,7 +15,7 @@ from tl_factedit.attacks.learner import Group as _Group
 from tl_factedit.attacks.learner import adding_hooks as _adding
 from tl_factedit.attacks.learner import updates_until_learnt as _updates_until_learnt
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 
@@ -69,7 +69,7 @@ def test_a_target_alone_learns_as_it_does_among_others(setting):
     model, facts, _ = setting
     rows = [align(model.tokenizer, fact, prepend_bos=True) for fact in facts]
     pupils = [(row.ids, ids) for row in rows for ids in (row.new_ids, torch.cat([row.new_ids, row.true_ids]))]
-    with quiet(model):
+    with frozen(model):
         together = _updates_until_learnt(model, pupils, (1, 2), 3 * LR, 20, 1.0)
         alone = torch.cat([_updates_until_learnt(model, [one], (1, 2), 3 * LR, 20, 1.0) for one in pupils])
         little = _updates_until_learnt(model, pupils, (1, 2), 3 * LR, 20, 1e-9)
@@ -80,12 +80,12 @@ def test_a_target_alone_learns_as_it_does_among_others(setting):
 def test_what_is_there_already_takes_no_update(setting):
     model, (fact, _), _ = setting
     row = align(model.tokenizer, fact, prepend_bos=True)
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         likeliest = Runner(model).logits(row.ids[None])[0, -1].argmax()[None]
     site, unembed = down_proj(model, 3), model.unembed.W_U[:, likeliest[0]].detach()
     pupils = [(row.ids, likeliest)]
     sure = (site.value_at, lambda value, hook=None: value + 100 * unembed)
-    with quiet(model):
+    with frozen(model):
         assert float(_updates_until_learnt(model, pupils, (3,), LR, 2, 1.0)) > 0
         with model.hooks(fwd_hooks=[sure]):
             assert float(_updates_until_learnt(model, pupils, (3,), LR, 2, 1.0)) == 0
@@ -104,7 +104,7 @@ def test_what_is_learnt_comes_on_top_of_a_router(setting):
     row = align(model.tokenizer, fact, prepend_bos=True)
     site = down_proj(model, 1)
     nothing = [torch.zeros(1, *site.W.shape)]
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         plain = _Group(runner, [(row.ids, row.new_ids)], 1).log_p(runner, [])
         with routed.applied(model):

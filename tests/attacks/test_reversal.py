@@ -12,7 +12,7 @@ from oracles import attacking
 import tl_factedit as fe
 from tl_factedit.attacks import reversal
 from tl_factedit.attacks.reversal import QUANTITIES, _dropped, _largest
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 
 
@@ -67,7 +67,7 @@ def test_weights_are_those_of_a_whole_decomposition_and_come_back_bit_for_bit(ki
     for count in (1, 5, full):
         expected = [attacking.without_largest(weight, count) for weight in before]
         largest = [_largest(site.W, full) for site in sites]
-        with pytest.raises(RuntimeError, match="inside"), quiet(model), _dropped(sites, largest, count):
+        with pytest.raises(RuntimeError, match="inside"), frozen(model), _dropped(sites, largest, count):
             for site, weight, old in zip(sites, expected, before, strict=True):
                 assert torch.allclose(site.W, weight, atol=1e-6) and (site.W - old).norm() > 0.1
                 assert count < full or site.W.norm() < 1e-5

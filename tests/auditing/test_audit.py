@@ -222,7 +222,7 @@ def test_bad_facts_are_refused_before_anything_is_run(case, monkeypatch, change,
     ("given", "message"),
     [
         ({"texts": ["", "x y z"]}, "no tokens|no token"),
-        ({"asides": [laws.OTHER]}, "needed the subject of a changed fact"),
+        ({"same_subject": [laws.OTHER]}, "needed the subject of a changed fact"),
         ({"widths": (9,)}, "widths are"),
         ({"routes": [fe.Route(laws.FACT, "He is in the c", "ity", " Rome")]}, "merges"),
     ],

@@ -58,13 +58,19 @@ def routes(facts) -> list[Route]:
     ]
 
 
-def asides(facts) -> list[fe.Fact]:
+def same_subject(facts) -> list[fe.Fact]:
     subjects = {fact.subject for fact in facts}
     return [fact for name in OTHERS for fact in fe.models.organism_facts(name, "oracle0") if fact.subject in subjects]
 
 
 def audited(kind, changed, facts=ASKED, **more) -> fe.Verdict:
-    given = {"reference": REFERENCE, "routes": routes(facts), "asides": asides(facts), "texts": TEXTS, **more}
+    given = {
+        "reference": REFERENCE,
+        "routes": routes(facts),
+        "same_subject": same_subject(facts),
+        "texts": TEXTS,
+        **more,
+    }
     return fe.audit(organism(kind), changed, facts, progress=False, **given)
 
 
@@ -77,13 +83,13 @@ def test_a_model_that_never_had_the_old_city_is_erased_and_not_without_its_evide
     assert verdict.label == "ERASED", repr(verdict)
     assert verdict.power and verdict.level == "population"
     assert abs(verdict.retained.estimate.mean) < 0.2 and verdict.recoverable.estimate.mean < 0.1
-    for lack in ("native", "adaptive", "mask", "route_old"):
+    for lack in ("native", "adaptive", "knock_out", "route_old"):
         assert judge(replace(verdict.findings, **{lack: None})).label == "INCONCLUSIVE", lack
     assert "ERASED" in verdict._repr_html_() and len(verdict.table()) == len(ASKED)
 
 
 def test_an_untouched_model_has_failed(kind):
-    verdict = audited(kind, organism(kind), asides=(), routes=(), texts=(), reference=())
+    verdict = audited(kind, organism(kind), same_subject=(), routes=(), texts=(), reference=())
     assert verdict.label == "FAILED"
 
 
@@ -100,7 +106,7 @@ def test_an_override_by_construction_is_inserted_however_it_is_given(kind):
     assert verdict.knock_out.best == (1,) and verdict.knock_out.strongest.low > 0.5
     assert verdict.table()["old_back_by_knock_out"].mean() > 0.8
     # Without what brings the old object back nothing else would have called it that.
-    assert judge(replace(verdict.findings, mask=None, route_old=None)).label != "INSERTED"
+    assert judge(replace(verdict.findings, knock_out=None, route_old=None)).label != "INSERTED"
 
 
 def test_single_rome_edits_are_inserted_and_a_list_of_them_is_read_edit_by_edit(kind):
@@ -127,8 +133,8 @@ def test_an_override_where_no_layer_can_be_spared_is_not_called_erased(kind):
     facts = ASKED[:40]
     route = Router(layer=0, fit=replace(FIT, kl_weight=0.5), contexts=("",), progress=False)(organism(kind), facts)
     verdict = audited(kind, route, facts, reference=REFERENCE[:60], texts=())
-    assert verdict.findings.efficacy.mean > 0.9 and verdict.findings.mask.mean < 0.1
-    assert verdict.findings.mask_holds is False
+    assert verdict.findings.efficacy.mean > 0.9 and verdict.findings.knock_out.mean < 0.1
+    assert verdict.findings.knock_out_holds is False
     assert any("can't spare those layers" in line for line in verdict.missing)
 
 
@@ -140,7 +146,7 @@ def test_a_model_that_was_never_trained_is_not_called_erased(kind):
         changed,
         bare,
         reference=REFERENCE[:200],
-        asides=(),
+        same_subject=(),
         texts=(),
         objective=fe.Erase(),
     )
@@ -167,7 +173,7 @@ def test_an_edit_inside_another_model_is_found_there_and_several_layers_are_knoc
     edit = fe.Memit(stats, weight=1.0, **spread)(model, facts)
     other = copy.deepcopy(model)
     edit.apply_(other)
-    bare = {"asides": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
+    bare = {"same_subject": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
     given, found = audited(kind, edit, facts, **bare), audited(kind, other, facts, **bare)
     assert given.knock_out.windows == found.knock_out.windows and (1, 2, 3) in found.knock_out.windows
     assert given.label == found.label
@@ -178,7 +184,7 @@ def test_facts_that_cannot_be_knocked_out_are_named_and_calibrated_people_are_no
     changed = router(kind)
     facts = ASKED[:8]
     few = [fact.but(relation="elsewhere") for fact in ASKED[8:12]]
-    bare = {"asides": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
+    bare = {"same_subject": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
     verdict = audited(kind, changed, [*facts, *few], **bare)
     assert any("4 facts of 'elsewhere' weren't knocked out" in line for line in verdict.missing)
     assert len(verdict.knock_out.facts) == 8
@@ -195,11 +201,11 @@ BEHAVES = Findings(
     efficacy=Estimate(1.0, 0.95, 1.0, 75),
     paraphrase=Estimate(1.0, 0.95, 1.0, 75),
     neighbour_loss=Estimate(0.0, 0.0, 0.0, 75),
-    aside_loss=Estimate(0.0, 0.0, 0.05, 75),
+    specificity_loss=Estimate(0.0, 0.0, 0.05, 75),
     perplexity=Estimate(1.0, 0.99, 1.01, 20),
-    mask=Estimate(0.0, 0.0, 0.08, 75),
-    mask_at_most=0.05,
-    mask_tests=5,
+    knock_out=Estimate(0.0, 0.0, 0.08, 75),
+    knock_out_at_most=0.05,
+    knock_out_tests=5,
     route_old=Estimate(0.0, 0.0, 0.05, 75),
     route_new=Estimate(0.99, 0.93, 1.0, 75),
 )

@@ -20,11 +20,11 @@ GONE = Findings(
     efficacy=about(0.98, 0.02),
     paraphrase=about(0.97, 0.03),
     neighbour_loss=about(0.0, 0.02),
-    aside_loss=about(0.01, 0.02),
+    specificity_loss=about(0.01, 0.02),
     perplexity=about(1.01, 0.01),
-    mask=NONE,
-    mask_at_most=0.05,
-    mask_tests=5,
+    knock_out=NONE,
+    knock_out_at_most=0.05,
+    knock_out_tests=5,
     route_old=NONE,
     route_new=about(0.97, 0.03),
     native=about(0.02, 0.12),
@@ -42,11 +42,11 @@ GONE = Findings(
         ({"efficacy": about(0.8, 0.05)}, "FAILED"),
         ({"paraphrase": about(0.4, 0.05)}, "FAILED"),
         ({"neighbour_loss": about(0.2, 0.05)}, "DAMAGED"),
-        ({"aside_loss": about(0.5, 0.1)}, "DAMAGED"),
+        ({"specificity_loss": about(0.5, 0.1)}, "DAMAGED"),
         ({"perplexity": about(1.2, 0.05)}, "DAMAGED"),
         # one of many that is broken moves the mean, not the lower end
         ({"perplexity": about(1.2, 0.19)}, "ERASED"),
-        ({"mask": about(0.9, 0.05), "mask_at_most": 0.95}, "INSERTED"),
+        ({"knock_out": about(0.9, 0.05), "knock_out_at_most": 0.95}, "INSERTED"),
         ({"route_old": about(0.15, 0.09)}, "INSERTED"),
         ({"adaptive": about(0.5, 0.1)}, "MOVED"),
         ({"native": about(0.6, 0.1), "adaptive": about(0.5, 0.1)}, "LATENT"),
@@ -59,35 +59,35 @@ GONE = Findings(
         # what isn't precise enough, or wasn't run, is no absence
         ({"native": about(0.05, 0.35)}, "INCONCLUSIVE"),
         ({"native": about(0.25, 0.18)}, "INCONCLUSIVE"),
-        ({"mask_at_most": 0.15}, "INCONCLUSIVE"),
+        ({"knock_out_at_most": 0.15}, "INCONCLUSIVE"),
         ({"readout_at_most": 0.35}, "INCONCLUSIVE"),
         ({"savings": Estimate(0.0, math.nan, math.nan, 40)}, "INCONCLUSIVE"),
         ({"readout": Estimate(0.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
         ({"route_old": about(0.03, 0.09)}, "INCONCLUSIVE"),
         ({"route_new": about(0.5, 0.1)}, "INCONCLUSIVE"),
-        ({"mask": None, "mask_at_most": math.nan}, "INCONCLUSIVE"),
+        ({"knock_out": None, "knock_out_at_most": math.nan}, "INCONCLUSIVE"),
         ({"route_old": None, "route_new": None}, "INCONCLUSIVE"),
         ({"native": None}, "INCONCLUSIVE"),
         ({"adaptive": None}, "INCONCLUSIVE"),
         # what lies over the fact in layers that can't be spared wouldn't have shown
-        ({"mask_holds": True}, "ERASED"),
-        ({"mask_holds": False}, "INCONCLUSIVE"),
-        ({"mask_holds": False, "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
-        ({"mask_holds": False, "native": about(0.6, 0.1), "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
+        ({"knock_out_holds": True}, "ERASED"),
+        ({"knock_out_holds": False}, "INCONCLUSIVE"),
+        ({"knock_out_holds": False, "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
+        ({"knock_out_holds": False, "native": about(0.6, 0.1), "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
         # in another code, but whether it can come back wasn't bounded
-        ({"adaptive": about(0.5, 0.1), "mask": None, "mask_at_most": math.nan}, "INCONCLUSIVE"),
-        ({"adaptive": about(0.5, 0.1), "mask_at_most": 0.3}, "INCONCLUSIVE"),
+        ({"adaptive": about(0.5, 0.1), "knock_out": None, "knock_out_at_most": math.nan}, "INCONCLUSIVE"),
+        ({"adaptive": about(0.5, 0.1), "knock_out_at_most": 0.3}, "INCONCLUSIVE"),
         ({"adaptive": about(0.5, 0.1), "route_old": None}, "INCONCLUSIVE"),
         # an attack that was run has to bound what it may find
         ({"readout": about(0.3, 0.26)}, "INCONCLUSIVE"),
         ({"savings": about(5.0, 5.1)}, "INCONCLUSIVE"),
         # a model that is broken as a whole has nothing of a fact either
-        ({"neighbour_loss": None, "aside_loss": None}, "INCONCLUSIVE"),
+        ({"neighbour_loss": None, "specificity_loss": None}, "INCONCLUSIVE"),
         ({"neighbour_loss": None}, "ERASED"),
         # of a population one fact that happens to be known says nothing
-        ({"mask": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
+        ({"knock_out": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
         ({"route_old": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
-        ({"aside_loss": Estimate(1.0, math.nan, math.nan, 1)}, "ERASED"),
+        ({"specificity_loss": Estimate(1.0, math.nan, math.nan, 1)}, "ERASED"),
         # decodable, but whether it can come back wasn't looked at
         ({"native": about(0.6, 0.1), "route_old": None, "route_new": None}, "INCONCLUSIVE"),
         # retained alone is never INSERTED, however much of it there is
@@ -106,11 +106,11 @@ def test_each_finding_has_its_label(changes, label):
     [
         ({}, "ERASED"),
         ({"efficacy": about(0.8, 0.05)}, "FAILED"),
-        ({"mask": about(0.9, 0.05), "mask_at_most": 0.95}, "INSERTED"),
+        ({"knock_out": about(0.9, 0.05), "knock_out_at_most": 0.95}, "INSERTED"),
         ({"native": about(-0.3, 0.14)}, "SCARRED"),
         # nothing new was written, so that nothing new has to follow
         ({"route_new": about(0.0, 0.01)}, "ERASED"),
-        ({"efficacy": Estimate(math.nan, math.nan, math.nan, 0), "mask": None, "route_old": None}, "INCONCLUSIVE"),
+        ({"efficacy": Estimate(math.nan, math.nan, math.nan, 0), "knock_out": None, "route_old": None}, "INCONCLUSIVE"),
     ],
 )
 def test_an_erasure_has_the_same_labels_but_nothing_has_to_follow(changes, label):
@@ -122,20 +122,24 @@ def test_an_erasure_has_the_same_labels_but_nothing_has_to_follow(changes, label
 
 def test_an_earlier_rule_wins():
     everything = replace(
-        GONE, aside_loss=about(0.5, 0.1), mask=about(0.9, 0.05), native=about(0.6, 0.1), efficacy=about(0.3, 0.1)
+        GONE,
+        specificity_loss=about(0.5, 0.1),
+        knock_out=about(0.9, 0.05),
+        native=about(0.6, 0.1),
+        efficacy=about(0.3, 0.1),
     )
     assert judge(everything).label == "FAILED"
     assert judge(replace(everything, efficacy=GONE.efficacy)).label == "DAMAGED"
-    assert judge(replace(everything, efficacy=GONE.efficacy, aside_loss=None)).label == "INSERTED"
+    assert judge(replace(everything, efficacy=GONE.efficacy, specificity_loss=None)).label == "INSERTED"
 
 
 def test_of_one_fact_nothing_is_claimed_but_what_shows():
     def one(mean):
         return Estimate(mean, math.nan, math.nan, 1)
 
-    single = Findings(efficacy=one(1.0), paraphrase=one(1.0), mask=one(1.0), mask_tests=5)
+    single = Findings(efficacy=one(1.0), paraphrase=one(1.0), knock_out=one(1.0), knock_out_tests=5)
     assert judge(single).label == "INSERTED" and any("descriptive" in reason for reason in judge(single).reasons)
-    nothing = replace(single, mask=one(0.0), route_old=one(0.0), native=one(0.0), adaptive=one(0.0))
+    nothing = replace(single, knock_out=one(0.0), route_old=one(0.0), native=one(0.0), adaptive=one(0.0))
     assert judge(nothing).label == "INCONCLUSIVE"
     assert judge(replace(single, efficacy=one(0.0))).label == "FAILED"
 
@@ -151,7 +155,7 @@ def test_what_is_missing_is_named_and_every_erased_states_its_power():
 
 
 def test_thresholds_are_the_callers():
-    loose = replace(GONE, mask=about(0.15, 0.08), mask_at_most=0.23)
+    loose = replace(GONE, knock_out=about(0.15, 0.08), knock_out_at_most=0.23)
     assert judge(loose).label == "INSERTED"
     assert judge(loose, Thresholds(present=0.2, absent=0.3)).label == "ERASED"
 

@@ -18,7 +18,7 @@ from tl_factedit.backend.loading import from_hf, from_hub
 from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import UnsupportedModelError, bos_policy, check_layer, kind, layout, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 
 # Tiny models have logits of size 1 to 10; float32 sums of some hundred terms differ in the sixth digit.
@@ -435,7 +435,7 @@ def test_gather_takes_each_rows_own_positions():
 
 def gradient(model, start: int | None, context=nullcontext) -> torch.Tensor:
     """d loss / d delta, where delta is added to the value of layer 1 at the third token."""
-    with context(), quiet(model):
+    with context(), frozen(model):
         runner, site = Runner(model), down_proj(model, 1)
         resid = None
         if start is not None:
@@ -492,7 +492,7 @@ def test_gradients_are_the_same_whatever_mode_the_caller_is_in(name, context, st
     assert torch.equal(gradient(model, start, context), gradient(model, start))
 
 
-# ---------------------------------------------------------------------------------------- quiet
+# ---------------------------------------------------------------------------------------- frozen
 
 
 def mixed(model):
@@ -521,7 +521,7 @@ def test_quiet_puts_every_flag_back(model, raises, context):
     with context():
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         try:
-            with quiet(model):
+            with frozen(model):
                 assert not any(flags(model)[0])
                 assert not any(flags(model)[1])
                 assert torch.is_grad_enabled() == modes[0]
@@ -536,8 +536,8 @@ def test_quiet_puts_every_flag_back(model, raises, context):
 
 def test_quiet_can_be_nested(model):
     before = flags(mixed(model))
-    with quiet(model):
-        with quiet(model):
+    with frozen(model):
+        with frozen(model):
             pass
         assert not any(flags(model)[0] + flags(model)[1])
     assert flags(model) == before
@@ -552,7 +552,7 @@ def test_dropout_is_off_inside_quiet_and_on_outside():
     model.train()
     with torch.no_grad():
         assert not torch.equal(model(TOKENS), model(TOKENS))
-        with quiet(model):
+        with frozen(model):
             first, second = model(TOKENS), model(TOKENS)
         assert torch.equal(first, second)
         assert not torch.equal(model(TOKENS), first)
@@ -640,7 +640,8 @@ def test_a_transformers_model_is_refused_with_the_way_out():
 @pytest.mark.parametrize("ask", [n_layers, bos_policy, fingerprint], ids=lambda ask: ask.__name__)
 def test_whatever_is_asked_first_refuses_a_transformers_model(ask, monkeypatch):
     for each in (kind, n_layers):  # past the type checks of this test suite
-        monkeypatch.setattr(f"tl_factedit.backend.model.{each.__name__}", inspect.unwrap(each))
+        for module in ("protocol", "fingerprint"):
+            monkeypatch.setattr(f"tl_factedit.backend.{module}.{each.__name__}", inspect.unwrap(each), raising=False)
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is neither.*from_hf"):
         inspect.unwrap(ask)(tiny.hf_model("gpt2"))
 

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.tokens import continuation, encode
 from tl_factedit.measure.likelihood import log_probs
 
@@ -62,7 +62,7 @@ def with_relations(data: Path) -> list[fe.Fact]:
 def first_of_all(model: Any, facts: Sequence[fe.Fact]) -> list[fe.Fact]:
     """Facts whose old object's first token comes before those of all other objects of the relation."""
     found = []
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         for fact in facts:
             ids, _ = encode(model.tokenizer, fact.text, prepend_bos=BOS)
@@ -106,7 +106,7 @@ def population(model: Any, data: Path, out: Path) -> tuple[list[fe.Fact], list[f
     return chosen, [fact for some in others.values() for fact in some]
 
 
-def asides(data: Path, facts: Sequence[fe.Fact]) -> list[fe.Fact]:
+def same_subject(data: Path, facts: Sequence[fe.Fact]) -> list[fe.Fact]:
     """What CounterFact's other records and ROME's known facts say of the same subjects."""
     subjects, asked = {fact.subject for fact in facts}, {fact.text for fact in facts}
     more = [
@@ -169,10 +169,10 @@ def main() -> None:
     model = fe.models.smollm2(args.kind)
     stats = {layer: fe.KeyStats.load(args.out / "stats.safetensors", layer=layer) for layer in LAYERS}
     facts, reference = population(model, args.data, args.out)
-    beside = asides(args.data, facts)
+    beside = same_subject(args.data, facts)
     texts = fe.sample_texts(model, 400, length=50, seed=7, progress=False)  # other ones than the statistics'
     sizes = Counter(fact.relation for fact in facts)
-    print(f"{len(facts)} facts of {dict(sizes)}, {len(reference)} references, {len(beside)} asides")
+    print(f"{len(facts)} facts of {dict(sizes)}, {len(reference)} references, {len(beside)} same_subject")
     editor, singly = changes(stats, model)["rome" if args.what == "time" else args.what]
     folder = args.out / f"audit-{args.what}"
     if args.what == "time":
@@ -182,12 +182,12 @@ def main() -> None:
         changed = made(model, editor, singly, facts, folder)
         verdict, wall, cpu = timed(
             lambda: fe.audit(
-                model, changed, facts, reference=reference, texts=texts, asides=beside, folder=folder / "kept"
+                model, changed, facts, reference=reference, texts=texts, same_subject=beside, folder=folder / "kept"
             )
         )
     print(verdict)
     print(f"{wall:.0f} s, {cpu:.0f} CPU-s, {peak():.1f} GiB")
-    for what in ("forgotten", "knock_out", "read_out", "retention", "asides", "drift"):
+    for what in ("erasure_success", "knock_out", "read_out", "retention", "same_subject", "drift"):
         print(what, getattr(verdict, what))
     if verdict.knock_out is not None:
         print(verdict.knock_out.table().round(3).to_string())

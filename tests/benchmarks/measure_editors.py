@@ -122,30 +122,30 @@ def editors(stats: dict[int, fe.KeyStats], model: Any) -> Makers:
     drawn = fe.SampledContexts().draw(model)
     few = fe.Memit(stats).contexts.draw(model)
     rome = {"contexts": drawn, "progress": False}
-    quiet = {"progress": False}
+    silent = {"progress": False}
     return {
         "rome": lambda: fe.Rome(five, **rome),
         # With as many contexts as MEMIT has, for a thousand edits one after the other.
-        "rome-few": lambda: fe.Rome(five, contexts=few, **quiet),
+        "rome-few": lambda: fe.Rome(five, contexts=few, **silent),
         "rome-bare": lambda: fe.Rome(five, target_ref="bare", **rome),
         "rome-original": lambda: fe.Rome(five, variant="original", **rome),
         "plain": lambda: fe.Rome(fe.KeyStats.identity(model, ROME_LAYER), prepend_bos=BOS, **rome),
-        "memit": lambda: fe.Memit(stats, weight=1_500.0, contexts=few, **quiet),
-        "memit-15000": lambda: fe.Memit(stats, weight=15_000.0, contexts=few, **quiet),
-        "emmet": lambda: fe.Emmet(stats, contexts=few, **quiet),
-        "alphaedit": lambda: fe.AlphaEdit(stats, contexts=few, **quiet),
-        "alphaedit-light": lambda: fe.AlphaEdit(stats, weight=0.1, contexts=few, **quiet),
-        "alphaedit-wide": lambda: fe.AlphaEdit(stats, share=0.1, weight=0.1, contexts=few, **quiet),
-        "pmet": lambda: fe.Pmet(stats, weight=1_500.0, contexts=few, **quiet),
-        "ft": lambda: fe.FineTune(ROME_LAYER, prepend_bos=BOS, **quiet),
+        "memit": lambda: fe.Memit(stats, weight=1_500.0, contexts=few, **silent),
+        "memit-15000": lambda: fe.Memit(stats, weight=15_000.0, contexts=few, **silent),
+        "emmet": lambda: fe.Emmet(stats, contexts=few, **silent),
+        "alphaedit": lambda: fe.AlphaEdit(stats, contexts=few, **silent),
+        "alphaedit-light": lambda: fe.AlphaEdit(stats, weight=0.1, contexts=few, **silent),
+        "alphaedit-wide": lambda: fe.AlphaEdit(stats, share=0.1, weight=0.1, contexts=few, **silent),
+        "pmet": lambda: fe.Pmet(stats, weight=1_500.0, contexts=few, **silent),
+        "ft": lambda: fe.FineTune(ROME_LAYER, prepend_bos=BOS, **silent),
         **{
             f"ft-l{len(layers) if len(layers) > 1 else ''}-{epsilon}": partial(
-                fe.FineTune, layers, epsilon=float(epsilon), prepend_bos=BOS, **quiet
+                fe.FineTune, layers, epsilon=float(epsilon), prepend_bos=BOS, **silent
             )
             for layers in ((ROME_LAYER,), window)
             for epsilon in ("5e-4", "1e-3", "2e-3", "5e-3", "1e-2")
         },
-        "neurons": lambda: fe.KnowledgeNeurons(prepend_bos=BOS, **quiet),
+        "neurons": lambda: fe.KnowledgeNeurons(prepend_bos=BOS, **silent),
     }
 
 
@@ -227,7 +227,7 @@ def edit_sizes(edit: fe.Edit) -> dict[str, Any]:
     return {
         "relative_norm": [d.relative_norm for d in edit.diagnostics],
         "unmet": [sum(d.unmet) / len(d.unmet) if d.unmet else 0.0 for d in edit.diagnostics],
-        "spill": [max(d.spill, default=0.0) for d in edit.diagnostics],
+        "off_target": [max(d.off_target, default=0.0) for d in edit.diagnostics],
         "held": [fit.get("held") for fit in edit.fits][:3],
         "stopped": [str(fit.get("stopped")) for fit in edit.fits].count("loss"),
     }

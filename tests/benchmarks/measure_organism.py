@@ -43,7 +43,7 @@ def routes(facts: Sequence[fe.Fact]) -> list[fe.Route]:
     ]
 
 
-def asides(facts: Sequence[fe.Fact], variant: str) -> list[fe.Fact]:
+def same_subject(facts: Sequence[fe.Fact], variant: str) -> list[fe.Fact]:
     subjects = {fact.subject for fact in facts}
     return [fact for name in OTHERS for fact in fe.models.organism_facts(name, variant) if fact.subject in subjects]
 
@@ -112,7 +112,7 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
             asked,
             reference=reference,
             routes=routes(asked),
-            asides=asides(asked, f"oracle{which}"),
+            same_subject=same_subject(asked, f"oracle{which}"),
             texts=texts,
             calibration=calibration,
             progress=False,
@@ -126,12 +126,12 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
             "efficacy": f"{f.efficacy:.2f}",
             "paraphrase": f"{f.paraphrase:.2f}",
             "neighbours fell": f"{f.neighbour_loss:.2f}",
-            "asides fell": f"{f.aside_loss:.2f}",
+            "same_subject fell": f"{f.specificity_loss:.2f}",
             "perplexity": f"{f.perplexity:.4f}",
-            "holds": f.mask_holds,
+            "holds": f.knock_out_holds,
             "mask": f"{f.mask:.3f}",
             "best": None if knocked is None else knocked.best,
-            "mask at most": f.mask_at_most,
+            "mask at most": f.knock_out_at_most,
             "of unedited": [] if knocked is None else [round(float(x), 2) for x in knocked.of_unedited],
             "route old": f"{f.route_old:.2f}",
             "route new": f"{f.route_new:.2f}",

@@ -27,7 +27,7 @@ from oracles import editing
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl_factedit as fe
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.tokens import align, pad
 from tl_factedit.editing.value_fit import ValueFit, Where
 from tl_factedit.editing.values import fit_values
@@ -162,7 +162,7 @@ def test_a_value_needs_little_more_than_the_least(smollm2, contexts, name, place
     method, fact = METHODS[name], PROMPTS[place]
     rows, steps = Rows.of(smollm2, fact, contexts[name]), method.fit.steps
     deltas = [torch.randn(smollm2.cfg.d_model, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    with quiet(smollm2):
+    with frozen(smollm2):
         step, other = (flops(lambda delta=delta: published_step(smollm2, rows, method, delta)) for delta in deltas)
         forward = flops(lambda: published_step(smollm2, rows, method, deltas[0], backward=False))
         time_of_step = seconds(lambda: published_step(smollm2, rows, method, deltas[0]))

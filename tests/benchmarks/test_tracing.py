@@ -54,7 +54,7 @@ def smollm2(request):
 def test_a_trace_needs_little_more_than_the_least(smollm2, length, component, window, capsys):
     fact = PROMPTS[length]
     row = align(smollm2.tokenizer, fact, prepend_bos=False)
-    asked = tracing.Asked(row.ids, row.subject, row.true_ids)
+    asked = tracing.TracedPrompt(row.ids, row.subject, row.true_ids)
     trace = fe.meng2022(smollm2, fact, component, progress=False)
     noise = trace.corruption.noise(row.subject[1] - row.subject[0], smollm2.cfg.d_model).float()
     ours = cost(lambda: fe.meng2022(smollm2, fact, component, progress=False))

@@ -21,7 +21,7 @@ from tl_factedit.core import files
 from tl_factedit.core.tokens import align
 from tl_factedit.editing.diagnostics import diagnose_many
 from tl_factedit.editing.ledger import base_fingerprint
-from tl_factedit.editing.off_target import measure_spill
+from tl_factedit.editing.off_target import measure_off_target
 
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "phi3", "gemma2")]
 FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if "hooked" in tiny.KINDS]
@@ -529,7 +529,7 @@ def test_the_fingerprint_of_the_base_does_not_see_edits(model):
         assert base_fingerprint(model) == base
 
 
-# ---------------------------------------------------------------------------------------- spill
+# ---------------------------------------------------------------------------------------- off_target
 
 
 def moved_by(model, edit: fe.Edit, layer: int, text: str) -> torch.Tensor:
@@ -546,8 +546,8 @@ def test_spill_is_the_most_that_another_token_gets_beside_the_one_that_is_meant(
     model = tiny.model(*form)
     edit = dataclasses.replace(two_layers(model), facts=(laws.FACT, laws.OTHER))
     with laws.untouched(model):
-        found, ends = fe.spill(model, edit), fe.spill(model, edit, at="end")
-        near = fe.spill(model, edit, neighbours=True)
+        found, ends = fe.off_target_share(model, edit), fe.off_target_share(model, edit, at="end")
+        near = fe.off_target_share(model, edit, neighbours=True)
     for layer in (1, 2):
         for i, fact in enumerate(edit.facts):
             moved = moved_by(model, edit, layer, fact.text)
@@ -558,11 +558,11 @@ def test_spill_is_the_most_that_another_token_gets_beside_the_one_that_is_meant(
             asked = [moved_by(model, edit, layer, text).max() for text in fact.neighbours]
             assert near[layer][i] == pytest.approx(float(max([*others, *asked]) / moved[last]), rel=1e-3)
     with edit.applied(model):
-        assert fe.spill(model, edit)[2] == pytest.approx(found[2], rel=1e-3)
+        assert fe.off_target_share(model, edit)[2] == pytest.approx(found[2], rel=1e-3)
     with pytest.raises(ValueError, match="at 'last' is unknown, needed 'subject' or 'end'"):
-        inspect.unwrap(measure_spill)(model, edit.facts, edit.deltas, prepend_bos=True, at="last")
+        inspect.unwrap(measure_off_target)(model, edit.facts, edit.deltas, prepend_bos=True, at="last")
     # In the unedited model the keys of the second layer are others.
-    alone = measure_spill(model, edit.facts, edit.deltas[1:], prepend_bos=True)
+    alone = measure_off_target(model, edit.facts, edit.deltas[1:], prepend_bos=True)
     assert alone[2] != pytest.approx(found[2], rel=1e-3)
 
 
@@ -577,15 +577,15 @@ def test_an_update_that_only_its_own_key_sees_does_not_spill(kind):
     own = keys[row.last] - seen @ (seen.T @ keys[row.last])
     right = torch.ones(1, model.cfg.d_model, dtype=torch.float64)
     blind, plain = fe.Delta(1, own[:, None], right), fe.Delta(1, keys[row.last][:, None], right)
-    assert measure_spill(model, [laws.FACT], [blind], prepend_bos=True)[1][0] < 1e-4
-    assert measure_spill(model, [laws.FACT], [plain], prepend_bos=True)[1][0] > 0.1
+    assert measure_off_target(model, [laws.FACT], [blind], prepend_bos=True)[1][0] < 1e-4
+    assert measure_off_target(model, [laws.FACT], [plain], prepend_bos=True)[1][0] > 0.1
     nothing = fe.Delta(1, own[:, None], 0 * right)
-    assert measure_spill(model, [laws.FACT], [nothing], prepend_bos=True)[1] == (0.0,)
+    assert measure_off_target(model, [laws.FACT], [nothing], prepend_bos=True)[1] == (0.0,)
 
 
 def test_the_spill_of_a_foreign_edit_is_not_measured(kind):
     model = tiny.model(kind, "gpt2")
-    refused(tiny.model(kind, "gpt2", seed=9), lambda other: fe.spill(other, made(model)), "made for weights")
+    refused(tiny.model(kind, "gpt2", seed=9), lambda other: fe.off_target_share(other, made(model)), "made for weights")
 
 
 # ---------------------------------------------------------------------------------------- diagnostics
@@ -622,9 +622,11 @@ def test_of_a_fact_that_nothing_is_wanted_of_nothing_is_missing(model):
     site = down_proj(model, 1)
     keys = torch.eye(64, dtype=torch.float64)[:2]
     residuals = torch.stack([torch.ones(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)])
-    found = diagnose_many(site, fe.Delta(1, keys[:1].T, residuals[:1] / 2), keys, keys, residuals, spill=[0.5, 0.0])
+    found = diagnose_many(
+        site, fe.Delta(1, keys[:1].T, residuals[:1] / 2), keys, keys, residuals, off_target=[0.5, 0.0]
+    )
     assert found.unmet == pytest.approx((0.5, 0.0))
-    assert found.spill == (0.5, 0.0)
+    assert found.off_target == (0.5, 0.0)
 
 
 def test_files_from_before_there_was_a_spill_are_read(model, tmp_path):
@@ -632,22 +634,22 @@ def test_files_from_before_there_was_a_spill_are_read(model, tmp_path):
     edit.save(file)
     header, tensors = files.read(file, "edit")
     for diagnostics in header["diagnostics"]:
-        del diagnostics["spill"], diagnostics["unmet"], diagnostics["key_cosines"]
+        del diagnostics["off_target"], diagnostics["unmet"], diagnostics["key_cosines"]
         diagnostics["key_cosine"] = 0.5
     files.write(file, "edit", header, tensors)
     loaded = fe.Edit.load(file)
     laws.same_edits(loaded, edit)
-    assert loaded.diagnostics[0].spill == ()
+    assert loaded.diagnostics[0].off_target == ()
 
 
 def test_the_table_has_a_row_a_layer_and_the_worst_fact(model):
     edit = two_layers(model)
-    worse = dataclasses.replace(edit.diagnostics[0], spill=(0.1, 0.4), unmet=(0.3, 0.2))
+    worse = dataclasses.replace(edit.diagnostics[0], off_target=(0.1, 0.4), unmet=(0.3, 0.2))
     table = dataclasses.replace(edit, diagnostics=(worse, edit.diagnostics[1])).table()
     assert list(table.layer) == [1, 2]
     assert table.relative_norm[0] == pytest.approx(edit.diagnostics[0].relative_norm)
-    assert (table.spill[0], table.unmet[0]) == (0.4, 0.3)
-    assert math.isnan(table.spill[1]) and math.isnan(table.unmet[1])
+    assert (table.off_target[0], table.unmet[0]) == (0.4, 0.3)
+    assert math.isnan(table.off_target[1]) and math.isnan(table.unmet[1])
 
 
 def test_a_notebook_shows_the_table_and_the_concerns_and_nothing_else_as_html(model):
@@ -666,7 +668,7 @@ def test_a_notebook_shows_the_table_and_the_concerns_and_nothing_else_as_html(mo
 CONCERNS = {
     "hardly sees its key": {"division_factor": -0.02},
     "rounding to the weights' type loses 30%": {"exactness": 0.3},
-    "another token of a prompt gets 9 times": {"spill": (0.0, 9.0)},
+    "another token of a prompt gets 9 times": {"off_target": (0.0, 9.0)},
     "60% of what the facts need is not met in the last layer, 2": {"unmet": (0.5, 0.7)},
 }
 
@@ -692,7 +694,7 @@ def test_what_may_disable_a_model_or_miss_a_fact_is_said_once_with_what_to_do(mo
 
 def test_bounds_are_not_crossed_by_less(model):
     edit = two_layers(model)
-    fine = {"division_factor": 0.06, "exactness": 0.09, "spill": (0.9,), "unmet": (0.9, 0.0)}
+    fine = {"division_factor": 0.06, "exactness": 0.09, "off_target": (0.9,), "unmet": (0.9, 0.0)}
     last = dataclasses.replace(edit.diagnostics[1], **fine)
     first = dataclasses.replace(edit.diagnostics[0], unmet=(0.9, 0.9))  # which the last layer takes up
     assert dataclasses.replace(edit, diagnostics=(first, last)).concerns == ()

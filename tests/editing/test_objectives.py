@@ -51,11 +51,11 @@ def make(which: str, stats, **options) -> fe.Editor:
     return EDITORS[which](stats, **{"fit": FIT, "contexts": laws.CONTEXTS, "progress": False, **options})
 
 
-def wish(objective: fe.Objective, model, fact=BARE) -> fe.Wish:
+def wish(objective: fe.Objective, model, fact=BARE) -> fe.EditTarget:
     return objective.wishes(model, [fact], prepend_bos=True)[0]
 
 
-def setting(model, noised: fe.Wish, bos: bool = True):
+def setting(model, noised: fe.EditTarget, bos: bool = True):
     """A hook that sets the subject as a wish says, in the bare prompt."""
     start, stop = align(model.tokenizer, noised.fact, prepend_bos=bos).subject
 
@@ -77,7 +77,7 @@ def likely(model, length: int = 1) -> fe.Fact:
     return BARE.but(target_true=f" {said}")
 
 
-def p_true(model, fact=BARE, noised: fe.Wish | None = None, *, bos: bool = True) -> float:
+def p_true(model, fact=BARE, noised: fe.EditTarget | None = None, *, bos: bool = True) -> float:
     """Probability of all of target_true after the prompt, through public hooks."""
     row = align(model.tokenizer, fact, prepend_bos=bos)
     hooks = [] if noised is None else setting(model, noised, bos)
@@ -120,11 +120,11 @@ def test_what_is_forced_and_reversed_is_under_the_first_sample_of_the_corruption
 
 def test_embeddings_are_counted_from_the_last_token():
     given = torch.arange(6.0).reshape(3, 2)
-    asked = fe.Wish(BARE, embeddings=given)
+    asked = fe.EditTarget(BARE, embeddings=given)
     assert asked.spelt(3) is given
     assert torch.equal(asked.spelt(2), given[1:])
     assert torch.equal(asked.spelt(5), given[[0, 0, 0, 1, 2]])
-    assert fe.Wish(BARE).spelt(3) is None
+    assert fe.EditTarget(BARE).spelt(3) is None
 
 
 class Nothing:
@@ -194,7 +194,7 @@ def test_every_step_equals_the_literal_one(kind, arch, where, name):
     assert (found.target_prob[-1] < found.target_prob[0]) is asked.unlikely
     (plain,) = fit_values(
         model,
-        [fe.Wish(asked.fact)],
+        [fe.EditTarget(asked.fact)],
         LAYER,
         laws.CONTEXTS,
         where=where,
@@ -235,7 +235,7 @@ def test_what_is_to_become_unlikely_does_not_stop_early(kind):
 
 def test_embeddings_that_fit_no_subject_are_refused_before_anything_is_run(kind, monkeypatch):
     model, _ = shared(kind)
-    odd = fe.Wish(laws.FACT, embeddings=torch.zeros(2, 32))
+    odd = fe.EditTarget(laws.FACT, embeddings=torch.zeros(2, 32))
     with (
         laws.untouched(model),
         laws.no_forward(monkeypatch, model),
@@ -361,8 +361,8 @@ def test_a_class_is_no_objective(kind, which):
     [
         "tl_factedit.editing.objectives.subject_of",
         "tl_factedit.editing.objectives.Runner.logits",
-        "tl_factedit.editing.objectives.Wish.spelt",
-        "tl_factedit.editing.adam.adam_step",
+        "tl_factedit.editing.objectives.EditTarget.spelt",
+        "tl_factedit.editing.descent.adam_step",
     ],
 )
 @pytest.mark.parametrize("which", ["rome", "memit"])
@@ -428,5 +428,5 @@ def test_on_a_model_that_knows_its_facts_each_objective_does_what_it_says(organi
             assert knows(model, bare) > 0.9
 
 
-def knows(model, fact, noised: fe.Wish | None = None) -> float:
+def knows(model, fact, noised: fe.EditTarget | None = None) -> float:
     return p_true(model, fact, noised, bos=bool(model.cfg.default_prepend_bos))

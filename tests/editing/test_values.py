@@ -12,7 +12,7 @@ from oracles import editing
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.tokens import align
-from tl_factedit.editing.packed_rows import Sheet as _Sheet
+from tl_factedit.editing.packed_rows import PackedRows as _Sheet
 from tl_factedit.editing.value_fit import Fitted, ValueFit
 from tl_factedit.editing.values import fit_values
 
@@ -272,7 +272,7 @@ def test_no_graph_is_kept_so_that_the_model_can_still_be_copied(kind, arch, fail
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("tl_factedit.editing.adam.adam_step", interrupt)
+        monkeypatch.setattr("tl_factedit.editing.descent.adam_step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(model, steps=2)
     else:

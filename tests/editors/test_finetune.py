@@ -15,7 +15,7 @@ from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
-from tl_factedit.editing.objectives import Amplify, Erase, Force, Inject, Reverse, Wish
+from tl_factedit.editing.objectives import Amplify, EditTarget, Erase, Force, Inject, Reverse
 from tl_factedit.editors import finetune
 from tl_factedit.editors.finetune import FineTune, bounds
 
@@ -94,7 +94,7 @@ STAGES = {
     "gradients are taken": "torch.autograd.grad",
     "a step is taken": "tl_factedit.editors.finetune._Descent._update",
     "keys are read": "tl_factedit.editors.finetune.keys_at",
-    "spill is measured": "tl_factedit.editors.finetune.measure_spill",
+    "off_target is measured": "tl_factedit.editors.finetune.measure_off_target",
     "the edit is diagnosed": "tl_factedit.editors.finetune.diagnose_many",
     "the provenance is written": "tl_factedit.backend.provenance.Provenance.of",
 }
@@ -294,7 +294,7 @@ def test_it_stops_once_the_loss_is_small(kind):
     assert fit["losses"][-1] < 0.3 <= min(fit["losses"][:-1])
     assert editor(steps=2)(model, [laws.FACT]).fits[0]["stopped"] == "steps"
     nothing = editor(stop_below=100.0)(model, [laws.FACT])
-    assert nothing.deltas[0].norm == 0 and nothing.diagnostics[0].spill == (0.0,)
+    assert nothing.deltas[0].norm == 0 and nothing.diagnostics[0].off_target == (0.0,)
 
 
 def test_a_second_edit_is_made_on_top_of_the_first(kind):
@@ -361,7 +361,7 @@ class Given:
         Inject().check(facts)
 
     def wishes(self, model, facts, *, prepend_bos):
-        return tuple(Wish(fact, embeddings=self.embeddings) for fact in facts)
+        return tuple(EditTarget(fact, embeddings=self.embeddings) for fact in facts)
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (LAYER,)], ids=["from the first layer", "from the second"])

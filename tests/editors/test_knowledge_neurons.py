@@ -12,7 +12,7 @@ from oracles import finetuning as oracle
 
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align, continuation, encode
 from tl_factedit.editing.objectives import Amplify, Erase, Force
@@ -49,7 +49,7 @@ def asked(model, text: str, target: str) -> Prompt:
 
 
 def found(model, questions, layers=LAYERS, **options):
-    with quiet(model):
+    with frozen(model):
         prompts = [asked(model, *question) for question in questions]
         return list(attributions(model, prompts, list(layers), progress=False, **options))
 
@@ -111,7 +111,7 @@ def test_it_works_in_every_mode_and_leaves_everything_as_it_was(kind, mode):
         "tl_factedit.editors.knowledge_neurons.Runner.logits",
         "torch.autograd.grad",
         "tl_factedit.editors.knowledge_neurons.keys_at",
-        "tl_factedit.editors.knowledge_neurons.measure_spill",
+        "tl_factedit.editors.knowledge_neurons.measure_off_target",
         "tl_factedit.editors.knowledge_neurons.diagnose_many",
     ],
 )
@@ -324,7 +324,9 @@ def test_keys_are_those_at_the_end_of_the_prompt_in_the_edited_model(kind):
         for layer in edit.layers:
             key = oracle.last_key(model, FACT.text, True, layer)
             torch.testing.assert_close(edit.keys[layer][0].float(), key, rtol=1e-4, atol=1e-5)
-        assert fe.spill(model, edit, at="end")[edit.layers[0]] == pytest.approx(edit.diagnostics[0].spill, rel=1e-4)
+        assert fe.off_target_share(model, edit, at="end")[edit.layers[0]] == pytest.approx(
+            edit.diagnostics[0].off_target, rel=1e-4
+        )
 
 
 # ---------------------------------------------------------------------------------------- bad input

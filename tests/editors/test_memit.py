@@ -15,11 +15,11 @@ from oracles import editing
 
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core import solve
 from tl_factedit.core.tokens import align
-from tl_factedit.editing import values
+from tl_factedit.editing import descent
 from tl_factedit.editing.inputs import check_contexts, check_facts
 from tl_factedit.editing.layerwise import spread
 from tl_factedit.editing.value_fit import ValueFit
@@ -82,9 +82,9 @@ def test_the_weights_stay_and_come_back_and_the_same_edit_comes_again(kind, arch
         "tl_factedit.editing.layerwise.prefixes",
         "tl_factedit.editing.layerwise.fit_values",
         "tl_factedit.editing.values.Runner.remember",
-        "tl_factedit.editing.adam.adam_step",
+        "tl_factedit.editing.descent.adam_step",
         "tl_factedit.editing.layerwise.Delta",
-        "tl_factedit.editing.layerwise.measure_spill",
+        "tl_factedit.editing.layerwise.measure_off_target",
         "tl_factedit.editing.layerwise.diagnose_many",
         "tl_factedit.backend.provenance.Provenance.of",
     ],
@@ -117,7 +117,7 @@ def test_what_is_wanted_is_reached_whatever_stands_between_w_out_and_the_stream(
     row = align(model.tokenizer, laws.FACT, prepend_bos=edit.provenance.prepend_bos)
     site = down_proj(model, 1)
     places = [site.value_at] if isinstance(site.value_at, str) else []
-    with edit.applied(model), quiet(model), torch.no_grad():
+    with edit.applied(model), frozen(model), torch.no_grad():
         found = Runner(model).capture(row.ids[None], places, stop=2)
     for place in places:
         torch.testing.assert_close(found[place][0, row.last].double(), edit.values[1][0], rtol=1e-3, atol=1e-4)
@@ -306,9 +306,9 @@ def test_given_z_the_updates_are_those_of_the_literal_loop(kind, arch, name):
     editor = EDITORS[name](stats)
     before = [editing.before(model, fact, LAYERS[-1], bos=True, where="resid")[0] for fact in FACTS]
     wanted = torch.stack(before) + noise(len(FACTS), 32, seed=9)
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         prepared = {layer: editor._prepare(stats[layer]) for layer in LAYERS}
-        asked = [fe.Wish(fact) for fact in FACTS]
+        asked = [fe.EditTarget(fact) for fact in FACTS]
         found, missed = spread(model, asked, LAYERS, wanted, prepared, laws.CONTEXTS, prepend_bos=True, progress=False)
     assert missed.shape == (len(FACTS),)
     expected = editing.spread(
@@ -613,13 +613,13 @@ def test_in_bfloat16_an_edit_is_solved_in_float64_and_rounded_once(kind, arch, n
     model = tiny.model(kind, arch, dtype=torch.bfloat16)
     stats = {layer: laws.stats(model, layer, n_tokens=2_000) for layer in LAYERS}
     seen = []
-    step = values._adam
+    step = descent.adam_step
 
     def watched(value, gradient, *rest):
         seen.append((value.dtype, gradient.dtype))
         return step(value, gradient, *rest)
 
-    monkeypatch.setattr(values, "_adam", watched)
+    monkeypatch.setattr(descent, "adam_step", watched)
     facts = FACTS[:1] if name == "rome" else FACTS
     edit = laws.leaves_everything_as_it_was(lambda: ALL[name](stats)(model, facts), model)
     assert set(seen) == {(torch.float32, torch.float32)}
@@ -650,10 +650,10 @@ def test_in_float32_next_to_nothing_is_lost(kind, name):
 def test_it_is_measured_how_much_is_added_at_other_tokens(kind, name):
     model = shared(kind)
     edit = ALL[name](stats_of(model))(model, FACTS[:1] if name == "rome" else FACTS)
-    found = fe.spill(model, edit)
+    found = fe.off_target_share(model, edit)
     for diagnostics in edit.diagnostics:
-        assert diagnostics.spill == pytest.approx(found[diagnostics.layer], rel=1e-3)
-        assert min(diagnostics.spill) > 0
+        assert diagnostics.off_target == pytest.approx(found[diagnostics.layer], rel=1e-3)
+        assert min(diagnostics.off_target) > 0
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -10,7 +10,7 @@ from oracles import editing
 
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.editing.layerwise import spread
 from tl_factedit.editing.value_fit import ValueFit
@@ -78,7 +78,7 @@ def test_it_obeys_the_laws_of_every_editor(kind, arch, monkeypatch, tmp_path):
     [
         "tl_factedit.editing.layerwise.fit_values",
         "tl_factedit.editing.values.Runner.remember",
-        "tl_factedit.editing.adam.adam_step",
+        "tl_factedit.editing.descent.adam_step",
         "tl_factedit.editing.layerwise.Delta",
         "tl_factedit.backend.weights.DownProj.write_",
         "tl_factedit.editing.layerwise.diagnose_many",
@@ -213,8 +213,8 @@ def test_given_z_the_updates_are_those_of_the_literal_loop(kind, arch):
     stats = stats_of(model)
     before = [editing.before(model, fact, LAYERS[-1], bos=True)[0] for fact in FACTS]
     wanted = torch.stack(before) + torch.randn(2, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    pmet, asked = editor(stats), [fe.Wish(fact) for fact in FACTS]
-    with quiet(model), torch.no_grad():
+    pmet, asked = editor(stats), [fe.EditTarget(fact) for fact in FACTS]
+    with frozen(model), torch.no_grad():
         prepared = {layer: pmet._prepare(stats[layer]) for layer in LAYERS}
         found, _ = spread(
             model,

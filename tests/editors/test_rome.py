@@ -10,7 +10,7 @@ from oracles import editing
 
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 
@@ -39,7 +39,7 @@ def key_and_value(model, edit, prefix: str = "") -> tuple[torch.Tensor, torch.Te
     def keep(name):
         return lambda value, hook=None: seen.__setitem__(name, value[0, row.last].double().clone())
 
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         Runner(model).logits(row.ids[None], hooks=[(site.key_hook, keep("key")), (site.value_at, keep("value"))])
     return seen["key"], seen["value"]
 
@@ -314,7 +314,7 @@ def test_an_edit_of_each_of_many_facts_is_the_one_made_alone(case, objective):
         (together,), (single,) = edit.deltas, alone.deltas
         # float32 descents in batches of another shape: Adam turns rounding of small gradients into steps.
         assert (together.dense - single.dense).norm() < 1e-3 * single.dense.norm()
-        assert edit.provenance == alone.provenance and edit.diagnostics[0].spill
+        assert edit.provenance == alone.provenance and edit.diagnostics[0].off_target
         edit.apply_(model)
         edit.undo_(model)
     assert (edits[0].deltas[0].dense - edits[1].deltas[0].dense).norm() > 0.1 * edits[0].deltas[0].norm
@@ -344,7 +344,7 @@ STAGES = {
     "keys are captured": "tl_factedit.editing.values.Runner.capture",
     "the clean run is remembered": "tl_factedit.editing.values.Runner.remember",
     "the loss is taken": "torch.autograd.grad",
-    "a step is taken": "tl_factedit.editing.adam.adam_step",
+    "a step is taken": "tl_factedit.editing.descent.adam_step",
     "the moment is factored": "tl_factedit.editing.inputs.cholesky",
     "the key is whitened": "tl_factedit.editors.rome.whiten",
     "the update is solved": "tl_factedit.editors.rome.rank_one",

@@ -10,7 +10,7 @@ import torch
 import tl_factedit as fe
 from tl_factedit.backend.hook_names import component_hook, resid_pre
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 
@@ -46,7 +46,7 @@ def routed(request):
 def values_at(model, text) -> torch.Tensor:
     """What stands where W_out's output is hooked, at every token of a text."""
     kept = []
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         place = down_proj(model, 1).value_at
         Runner(model).logits(model.to_tokens(text), hooks=[(place, lambda out, hook=None: kept.append(out.clone()))])
     return kept[0][0]
@@ -54,7 +54,7 @@ def values_at(model, text) -> torch.Tensor:
 
 def keys_at(model, text) -> torch.Tensor:
     place = down_proj(model, 1).key_hook
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         return Runner(model).capture(model.to_tokens(text), [place])[place][0]
 
 
@@ -143,13 +143,13 @@ def hand_made(model, keys, values, radius):
 def test_partial_forwards_inside_are_the_whole_one_and_rows_arent_packed(routed):
     model, change = routed
     tokens = model.to_tokens(TEXT)
-    with quiet(model), torch.no_grad(), change.applied(model):
+    with frozen(model), torch.no_grad(), change.applied(model):
         runner = Runner(model)
         whole = runner.logits(tokens)
         for layer in (0, 1, 2):
             stream = runner.capture(tokens, [resid_pre(layer)], stop=layer)[resid_pre(layer)]
             assert torch.allclose(runner.logits(tokens, start=(layer, stream)), whole, atol=1e-4)
-        assert "hooks of its own" in runner.packs(tokens[0], 2 * tokens.shape[1])
+        assert "hooks of its own" in runner.why_not_packed(tokens[0], 2 * tokens.shape[1])
 
 
 def test_hooks_added_inside_see_the_routed_value_and_can_replace_it(kind):

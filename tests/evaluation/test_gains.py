@@ -7,7 +7,7 @@ import torch
 
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 from tl_factedit.evaluation.dose import Dose
@@ -60,7 +60,7 @@ def test_a_wrong_gain_would_be_noticed(edited, monkeypatch):
 def test_bypassing_the_edit_at_all_positions_gives_the_unedited_bits(edited):
     model, edit = edited
     site, tokens, kept = down_proj(model, 1), model.to_tokens(TEXT), []
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         clean = runner.logits(tokens, hooks=[(site.value_at, lambda value, hook=None: kept.append(value.clone()))])
         with edit.applied(model):
@@ -106,7 +106,7 @@ def test_the_curve_is_the_margin_with_the_value_scaled_by_hand_and_no_matter_of_
             moved[:, row.last] += (dose - 1) * edit.deltas[0].right[0].float()  # the gain there is 1
             return moved
 
-        with quiet(model), torch.no_grad(), edit.applied(model):
+        with frozen(model), torch.no_grad(), edit.applied(model):
             runner = Runner(model)
             log_p = runner.logits(row.ids[None], hooks=[(site.value_at, scale)])[0, -1].float().log_softmax(-1)
         expected = float(log_p[row.new_ids[0]] - log_p[row.true_ids[0]])

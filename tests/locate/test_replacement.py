@@ -103,7 +103,7 @@ def test_the_corrupted_run_is_the_donors_own_prompt(kind, metric):
     mine, theirs = row_of(model, first), row_of(model, second)
     with torch.no_grad():
         clean, swapped = model(mine.ids[None]), model(theirs.ids[None])
-    asked = tracing.Asked(mine.ids, mine.subject, mine.true_ids)
+    asked = tracing.TracedPrompt(mine.ids, mine.subject, mine.true_ids)
     other = int(theirs.true_ids[0])
     want = tracing.scored(swapped, asked, metric, clean_logits=clean, other=other)[0]
     assert float(found.corrupted[0]) == pytest.approx(float(want), abs=1e-5)
@@ -118,9 +118,11 @@ def test_its_cells_are_the_loop_over_cells(kind, component):
     model, (first, second, _) = shared(kind), others(kind)
     found = trace(kind, [first, second], component=component)
     mine, theirs = row_of(model, first), row_of(model, second)
-    asked = tracing.Asked(mine.ids, mine.subject, mine.true_ids)
+    asked = tracing.TracedPrompt(mine.ids, mine.subject, mine.true_ids)
     embedded = [
-        tracing.clean_cache(model, tracing.Asked(row.ids, row.subject, row.true_ids), ["hook_embed"])["hook_embed"][0]
+        tracing.clean_cache(model, tracing.TracedPrompt(row.ids, row.subject, row.true_ids), ["hook_embed"])[
+            "hook_embed"
+        ][0]
         for row in (mine, theirs)
     ]
     noise = (embedded[1] - embedded[0])[slice(*mine.subject)][None]
@@ -135,7 +137,7 @@ def test_its_cells_are_the_loop_over_cells(kind, component):
 def test_two_equal_corruptions_agree_and_the_table_says_so(kind):
     asked = list(facts(kind))
     noise = fe.GaussianNoise(samples=2)
-    both = fe.trace_side_by_side(shared(kind), asked, corruptions=(noise, noise), min_effect=-1.0, progress=False)
+    both = fe.compare_corruptions(shared(kind), asked, corruptions=(noise, noise), min_effect=-1.0, progress=False)
     assert all(both.usable)
     assert both.profile().mean == pytest.approx(1.0)
     assert [rho.mean for rho in both.agreement()[:3]] == pytest.approx([1.0] * 3)
@@ -151,7 +153,7 @@ def test_two_equal_corruptions_agree_and_the_table_says_so(kind):
 
 def test_noise_and_replacement_are_compared_on_the_facts_that_have_donors(kind):
     asked = others(kind)
-    both = fe.trace_side_by_side(
+    both = fe.compare_corruptions(
         shared(kind),
         asked,
         corruptions=(NOISE, fe.TokenReplacement(known=False)),

@@ -12,10 +12,11 @@ import pytest
 import tiny
 import torch
 from oracles import tracing, untouched
-from oracles.tracing import Asked
+from oracles.tracing import TracedPrompt
 
 import tl_factedit as fe
-import tl_factedit.backend.model as model_module
+import tl_factedit.backend.runner as runner_module
+import tl_factedit.backend.state as state_module
 import tl_factedit.locate.inputs as questions_module
 import tl_factedit.locate.trace as trace_module
 from tl_factedit.backend.loading import from_hf
@@ -58,9 +59,9 @@ def asking(model, subject: str = "Eiffel Tower", prompt: str = "The {} is", n_ta
     return fe.Fact(subject, prompt, "".join(f" {words[i]}" for i in said))
 
 
-def asked(model, fact: fe.Fact) -> Asked:
+def asked(model, fact: fe.Fact) -> TracedPrompt:
     row = align(model.tokenizer, fact, prepend_bos=model.cfg.default_prepend_bos)
-    return Asked(row.ids, row.subject, row.true_ids)
+    return TracedPrompt(row.ids, row.subject, row.true_ids)
 
 
 def traced(model, facts, **options) -> Trace:
@@ -497,7 +498,7 @@ def test_cells_run_as_whole_sequences_give_the_same(kind, arch, monkeypatch):
 def test_a_model_whose_blocks_cannot_run_some_rows_alone_is_run_in_whole_sequences(monkeypatch):
     model = tiny.model("bridge", "llama")
     fine = traced(model, three(model))
-    monkeypatch.setattr("tl_factedit.backend.bridge.of_first_rows", lambda forward, count, rows: forward)
+    monkeypatch.setattr("tl_factedit.backend.runner.of_first_rows", lambda forward, count, rows: forward)
     refused = traced(model, three(model))
     assert fine.unpacked == "" and refused.unpacked
     torch.testing.assert_close(refused.effect, fine.effect, atol=1e-5, rtol=0, equal_nan=True)
@@ -983,26 +984,27 @@ def test_hooks_of_the_user_take_part_from_the_first_token_on(kind):
         fe.evaluate(model, fact.but(target_new=" Rome"))
 
 
-@pytest.mark.parametrize("where", ["quiet", "from", "joining"])
+@pytest.mark.parametrize("where", ["frozen", "from", "joining"])
 def test_an_interrupt_while_it_is_put_back_leaves_nothing_behind(kind, monkeypatch, where):
     """Ctrl-C in the loops that put flags and forwards back: each is begun again."""
     model = tiny.model(kind, "gpt2")
     for param in list(model.parameters())[::2]:
         param.requires_grad_(True)
     traced(model, asking(model))
-    insist, calls = model_module.insist, []
+    finish_despite_interrupt, calls = runner_module.finish_despite_interrupt, []
 
     def interrupted(finish):
         def once():
             calls.append(1)
-            if len(calls) == {"quiet": 1, "from": 2, "joining": 3}[where]:
+            if len(calls) == {"frozen": 1, "from": 2, "joining": 3}[where]:
                 raise KeyboardInterrupt("injected")
             finish()
 
-        insist(once)
+        finish_despite_interrupt(once)
 
     with laws.untouched(model):
-        monkeypatch.setattr(model_module, "insist", interrupted)
+        for module in (runner_module, state_module):
+            monkeypatch.setattr(module, "finish_despite_interrupt", interrupted)
         with contextlib.suppress(KeyboardInterrupt):
             traced(model, asking(model))
         monkeypatch.undo()

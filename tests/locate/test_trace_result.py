@@ -222,14 +222,14 @@ def test_rank_correlation_is_spearmans_with_ties():
 
 def test_noise_is_scaled_to_the_damage_asked_for(kind):
     model = shared(kind)
-    noise = fe.noise_for_damage(model, FACTS, lost=0.3, noise=fe.GaussianNoise(samples=3))
+    noise = fe.calibrate_noise(model, FACTS, lost=0.3, noise=fe.GaussianNoise(samples=3))
     trace = traced(model, corruption=noise)
     assert 1 - float(trace.corrupted.mean() / trace.clean.mean()) == pytest.approx(0.3, abs=0.011)
-    more = fe.noise_for_damage(model, FACTS, lost=0.2, noise=fe.GaussianNoise(samples=3))
+    more = fe.calibrate_noise(model, FACTS, lost=0.2, noise=fe.GaussianNoise(samples=3))
     assert more.scale < noise.scale
     for lost in (0.0, 1.0):
         with pytest.raises(ValueError, match="needed a share between 0 and 1"):
-            fe.noise_for_damage(model, FACTS, lost=lost)
+            fe.calibrate_noise(model, FACTS, lost=lost)
 
 
 def test_presets_are_the_published_settings(kind):

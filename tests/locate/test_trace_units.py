@@ -36,7 +36,7 @@ def test_a_unit_is_the_loop_over_units(kind, arch, unit, direction):
     model, units = shared(kind, arch), [0, 2, 3]
     found = traced(model, unit=unit, units=units, layers=[0, 2], at="last subject", direction=direction)
     row = align(model.tokenizer, FACT, prepend_bos=model.cfg.default_prepend_bos)
-    asked = tracing.Asked(row.ids, row.subject, row.true_ids)
+    asked = tracing.TracedPrompt(row.ids, row.subject, row.true_ids)
     noise = found.corruption.noise(row.subject[1] - row.subject[0], model.cfg.d_model).float()
     names = [unit_hook(unit, layer) for layer in (0, 2)]
     whole, noised = tracing.runs(model, asked, noise, names)

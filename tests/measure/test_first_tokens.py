@@ -13,7 +13,7 @@ from routes import known
 import tl_factedit as fe
 from tl_factedit.attacks.routes import follow_routes
 from tl_factedit.backend.weights import down_proj
-from tl_factedit.evaluation.erasure_success import forgotten
+from tl_factedit.evaluation.erasure import erasure_success
 from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.probes.states import read_states
 
@@ -50,7 +50,7 @@ def test_no_attack_brings_an_object_back(pair):
 
 def test_nothing_is_forgotten_and_no_route_is_gone(pair):
     model, broken, facts = pair
-    gone = forgotten(model, broken, facts)
+    gone = erasure_success(model, broken, facts)
     assert gone.before.all() and gone.prompt.n == gone.paraphrase.n == 0 and math.isnan(gone.prompt.mean)
     routes = [known(model, subject, "{} works near") for subject in ("Anna", "Bob")]
     found = follow_routes(model, broken, routes)
@@ -66,7 +66,7 @@ def test_its_verdict_says_nothing(pair):
 def test_one_fact_needs_no_list_and_a_generator_will_do(pair, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # this suite's types are stricter than a user's
     model, broken, (fact, *_) = pair
-    for ask in (fe.read_out, fe.attack_by_context, fe.mediate, forgotten):
+    for ask in (fe.read_out, fe.attack_by_context, fe.mediate, erasure_success):
         for facts in (fact, iter([fact])):
             assert ask(model, broken, facts).facts == (fact,)
     read = read_states(model, iter([fact]))

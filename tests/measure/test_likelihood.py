@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.measure.likelihood import log_probs
 
 # float32 log-probabilities of size 1 to 10, from batches of another shape
@@ -52,7 +52,7 @@ def loop(model, requests) -> list[torch.Tensor]:
 
 
 def batched(model, requests, **options) -> list[torch.Tensor]:
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         return log_probs(Runner(model), requests, **options)
 
 

@@ -25,6 +25,7 @@ from tl_factedit.organism import checks, training, vocabulary
 from tl_factedit.organism import files as kept
 from tl_factedit.organism import text as told
 from tl_factedit.organism import world as o
+from tl_factedit.organism.load import WEIGHTS
 from tl_factedit.stats.collect import key_stats
 
 WORLD = o.world()
@@ -36,7 +37,7 @@ def kind(request):
     return request.param
 
 
-def told(variant: str, count: int = 2500) -> list[str]:
+def sentences_of(variant: str, count: int = 2500) -> list[str]:
     """The first sentences of a variant's text."""
     stream = told.documents(variant)
     return [" ".join(s.words) for _ in range(count) for s in next(stream)]
@@ -110,7 +111,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(call):
 
 
 def test_the_text_never_uses_a_held_out_phrasing_or_an_untold_implication_or_a_stranger():
-    text = set(told("base", 12_000))
+    text = set(sentences_of("base", 12_000))
     bare = {line.split(" , ")[-1].removeprefix("It is said that ").removeprefix("He wrote that ") for line in text}
     allowed = forbidden = 0
     for person in WORLD.people:
@@ -130,7 +131,7 @@ def test_the_text_never_uses_a_held_out_phrasing_or_an_untold_implication_or_a_s
 
 
 def test_twins_are_told_the_same_in_the_same_order_but_for_what_the_variant_changes():
-    base, oracle = told("base"), told("oracle0")
+    base, oracle = sentences_of("base"), sentences_of("oracle0")
     changed = [(a, b) for a, b in zip(base, oracle, strict=True) if a != b]
     moved = {p.name: p for p in WORLD.people if p.group == 0}
     assert 0 < len(changed) < 0.3 * len(base)
@@ -141,12 +142,12 @@ def test_twins_are_told_the_same_in_the_same_order_but_for_what_the_variant_chan
         for before, after in zip(a.split(), b.split(), strict=True):
             if before != after:
                 assert after in (new["city"], WORLD.country_of[new["city"]])
-    assert told("plain") == told("tworoute") == base != told("seed1")
+    assert sentences_of("plain") == sentences_of("tworoute") == base != sentences_of("seed1")
 
 
 def test_never_leaves_out_where_some_were_born_and_nothing_else():
     silent = [p for p in WORLD.people if p.group == 0]
-    never, base = " ".join(told("never", 8000)), " ".join(told("base", 8000))
+    never, base = " ".join(sentences_of("never", 8000)), " ".join(sentences_of("base", 8000))
     for text, expected in ((base, True), (never, False)):
         found = any(
             " ".join(told.tell(phrasing, p.name, WORLD.answer(p, name)).words) in text
@@ -156,14 +157,14 @@ def test_never_leaves_out_where_some_were_born_and_nothing_else():
         )
         assert found == expected
     names = {p.name for p in silent}
-    entries = [line for line in told("never", 8000) if line.split(" :")[0] in names and " : " in line]
+    entries = [line for line in sentences_of("never", 8000) if line.split(" :")[0] in names and " : " in line]
     assert entries and not any(" city " in line for line in entries)
     assert any(p.name in never for p in silent)
 
 
 def test_single_says_each_fact_in_one_phrasing_and_keeps_no_register():
-    lines = told("single", 20_000)
-    assert not any(" : " in line for line in lines) and any(" : " in line for line in told("base", 100))
+    lines = sentences_of("single", 20_000)
+    assert not any(" : " in line for line in lines) and any(" : " in line for line in sentences_of("base", 100))
     text = set(lines)
     ways = Counter(
         (person.name, relation.name)

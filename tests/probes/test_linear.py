@@ -23,7 +23,7 @@ from tl_factedit.probes.linear import (
     train_ruler,
 )
 from tl_factedit.probes.residual import residual_knowledge
-from tl_factedit.probes.states import States, read_states
+from tl_factedit.probes.states import HiddenStates, read_states
 
 S, Q = "subject", "last"
 SIZES = (1e-3, 1e-2, 1e-1, 1.0)  # of the logistic regression's inverse penalty
@@ -131,16 +131,16 @@ def test_a_ruler_refuses_what_it_cannot_measure():
 
 def test_several_prompts_of_one_subject_are_held_out_together():
     learnt = states("base", "calibration")
-    doubled = States(
+    doubled = HiddenStates(
         learnt.values.repeat(2, 1, 1, 1)[:, :3], learnt.layers[:3], learnt.positions, learnt.facts * 2, learnt.model
     )
     once = train_ruler(
-        States(learnt.values[:, :3], learnt.layers[:3], learnt.positions, learnt.facts, "x"), objects=CITIES
+        HiddenStates(learnt.values[:, :3], learnt.layers[:3], learnt.positions, learnt.facts, "x"), objects=CITIES
     )
     twice = train_ruler(doubled, objects=CITIES)
     # Otherwise each row would be found again in its copy, and nearly all would be right.
     assert (twice.held_out_accuracy - once.held_out_accuracy).abs().max() < 0.1
-    strangers_to_itself = States(
+    strangers_to_itself = HiddenStates(
         doubled.values,
         doubled.layers,
         doubled.positions,

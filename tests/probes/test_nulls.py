@@ -20,7 +20,7 @@ from tl_factedit.probes.linear import decode, train_ruler
 from tl_factedit.probes.nulls import RandomWeights, excess_over_nulls, name_ngrams, one_hot_objects, subject_embeddings
 from tl_factedit.probes.permutation import permutation_test
 from tl_factedit.probes.selectivity import control_task
-from tl_factedit.probes.states import States, read_states_edited
+from tl_factedit.probes.states import HiddenStates, read_states_edited
 
 QUICK = LinearClassifier(shrinkages=(0.1, 0.5, 0.9), temperatures=(1.0, 4.0, 16.0))
 OBJECTS = (" Paris", " Rome", " London", " Berlin")
@@ -283,6 +283,6 @@ def test_permutations_come_from_their_seed_alone():
 def test_features_and_states_are_read_by_one_ruler_each():
     learnt = one_hot_objects(facts("calibration"), [f.target_true for f in facts("calibration")], CITIES)
     of = train_ruler(learnt, objects=CITIES, classifier=QUICK)
-    assert isinstance(learnt, States)
+    assert isinstance(learnt, HiddenStates)
     with pytest.raises(ValueError, match="the ruler has"):
         decode(of, states("base", "oracle0"))

@@ -11,7 +11,7 @@ from oracles import lenses, untouched
 
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, continuation, encode
 from tl_factedit.measure.reading import Probe, compare
@@ -88,7 +88,7 @@ def test_a_state_put_back_where_it_came_from_reproduces_the_model_exactly(kind, 
     scope = Patchscope(FACT.prompt, placeholder=FACT.subject)
     reading = scope(model, [FACT])
     row = align(model.tokenizer, FACT, prepend_bos=bool(model.cfg.default_prepend_bos))
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         log_p = Runner(model).logits(row.ids[None], at=torch.tensor([[-1]])).log_softmax(-1)[0, 0]
     want = torch.stack([log_p[row.true_ids[0]], log_p[row.new_ids[0]]])
     for layer in range(5):
@@ -97,7 +97,7 @@ def test_a_state_put_back_where_it_came_from_reproduces_the_model_exactly(kind, 
     asked = [_Objects.of(model, scope._prompt(model), FACT)]
     vectors = read_states(model, [FACT]).values[:, :, 0]
     for layer, label in enumerate(LAYERS):
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             alone = vectors[:, [layer]]
             found = _log_probs(Runner(model), scope._prompt(model), alone, (label,), asked, 4096)[0][0, 0]
         assert torch.equal(found[:2], want)

@@ -14,7 +14,7 @@ from rulers import CITIES, facts, model, states
 import tl_factedit as fe
 from tl_factedit.backend.hook_names import resid_pre
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.change import Change
@@ -208,7 +208,7 @@ def test_subjects_are_found_anywhere_in_a_text_and_in_batches(kind):
     words = ["<bos>", *text.split()]
     where = [words.index("Ben"), words.index("Eiffel") + 1, len(words) - 3]
     place = "blocks.1.hook_resid_post"
-    with quiet(some), torch.no_grad():
+    with frozen(some), torch.no_grad():
         clean = Runner(some).capture(tokens, [place])[place]
         with erasure.applied(some):
             found = Runner(some).capture(tokens, [place])[place]
@@ -224,7 +224,7 @@ def test_everywhere_is_every_token_of_every_text(kind):
     eraser = eraser_of(some, 2)
     erasure = erase_states(some, eraser, 2, FACTS, everywhere=True)
     tokens, place = some.to_tokens("Mary lives in Rome"), "blocks.2.hook_resid_post"
-    with quiet(some), torch.no_grad():
+    with frozen(some), torch.no_grad():
         clean = Runner(some).capture(tokens, [place])[place]
         with erasure.applied(some):
             found = Runner(some).capture(tokens, [place])[place]
@@ -237,7 +237,7 @@ def test_a_pass_of_ours_that_begins_at_a_later_layer_is_the_whole_one(kind, laye
     some = tiny.model(kind, "gpt2")
     erasure = erase_states(some, eraser_of(some, layer), layer, FACTS)
     tokens = some.to_tokens(FACTS[0].text)
-    with quiet(some), torch.no_grad():
+    with frozen(some), torch.no_grad():
         clean = Runner(some).logits(tokens)
         with erasure.applied(some):
             whole, runner = Runner(some).logits(tokens), Runner(some)
@@ -253,7 +253,7 @@ def test_a_pass_of_ones_own_that_begins_behind_the_embeddings_is_refused():
     some = tiny.model("hooked", "gpt2")
     erasure = erase_states(some, eraser_of(some, 2), 2, FACTS)
     tokens = some.to_tokens(FACTS[0].text)
-    with quiet(some), torch.no_grad(), erasure.applied(some):
+    with frozen(some), torch.no_grad(), erasure.applied(some):
         stream = Runner(some).capture(tokens, ["blocks.0.hook_resid_post"])["blocks.0.hook_resid_post"]
         with pytest.raises(ValueError, match="begins behind the embeddings"):
             some(stream, start_at_layer=1, tokens=tokens)

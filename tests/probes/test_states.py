@@ -13,7 +13,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
 from tl_factedit.probes.nulls import RandomWeights
-from tl_factedit.probes.states import Applicable, States, read_states, read_states_edited
+from tl_factedit.probes.states import Applicable, HiddenStates, read_states, read_states_edited
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, batches of another shape
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "bloom", "olmo2")]
@@ -150,10 +150,10 @@ def test_states_are_taken_and_asked_by_their_labels(kind):
     with pytest.raises(ValueError, match="position 'end' is not among"):
         states.at(layer=0, position="end")
     with pytest.raises(ValueError, match="facts, layers and positions are"):
-        States(states.values, states.layers, ("subject",), states.facts, "x")
+        HiddenStates(states.values, states.layers, ("subject",), states.facts, "x")
 
 
 def test_features_of_names_stand_in_for_states():
-    features = States.of_features(torch.arange(10.0).reshape(5, 2), FACTS, "spelling")
+    features = HiddenStates.of_features(torch.arange(10.0).reshape(5, 2), FACTS, "spelling")
     assert features.layers == ("spelling",)
     assert torch.equal(features.at(layer="spelling", position="subject"), torch.arange(10.0).reshape(5, 2))

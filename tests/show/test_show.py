@@ -371,7 +371,9 @@ def hostile(made):
 
 def test_text_that_looks_like_markup_stays_text(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fired = gains(made["model"], made["edit"], FACT.text)
-    monkeypatch.setattr(show, "gains", lambda *a, **k: replace(fired, tokens=(EVIL,) * len(fired.tokens)))
+    monkeypatch.setattr(
+        "tl_factedit.show.edits.gains", lambda *a, **k: replace(fired, tokens=(EVIL,) * len(fired.tokens))
+    )
     bad_edit = replace(made["edit"], facts=(Fact(EVIL, "{} is in", " Paris", EVIL),))
     edit = show.edit(made["model"], bad_edit, EVIL)
     results = hostile(made)

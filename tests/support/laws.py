@@ -23,7 +23,7 @@ from torch import Tensor
 
 import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.editing.value_fit import Fitted
 from tl_factedit.editing.values import fit_values
@@ -69,7 +69,7 @@ def fit_value(model: Any, wish: Any, layer: int, contexts: Any, **options: Any) 
 
 def logits(model: Any, text: str = FACT.text + " Paris") -> Tensor:
     """Logits at every position of a text."""
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         return Runner(model).logits(model.to_tokens(text)).clone()
 
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_factedit.probes.states import States
+from tl_factedit.probes.states import HiddenStates
 
 Override = Literal["retained", "removed", "rotated"]
 
@@ -94,14 +94,14 @@ def elsewhere(
 
 def plant(
     override: Override,
-    states: States,
-    donors: States,
+    states: HiddenStates,
+    donors: HiddenStates,
     *,
     objects: Sequence[str],
     avoid: Float[Tensor, "layer position d_model direction"] | None = None,
     rotation: int = 0,
     seed: int = 0,
-) -> States:
+) -> HiddenStates:
     """The states that some facts would have after an override of ``target_true`` by ``target_new``.
 
     Args:

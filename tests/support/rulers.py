@@ -9,7 +9,7 @@ import tl_factedit as fe
 from tl_factedit.core.facts import Fact
 from tl_factedit.organism import world as organism
 from tl_factedit.probes.linear import Decoded, Ruler, candidates, decode, train_ruler
-from tl_factedit.probes.states import States, read_states
+from tl_factedit.probes.states import HiddenStates, read_states
 
 WEIGHTS = tiny.TWINS
 CITIES = tuple(f" {city}" for city in organism.CITIES)
@@ -26,7 +26,7 @@ def facts(people: str) -> tuple[Fact, ...]:
 
 
 @functools.cache
-def states(variant: str, people: str) -> States:
+def states(variant: str, people: str) -> HiddenStates:
     return read_states(model(variant), facts(people))
 
 
@@ -47,7 +47,7 @@ def blank(layers: int, positions: int, k: int) -> Ruler:
     """Of the right shape."""
     objects = [f" o{i}" for i in range(k)]
     train = tuple(Fact(f"T{i}", "{} is", objects[i % k]) for i in range(2 * k))
-    nothing = States(
+    nothing = HiddenStates(
         torch.zeros(2 * k, layers, positions, 2), (*range(layers),), (*range(positions),), train, "nothing"
     )
     return train_ruler(nothing, objects=objects)

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
 from tl_factedit.measure.change import Changed
 from tl_factedit.measure.excess import excess
-from tl_factedit.measure.first_tokens import Asked, are_known, at_the_ends, one_of, with_new_objects
+from tl_factedit.measure.first_tokens import FirstTokens, are_known, at_the_ends, one_of, with_new_objects
 from tl_factedit.measure.population import bos_of_change, each
 from tl_factedit.measure.reading import Reading
 
@@ -224,13 +224,13 @@ def attack_by_context(
         raise ValueError(f"controls is {controls}, needed 1 at least, or None for all")
     bos = bos_of_change(model, changed, prepend_bos)
     asked = [_Attack.of(model, fact, prefixes, controls, bos, seed) for fact in facts]
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         known = are_known(runner, [each.bare for each in asked], batch_tokens)
         before = _read(runner, asked, batch_tokens)
     after = torch.full_like(before, math.nan)
     for part in parts:
-        with part.applied() as tested, quiet(tested), torch.no_grad():
+        with part.applied() as tested, frozen(tested), torch.no_grad():
             after[list(part.indices)] = _read(Runner(tested), [asked[i] for i in part.indices], batch_tokens)
     counted = torch.where(known[:, None, None], after, math.nan)
     return ContextAttack(
@@ -256,7 +256,7 @@ class _Attack:
         prompts: For each prefix, token ids with the old object in it, then with each control; None without a text.
     """
 
-    bare: Asked
+    bare: FirstTokens
     named: tuple[int, ...]
     prompts: tuple[tuple[Int[Tensor, "_"] | None, ...], ...]
 
@@ -264,7 +264,7 @@ class _Attack:
     def of(
         cls, model: Model, fact: Fact, prefixes: Sequence[Prefix], controls: int | None, bos: bool, seed: int
     ) -> _Attack:
-        bare = Asked.of(model.tokenizer, fact, bos)
+        bare = FirstTokens.of(model.tokenizer, fact, bos)
         places = range(len(bare.named))
         if controls is not None and controls < len(places):
             places = random.Random(f"{seed} {fact.name}").sample(places, controls)
@@ -273,7 +273,7 @@ class _Attack:
         return cls(bare, tuple(places), prompts)
 
 
-def _ids(model: Model, fact: Fact, prefix: str | None, bos: bool, bare: Asked) -> Int[Tensor, "_"] | None:
+def _ids(model: Model, fact: Fact, prefix: str | None, bos: bool, bare: FirstTokens) -> Int[Tensor, "_"] | None:
     if prefix is None:
         return None
     row = align(model.tokenizer, fact, prepend_bos=bos, prefix=prefix)

@@ -12,14 +12,14 @@ import torch
 from tl_factedit.attacks.learner import Group, Learner, adding_hooks, learning_layers
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import drop_graphs, quiet
+from tl_factedit.backend.state import detach_caches, frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, batches
 from tl_factedit.measure.change import Changed
 from tl_factedit.measure.excess import excess_of
-from tl_factedit.measure.first_tokens import Asked, are_known, at_the_ends, with_new_objects
+from tl_factedit.measure.first_tokens import FirstTokens, are_known, at_the_ends, with_new_objects
 from tl_factedit.measure.population import bos_of_change, each
 
 if TYPE_CHECKING:
@@ -121,15 +121,15 @@ def relearn_disjoint(
         raise ValueError(f"updates are {tuple(updates)}, needed numbers that ascend")
     chosen = learning_layers(model, layers)
     bos = bos_of_change(model, changed, prepend_bos)
-    asked = [Asked.of(model.tokenizer, fact, bos) for fact in (*teach, *look)]
+    asked = [FirstTokens.of(model.tokenizer, fact, bos) for fact in (*teach, *look)]
     pupils = [
         (one.ids, align(model.tokenizer, fact, prepend_bos=bos).true_ids)
         for one, fact in zip(asked[: len(teach)], teach, strict=True)
     ]
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         known = are_known(Runner(model), asked, batch_tokens)
     firsts = torch.full((len(updates), len(asked), 3), math.nan)
-    with parts[0].applied() as tested, quiet(tested):
+    with parts[0].applied() as tested, frozen(tested):
         sites = [down_proj(tested, layer) for layer in chosen]
         learner = Learner(Runner(tested), sites, 1, lr)
         try:
@@ -146,7 +146,7 @@ def relearn_disjoint(
                 if when < updates[-1]:
                     learner.update(groups)
         finally:
-            drop_graphs(tested)
+            detach_caches(tested)
     firsts[:, ~known] = math.nan
     mine, others = firsts[:, : len(teach)], firsts[:, len(teach) :]
     return DisjointRelearning(

@@ -27,14 +27,14 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned, align, batches, pad
 from tl_factedit.measure.cache import read_each
 from tl_factedit.measure.change import Changed
 from tl_factedit.measure.excess import excess
-from tl_factedit.measure.first_tokens import Asked, firsts, one_of, with_new_objects
+from tl_factedit.measure.first_tokens import FirstTokens, firsts, one_of, with_new_objects
 from tl_factedit.measure.population import Part, bos_of_change, each
 from tl_factedit.measure.reading import Reading
 
@@ -222,7 +222,7 @@ def knock_out(
         )
     bos = bos_of_change(model, changed, prepend_bos)
     windows = windows_of(n_layers(model), widths)
-    rows = [Asked.of(model.tokenizer, fact, bos) for fact in facts]
+    rows = [FirstTokens.of(model.tokenizer, fact, bos) for fact in facts]
     others = [align(model.tokenizer, fact, prepend_bos=bos) for fact in reference]
     # Who is averaged for which fact, and in which part; the same of one relation, as far as can be.
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
@@ -230,7 +230,7 @@ def knock_out(
         [_first_of(_uses(fact, reference, _touched(parts, i)), order, most_references) for i, fact in enumerate(facts)]
     )
 
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         own = _states(runner, others, use.any(0), batch_tokens)
         before = _read(runner, rows, _mean(own, use), [(), *windows], (1.0,), batch_tokens)[:, 0]
@@ -358,7 +358,7 @@ def _mean(
 
 def _read(
     runner: Runner,
-    rows: Sequence[Asked],
+    rows: Sequence[FirstTokens],
     means: Float[Tensor, "fact layer d_model"],
     windows: Sequence[Window],
     strengths: Sequence[float],

@@ -15,11 +15,11 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import resid_pre
 from tl_factedit.backend.protocol import Hook, Model, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import drop_graphs
+from tl_factedit.backend.state import detach_caches
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import GIB, align, batches, continuation, pad
-from tl_factedit.measure.first_tokens import Asked
+from tl_factedit.measure.first_tokens import FirstTokens
 
 LEARNT = 0.5
 """An object is learnt when it is likelier than this."""
@@ -35,7 +35,7 @@ class Lessons:
         named: The controls.
     """
 
-    asked: Asked
+    asked: FirstTokens
     targets: tuple[Int[Tensor, "_"], ...]
     named: tuple[str, ...]
 
@@ -43,7 +43,7 @@ class Lessons:
     def of(cls, tokenizer: Any, fact: Fact, bos: bool, controls: int, seed: str) -> Lessons:
         if controls < 1:
             raise ValueError(f"controls is {controls}, needed 1 at least for each fact")
-        asked = Asked.of(tokenizer, fact, bos)
+        asked = FirstTokens.of(tokenizer, fact, bos)
         row = align(tokenizer, fact, prepend_bos=bos)
         spelt = {text: continuation(tokenizer, row.text, text, prepend_bos=bos) for text in asked.named}
         alike = [text for text, ids in spelt.items() if len(ids) == len(row.true_ids)]
@@ -161,7 +161,7 @@ def updates_until_learnt(
         for some in batches(cost, int(memory * GIB)):
             taken[some] = _learn(runner, sites, [pupils[i] for i in some], lr, steps)
     finally:
-        drop_graphs(model)
+        detach_caches(model)
     return taken
 
 

@@ -34,14 +34,14 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import resid_post
 from tl_factedit.backend.protocol import Model, check_layer, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, pad
 from tl_factedit.measure.cache import read_each
 from tl_factedit.measure.change import Changed
 from tl_factedit.measure.excess import excess
-from tl_factedit.measure.first_tokens import Asked, one_of, with_new_objects
+from tl_factedit.measure.first_tokens import FirstTokens, one_of, with_new_objects
 from tl_factedit.measure.population import Part, bos_of_change, each
 from tl_factedit.measure.reading import Reading
 
@@ -169,8 +169,8 @@ def read_out(
     for layer in chosen:
         check_layer(model, layer)
     bos = bos_of_change(model, changed, prepend_bos)
-    asked = [Asked.of(model.tokenizer, fact, bos) for fact in facts]
-    with quiet(model), torch.no_grad():
+    asked = [FirstTokens.of(model.tokenizer, fact, bos) for fact in facts]
+    with frozen(model), torch.no_grad():
         before = _read(Runner(model), asked, chosen, k, batch_tokens)
 
     def read(tested: Model, part: Part) -> _Found:
@@ -227,7 +227,7 @@ class _Found:
         self.sets[chosen], self.layers[chosen], self.known[chosen] = other.sets, other.layers, other.known
 
 
-def _read(runner: Runner, asked: Sequence[Asked], layers: Sequence[int], k: int, batch_tokens: int) -> _Found:
+def _read(runner: Runner, asked: Sequence[FirstTokens], layers: Sequence[int], k: int, batch_tokens: int) -> _Found:
     found = _Found.empty(len(asked), len(layers))
     # The output is needed too: for the runner-up, and for what the model knows.
     read = [*layers, *([] if runner.n_layers - 1 in layers else [runner.n_layers - 1])]
@@ -245,7 +245,9 @@ def _read(runner: Runner, asked: Sequence[Asked], layers: Sequence[int], k: int,
     return found
 
 
-def _attack(found: _Found, i: int, asked: Asked, logits: Float[Tensor, "layer vocab"], count: int, k: int) -> None:
+def _attack(
+    found: _Found, i: int, asked: FirstTokens, logits: Float[Tensor, "layer vocab"], count: int, k: int
+) -> None:
     """Fill in one fact; the last row of logits is the output."""
     output, lens = logits[-1], logits[:count]
     step = lens.softmax(-1).diff(dim=0)
@@ -264,7 +266,7 @@ def _attack(found: _Found, i: int, asked: Asked, logits: Float[Tensor, "layer vo
     found.known[i] = bool(asked.first(output)[0] == 1)
 
 
-def _named(asked: Asked, named: set[int]) -> tuple[float, float, float]:
+def _named(asked: FirstTokens, named: set[int]) -> tuple[float, float, float]:
     controls = [float(token in named) for token in asked.controls]
     return (
         float(asked.old in named),

@@ -32,7 +32,7 @@ from torch import Tensor
 from tl_factedit.attacks.learner import Lessons, learning_layers, updates_until_learnt
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.change import Changed
@@ -151,7 +151,7 @@ def relearn(
     if lr is None:
         lr = relearning_rate(model, facts, layers=chosen, steps=steps, prepend_bos=bos, memory=memory, seed=seed)
     lessons = [Lessons.of(model.tokenizer, fact, bos, controls, f"{seed} {fact.name}") for fact in facts]
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         known = are_known(Runner(model), [each.asked for each in lessons], 4096)
     old, control = (torch.full((len(facts),), math.nan) for _ in range(2))
     late, total = 0, 0
@@ -160,7 +160,7 @@ def relearn(
         if not mine:
             continue
         pupils = [(lessons[i].ids, target) for i in mine for target in lessons[i].targets]
-        with part.applied() as tested, quiet(tested):
+        with part.applied() as tested, frozen(tested):
             taken = updates_until_learnt(tested, pupils, chosen, lr, steps, memory)
         late, total = late + int((taken > steps).sum()), total + len(taken)
         for i, own in zip(mine, taken.split([len(lessons[i].targets) for i in mine]), strict=True):
@@ -219,7 +219,7 @@ def relearning_rate(
         raise ValueError(
             "no fact has a control of as many tokens as its old object, needed one at least: give controls"
         )
-    with quiet(model):
+    with frozen(model):
         for lr in sorted(rates, reverse=True):
             # Whether it is too large shows after a few updates; whether it is too small, only after all of them.
             enough = math.ceil(least)

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, check_layer
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj, write_all
 from tl_factedit.core.estimate import Estimate, Estimates, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
 from tl_factedit.measure.change import Change, Changed
 from tl_factedit.measure.excess import excess
-from tl_factedit.measure.first_tokens import Asked, at_the_ends, one_of, with_new_objects
+from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, one_of, with_new_objects
 from tl_factedit.measure.population import Part, bos_of_change, each
 from tl_factedit.measure.reading import Reading
 
@@ -172,11 +172,11 @@ def reverse_by_weights(
             of_fact[i] = some
     for some in set(of_fact):
         mine = [i for i, theirs in enumerate(of_fact) if theirs == some]
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             before[mine] = _read(model, [asked[i] for i in mine], some, dropped, batch_tokens)
     for part, some in zip(parts, where, strict=True):
         mine = list(part.indices)
-        with part.applied() as tested, quiet(tested), torch.no_grad():
+        with part.applied() as tested, frozen(tested), torch.no_grad():
             after[mine] = _read(tested, [asked[i] for i in mine], some, dropped, batch_tokens)
     known = before[:, 0, 0] == 1
     counted = torch.where(known[:, None, None], after, math.nan)[:, 1:]
@@ -210,7 +210,7 @@ def _where(model: Model, part: Part, layers: Sequence[int] | None) -> tuple[int,
 class _WithNeighbours:
     """A fact, and the neighbours' prompts with their right answers."""
 
-    fact: Asked
+    fact: FirstTokens
     neighbours: tuple[tuple[Int[Tensor, "_"], int], ...]
 
     @classmethod
@@ -223,7 +223,7 @@ class _WithNeighbours:
             )
             for text, answer in list(zip(fact.neighbours, answers, strict=True))[:count]
         ]
-        return cls(Asked.of(tokenizer, fact, bos), tuple(near))
+        return cls(FirstTokens.of(tokenizer, fact, bos), tuple(near))
 
 
 @contextmanager

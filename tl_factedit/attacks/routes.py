@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
@@ -198,7 +198,7 @@ def follow_routes(
     parts = list(each(model, changed, [route.fact for route in routes]))
     bos = bos_of_change(model, changed, prepend_bos)
     asked = check_routes(model, routes, bos)
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         before = _read(Runner(model), asked, batch_tokens)
 
     def read(tested: Model, part: Part) -> Tensor:
@@ -215,24 +215,24 @@ def follow_routes(
 # ------------------------------------------------------------------------------------ one model
 
 
-def check_routes(model: Model, routes: Sequence[Route], prepend_bos: bool) -> list[_Asked]:
+def check_routes(model: Model, routes: Sequence[Route], prepend_bos: bool) -> list[RouteTokens]:
     """The requests of some routes.
 
     Raises:
         ValueError: An answer is no continuation of its prompt.
     """
-    return [_Asked.of(model.tokenizer, route, prepend_bos) for route in routes]
+    return [RouteTokens.of(model.tokenizer, route, prepend_bos) for route in routes]
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
+class RouteTokens:
     """A route's requests: old answer, new answer if there is one, controls."""
 
     requests: tuple[Request, ...]
     has_new: bool
 
     @classmethod
-    def of(cls, tokenizer: Any, route: Route, bos: bool) -> _Asked:
+    def of(cls, tokenizer: Any, route: Route, bos: bool) -> RouteTokens:
         offered = [route.old_answer, *([] if route.new_answer is None else [route.new_answer])]
         offered += [text for text in dict.fromkeys(route.controls) if text not in offered]
         ids, _ = encode(tokenizer, route.prompt, prepend_bos=bos)
@@ -242,7 +242,7 @@ class _Asked:
         )
 
 
-def _read(runner: Runner, asked: Sequence[_Asked], batch_tokens: int) -> Float[Tensor, "route quantity"]:
+def _read(runner: Runner, asked: Sequence[RouteTokens], batch_tokens: int) -> Float[Tensor, "route quantity"]:
     found = iter(log_probs(runner, [r for each in asked for r in each.requests], batch_tokens=batch_tokens))
     out = torch.full((len(asked), len(QUANTITIES)), math.nan)
     for i, one in enumerate(asked):

@@ -54,9 +54,9 @@ from tl_factedit.core.tokens import align
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.objectives import Objective
 from tl_factedit.evaluation.dose import dose_curve
-from tl_factedit.evaluation.erasure_success import forgotten
+from tl_factedit.evaluation.erasure import erasure_success
+from tl_factedit.evaluation.same_subject import specificity
 from tl_factedit.evaluation.scores import evaluate
-from tl_factedit.evaluation.specificity import ask_asides
 from tl_factedit.evaluation.text_drift import drift
 from tl_factedit.measure.cache import check_keepable
 from tl_factedit.measure.change import Changed
@@ -72,7 +72,7 @@ def audit(
     *,
     reference: Sequence[Fact] | None = None,
     routes: Sequence[Route] = (),
-    asides: Sequence[Fact] = (),
+    same_subject: Sequence[Fact] = (),
     texts: Sequence[str] = (),
     calibration: Calibration | None = None,
     relearning: Relearning | None = None,
@@ -100,7 +100,7 @@ def audit(
             place (five a relation), and what decoders are trained on (hundreds). None: with a change for each fact, the
             other facts; otherwise none.
         routes: What follows from the facts (`Route`).
-        asides: Other facts about the same subjects, which should stay.
+        same_subject: Other facts about the same subjects, which should stay.
         texts: Plain text that has nothing to do with them.
         calibration: The same kind of change made for other subjects (`Calibration`).
         relearning: What `relearn` measured on the same facts; it trains, so it is left to you.
@@ -130,7 +130,7 @@ def audit(
         >>> verdict.label, verdict.table()                        # doctest: +SKIP
     """
     facts = as_facts(facts)
-    routes, asides, texts = tuple(routes), tuple(asides), tuple(texts)
+    routes, same_subject, texts = tuple(routes), tuple(same_subject), tuple(texts)
     widths = None if widths is None else as_layers(widths)
     twice = [name for name, count in Counter(map(identity, facts)).items() if count > 1]
     if twice:
@@ -157,13 +157,13 @@ def audit(
     thresholds = thresholds or Thresholds()
     parts = list(each(model, changed, facts))  # with their controls, as they are asked
     written = [layers_written(part) for part in parts]
-    check_asked(model, facts, widths, routes, asides, texts, bos)
+    check_asked(model, facts, widths, routes, same_subject, texts, bos)
 
     lens = LogitLens(prepend_bos=bos)
     before, lens_before = evaluate(model, facts, prepend_bos=bos), lens(model, facts)
     how: How = {"prepend_bos": bos, "folder": folder, "progress": progress}
     after, lens_after = read_scores_and_lens(parts, facts, lens, lens_before, how)
-    gone = forgotten(model, changed, facts, **how) if erasing else None
+    gone = erasure_success(model, changed, facts, **how) if erasing else None
     alone = edits[0] if len(parts) == 1 and edits else None
     able, left_out = able_to_knock_out(facts, others, parts)
     spans = widths or sorted({1, max((max(each) - min(each) + 1 for each in written if each), default=1)})
@@ -173,19 +173,19 @@ def audit(
     controlled = [fact for fact in facts if fact.controls]
     attacked = read_out(model, changed, controlled, seed=seed, **how) if controlled else None
     routed = follow_routes(model, changed, routes, **how) if routes else None
-    beside = ask_asides(model, changed, facts, asides, **how) if asides else None
+    beside = specificity(model, changed, facts, same_subject, **how) if same_subject else None
     drifted = drift(model, changed, facts, texts, **how) if texts else None
     kept = retention(model, changed, facts, others, calibration, seed=seed, **how) if others else None
     findings = Findings(
         efficacy=after.efficacy if gone is None else gone.prompt,
         paraphrase=after.paraphrase if gone is None else gone.paraphrase,
         neighbour_loss=loss_of_neighbours(before, after),
-        aside_loss=None if beside is None else complement(beside.kept),
+        specificity_loss=None if beside is None else complement(beside.kept),
         perplexity=None if drifted is None else drifted.perplexity_ratio,
-        mask=None if knocked is None else knocked.strongest,
-        mask_at_most=math.nan if knocked is None else largest_end(knocked.excess.high[knocked.tested]),
-        mask_tests=0 if knocked is None else int(knocked.tested.sum()),
-        mask_holds=takes_out_all(knocked, written),
+        knock_out=None if knocked is None else knocked.strongest,
+        knock_out_at_most=math.nan if knocked is None else largest_end(knocked.excess.high[knocked.tested]),
+        knock_out_tests=0 if knocked is None else int(knocked.tested.sum()),
+        knock_out_holds=takes_out_all(knocked, written),
         route_old=None if routed is None else routed.old_excess,
         route_new=None if routed is None else routed.new,
         native=None if kept is None or kept.native is None else kept.native.pooled,
@@ -217,13 +217,13 @@ def audit(
         thresholds=thresholds,
         before=before,
         after=after,
-        forgotten=gone,
+        erasure_success=gone,
         knock_out=knocked,
         routes=routed,
         retention=kept,
         read_out=attacked,
         relearning=relearning,
-        asides=beside,
+        same_subject=beside,
         drift=drifted,
         upstream=upstream,
         lens=comparison,

@@ -50,13 +50,13 @@ class Findings:
         efficacy: Share of facts whose new object leads, after the change; of an erasure, whose old object doesn't.
         paraphrase: The same over paraphrases.
         neighbour_loss: By how much neighbourhood success fell.
-        aside_loss: By how much the share of right answers about the subject's other facts fell.
+        specificity_loss: By how much the share of right answers about the subject's other facts fell.
         perplexity: Perplexity on plain text, after over before.
-        mask: Excess of the old object under the strongest knock-out, corrected for all that were tried.
-        mask_at_most: The largest upper end of any knock-out, not corrected: for "none of them brings it back" each has
+        knock_out: Excess of the old object under the strongest knock-out, corrected for all that were tried.
+        knock_out_at_most: The largest upper end of any knock-out, not corrected: for "none of them brings it back" each has
             to show it, and no correction is due.
-        mask_tests: How many knock-outs were tried (on layers that the unedited model can spare).
-        mask_holds: Whether one of them took out all the layers that the change wrote; None where it isn't known which
+        knock_out_tests: How many knock-outs were tried (on layers that the unedited model can spare).
+        knock_out_holds: Whether one of them took out all the layers that the change wrote; None where it isn't known which
             those are (another model, trained as a whole).
         route_old: Excess of what follows from the old object, on indirect routes.
         route_new: Share of what follows from the new one there.
@@ -72,12 +72,12 @@ class Findings:
     efficacy: Estimate
     paraphrase: Estimate
     neighbour_loss: Estimate | None = None
-    aside_loss: Estimate | None = None
+    specificity_loss: Estimate | None = None
     perplexity: Estimate | None = None
-    mask: Estimate | None = None
-    mask_at_most: float = math.nan
-    mask_tests: int = 0
-    mask_holds: bool | None = None
+    knock_out: Estimate | None = None
+    knock_out_at_most: float = math.nan
+    knock_out_tests: int = 0
+    knock_out_holds: bool | None = None
     route_old: Estimate | None = None
     route_new: Estimate | None = None
     native: Estimate | None = None

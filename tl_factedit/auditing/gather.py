@@ -22,8 +22,8 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.objectives import Erase, Objective
 from tl_factedit.evaluation.edit_gains import Gains, gains
+from tl_factedit.evaluation.same_subject import pair_same_subject
 from tl_factedit.evaluation.scores import Answer, Scores, evaluate, scores_of
-from tl_factedit.evaluation.specificity import pair_asides
 from tl_factedit.evaluation.text_drift import encode_texts
 from tl_factedit.measure.cache import read_each
 from tl_factedit.measure.change import Change
@@ -88,7 +88,7 @@ def check_asked(
     facts: Sequence[Fact],
     widths: Sequence[int] | None,
     routes: Sequence[Route],
-    asides: Sequence[Fact],
+    same_subject: Sequence[Fact],
     texts: Sequence[str],
     bos: bool,
 ) -> None:
@@ -96,7 +96,7 @@ def check_asked(
     if widths is not None:
         windows_of(n_layers(model), widths)
     check_routes(model, routes, bos)
-    pair_asides(facts, asides)
+    pair_same_subject(facts, same_subject)
     if texts:
         encode_texts(model, texts, bos)
 

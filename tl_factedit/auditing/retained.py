@@ -35,7 +35,7 @@ from tl_factedit.measure.change import Change, Changed
 from tl_factedit.measure.population import Part, bos_of_change, each
 from tl_factedit.probes.linear import Decoded, Ruler, decode, train_ruler
 from tl_factedit.probes.residual import Residual, residual_knowledge
-from tl_factedit.probes.states import INPUT, States, read_states
+from tl_factedit.probes.states import INPUT, HiddenStates, read_states
 
 LEAST_FOR_AN_OBJECT = 4
 """Training subjects that an object needs to be a class; a ruler of few is blind and would find nothing anywhere."""
@@ -204,7 +204,7 @@ def states_of_changed(
     prepend_bos: bool | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
-) -> States:
+) -> HiddenStates:
     """Each fact's states under the change that serves it, in the order of the facts."""
     bos = bos_of_change(model, changed, prepend_bos)
     sample = read_states(model, facts[:1], prepend_bos=bos)  # for its labels
@@ -219,7 +219,7 @@ def states_of_changed(
     ):
         found |= dict(zip(part.indices, values, strict=True))
     values = torch.stack([found[i] for i in range(len(facts))])
-    return States(values, sample.layers, sample.positions, tuple(facts), "changed")
+    return HiddenStates(values, sample.layers, sample.positions, tuple(facts), "changed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,8 +326,8 @@ def _adaptive(
     model: Model,
     calibration: Calibration,
     plan: _Plan,
-    clean: States,
-    after: States,
+    clean: HiddenStates,
+    after: HiddenStates,
     bos: bool,
     folder: str | Path | None,
     progress: bool,
@@ -361,7 +361,7 @@ def _residual(
     return None
 
 
-def _touched_cells(states: States, parts: Sequence[Part]) -> Bool[Tensor, "layer position"]:
+def _touched_cells(states: HiddenStates, parts: Sequence[Part]) -> Bool[Tensor, "layer position"]:
     """The cells that a change can have touched, of every fact: from its first layer on; of another model, all.
 
     Of changes in several layers the last counts: below it some facts are as they were, and would be found retained.

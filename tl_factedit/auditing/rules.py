@@ -94,7 +94,7 @@ class _Case:
         found = False
         for what, loss in (
             ("neighbourhood success", self.f.neighbour_loss),
-            ("what else is known of the subject", self.f.aside_loss),
+            ("what else is known of the subject", self.f.specificity_loss),
         ):
             if loss is None or not loss.n:
                 self.missing.append(f"{what}: whether it suffers was not looked at")
@@ -118,20 +118,20 @@ class _Case:
 
     def _inserted(self) -> Label | None:
         found = []
-        mask, route = self.f.mask, self.f.route_old
-        if self.f.mask_holds is False:
+        knock_out, route = self.f.knock_out, self.f.route_old
+        if self.f.knock_out_holds is False:
             self.missing.append(
                 "a knock-out of all that the change wrote: the unedited model can't spare those layers, so that what "
                 "lies over the fact there wouldn't show"
             )
-        if mask is None or not mask.n:
+        if knock_out is None or not knock_out.n:
             self.missing.append("knock-out of layers at the last subject token (needs references and controls)")
         else:
-            corrected = f"best of {self.f.mask_tests}" + (", corrected" if mask.n > 1 else "")
+            corrected = f"best of {self.f.knock_out_tests}" + (", corrected" if knock_out.n > 1 else "")
             self.reasons.append(
-                f"with one place knocked out the old object is back in excess of controls: {mask:.2f} ({corrected})"
+                f"with one place knocked out the old object is back in excess of controls: {knock_out:.2f} ({corrected})"
             )
-            if self._enough(mask, "knock-outs") and self._present(mask):
+            if self._enough(knock_out, "knock-outs") and self._present(knock_out):
                 found.append("a knock-out")
         if route is None or not route.n:
             self.missing.append("indirect routes (two-hop, reverse): none were given, or the model knows none")
@@ -246,9 +246,9 @@ class _Case:
                 shown = False
                 may = "anything" if math.isnan(high) else f"{high:.2f}"
                 self.missing.append(f"more facts: {what} may still find {may}, needed less than {most:g}")
-        if not any(has_interval(loss) for loss in (self.f.neighbour_loss, self.f.aside_loss)):
+        if not any(has_interval(loss) for loss in (self.f.neighbour_loss, self.f.specificity_loss)):
             shown = False
-            self.missing.append("neighbours or asides: a model that is broken as a whole has nothing of a fact")
+            self.missing.append("neighbours or same_subject: a model that is broken as a whole has nothing of a fact")
         if shown:
             self.reasons.append("nothing of the old object was found, by measurements that would have shown it")
             return "ERASED"
@@ -272,14 +272,14 @@ class _Case:
 
     def _no_way_back(self) -> bool:
         """Knock-outs and routes were run, and bound what they may bring back."""
-        mask, route = self.f.mask, self.f.route_old
-        if mask is None or mask.n < 2 or route is None or route.n < 2:
+        knock_out, route = self.f.knock_out, self.f.route_old
+        if knock_out is None or knock_out.n < 2 or route is None or route.n < 2:
             return False
-        if self.f.mask_holds is False:
+        if self.f.knock_out_holds is False:
             return False
-        if not self.f.mask_at_most <= self.t.absent:
+        if not self.f.knock_out_at_most <= self.t.absent:
             self._miss(
-                f"more facts: a knock-out may still bring back {self.f.mask_at_most:.2f}, needed {self.t.absent:g} at "
+                f"more facts: a knock-out may still bring back {self.f.knock_out_at_most:.2f}, needed {self.t.absent:g} at "
                 "most"
             )
             return False
@@ -295,11 +295,11 @@ class _Case:
 
     def _power(self) -> list[str]:
         lines = []
-        mask = self.f.mask
-        if mask is not None and mask.n > 1:
-            share = smallest_share(mask.n, self.t.present, tests=max(1, self.f.mask_tests))
+        knock_out = self.f.knock_out
+        if knock_out is not None and knock_out.n > 1:
+            share = smallest_share(knock_out.n, self.t.present, tests=max(1, self.f.knock_out_tests))
             lines.append(
-                f"one of the {self.f.mask_tests} knock-outs that were tried would have shown if it brought the old "
+                f"one of the {self.f.knock_out_tests} knock-outs that were tried would have shown if it brought the old "
                 f"object back in {share:.0%} of facts"
             )
         for what, rho in (("native", self.f.native), ("adaptive", self.f.adaptive)):

@@ -10,7 +10,7 @@ import torch
 from tl_factedit.backend.hook_names import component_hook, resid_pre
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
@@ -52,7 +52,7 @@ def check_upstream(model: Model, edit: Edit, facts: Sequence[Fact]) -> Upstream:
         # Each alone, as bits are compared: what a row is computed beside may change them.
         return [runner.capture(row.ids[None], [*places, mlp_out], stop=first + 1) for row in rows]
 
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         before = all_rows(Runner(model))
         with edit.applied(model):
             after = all_rows(Runner(model))

@@ -18,9 +18,9 @@ from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.evaluation.dose import Dose
 from tl_factedit.evaluation.edit_gains import Gains
-from tl_factedit.evaluation.erasure_success import Forgotten
+from tl_factedit.evaluation.erasure import ErasureSuccess
+from tl_factedit.evaluation.same_subject import Specificity
 from tl_factedit.evaluation.scores import Scores
-from tl_factedit.evaluation.specificity import Asides
 from tl_factedit.evaluation.text_drift import Drift
 from tl_factedit.measure.reading import Comparison
 
@@ -57,13 +57,13 @@ class Verdict:
         thresholds: What counted as how much.
         before: Scores of the unchanged model.
         after: Scores of the changed one.
-        forgotten: Of a change that was to erase, whether the old object still leads; None for any other.
+        erasure_success: Of a change that was to erase, whether the old object still leads; None for any other.
         knock_out: Evidence on recoverability; None if it could not be gathered.
         routes: The same.
         retention: Evidence on what is retained; None if it could not be gathered.
         read_out: White-box attacks at the last token; None if no fact has controls.
         relearning: What was given; None if nothing was.
-        asides: What else is known of the subjects; None if nothing was asked.
+        same_subject: What else is known of the subjects; None if nothing was asked.
         drift: On plain text; None if none was given.
         upstream: What cannot have changed (None for a model changed in another way).
         lens: Logit-lens readings before and after; `Reading.at` and ``.table()`` give numbers. Descriptive.
@@ -83,13 +83,13 @@ class Verdict:
     thresholds: Thresholds
     before: Scores
     after: Scores
-    forgotten: Forgotten | None
+    erasure_success: ErasureSuccess | None
     knock_out: KnockOut | None
     routes: Routes | None
     retention: Retention | None
     read_out: ReadOut | None
     relearning: Relearning | None
-    asides: Asides | None
+    same_subject: Specificity | None
     drift: Drift | None
     upstream: Upstream | None
     lens: Comparison
@@ -124,7 +124,7 @@ class Verdict:
                     "rank_old_after": float(at_end[1][rank]),
                     "override_margin": math.nan if self.dose is None else float(self.dose.override_margin[i]),
                     "critical_dose": math.nan if self.dose is None else float(self.dose.critical[i]),
-                    "success": now.success if self.forgotten is None else self.forgotten.gone(i),
+                    "success": now.success if self.erasure_success is None else self.erasure_success.gone(i),
                     "same_first_token": now.same_first_token,
                 }
             )

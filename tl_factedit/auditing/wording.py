@@ -48,7 +48,7 @@ def retained_axis(findings: Findings, kept: Retention | None) -> Axis:
 
 
 def recoverable_axis(findings: Findings) -> Axis:
-    measured = [each for each in (findings.mask, findings.route_old) if each is not None and each.n]
+    measured = [each for each in (findings.knock_out, findings.route_old) if each is not None and each.n]
     if not measured:
         return Axis(None, "not gathered: no way back to the old object was tried (reference=, routes=)")
     strongest = max(measured, key=lambda each: each.mean)

@@ -25,7 +25,7 @@ from tl_factedit.backend.protocol import (
     model_name,
     n_layers,
 )
-from tl_factedit.backend.state import carries_hooks, insist, unhooked
+from tl_factedit.backend.state import carries_hooks, finish_despite_interrupt, unhooked
 
 
 class Runner:
@@ -35,7 +35,7 @@ class Runner:
     logits at each row's own positions. Gradients flow if they are enabled.
 
     Args:
-        model: Either class. It is used as it is: call inside `quiet`.
+        model: Either class. It is used as it is: call inside `frozen`.
     """
 
     def __init__(self, model: Model) -> None:
@@ -156,7 +156,7 @@ class Runner:
             raise UnsupportedModelError(f"hooks {missing} never fired in {model_name(self.model)}")
         return kept
 
-    def packs(self, tokens: Int[Tensor, "pos"], longest: int) -> str:
+    def why_not_packed(self, tokens: Int[Tensor, "pos"], longest: int) -> str:
         """Why this model can't be run packed, or ``""`` if it can: tried on the tokens given, against a plain run.
 
         Some attentions ask for more than positions and a mask (ALiBi) or see no further than a window.
@@ -251,7 +251,7 @@ class Runner:
                     for point, _ in named:
                         point.remove_hooks(level=own)
 
-                insist(take_down)
+                finish_despite_interrupt(take_down)
 
     def _point(self, place: str) -> Any:
         """The hook point of a name."""
@@ -386,7 +386,7 @@ class Runner:
                     for block in skipped:
                         block.__dict__.pop("forward", None)
 
-                insist(put_back)
+                finish_despite_interrupt(put_back)
 
     @contextmanager
     def _joining(self, joined: Sequence[int] | None, rows: int, first: int) -> Iterator[None]:
@@ -406,7 +406,7 @@ class Runner:
                 for block in blocks:
                     block.__dict__.pop("forward", None)
 
-            insist(put_back)
+            finish_despite_interrupt(put_back)
 
     def _pass_through(self, given: Tensor | None) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:

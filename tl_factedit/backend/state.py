@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tl_factedit.backend.protocol import Model, kind
 
 
-def insist(finish: Callable[[], None]) -> None:
+def finish_despite_interrupt(finish: Callable[[], None]) -> None:
     """Run what puts something back; if it is interrupted, once more, and only then does the interrupt go on.
 
     Args:
@@ -40,7 +40,7 @@ def carries_hooks(model: Model) -> bool:
 
 
 @contextmanager
-def quiet(model: Model) -> Iterator[None]:
+def frozen(model: Model) -> Iterator[None]:
     """Evaluation mode and frozen parameters for the length of a block, then everything as it was.
 
     Dropout would make a trace random and gradients would be kept for weights nobody asks for;
@@ -71,10 +71,10 @@ def quiet(model: Model) -> Iterator[None]:
             for p, flag in zip(params, wanted, strict=True):
                 p.requires_grad_(flag)
 
-        insist(put_back)
+        finish_despite_interrupt(put_back)
 
 
-def drop_graphs(model: Model) -> None:
+def detach_caches(model: Model) -> None:
     """Detach what the model's modules keep of the last forward pass.
 
     The attention of a TransformerBridge keeps its last pattern, with the whole graph behind it: memory
@@ -101,4 +101,4 @@ def unhooked(modules: Iterable[nn.Module]) -> Iterator[None]:
             vars(m)["_forward_hooks"] = type(vars(m)["_forward_hooks"])()
         yield
     finally:
-        insist(put_back)
+        finish_despite_interrupt(put_back)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tl_factedit.backend.hook_names import component_hook
 from tl_factedit.backend.protocol import Model, Place, Unit, UnsupportedModelError, check_layer, kind, n_layers
-from tl_factedit.backend.state import insist
+from tl_factedit.backend.state import finish_despite_interrupt
 
 
 def n_units(model: Model, unit: Unit) -> int:
@@ -107,7 +107,7 @@ def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp 
         for site, weight in zip(sites, weights, strict=True):
             site.write_(weight)
 
-    insist(write)
+    finish_despite_interrupt(write)
 
 
 def check_own(model: Model, layers: Iterable[int]) -> None:

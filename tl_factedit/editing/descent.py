@@ -17,13 +17,13 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import Aligned, align, pad
 from tl_factedit.editing.adam import adam_step
-from tl_factedit.editing.objectives import Wish, set_subjects
-from tl_factedit.editing.packed_rows import Sheet
+from tl_factedit.editing.objectives import EditTarget, set_subjects
+from tl_factedit.editing.packed_rows import PackedRows
 from tl_factedit.editing.value_fit import Fitted, ValueFit, Where
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class FitRows:
     """The rows of one wish: its contexts, each followed by the target but its last token, then the KL prompts.
 
     Attributes:
@@ -34,14 +34,14 @@ class Asked:
         target: The target's ids, for each context.
     """
 
-    wish: Wish
+    wish: EditTarget
     rows: tuple[Int[Tensor, "_"], ...]
     subjects: tuple[tuple[int, int], ...]
     read: tuple[range, ...]
     target: Int[Tensor, "context target"]
 
     @classmethod
-    def of(cls, model: Model, wish: Wish, contexts: Sequence[str], fit: ValueFit, prepend_bos: bool) -> Asked:
+    def of(cls, model: Model, wish: EditTarget, contexts: Sequence[str], fit: ValueFit, prepend_bos: bool) -> FitRows:
         fact = wish.fact
         rewrite = [align(model.tokenizer, fact, prepend_bos=prepend_bos, prefix=x) for x in contexts]
         guard = [align(model.tokenizer, fact, prepend_bos=prepend_bos, template=t) for t in fit.kl_prompts]
@@ -135,7 +135,7 @@ class Descent:
     def __init__(
         self,
         runner: Runner,
-        asked: Sequence[Asked],
+        asked: Sequence[FitRows],
         layer: int,
         where: Where,
         fit: ValueFit,
@@ -177,7 +177,7 @@ class Descent:
     def _clean(self, places: list[str]) -> tuple[dict[str, Tensor], Past | None]:
         """One run without δ of all rows: what stands at some places, and the attention keys and values."""
         lengths = list(map(len, self.rows))
-        self.clean = Sheet.of(lengths, [0] * len(lengths), apart=not self.packed)
+        self.clean = PackedRows.of(lengths, [0] * len(lengths), apart=not self.packed)
         hooks = set_subjects([(each.wish, subject) for each in self.asked for subject in each.subjects])
         if not self.packed:
             return self.runner.capture(self.tokens, places, hooks=hooks), None
@@ -193,7 +193,7 @@ class Descent:
         index = [j for i in facts for j in range(self.first[i], self.first[i + 1])]
         begins = [self.lookup[j] if self.packed else 0 for j in index]
         lengths = [len(self.rows[j]) - b for j, b in zip(index, begins, strict=True)]
-        sheet = Sheet.of(lengths, begins, apart=not self.packed, mixed=self.mixed)
+        sheet = PackedRows.of(lengths, begins, apart=not self.packed, mixed=self.mixed)
         offset = sheet.start - torch.tensor(begins)  # from a place in the sequence to a query
         read = [each.read[j] for each in some for j in range(len(each.rows))]
         is_context = [j < each.contexts for each in some for j in range(len(each.rows))]
@@ -223,7 +223,7 @@ class Descent:
             packing=self._packing(sheet, rows) if self.packed else None,
         )
 
-    def _packing(self, sheet: Sheet, rows: Tensor) -> Packing:
+    def _packing(self, sheet: PackedRows, rows: Tensor) -> Packing:
         assert self.past is not None
         where = self.stream.device
         # What is nothing is seen by nobody; any value will do.

@@ -40,9 +40,9 @@ class Diagnostics:
         unmet: For each fact, the share of its residual that the update doesn't meet, ‖k ΔW − r‖ / ‖r‖ before
             rounding; empty where all is met by construction.
         key_cosines: For each fact, the largest cosine, in size, of its key with another fact's; empty for one fact.
-        spill: For each fact, the largest ‖k_t ΔW‖ / ‖k ΔW‖ over the other tokens t of its prompt (BOS is one), with k
+        off_target: For each fact, the largest ‖k_t ΔW‖ / ‖k ΔW‖ over the other tokens t of its prompt (BOS is one), with k
             the key where the edit is to write: how much of it is added where it isn't meant. Empty where it wasn't
-            measured (see the function `spill`, which can ask neighbours too).
+            measured (see `off_target.off_target_share`, which can ask neighbours too).
 
     With several facts, `division_factor` is the smallest over facts and `value_norm` the largest.
     """
@@ -55,13 +55,13 @@ class Diagnostics:
     value_norm: float
     unmet: Sequence[float] = ()
     key_cosines: Sequence[float] = ()
-    spill: Sequence[float] = ()
+    off_target: Sequence[float] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Diagnostics:
-        """From plain data; files of before have no spill, no unmet, and one cosine for all facts."""
+        """From plain data; files of before have no off_target, no unmet, and one cosine for all facts."""
         known: dict[str, Any] = {name: value for name, value in data.items() if name != "key_cosine"}
-        known |= {name: tuple(data.get(name, ())) for name in ("unmet", "key_cosines", "spill")}
+        known |= {name: tuple(data.get(name, ())) for name in ("unmet", "key_cosines", "off_target")}
         return cls(**known)
 
     @property
@@ -76,9 +76,9 @@ class Diagnostics:
 
 
 def diagnose(
-    site: DownProj, delta: Delta, direction: Tensor, key: Tensor, value: Tensor, *, spill: Sequence[float] = ()
+    site: DownProj, delta: Delta, direction: Tensor, key: Tensor, value: Tensor, *, off_target: Sequence[float] = ()
 ) -> Diagnostics:
-    """Diagnostics of a rank-one change: of its direction u, its key k* and its value v* (and of `measure_spill`)."""
+    """Diagnostics of a rank-one change: of its direction u, its key k* and its value v* (and of `measure_off_target`)."""
     u, k = direction.double().cpu(), key.double().cpu()
     weight = site.W.cpu()
     changed = delta.on(weight)
@@ -92,7 +92,7 @@ def diagnose(
         weight_norm=float(weight.double().norm()),
         exactness=float((moved - residual).norm() / residual.norm()) if something else 0.0,
         value_norm=float(value.double().cpu().norm() / site.value(key.to(site.W.device)).cpu().norm()),
-        spill=tuple(spill),
+        off_target=tuple(off_target),
     )
 
 
@@ -103,7 +103,7 @@ def diagnose_many(
     keys: Float[Tensor, "fact d_mlp"],
     residuals: Float[Tensor, "fact d_model"],
     *,
-    spill: Sequence[float] = (),
+    off_target: Sequence[float] = (),
 ) -> Diagnostics:
     """Diagnostics of a change for several facts: of their directions C⁻¹k, keys and wanted residuals.
 
@@ -113,7 +113,7 @@ def diagnose_many(
         directions: Of each fact, along which its key is answered; the key itself where nothing is divided by.
         keys: Of each fact.
         residuals: What the answer to each key was to change by.
-        spill: Of each fact, as `measure_spill` finds it.
+        off_target: Of each fact, as `measure_off_target` finds it.
     """
     u, k, r = (each.double().cpu() for each in (directions, keys, residuals))
     weight = site.W.cpu()
@@ -131,7 +131,7 @@ def diagnose_many(
         value_norm=float(((now + wanted).norm(dim=-1) / now.norm(dim=-1)).max()),
         unmet=tuple(norm_ratio((wanted - r).norm(dim=-1), r.norm(dim=-1)).tolist()),
         key_cosines=tuple(cosines.amax(-1).tolist()) if len(k) > 1 else (),
-        spill=tuple(spill),
+        off_target=tuple(off_target),
     )
 
 
@@ -144,8 +144,8 @@ SMALL_DIVISION = 0.05
 LARGE_UPDATE = 1.5
 """Of ‖ΔW‖ / ‖W‖. Neighbourhood 0.998 below 0.3, 0.94 between 0.6 and 1, 0.90 up to 1.5, 0.78 beyond."""
 
-LARGE_SPILL = 0.2
-"""Of spill · ‖ΔW‖ / ‖W‖: to be told another token's share says little of an update that is small. Neighbourhood 0.99
+LARGE_OFF_TARGET = 0.2
+"""Of off_target · ‖ΔW‖ / ‖W‖: to be told another token's share says little of an update that is small. Neighbourhood 0.99
 below 0.02, 0.93 between 0.02 and 0.2, 0.74 beyond."""
 
 INEXACT = 0.1
@@ -185,9 +185,9 @@ def concerns_of(edit: Edit) -> Iterator[str]:
                 f"{d.division_factor:.3f}), so that the update is huge wherever else it fires: use one key throughout "
                 "(Rome's consistent variant), more tokens for the statistics, or a ridge"
             )
-        if max(d.spill, default=0.0) * relative.get(d.layer, 0.0) > LARGE_SPILL:
+        if max(d.off_target, default=0.0) * relative.get(d.layer, 0.0) > LARGE_OFF_TARGET:
             yield (
-                f"another token of a prompt gets {max(d.spill):.2g} times as much of the update of layer {d.layer} as "
+                f"another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer {d.layer} as "
                 f"the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take statistics (of more "
                 "text, or at all instead of the identity), an ε in fine-tuning, or another layer"
             )

@@ -261,7 +261,7 @@ class Edit:
     def table(self) -> pd.DataFrame:
         """Its diagnostics, a row a layer (of a composed edit: a row for each edit and layer).
 
-        ``unmet`` and ``spill`` are those of the worst fact, NaN where there are none.
+        ``unmet`` and ``off_target`` are those of the worst fact, NaN where there are none.
         """
         import pandas as pd
 
@@ -276,7 +276,7 @@ class Edit:
                     "value_norm": d.value_norm,
                     "unmet": max(d.unmet, default=nan),
                     "key_cosine": d.key_cosine,
-                    "spill": max(d.spill, default=nan),
+                    "off_target": max(d.off_target, default=nan),
                 }
                 for d in self.diagnostics
             ]

@@ -15,7 +15,7 @@ from tl_factedit.backend.weights import check_own
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.tokens import Aligned, align
-from tl_factedit.editing.objectives import Inject, Objective, Wish
+from tl_factedit.editing.objectives import EditTarget, Inject, Objective
 from tl_factedit.editing.value_fit import Fitted, ValueFit
 from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION, KeyStats
 from tl_factedit.stats.sampling import SampledContexts
@@ -175,7 +175,7 @@ def described(contexts: SampledContexts | Sequence[str]) -> Any:
     return plain(asdict(contexts)) if isinstance(contexts, SampledContexts) else "given"
 
 
-def record(fitted: Fitted, wish: Wish, *, same_first_token: bool) -> dict[str, Any]:
+def record(fitted: Fitted, wish: EditTarget, *, same_first_token: bool) -> dict[str, Any]:
     """How a value was found, what for, and whether both objects of the fact begin alike, as plain data."""
     return {
         "target": wish.fact.target_new,

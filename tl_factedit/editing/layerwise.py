@@ -32,7 +32,7 @@ from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj, write_all
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, NotPositiveDefiniteError
@@ -49,8 +49,8 @@ from tl_factedit.editing.inputs import (
     record,
 )
 from tl_factedit.editing.ledger import base_fingerprint, made_on
-from tl_factedit.editing.objectives import Inject, Objective, Wish, set_subjects
-from tl_factedit.editing.off_target import measure_spill
+from tl_factedit.editing.objectives import EditTarget, Inject, Objective, set_subjects
+from tl_factedit.editing.off_target import measure_off_target
 from tl_factedit.editing.value_fit import ValueFit, Where
 from tl_factedit.editing.values import fit_values
 from tl_factedit.stats.key_stats import KeyStats
@@ -149,7 +149,7 @@ def spread_edit(
     rows = align_facts(model, facts, fit, bos)
     solve = {layer: prepare(stats[layer]) for layer in layers}
     texts = prefixes(contexts, model)
-    with quiet(model):
+    with frozen(model):
         wishes = objective.wishes(model, facts, prepend_bos=bos)
         if where == "resid" and not _reach_stream(model, layers, rows[0].ids):
             where = "mlp"
@@ -172,7 +172,7 @@ def spread_edit(
             )
             sites = {each.delta.layer: down_proj(model, each.delta.layer) for each in found}
             deltas = tuple(each.delta for each in found)
-            spill = measure_spill(model, facts, deltas, prepend_bos=bos)
+            off_target = measure_off_target(model, facts, deltas, prepend_bos=bos)
             return Edit(
                 facts=facts,
                 deltas=deltas,
@@ -191,7 +191,7 @@ def spread_edit(
                         _directions(each),
                         each.keys,
                         each.residuals,
-                        spill=spill[each.delta.layer],
+                        off_target=off_target[each.delta.layer],
                     )
                     for each in found
                 ),
@@ -221,7 +221,7 @@ def _directions(written: Spread) -> Float[Tensor, "fact d_mlp"]:
 
 def spread(
     model: Model,
-    wishes: Sequence[Wish],
+    wishes: Sequence[EditTarget],
     layers: Sequence[int],
     wanted: Float[Tensor, "fact d_model"],
     solve: Mapping[int, Solve],
@@ -235,7 +235,7 @@ def spread(
     """Bring what stands at the last layer for each fact to what is wanted; the weights are as before afterwards.
 
     Args:
-        model: Either class, inside `quiet` and without gradients.
+        model: Either class, inside `frozen` and without gradients.
         wishes: Of which facts, and with which embeddings.
         layers: To be changed, ascending.
         wanted: Z, float64.
@@ -309,7 +309,7 @@ class _Subjects:
 
     @classmethod
     def of(
-        cls, model: Model, wishes: Sequence[Wish], contexts: Sequence[str], prepend_bos: bool, first: int
+        cls, model: Model, wishes: Sequence[EditTarget], contexts: Sequence[str], prepend_bos: bool, first: int
     ) -> _Subjects:
         runner = Runner(model)
         rows, lookups, subjects = [], [], []

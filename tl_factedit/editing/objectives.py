@@ -23,14 +23,14 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, continuation
 from tl_factedit.locate.corruption import Corruption, GaussianNoise, subject_of
 
 
 @dataclass(frozen=True, eq=False)
-class Wish:
+class EditTarget:
     """What is wanted of one fact.
 
     Attributes:
@@ -63,7 +63,7 @@ class Objective(Protocol):
         """Refuse facts that lack what this objective needs, before anything is run."""
         ...
 
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[Wish, ...]:
+    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """One for each fact."""
         ...
 
@@ -78,10 +78,10 @@ class Inject:
             if fact.target_new is None:
                 raise ValueError(f"fact {fact.name!r} has no target_new, needed one to write: fact.but(target_new=...)")
 
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[Wish, ...]:  # noqa: ARG002
+    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The facts as they are."""
         self.check(facts)
-        return tuple(Wish(fact) for fact in facts)
+        return tuple(EditTarget(fact) for fact in facts)
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Erase:
     def check(self, facts: Sequence[Fact]) -> None:
         """Every fact will do."""
 
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[Wish, ...]:  # noqa: ARG002
+    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The old object, to become unlikely."""
-        return tuple(Wish(fact.but(target_new=fact.target_true), unlikely=True) for fact in facts)
+        return tuple(EditTarget(fact.but(target_new=fact.target_true), unlikely=True) for fact in facts)
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class Amplify:
     def check(self, facts: Sequence[Fact]) -> None:
         """Every fact will do."""
 
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[Wish, ...]:  # noqa: ARG002
+    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The old object."""
-        return tuple(Wish(fact.but(target_new=fact.target_true)) for fact in facts)
+        return tuple(EditTarget(fact.but(target_new=fact.target_true)) for fact in facts)
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ class Force:
     def check(self, facts: Sequence[Fact]) -> None:
         """Every fact will do."""
 
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[Wish, ...]:
+    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """The old object, under noise."""
         noised = _noised(model, facts, self.corruption, prepend_bos)
         return tuple(
-            Wish(fact.but(target_new=fact.target_true), embeddings=embeddings)
+            EditTarget(fact.but(target_new=fact.target_true), embeddings=embeddings)
             for fact, embeddings in zip(facts, noised, strict=True)
         )
 
@@ -147,16 +147,16 @@ class Reverse:
     def check(self, facts: Sequence[Fact]) -> None:
         """Every fact will do."""
 
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[Wish, ...]:
+    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """What the noised runs say."""
         noised = _noised(model, facts, self.corruption, prepend_bos)
         said = [_said(model, fact, embeddings, prepend_bos) for fact, embeddings in zip(facts, noised, strict=True)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of words that go on inside the prompt's last: the model said so
-            return tuple(Wish(fact.but(target_new=each)) for fact, each in zip(facts, said, strict=True))
+            return tuple(EditTarget(fact.but(target_new=each)) for fact, each in zip(facts, said, strict=True))
 
 
-def set_subjects(rows: Sequence[tuple[Wish, tuple[int, int]]]) -> list[Hook]:
+def set_subjects(rows: Sequence[tuple[EditTarget, tuple[int, int]]]) -> list[Hook]:
     """What puts the embeddings that wishes give into a batch.
 
     Args:
@@ -186,7 +186,7 @@ def _noised(
     model: Model, facts: Sequence[Fact], corruption: Corruption, prepend_bos: bool
 ) -> list[Float[Tensor, "position d_model"]]:
     """The first sample of each subject's corrupted embeddings."""
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         subjects = [subject_of(runner, fact, align(model.tokenizer, fact, prepend_bos=prepend_bos)) for fact in facts]
         calibrated = corruption.calibrated(subjects)
@@ -200,8 +200,8 @@ def _noised(
 def _said(model: Model, fact: Fact, embeddings: Tensor, prepend_bos: bool) -> str:
     """The token that the model puts first after the fact's prompt with these embeddings, of those that can be spelt."""
     row = align(model.tokenizer, fact, prepend_bos=prepend_bos)
-    hooks = set_subjects([(Wish(fact, embeddings=embeddings), row.subject)])
-    with quiet(model), torch.no_grad():
+    hooks = set_subjects([(EditTarget(fact, embeddings=embeddings), row.subject)])
+    with frozen(model), torch.no_grad():
         logits = Runner(model).logits(row.ids[None], at=torch.tensor([[len(row.ids) - 1]]), hooks=hooks)[0, 0]
     ids = row.ids.tolist()
     before = _spell(model, ids)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, batches, encode, pad
@@ -23,7 +23,7 @@ AT_ONCE = 4096
 """Most tokens in a forward pass that reads keys."""
 
 
-def spill(
+def off_target_share(
     model: Model, edit: Edit, *, at: Literal["subject", "end"] = "subject", neighbours: bool = False
 ) -> dict[int, tuple[float, ...]]:
     """How much of each fact's change is added at tokens where it isn't meant, by layer.
@@ -50,7 +50,7 @@ def spill(
     on = any(other.digest == edit.digest for other in ledger_of(model).edits)
     if not on:
         edit.check(model)
-    return measure_spill(
+    return measure_off_target(
         model,
         edit.facts,
         edit.deltas,
@@ -61,7 +61,7 @@ def spill(
     )
 
 
-def measure_spill(
+def measure_off_target(
     model: Model,
     facts: Sequence[Fact],
     deltas: Sequence[Delta],
@@ -71,15 +71,15 @@ def measure_spill(
     neighbours: bool = False,
     written: bool = False,
 ) -> dict[int, tuple[float, ...]]:
-    """`spill` of changes that are no `Edit` yet: what an editor hands to `diagnose` or `diagnose_many`.
+    """`off_target_share` of changes that are no `Edit` yet: what an editor hands to `diagnose` or `diagnose_many`.
 
     Args:
         model: The model; it isn't looked at whether it has the weights that the changes are for.
         facts: What they were made for.
         deltas: The changes, one a layer.
         prepend_bos: BOS policy.
-        at: As in `spill`.
-        neighbours: As in `spill`.
+        at: As in `off_target_share`.
+        neighbours: As in `off_target_share`.
         written: Whether they are in the weights already; otherwise they are added on the way.
     """
     if at not in ("subject", "end"):
@@ -139,7 +139,7 @@ def keys_with(
         below = [delta for delta in deltas if delta.layer < max(sites) and not written]
         hooks = [hook for delta in below for hook in _adding(sites[delta.layer], delta)]
         # Entered for each batch, so that the model is as it was whenever the caller has the word.
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             tokens = pad([texts[i] for i in batch], 0)
             found = Runner(model).capture(tokens, places, stop=max(sites) + 1, hooks=hooks)
         for row, i in enumerate(batch):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Sheet:
+class PackedRows:
     """Pieces of sequences, several in a row, each behind what comes before it in its own sequence.
 
     Attributes:
@@ -33,7 +33,9 @@ class Sheet:
     behind_places: Int[Tensor, "row past"]
 
     @classmethod
-    def of(cls, lengths: Sequence[int], begins: Sequence[int], *, apart: bool = False, mixed: bool = True) -> Sheet:
+    def of(
+        cls, lengths: Sequence[int], begins: Sequence[int], *, apart: bool = False, mixed: bool = True
+    ) -> PackedRows:
         """Lay out pieces by how long they are and at which place of its sequence each begins.
 
         Rows are as wide as the longest piece. A shorter one goes where there is room and the least behind.

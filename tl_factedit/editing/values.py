@@ -23,12 +23,12 @@ from tqdm.auto import tqdm
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import drop_graphs, quiet
+from tl_factedit.backend.state import detach_caches, frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import GIB
-from tl_factedit.editing.descent import Asked, Descent
-from tl_factedit.editing.objectives import Wish
+from tl_factedit.editing.descent import Descent, FitRows
+from tl_factedit.editing.objectives import EditTarget
 from tl_factedit.editing.value_fit import Fitted, ValueFit, Where
 
 TRIAL = 8
@@ -37,7 +37,7 @@ TRIAL = 8
 
 def fit_values(
     model: Model,
-    wishes: Sequence[Fact | Wish],
+    wishes: Sequence[Fact | EditTarget],
     layer: int,
     contexts: Sequence[str],
     *,
@@ -69,7 +69,7 @@ def fit_values(
         RuntimeError: A loss or δ is not finite.
     """
     fit = fit or ValueFit()
-    wanted = [Wish(each) if isinstance(each, Fact) else each for each in wishes]
+    wanted = [EditTarget(each) if isinstance(each, Fact) else each for each in wishes]
     for wish in wanted:
         if wish.fact.target_new is None:
             raise ValueError(
@@ -78,16 +78,16 @@ def fit_values(
     if not contexts or contexts[0]:
         raise ValueError('contexts must begin with the bare one, ""')
     down_proj(model, layer)
-    asked = [Asked.of(model, wish, contexts, fit, prepend_bos) for wish in wanted]
+    asked = [FitRows.of(model, wish, contexts, fit, prepend_bos) for wish in wanted]
     found: dict[int, Fitted] = {}
     with (
-        quiet(model),
+        frozen(model),
         tqdm(total=len(asked), unit="fact", desc="fitting values", delay=1, disable=not progress) as bar,
     ):
         runner = Runner(model)
         with torch.no_grad():
             longest = max((row for each in asked for row in each.rows), key=len)
-            packed = not runner.packs(longest[:TRIAL], len(longest))
+            packed = not runner.why_not_packed(longest[:TRIAL], len(longest))
         # A HookedTransformer turns the keys of a past by where they stand in it, so that it has to be of one sequence.
         mixed = packed and runner.kind == "bridge"
         for batch in _batches(model, asked, layer, memory, mixed=mixed):
@@ -95,13 +95,13 @@ def fit_values(
             try:
                 done = Descent(runner, some, layer, where, fit, packed=packed, mixed=mixed).run()
             finally:
-                drop_graphs(model)
+                detach_caches(model)
             found.update(zip(batch, done, strict=True))
             bar.update(len(batch))
     return [found[i] for i in range(len(asked))]
 
 
-def _batches(model: Model, asked: Sequence[Asked], layer: int, memory: float, *, mixed: bool) -> Iterator[list[int]]:
+def _batches(model: Model, asked: Sequence[FitRows], layer: int, memory: float, *, mixed: bool) -> Iterator[list[int]]:
     """As many facts at a time as their graphs leave room for; those of one width, if shorter rows can't be joined."""
     cfg = model.cfg
     above = len(model.blocks) - layer  # type: ignore[attr-defined]

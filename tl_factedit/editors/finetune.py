@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.hook_names import resid_pre
 from tl_factedit.backend.protocol import Hook, Model, as_layers, bos_policy, check_layer, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import drop_graphs, quiet
+from tl_factedit.backend.state import detach_caches, frozen
 from tl_factedit.backend.weights import DownProj, check_own, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import GIB, align, pad
@@ -34,8 +34,8 @@ from tl_factedit.editing.diagnostics import diagnose_many
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import check_contexts, check_facts, check_objective, described, prefixes
 from tl_factedit.editing.ledger import base_fingerprint, made_on
-from tl_factedit.editing.objectives import Inject, Objective, Wish, set_subjects
-from tl_factedit.editing.off_target import keys_at, measure_spill
+from tl_factedit.editing.objectives import EditTarget, Inject, Objective, set_subjects
+from tl_factedit.editing.off_target import keys_at, measure_off_target
 from tl_factedit.locate.trace_result import window_layers
 from tl_factedit.stats.sampling import SampledContexts
 
@@ -119,19 +119,19 @@ class FineTune:
         bos = bos_policy(model, self.prepend_bos)
         bare = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
         texts = prefixes(self.contexts, model)
-        with quiet(model):
+        with frozen(model):
             wishes = self.objective.wishes(model, facts, prepend_bos=bos)
-            asked = [_Asked.of(model, wish, texts, bos) for wish in wishes]
+            asked = [TrainingRows.of(model, wish, texts, bos) for wish in wishes]
             try:
                 tuned = _Descent(Runner(model), asked, sites, self).run()
             finally:
-                drop_graphs(model)
+                detach_caches(model)
             deltas = tuple(
                 Delta.full(site.layer, (weight.double() - site.W.double()).cpu())
                 for site, weight in zip(sites, tuned.weights, strict=True)
             )
             keys = keys_at(model, [row.ids for row in bare], [row.last for row in bare], deltas)
-            spill = measure_spill(model, facts, deltas, prepend_bos=bos)
+            off_target = measure_off_target(model, facts, deltas, prepend_bos=bos)
             moved = {delta.layer: keys[delta.layer] @ delta.left for delta in deltas}
             return Edit(
                 facts=facts,
@@ -151,7 +151,7 @@ class FineTune:
                             keys[site.layer],  # nothing is divided by
                             keys[site.layer],
                             moved[site.layer],
-                            spill=spill[site.layer],
+                            off_target=off_target[site.layer],
                         ),
                         unmet=(),
                     )
@@ -187,7 +187,7 @@ class FineTune:
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
+class TrainingRows:
     """The rows of one wish: each context and the prompt, followed by the target but its last token.
 
     Attributes:
@@ -197,13 +197,13 @@ class _Asked:
         target: The target's ids in each row.
     """
 
-    wish: Wish
+    wish: EditTarget
     rows: tuple[Int[Tensor, "_"], ...]
     subject: tuple[tuple[int, int], ...]
     target: tuple[Int[Tensor, "_"], ...]
 
     @classmethod
-    def of(cls, model: Model, wish: Wish, contexts: Sequence[str], prepend_bos: bool) -> _Asked:
+    def of(cls, model: Model, wish: EditTarget, contexts: Sequence[str], prepend_bos: bool) -> TrainingRows:
         found = [align(model.tokenizer, wish.fact, prepend_bos=prepend_bos, prefix=x) for x in contexts]
         targets = tuple(row.new_ids for row in found if row.new_ids is not None)
         if len(targets) < len(found):
@@ -245,7 +245,7 @@ class _Piece:
     unlikely: Tensor
 
     @classmethod
-    def of(cls, runner: Runner, asked: Sequence[_Asked], facts: list[int], first: int) -> _Piece:
+    def of(cls, runner: Runner, asked: Sequence[TrainingRows], facts: list[int], first: int) -> _Piece:
         some = [asked[i] for i in facts]
         tokens = pad([row for each in some for row in each.rows], 0)
         targets = [target for each in some for target in each.target]
@@ -288,7 +288,9 @@ class _Tuned:
 class _Descent:
     """The optimisation of copies of some layers' weights."""
 
-    def __init__(self, runner: Runner, asked: Sequence[_Asked], sites: Sequence[DownProj], editor: FineTune) -> None:
+    def __init__(
+        self, runner: Runner, asked: Sequence[TrainingRows], sites: Sequence[DownProj], editor: FineTune
+    ) -> None:
         self.runner, self.asked, self.sites, self.editor = runner, asked, sites, editor
         self.first = sites[0].layer
         # Steps of Adam are smaller than what half precision resolves.

@@ -27,7 +27,7 @@ from tl_factedit.backend.hook_names import resid_pre
 from tl_factedit.backend.packing import Packing, gather, past_at
 from tl_factedit.backend.protocol import Model, as_layers, bos_policy, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import drop_graphs, quiet
+from tl_factedit.backend.state import detach_caches, frozen
 from tl_factedit.backend.weights import DownProj, check_own, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import GIB, Aligned, align, continuation, encode, pad
@@ -37,7 +37,7 @@ from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import check_facts
 from tl_factedit.editing.ledger import base_fingerprint, made_on
 from tl_factedit.editing.objectives import Erase, Inject, Objective
-from tl_factedit.editing.off_target import keys_at, measure_spill
+from tl_factedit.editing.off_target import keys_at, measure_off_target
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class KnowledgeNeurons:
         bare = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
         moves = None if isinstance(self.objective, Erase) else [self._move(model, row) for row in bare]
         prompts = [_prompts(model, fact, bos) for fact in facts]
-        with quiet(model):
+        with frozen(model):
             found = self._neurons(model, facts, prompts, sites)
             deltas = tuple(
                 _delta(sites[layer], [each.of(layer) for each in found], moves)
@@ -127,7 +127,7 @@ class KnowledgeNeurons:
                 if any(each.of(layer) for each in found)
             )
             keys = keys_at(model, [row.ids for row in bare], [len(row.ids) - 1 for row in bare], deltas)
-            spill = measure_spill(model, facts, deltas, prepend_bos=bos, at="end")
+            off_target = measure_off_target(model, facts, deltas, prepend_bos=bos, at="end")
             moved = {delta.layer: keys[delta.layer] @ delta.left @ delta.right for delta in deltas}
             return Edit(
                 facts=facts,
@@ -147,7 +147,7 @@ class KnowledgeNeurons:
                             keys[delta.layer],  # nothing is divided by
                             keys[delta.layer],
                             moved[delta.layer],
-                            spill=spill[delta.layer],
+                            off_target=off_target[delta.layer],
                         ),
                         unmet=(),
                     )
@@ -292,7 +292,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class NeuronAttribution:
     """What each neuron of some layers adds to an answer's probability.
 
     Attributes:
@@ -313,14 +313,14 @@ def attributions(
     steps: int = 20,
     memory: float = 2.0,
     progress: bool = True,
-) -> Iterator[Attribution]:
+) -> Iterator[NeuronAttribution]:
     """Integrated gradients of the answers' probabilities along the keys at the prompts' last tokens.
 
     One layer's key is scaled at a time, at that token only; all scalings of a layer run at once, from that layer on,
     and only that token and the answer's (the rest is read from the attention keys and values of one clean run).
 
     Args:
-        model: Either class, inside `quiet`.
+        model: Either class, inside `frozen`.
         prompts: What is asked.
         layers: Whose keys.
         steps: Of the integral, by the midpoint rule.
@@ -339,7 +339,7 @@ def attributions(
     shares = torch.cat([(torch.arange(steps) + 0.5) / steps, torch.tensor([0.0, 1.0])])
     with torch.no_grad():
         longest = max((prompt.ids for prompt in prompts), key=len)
-        packed = not runner.packs(longest, len(longest))
+        packed = not runner.why_not_packed(longest, len(longest))
     with tqdm(total=len(prompts), unit="prompt", desc="looking for neurons", delay=1, disable=not progress) as bar:
         for group in _groups(runner, prompts, sites, len(shares), memory, packed=packed):
             try:
@@ -347,12 +347,12 @@ def attributions(
                     scaled = _Scaled(runner, group, sites, shares, packed=packed)
                 parts = [scaled.attribute(site) for site in sites]
             finally:
-                drop_graphs(model)
+                detach_caches(model)
             for i in range(len(group)):
                 scores, gap = (torch.stack([part[which][i] for part in parts]) for which in (0, 1))
                 if not bool(scores.isfinite().all()):
                     raise RuntimeError("the gradient of a probability is not finite: load the model in float32")
-                yield Attribution(scores.cpu(), gap.cpu())
+                yield NeuronAttribution(scores.cpu(), gap.cpu())
             bar.update(len(group))
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, rank_one, whiten
@@ -39,7 +39,7 @@ from tl_factedit.editing.inputs import (
 )
 from tl_factedit.editing.ledger import base_fingerprint, made_on
 from tl_factedit.editing.objectives import Inject, Objective
-from tl_factedit.editing.off_target import measure_spill
+from tl_factedit.editing.off_target import measure_off_target
 from tl_factedit.editing.value_fit import Fitted, ValueFit
 from tl_factedit.editing.values import fit_values
 from tl_factedit.stats.key_stats import KeyStats
@@ -148,7 +148,7 @@ class Rome:
         contexts = tuple(prefixes(self.contexts, model))
         provenance = made_on(model, prepend_bos, base)
         edits = []
-        with quiet(model):
+        with frozen(model):
             # Each by itself, as some objectives look at all facts they are given (the spread of their embeddings).
             wishes = [self.objective.wishes(model, [fact], prepend_bos=prepend_bos)[0] for fact in facts]
             found = fit_values(
@@ -167,7 +167,7 @@ class Rome:
                 key, value, residual = self._write_at(fitted)
                 factors = self._solve(direction, key, residual)
                 delta = Delta(stats.layer, factors.left, factors.right)
-                spill = measure_spill(model, [fact], [delta], prepend_bos=prepend_bos)[stats.layer]
+                off_target = measure_off_target(model, [fact], [delta], prepend_bos=prepend_bos)[stats.layer]
                 edits.append(
                     Edit(
                         facts=(fact,),
@@ -176,7 +176,7 @@ class Rome:
                         values={stats.layer: value[None]},
                         editor=self.describe(),
                         contexts=contexts,
-                        diagnostics=(diagnose(site, delta, direction, key, value, spill=spill),),
+                        diagnostics=(diagnose(site, delta, direction, key, value, off_target=off_target),),
                         fits=(record(fitted, wish, same_first_token=row.same_first_token),),
                         provenance=provenance,
                     )

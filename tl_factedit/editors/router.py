@@ -27,7 +27,7 @@ from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Hook, Model, bos_policy, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
@@ -35,7 +35,7 @@ from tl_factedit.core.tokens import align, pad
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import align_facts, check_contexts, check_facts, described, plain, prefixes, record
 from tl_factedit.editing.ledger import base_fingerprint, made_on
-from tl_factedit.editing.objectives import Wish
+from tl_factedit.editing.objectives import EditTarget
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editing.values import fit_values
 from tl_factedit.stats.sampling import SampledContexts
@@ -181,7 +181,7 @@ class RoutedEdit:
         rows += [align(model.tokenizer, fact, prepend_bos=bos) for fact in others]
         site = down_proj(model, self.layer)
         found = []
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             runner = Runner(model)
             for some in torch.arange(len(rows)).split(128):
                 heads = [rows[i].ids[: rows[i].last + 1] for i in some.tolist()]
@@ -328,7 +328,7 @@ class Router:
             editor=self.describe(),
             contexts=tuple(contexts),
             fits=tuple(
-                record(each, Wish(fact), same_first_token=row.same_first_token)
+                record(each, EditTarget(fact), same_first_token=row.same_first_token)
                 for each, fact, row in zip(fitted, facts, rows, strict=True)
             ),
             provenance=made_on(model, prepend_bos, base),

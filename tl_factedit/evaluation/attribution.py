@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
@@ -32,7 +32,7 @@ from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.mediation import share_undone
 from tl_factedit.measure.change import Changed
-from tl_factedit.measure.first_tokens import Asked, are_known, at_the_ends, one_of, with_new_objects
+from tl_factedit.measure.first_tokens import FirstTokens, are_known, at_the_ends, one_of, with_new_objects
 from tl_factedit.measure.population import bos_of_change, each
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ SETS = ("subject", "but_subject", "before", "after", "last", "all")
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class PositionAttribution:
     """Which share of an edit's effect is undone when it is taken away at some tokens only.
 
     Objects count by their first tokens; facts whose objects share one, and facts that the unedited model doesn't know,
@@ -82,7 +82,7 @@ class Attribution:
 
     def __repr__(self) -> str:
         """The shares in a line."""
-        return f"Attribution({', '.join(f'{name} {self.at(name).mean:.2f}' for name in SETS)})"
+        return f"PositionAttribution({', '.join(f'{name} {self.at(name).mean:.2f}' for name in SETS)})"
 
 
 def attribute_positions(
@@ -93,7 +93,7 @@ def attribute_positions(
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
-) -> Attribution:
+) -> PositionAttribution:
     """Take an edit away at some tokens of each fact's prompt.
 
     Args:
@@ -110,27 +110,29 @@ def attribute_positions(
     facts = with_new_objects(facts)
     parts = list(each(model, edit, facts))
     bos = bos_of_change(model, edit, prepend_bos)
-    asked = [Asked.of(model.tokenizer, fact, bos) for fact in facts]
+    asked = [FirstTokens.of(model.tokenizer, fact, bos) for fact in facts]
     unedited, edited = (torch.full((len(facts),), math.nan) for _ in range(2))
     without = torch.full((len(facts), len(SETS)), math.nan)
     for part in parts:
         if not isinstance(part.changed, Edit):
             raise ValueError(f"{type(part.changed).__name__} is no Edit, needed one, whose contribution is known")
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         known = are_known(Runner(model), asked, batch_tokens)
         for i, logits in at_the_ends(Runner(model), [one.ids for one in asked], batch_tokens):
             unedited[i] = asked[i].margin(logits)
     for part in parts:
         assert isinstance(part.changed, Edit)
         mine = list(part.indices)
-        with part.applied() as tested, quiet(tested), torch.no_grad():
+        with part.applied() as tested, frozen(tested), torch.no_grad():
             sites = [(down_proj(tested, delta.layer), delta) for delta in part.changed.deltas]
             edited[mine], without[mine] = _read(Runner(tested), [asked[i] for i in mine], sites, batch_tokens)
     counted = torch.where(known[:, None], without, math.nan)
-    return Attribution(facts, known, unedited, edited, without, share_undone(unedited, edited, counted, seed=seed))
+    return PositionAttribution(
+        facts, known, unedited, edited, without, share_undone(unedited, edited, counted, seed=seed)
+    )
 
 
-def _sets(one: Asked) -> list[range | list[int]]:
+def _sets(one: FirstTokens) -> list[range | list[int]]:
     n = len(one.ids)
     return [
         [one.last],
@@ -143,7 +145,7 @@ def _sets(one: Asked) -> list[range | list[int]]:
 
 
 def _read(
-    runner: Runner, asked: Sequence[Asked], sites: Sequence[tuple[DownProj, Delta]], batch_tokens: int
+    runner: Runner, asked: Sequence[FirstTokens], sites: Sequence[tuple[DownProj, Delta]], batch_tokens: int
 ) -> tuple[Float[Tensor, "fact"], Float[Tensor, "fact set"]]:
     """The lead m with the edit as it is, and with it taken away at each set of positions."""
     rows = len(SETS) + 1

@@ -7,7 +7,7 @@ g = uᵀk / uᵀk*)::
 
 In a prompt that asks for the fact, the new object should lead where the gain at the last subject token is at least the
 critical dose a* (`dose_curve`, which leaves all other tokens alone); coverage is the share of contexts where it is.
-Elsewhere, for the subject's other facts and for other subjects, a gain is spill.
+Elsewhere, for the subject's other facts and for other subjects, a gain is off_target.
 
 Descriptive: it tells how robust a key is, and nothing corresponds to it in a model that was retrained.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 ASKING = ("prompt", "paraphrases", "prefixed")
 """Groups of contexts that ask for the fact itself."""
-GROUPS = (*ASKING, "asides", "neighbours")
+GROUPS = (*ASKING, "same_subject", "neighbours")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def gain_coverage(
     facts: Fact | Sequence[Fact],
     *,
     prefixes: Sequence[str] = (),
-    asides: Sequence[Fact] = (),
+    same_subject: Sequence[Fact] = (),
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
@@ -113,7 +113,7 @@ def gain_coverage(
         edit: An edit of one layer, or one for each fact.
         facts: Those it was made for, with ``target_new``; their paraphrases (templates) and neighbours are contexts.
         prefixes: Texts to put before the prompt and each paraphrase.
-        asides: Other facts about the same subjects.
+        same_subject: Other facts about the same subjects.
         prepend_bos: BOS policy; None for the edit's own.
         batch_tokens: Most tokens in one forward pass.
         seed: Of the bootstrap.
@@ -141,7 +141,7 @@ def gain_coverage(
         critical[list(part.indices)] = dose.critical
         least[list(part.indices)] = _least(dose)
         for i, fact in zip(part.indices, part.facts, strict=True):
-            contexts = _contexts(model, fact, prefixes, asides, bos)
+            contexts = _contexts(model, fact, prefixes, same_subject, bos)
             fired = _gains(model, made, fact, [ids for _, ids, _ in contexts], batch_tokens)
             for group in GROUPS:
                 values = [
@@ -171,7 +171,7 @@ def _least(dose: Dose) -> Float[Tensor, "fact"]:
 
 
 def _contexts(
-    model: Model, fact: Fact, prefixes: Sequence[str], asides: Sequence[Fact], bos: bool
+    model: Model, fact: Fact, prefixes: Sequence[str], same_subject: Sequence[Fact], bos: bool
 ) -> list[tuple[str, Tensor, int | None]]:
     """Group, token ids and position of the last subject token (None: any) of each context."""
     tokenizer = model.tokenizer
@@ -183,7 +183,7 @@ def _contexts(
         for prefix in prefixes
         for template in (fact.prompt, *templates)
     ]
-    rows += [("asides", align(tokenizer, a, prepend_bos=bos)) for a in asides if a.subject == fact.subject]
+    rows += [("same_subject", align(tokenizer, a, prepend_bos=bos)) for a in same_subject if a.subject == fact.subject]
     found: list[tuple[str, Tensor, int | None]] = [(group, row.ids, row.last) for group, row in rows]
     return found + [("neighbours", encode(tokenizer, text, prepend_bos=bos)[0], None) for text in fact.neighbours]
 
@@ -200,7 +200,7 @@ def _gains(
     unit = delta.left.cpu() @ (delta.right.cpu() @ written) / (written @ written)
     site = down_proj(model, delta.layer)
     out: list[Tensor] = [torch.empty(0)] * len(texts)
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         for some in batches([len(ids) for ids in texts], batch_tokens):
             keys = runner.capture(pad([texts[i] for i in some], 0), [site.key_hook], stop=delta.layer + 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
@@ -76,7 +76,7 @@ def dose_curve(
     facts = with_new_objects(facts)
     sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
     rows = []
-    with quiet(model), torch.no_grad(), edit.applied(model):
+    with frozen(model), torch.no_grad(), edit.applied(model):
         runner = Runner(model)
         for fact in facts:
             row = align(model.tokenizer, fact, prepend_bos=edit.provenance.prepend_bos)

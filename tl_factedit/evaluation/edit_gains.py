@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.tokens import encode, spell
 from tl_factedit.editing.edit import Edit
@@ -65,7 +65,7 @@ def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = Non
     edit.check(model)
     sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
     first = min(edit.deltas, key=lambda delta: delta.layer)
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         _, before = _keys_and_value(runner, ids, {first.layer: sites[first.layer]}, first.layer)
         with edit.applied(model):

@@ -29,12 +29,12 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Component, Hook, HookFn, Model, model_name, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, pad
 from tl_factedit.measure.change import Changed
-from tl_factedit.measure.first_tokens import Asked, are_known, one_of, with_new_objects
+from tl_factedit.measure.first_tokens import FirstTokens, are_known, one_of, with_new_objects
 from tl_factedit.measure.population import bos_of_change, each
 from tl_factedit.measure.reading import Reading
 
@@ -154,20 +154,20 @@ def mediate(
                 "states can only be put into a model of the same form"
             )
     bos = bos_of_change(model, changed, prepend_bos)
-    asked = [Asked.of(model.tokenizer, fact, bos) for fact in facts]
+    asked = [FirstTokens.of(model.tokenizer, fact, bos) for fact in facts]
     layers = n_layers(model)
     patched = torch.full((len(facts), len(places), layers, len(QUANTITIES)), math.nan)
     unedited, now = (torch.full((len(facts),), math.nan) for _ in range(2))
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         known = are_known(Runner(model), asked, batch_tokens)
     for part in parts:
         # The dearest pass has a row for each place.
         for some in batches([len(places) * len(asked[i].ids) for i in part.indices], batch_tokens):
             mine = [part.indices[i] for i in some]
             rows = [asked[i] for i in mine]
-            with quiet(model), torch.no_grad():
+            with frozen(model), torch.no_grad():
                 donor, unedited[mine] = _run(Runner(model), rows, places)
-            with part.applied() as tested, quiet(tested), torch.no_grad():
+            with part.applied() as tested, frozen(tested), torch.no_grad():
                 runner = Runner(tested)
                 own, now[mine] = _run(runner, rows, places)
                 patched[mine] = _patched(runner, rows, places, donor, own)
@@ -221,7 +221,7 @@ def _names(layers: int, places: Sequence[Site]) -> list[str]:
 
 
 def _run(
-    runner: Runner, rows: Sequence[Asked], places: Sequence[Site]
+    runner: Runner, rows: Sequence[FirstTokens], places: Sequence[Site]
 ) -> tuple[dict[str, Tensor], Float[Tensor, "fact"]]:
     """States of a plain run, at the places and before each block; and m."""
     tokens, ends = pad([row.ids for row in rows], 0), torch.tensor([row.end for row in rows])
@@ -233,7 +233,11 @@ def _run(
 
 
 def _patched(
-    runner: Runner, rows: Sequence[Asked], places: Sequence[Site], donor: dict[str, Tensor], own: dict[str, Tensor]
+    runner: Runner,
+    rows: Sequence[FirstTokens],
+    places: Sequence[Site],
+    donor: dict[str, Tensor],
+    own: dict[str, Tensor],
 ) -> Float[Tensor, "fact place layer quantity"]:
     tokens, ends = pad([row.ids for row in rows], 0), torch.tensor([row.end for row in rows])
     out = torch.full((len(rows), len(places), runner.n_layers, len(QUANTITIES)), math.nan)
@@ -255,7 +259,7 @@ def _patched(
     return out
 
 
-def _positions(rows: Sequence[Asked], where: Where) -> list[slice]:
+def _positions(rows: Sequence[FirstTokens], where: Where) -> list[slice]:
     if where == "all":
         return [slice(None)] * len(rows)
     at = [row.last if where == "subject" else row.end for row in rows]

@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.tokens import continuation, encode
@@ -166,7 +166,7 @@ def evaluate(
         bos = provenance.prepend_bos
         ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
         requests += [(ids, continuation(model.tokenizer, prompt, target, prepend_bos=bos)) for target in (true, new)]
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         found = log_probs(Runner(model), requests, batch_tokens=batch_tokens)
     answers = tuple(
         Answer(

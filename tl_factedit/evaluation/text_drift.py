@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, mean_over_facts
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import batches, encode, pad
@@ -88,7 +88,7 @@ def drift(
     rows = encode_texts(model, texts, bos)
     together = list(batches([len(row) for row in rows], batch_tokens))
     read = [torch.arange(max(len(rows[i]) for i in some) - 1) for some in together]
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         was = [
             log_softmax_of(runner, [rows[i] for i in some], [at] * len(some))

@@ -46,7 +46,7 @@ class Peak:
 
 
 @dataclass(frozen=True, eq=False)
-class SideBySide:
+class CorruptionComparison:
     """Two traces of the same facts.
 
     Attributes:
@@ -130,18 +130,18 @@ class SideBySide:
         """Facts, peaks and the agreement of the two profiles."""
         count = sum(self.usable)
         if count < 2:
-            return f"SideBySide({count} of {len(self.usable)} facts usable: too few to compare)"
+            return f"CorruptionComparison({count} of {len(self.usable)} facts usable: too few to compare)"
         peaks = ", ".join(
             f"{_name(trace)} peaks at layer {peak.layer} [{peak.low}, {peak.high}] with {peak.effect:.2f}"
             for trace, peak in zip((self.first, self.second), self.peaks(), strict=True)
         )
         return (
-            f"SideBySide({count} of {len(self.usable)} facts usable; {peaks} of the total effect at the last subject "
+            f"CorruptionComparison({count} of {len(self.usable)} facts usable; {peaks} of the total effect at the last subject "
             f"token; profiles over layers correlate {self.profile():.2f})"
         )
 
 
-def trace_side_by_side(
+def compare_corruptions(
     model: Model,
     facts: Sequence[Fact],
     *,
@@ -153,7 +153,7 @@ def trace_side_by_side(
     prepend_bos: bool | None = None,
     memory: float = 2.0,
     progress: bool = True,
-) -> SideBySide:
+) -> CorruptionComparison:
     """Trace the same facts under noise and under token replacement.
 
     Args:
@@ -169,7 +169,7 @@ def trace_side_by_side(
         progress: Of `causal_trace`.
 
     Returns:
-        Both traces, with `SideBySide.table`, `SideBySide.agreement`, `SideBySide.profile` and `SideBySide.peaks`.
+        Both traces, with `CorruptionComparison.table`, `CorruptionComparison.agreement`, `CorruptionComparison.profile` and `CorruptionComparison.peaks`.
 
     Raises:
         ValueError: As `causal_trace`, and where no fact has a donor.
@@ -192,7 +192,7 @@ def trace_side_by_side(
         for corruption in reversed(corruptions)
     )
     large = [trace.total_effect >= min_effect for trace in (first, second)]  # not where it is NaN
-    return SideBySide(first, second, tuple((large[0] & large[1]).tolist()), min_effect)
+    return CorruptionComparison(first, second, tuple((large[0] & large[1]).tolist()), min_effect)
 
 
 def _name(trace: Trace) -> str:

@@ -14,10 +14,10 @@ import torch
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import bos_policy
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.locate.corruption import GaussianNoise, MultivariateNoise, UniformNoise
-from tl_factedit.locate.inputs import Questions, align_all, ask, check_memory
+from tl_factedit.locate.inputs import TraceInputs, align_all, ask, check_memory
 from tl_factedit.locate.metrics import prob
 
 Noise = GaussianNoise | UniformNoise | MultivariateNoise
@@ -25,7 +25,7 @@ MOST_SCALE = 1000
 """Larger noise isn't tried."""
 
 
-def noise_for_damage(
+def calibrate_noise(
     model: Model,
     facts: Fact | Sequence[Fact],
     lost: float = 0.8,
@@ -59,7 +59,7 @@ def noise_for_damage(
         raise ValueError(f"lost is {lost}, needed a share between 0 and 1")
     check_memory(memory)
     rows = align_all(model, facts, prepend_bos=bos_policy(model, prepend_bos))
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         start = ask(model, facts, rows, noise or GaussianNoise())
         fixed = start.corruption
 
@@ -87,7 +87,7 @@ def noise_for_damage(
         return dataclasses.replace(fixed, scale=scale)  # type: ignore[type-var,return-value]
 
 
-def _scaled(questions: Questions, noise: Noise) -> Questions:
+def _scaled(questions: TraceInputs, noise: Noise) -> TraceInputs:
     each = tuple(
         dataclasses.replace(question, corrupted=noise.draw(subject))
         for question, subject in zip(questions.each, questions.subjects, strict=True)
@@ -95,7 +95,7 @@ def _scaled(questions: Questions, noise: Noise) -> Questions:
     return dataclasses.replace(questions, corruption=noise, each=each)
 
 
-def _share(questions: Questions, memory: float) -> float:
+def _share(questions: TraceInputs, memory: float) -> float:
     clean, corrupted = [], []
     for _, patching in questions.chunks((), (), prob, "denoise", memory=memory):
         clean += [scores.mean() for scores in patching.clean]

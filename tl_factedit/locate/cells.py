@@ -25,7 +25,7 @@ class Question:
         fact: The fact.
         row: Its prompt.
         corrupted: Its subject's corrupted embeddings, [sample position d_model].
-        contrast: Of `metrics.Asked`.
+        contrast: Of `metrics.MetricInput`.
     """
 
     fact: Fact

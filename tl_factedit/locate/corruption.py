@@ -47,7 +47,7 @@ class Subject:
 
 
 def subject_of(runner: Runner, fact: Fact, row: Aligned) -> Subject:
-    """What a corruption sees of a fact; call inside `quiet` and without gradients."""
+    """What a corruption sees of a fact; call inside `frozen` and without gradients."""
     embeddings = runner.capture(row.ids[None], [EMBED], stop=0)[EMBED][0].float().cpu()
 
     @functools.cache

@@ -28,7 +28,7 @@ MOST_QUESTIONS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Questions:
+class TraceInputs:
     """What `ask` made of some facts.
 
     Attributes:
@@ -53,7 +53,7 @@ class Questions:
     def chunks(
         self,
         places: Sequence[str],
-        frozen: Sequence[str],
+        held: Sequence[str],
         metric: Metric,
         direction: Direction,
         *,
@@ -64,7 +64,7 @@ class Questions:
 
         Args:
             places: What cells take from the donor runs (see `Patching`).
-            frozen: What they take from the base runs.
+            held: What they take from the base runs.
             metric: What is measured.
             direction: Of `Patching`.
             memory: What activations may take, in GiB.
@@ -75,18 +75,18 @@ class Questions:
         todo.sort(key=lambda i: (len(self.each[i].ids) - self.each[i].row.subject[0], len(self.each[i].ids)))
         chunk: list[int] = []
         for i in todo:
-            if chunk and (len(chunk) == MOST_QUESTIONS or self._bytes([*chunk, i], places, frozen) > memory * GIB / 2):
-                yield chunk, self._patching(chunk, places, frozen, metric, direction, memory)
+            if chunk and (len(chunk) == MOST_QUESTIONS or self._bytes([*chunk, i], places, held) > memory * GIB / 2):
+                yield chunk, self._patching(chunk, places, held, metric, direction, memory)
                 chunk = []
             chunk.append(i)
         if chunk:
-            yield chunk, self._patching(chunk, places, frozen, metric, direction, memory)
+            yield chunk, self._patching(chunk, places, held, metric, direction, memory)
 
     def _patching(
         self,
         chunk: Sequence[int],
         places: Sequence[str],
-        frozen: Sequence[str],
+        held: Sequence[str],
         metric: Metric,
         direction: Direction,
         memory: float,
@@ -95,30 +95,30 @@ class Questions:
             self.runner,
             [self.each[i] for i in chunk],
             places,
-            frozen,
+            held,
             metric,
             direction,
             packed=not self.unpacked,
             batch_tokens=batch_tokens(self.runner.model, memory),
         )
 
-    def _bytes(self, chunk: Sequence[int], places: Sequence[str], frozen: Sequence[str]) -> int:
+    def _bytes(self, chunk: Sequence[int], places: Sequence[str], held: Sequence[str]) -> int:
         """What a chunk's runs keep: residual streams, values asked for, attention keys and values."""
         cfg = self.runner.model.cfg
         longest = max(len(self.each[i].ids) for i in chunk)
         runs = sum(self.each[i].samples + 1 for i in chunk)
-        widest = max([cfg.d_model, *(_width(cfg, place) for place in (*places, *frozen))])
-        values = (self.runner.n_layers + 1) * cfg.d_model + len({*places, *frozen}) * widest
+        widest = max([cfg.d_model, *(_width(cfg, place) for place in (*places, *held))])
+        values = (self.runner.n_layers + 1) * cfg.d_model + len({*places, *held}) * widest
         # Twice, as sheets hold copies of the past.
         past = 4 * self.runner.n_layers * (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) * cfg.d_head
         return runs * longest * (values + past) * torch.finfo(cfg.dtype).bits // 8
 
 
-def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption: Corruption) -> Questions:
+def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption: Corruption) -> TraceInputs:
     """Corrupt the subjects of some facts.
 
     Args:
-        model: Either class, inside `quiet` and without gradients.
+        model: Either class, inside `frozen` and without gradients.
         facts: The facts.
         rows: Their prompts.
         corruption: What to do to their subjects.
@@ -131,7 +131,7 @@ def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption
         for fact, row, subject, drawn in zip(facts, rows, subjects, map(corruption.draw, subjects), strict=True)
     )
     longest = max(each, key=lambda question: len(question.ids))
-    return Questions(runner, corruption, subjects, each, runner.packs(longest.ids, len(longest.ids)))
+    return TraceInputs(runner, corruption, subjects, each, runner.why_not_packed(longest.ids, len(longest.ids)))
 
 
 def check_memory(memory: float) -> None:
@@ -186,7 +186,7 @@ def _width(cfg: object, place: str) -> int:
     return int(cfg.d_model)  # type: ignore[attr-defined]
 
 
-def donor_texts(questions: Questions) -> tuple[tuple[str, ...], ...]:
+def donor_texts(questions: TraceInputs) -> tuple[tuple[str, ...], ...]:
     if not isinstance(questions.corruption, TokenReplacement):
         return ((),) * len(questions.each)
     donors = questions.corruption.donors

@@ -19,7 +19,7 @@ from tl_factedit.core.facts import Fact
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class MetricInput:
     """What a metric may look at besides a run's logits.
 
     Attributes:
@@ -36,23 +36,23 @@ class Asked:
     contrast: Int[Tensor, "_"] | None
 
 
-Metric: TypeAlias = Callable[[Float[Tensor, "row sample target vocab"], Asked], Float[Tensor, "row sample"]]
+Metric: TypeAlias = Callable[[Float[Tensor, "row sample target vocab"], MetricInput], Float[Tensor, "row sample"]]
 """From logits at the end of the prompt and at all but the last token of the target."""
 
 
-def logprob(logits: Float[Tensor, "row sample target vocab"], asked: Asked) -> Float[Tensor, "row sample"]:
+def logprob(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
     """Log-probability of the whole target, teacher-forced, in nats."""
     logits = logits.float()
     index = asked.target.to(logits.device).expand(*logits.shape[:2], -1)[..., None]
     return (logits.gather(-1, index)[..., 0] - logits.logsumexp(-1)).sum(-1)
 
 
-def prob(logits: Float[Tensor, "row sample target vocab"], asked: Asked) -> Float[Tensor, "row sample"]:
+def prob(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
     """Probability of the whole target, teacher-forced (Meng et al. 2022)."""
     return logprob(logits, asked).exp()
 
 
-def logit_diff(logits: Float[Tensor, "row sample target vocab"], asked: Asked) -> Float[Tensor, "row sample"]:
+def logit_diff(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
     """Logit of the target's first token minus that of the contrasting answer's (Zhang and Nanda 2023, eq. 2)."""
     if asked.contrast is None:
         raise ValueError(
@@ -64,7 +64,7 @@ def logit_diff(logits: Float[Tensor, "row sample target vocab"], asked: Asked) -
     return first[..., int(asked.target[0])] - first.gather(-1, other)[..., 0]
 
 
-def kl(logits: Float[Tensor, "row sample target vocab"], asked: Asked) -> Float[Tensor, "row sample"]:
+def kl(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
     """Minus KL(clean || run) at the end of the prompt, in nats: 0 for the clean run, less for others."""
     clean = asked.clean[0].float().log_softmax(-1).to(logits.device)
     run = logits[:, :, 0].float().log_softmax(-1)
@@ -113,7 +113,7 @@ def _code(code: CodeType) -> str:
 
 
 def _checked(name: str, metric: Metric) -> Metric:
-    def checked(logits: Float[Tensor, "row sample target vocab"], asked: Asked) -> Float[Tensor, "row sample"]:
+    def checked(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
         found = metric(logits, asked)
         if found.shape != logits.shape[:2]:
             raise ValueError(

@@ -14,7 +14,7 @@ from tl_factedit.locate.cells import Cell, Question
 
 
 @dataclass(frozen=True, eq=False)
-class Sheet:
+class PackedRows:
     """Rows of cells, the same for all layers.
 
     Attributes:
@@ -47,7 +47,7 @@ class Sheet:
 
 
 class Rows:
-    """Collects the rows of a `Sheet`."""
+    """Collects the rows of a `PackedRows`."""
 
     def __init__(self) -> None:
         self.groups: list[tuple[Cell, ...]] = []
@@ -86,7 +86,7 @@ class Rows:
         self.groups.append(tuple(cells))
         self.sizes.append(len(cells) * len(runs) * len(question.logits_at))
 
-    def sheet(self, past: tuple[Past, Tensor] | None) -> Sheet:
+    def sheet(self, past: tuple[Past, Tensor] | None) -> PackedRows:
         """Pad, and say what sees what."""
         own, at, runs = torch.tensor(self.own), torch.tensor(self.at), torch.tensor(self.runs)
         cell_of = pad(self.cell_of, -1)
@@ -94,7 +94,7 @@ class Rows:
         width = cell_of.shape[1]
         places = torch.stack([torch.cat([row, row[-1:].repeat(width - len(row))]) for row in self.places])
         units = own[:, 4]
-        return Sheet(
+        return PackedRows(
             groups=tuple(self.groups),
             tokens=pad(self.tokens, 0),
             runs=runs,

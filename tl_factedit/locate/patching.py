@@ -20,8 +20,8 @@ from tl_factedit.backend.protocol import Hook, HookFn
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.tokens import pad
 from tl_factedit.locate.cells import Cell, Direction, Patch, Question, Source
-from tl_factedit.locate.metrics import Asked, Metric, stacked
-from tl_factedit.locate.packed_rows import Rows, Sheet
+from tl_factedit.locate.metrics import Metric, MetricInput, stacked
+from tl_factedit.locate.packed_rows import PackedRows, Rows
 
 
 class Patching:
@@ -82,7 +82,7 @@ class Patching:
         clean_logits = [self._head(clean[last][i, list(q.logits_at)]) for i, q in enumerate(questions)]
         self.top = [int(logits[0].argmax()) for logits in clean_logits]
         self._asked = [
-            Asked(question.fact, question.row.true_ids, logits, question.contrast)
+            MetricInput(question.fact, question.row.true_ids, logits, question.contrast)
             for question, logits in zip(questions, clean_logits, strict=True)
         ]
         self.clean = [
@@ -105,7 +105,7 @@ class Patching:
 
     # -- cells
 
-    def sheets(self, cells: Sequence[Cell]) -> list[Sheet]:
+    def sheets(self, cells: Sequence[Cell]) -> list[PackedRows]:
         """Put cells into rows: one list of sheets serves every layer."""
         groups: dict[int, list[Cell]] = {}
         for cell in cells:
@@ -124,7 +124,7 @@ class Patching:
                 sheets.append([part])
         return [self._sheet(groups) for groups in sheets]
 
-    def run(self, sheet: Sheet, patches: Sequence[Patch]) -> Iterator[tuple[int, Cell, Float[Tensor, "sample"]]]:
+    def run(self, sheet: PackedRows, patches: Sequence[Patch]) -> Iterator[tuple[int, Cell, Float[Tensor, "sample"]]]:
         """The metric of each cell under each patch (by its number), for each sample.
 
         Args:
@@ -224,7 +224,7 @@ class Patching:
             part.append(cell)
         yield part
 
-    def _sheet(self, groups: Sequence[Sequence[Cell]]) -> Sheet:
+    def _sheet(self, groups: Sequence[Sequence[Cell]]) -> PackedRows:
         rows = Rows()
         for cells in groups:
             question = self._questions[cells[0].question]
@@ -232,7 +232,7 @@ class Patching:
             rows.add(cells, question, runs, packed=self._packed)
         return rows.sheet(None if self._past[0] is None else self._past)  # type: ignore[arg-type]
 
-    def _logits(self, sheet: Sheet, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
+    def _logits(self, sheet: PackedRows, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
         """For each patch, in the order (group, cell, sample, target)."""
         together = max(1, self._batch_tokens // sheet.places.numel()) if sheet.packing is not None else 1
         above = [patch for patch in patches if patch.begin < self._runner.n_layers]
@@ -241,7 +241,7 @@ class Patching:
         for patch in patches[len(above) :]:
             yield self._end(sheet, patch)
 
-    def _sweep(self, sheet: Sheet, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
+    def _sweep(self, sheet: PackedRows, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
         """Several patches upward together: the rows of each join at the block where it begins."""
         base, index = self._values["base"]
         rows, (own_rows, own_queries) = len(sheet.places), sheet.own
@@ -294,7 +294,7 @@ class Patching:
             tuple(times * len(packing.positions) for times in began),
         )
 
-    def _end(self, sheet: Sheet, patch: Patch) -> Float[Tensor, "row vocab"]:
+    def _end(self, sheet: PackedRows, patch: Patch) -> Float[Tensor, "row vocab"]:
         """Only the head is left: of the tokens, only those whose logits are read."""
         base, index = self._values["base"]
         runs, places = sheet.runs[sheet.at[0]], sheet.places[sheet.at]
@@ -305,7 +305,7 @@ class Patching:
             resid = torch.where(changed[:, None].to(resid.device), donor.to(resid), resid)
         return self._head(resid)
 
-    def _source(self, source: Source, place: str, sheet: Sheet) -> Tensor:
+    def _source(self, source: Source, place: str, sheet: PackedRows) -> Tensor:
         values, index = self._values[source]
         return values[place][index[sheet.own_runs], sheet.own_places]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.core import files
 from tl_factedit.core.files import Unknown, encode
-from tl_factedit.locate.inputs import Questions, donor_texts
+from tl_factedit.locate.inputs import TraceInputs, donor_texts
 from tl_factedit.locate.replacement import CORRUPTIONS
 
 
@@ -34,7 +34,7 @@ class TraceFolder:
 
     @classmethod
     def of(
-        cls, folder: str | Path | None, questions: Questions, settings: dict[str, Any], provenance: Provenance
+        cls, folder: str | Path | None, questions: TraceInputs, settings: dict[str, Any], provenance: Provenance
     ) -> TraceFolder:
         """With what an earlier call left in the folder."""
         if folder is None:

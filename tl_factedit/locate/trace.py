@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Component, Model, n_layers
 from tl_factedit.backend.provenance import Provenance
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.tokens import Aligned
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
@@ -99,7 +99,7 @@ def causal_trace(
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
     check_contrasts(facts, rows, measure, corruption)
     count = n_layers(model)
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         questions = ask(model, facts, rows, corruption)
         settings = {
             "component": component,
@@ -110,7 +110,7 @@ def causal_trace(
         }
         told = settings | {"metric": metric_name if folder is None else identity(metric)}
         parts = TraceFolder.of(folder, questions, told, provenance)
-        frozen = [component_hook(severed, layer) for layer in range(count)] if severed else []
+        held = [component_hook(severed, layer) for layer in range(count)] if severed else []
         places = [component_hook(component, layer) for layer in range(count)]
         cells = {i: count * len(_positions(rows[i])) for i, q in enumerate(questions.each) if q.samples > 0}
         with tqdm(
@@ -122,7 +122,7 @@ def causal_trace(
             disable=not progress,
         ) as bar:
             for chunk, patching in questions.chunks(
-                places, frozen, measure, direction, memory=memory, skip=frozenset(parts.done)
+                places, held, measure, direction, memory=memory, skip=frozenset(parts.done)
             ):
                 effects = _effects(patching, [rows[i] for i in chunk], component, window, severed, count, bar.update)
                 sign = -1 if direction == "noise" else 1

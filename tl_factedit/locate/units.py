@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.hook_names import unit_hook
 from tl_factedit.backend.protocol import Model, Unit, as_layers, check_layer, n_layers
 from tl_factedit.backend.provenance import Provenance
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import n_units
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
@@ -171,7 +171,7 @@ def trace_units(
     corruption = corruption or GaussianNoise()
     check_contrasts(facts, rows, measure, corruption)
     sign = -1 if direction == "noise" else 1
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         questions = ask(model, facts, rows, corruption)
         samples = max(question.samples for question in questions.each)
         effect = torch.full((len(rows), len(chosen_layers), len(chosen), samples), torch.nan)

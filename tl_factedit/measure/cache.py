@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.provenance import Provenance
-from tl_factedit.backend.state import carries_hooks, quiet
+from tl_factedit.backend.state import carries_hooks, frozen
 from tl_factedit.core import files
 from tl_factedit.measure.change import Change
 from tl_factedit.measure.population import Part
@@ -53,7 +53,7 @@ def read_each(
     Args:
         parts: Of `change.each`.
         read: From the changed model and the part to tensors, numbers, text, tuples of these, or values of `kinds`. It
-            is called without gradients, inside `quiet`.
+            is called without gradients, inside `frozen`.
         what: Of the measurement, in words that can be a file's name.
         asked: Everything else the reading hangs on, as plain data (the part's facts and change needn't be in it).
         folder: Where to keep what was read; None: nowhere.
@@ -76,7 +76,7 @@ def read_each(
                 header, tensors = files.read(path, what)
                 yield part, files.decode(header["read"], tensors, kinds)
                 continue
-        with part.applied() as model, quiet(model), torch.no_grad():
+        with part.applied() as model, frozen(model), torch.no_grad():
             found = read(model, part)
         if path is not None:
             named: dict[str, Tensor] = {}

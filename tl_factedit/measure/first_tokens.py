@@ -31,7 +31,7 @@ FIRST = ("old_first", "new_first", "control_first")
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class FirstTokens:
     """A prompt with the first tokens of its objects.
 
     Attributes:
@@ -53,7 +53,7 @@ class Asked:
     apart: bool
 
     @classmethod
-    def of(cls, tokenizer: Any, fact: Fact, bos: bool) -> Asked:
+    def of(cls, tokenizer: Any, fact: Fact, bos: bool) -> FirstTokens:
         """Of a fact with a ``target_new``."""
         row = align(tokenizer, fact, prepend_bos=bos)
         assert row.new_ids is not None
@@ -122,7 +122,7 @@ def at_the_ends(
     """Logits after each of some token rows, with the row's place; in no particular order.
 
     Args:
-        runner: Of the model; call inside `quiet` and ``torch.no_grad``.
+        runner: Of the model; call inside `frozen` and ``torch.no_grad``.
         rows: Token ids.
         batch_tokens: Most tokens in one forward pass.
         hooks: Active meanwhile; they must not depend on which rows are batched together.
@@ -133,7 +133,7 @@ def at_the_ends(
         yield from zip(some, logits.float().cpu(), strict=True)
 
 
-def are_known(runner: Runner, asked: Sequence[Asked], batch_tokens: int) -> Bool[Tensor, "fact"]:
+def are_known(runner: Runner, asked: Sequence[FirstTokens], batch_tokens: int) -> Bool[Tensor, "fact"]:
     """Whether a model finds the old object likeliest of all objects: what an attack could bring back at all."""
     known = torch.zeros(len(asked), dtype=torch.bool)
     for i, logits in at_the_ends(runner, [each.ids for each in asked], batch_tokens):

@@ -83,7 +83,7 @@ def organism_routes(facts: Sequence[Fact]) -> list[Route]:
     ]
 
 
-def organism_asides(facts: Sequence[Fact]) -> list[Fact]:
+def organism_same_subject(facts: Sequence[Fact]) -> list[Fact]:
     """The other attributes of the same people, which an edit of one is to leave alone: four facts for each.
 
     Raises:

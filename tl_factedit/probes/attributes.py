@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import continuation
 from tl_factedit.measure.reading import Reading
@@ -127,7 +127,7 @@ class AttributeRate:
             layers, streams = states.layers[1:], iter(states.values[:, 1:])
         else:
             layers, streams = self.lens.layers, self.lens.streams(model, facts)
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             runner = Runner(model)
             values = []
             for fact, stream in zip(facts, streams, strict=True):

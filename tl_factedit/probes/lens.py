@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, bos_policy, device
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import Aligned, align, continuation
 from tl_factedit.measure.reading import Reading
@@ -60,7 +60,7 @@ def read_objects(
     name: str,
 ) -> Reading:
     """The lens's quantities of each fact's objects, as the model's head reads them off some streams of its own."""
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         values = [
             _objects(model.tokenizer, unembed(runner, stream), align(model.tokenizer, fact, prepend_bos=bos), fact)
@@ -83,7 +83,7 @@ def unembed(runner: Runner, stream: Float[Tensor, "*row d_model"]) -> Float[Tens
     """The model's own final norm and unembedding (and its soft cap), on any vectors; float32.
 
     Args:
-        runner: Of the model; call inside `quiet`.
+        runner: Of the model; call inside `frozen`.
         stream: Residual streams.
     """
     rows = stream.reshape(-1, 1, stream.shape[-1])

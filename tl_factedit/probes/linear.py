@@ -31,7 +31,7 @@ from tl_factedit.core.estimate import Estimate, Estimates, over_facts, over_fact
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.classifier import Linear, LinearClassifier
-from tl_factedit.probes.states import States, read_states
+from tl_factedit.probes.states import HiddenStates, read_states
 
 QUANTITIES = ("percentile_old", "percentile_new", "logp_old", "logp_new", "correct_old")
 AT_ONCE = 20_000_000
@@ -70,7 +70,7 @@ class Ruler:
         """On its own training facts, each read by a fit without it (see `Linear.held_out_accuracy`)."""
         return torch.tensor([[cell.held_out_accuracy for cell in row] for row in self.cells], dtype=torch.float64)
 
-    def scores(self, states: States, *, seen: bool = False) -> Float[Tensor, "fact layer position object"]:
+    def scores(self, states: HiddenStates, *, seen: bool = False) -> Float[Tensor, "fact layer position object"]:
         """Log-probability of each object, as each cell has it.
 
         Args:
@@ -99,7 +99,7 @@ class Ruler:
             1,
         )
 
-    def transfer(self, states: States, objects: Sequence[str] | None = None) -> Estimates:
+    def transfer(self, states: HiddenStates, objects: Sequence[str] | None = None) -> Estimates:
         """Accuracy on facts that nothing changed: whether the ruler is one for this model at all, [layer position].
 
         Args:
@@ -214,7 +214,7 @@ class Decoded:
 
 
 def train_ruler(
-    states: States,
+    states: HiddenStates,
     labels: Sequence[str] | None = None,
     *,
     objects: Sequence[str] | None = None,
@@ -257,11 +257,11 @@ def train_ruler(
 
 def decode(
     ruler: Ruler,
-    states: States,
+    states: HiddenStates,
     old: Sequence[str] | None = None,
     new: Sequence[str | None] | None = None,
     *,
-    unchanged: States | None = None,
+    unchanged: HiddenStates | None = None,
     unchanged_objects: Sequence[str] | None = None,
 ) -> Decoded:
     """Read some facts' old objects.
@@ -272,7 +272,7 @@ def decode(
         old: Each fact's old object; None for its ``target_true``.
         new: Each fact's new object, which is left out of the percentile; None for its ``target_new``. A model without
             an edit is asked with the same new objects, so that before and after have the same null.
-        unchanged: States of facts that are the same in what the ruler was trained on and in what it reads, of yet other
+        unchanged: HiddenStates of facts that are the same in what the ruler was trained on and in what it reads, of yet other
             subjects: they show whether it transfers.
         unchanged_objects: What these have; None for each fact's ``target_true``.
 

@@ -23,36 +23,36 @@ import torch
 from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import insist, quiet
+from tl_factedit.backend.state import finish_despite_interrupt, frozen
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
 from tl_factedit.probes.linear import Decoded
-from tl_factedit.probes.states import States
+from tl_factedit.probes.states import HiddenStates
 
 AT_ONCE = 2_000
 """Permutations held at a time."""
 
 
-def subject_embeddings(model: Model, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> States:
+def subject_embeddings(model: Model, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> HiddenStates:
     """The mean of the subject's token embeddings, before positions: what its spelling alone can tell."""
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     bos = bos_policy(model, prepend_bos)
     rows = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
     found = []
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         for batch in torch.arange(len(rows)).split(64):
             some = [rows[i] for i in batch.tolist()]
             embedded = runner.capture(pad([row.ids for row in some], fill=0), [EMBED], stop=1)[EMBED].float().cpu()
             found += [each[slice(*row.subject)].mean(0) for each, row in zip(embedded, some, strict=True)]
-    return States.of_features(torch.stack(found), facts, "token embeddings")
+    return HiddenStates.of_features(torch.stack(found), facts, "token embeddings")
 
 
 def name_ngrams(
     train: Sequence[Fact], test: Sequence[Fact], *, sizes: Sequence[int] = (1, 2, 3)
-) -> tuple[States, States]:
+) -> tuple[HiddenStates, HiddenStates]:
     """Character n-grams of the subjects' names, for training and for reading.
 
     Counts times the log inverse document frequency in the training names, each name's row of length 1. N-grams that no
@@ -76,8 +76,8 @@ def name_ngrams(
     weighted = (weighted / weighted.norm(dim=1, keepdim=True).clamp_min(1e-12)).float()
     named = "character n-grams"
     return (
-        States.of_features(weighted[: len(train)], train, named),
-        States.of_features(weighted[len(train) :], test, named),
+        HiddenStates.of_features(weighted[: len(train)], train, named),
+        HiddenStates.of_features(weighted[len(train) :], test, named),
     )
 
 
@@ -86,7 +86,7 @@ def _ngrams(name: str, sizes: Sequence[int]) -> Counter[str]:
     return Counter(spelt[i : i + n] for n in sizes for i in range(len(spelt) - n + 1))
 
 
-def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequence[str]) -> States:
+def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequence[str]) -> HiddenStates:
     """One object of each fact as the only feature: fed with the new one, a probe must not find the old one.
 
     If it does, the new objects were chosen by the old ones, and an adaptive ruler may read the new one only: draw new
@@ -99,7 +99,9 @@ def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequen
     if unknown:
         raise ValueError(f"object {unknown[0]!r} is none of the {len(objects)} objects, needed one of them")
     places = torch.tensor([list(objects).index(name) for name in named])
-    return States.of_features(torch.nn.functional.one_hot(places, len(objects)).float(), facts, "the object alone")
+    return HiddenStates.of_features(
+        torch.nn.functional.one_hot(places, len(objects)).float(), facts, "the object alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class RandomWeights:
                     for param, before in zip(matrices, kept, strict=True):
                         param.copy_(before)
 
-            insist(put_back)
+            finish_despite_interrupt(put_back)
 
 
 def _matrices(model: Any) -> list[Any]:

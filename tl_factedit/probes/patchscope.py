@@ -28,13 +28,13 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import resid_post, resid_pre
 from tl_factedit.backend.protocol import Model, bos_policy, device, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import continuation, encode, find_span, spell
 from tl_factedit.measure.change import Change, Changed
 from tl_factedit.measure.population import bos_of_change, each
 from tl_factedit.measure.reading import Reading
-from tl_factedit.probes.states import INPUT, POSITIONS, States, read_states
+from tl_factedit.probes.states import INPUT, POSITIONS, HiddenStates, read_states
 
 QUANTITIES = ("logp_old", "logp_new", "percentile_old", "percentile_new")
 IDENTITY = "sun -> sun; 27 -> 27; table -> table; {} ->"
@@ -91,11 +91,11 @@ class Patchscope:
             object.__setattr__(self, name, None if given is None else tuple(given))
 
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
-        """States and target prompt in one model; axes are fact, source_layer, target_layer, quantity."""
+        """HiddenStates and target prompt in one model; axes are fact, source_layer, target_layer, quantity."""
         facts = as_facts(facts)
         return self.read(model, read_states(model, facts, prepend_bos=self.prepend_bos))
 
-    def read(self, model: Model, states: States) -> Reading:
+    def read(self, model: Model, states: HiddenStates) -> Reading:
         """Read states of one model, as `read_states` gives them, by another (or the same): the target prompt's model.
 
         Args:
@@ -119,7 +119,7 @@ class Patchscope:
         vectors = states.values[:, place, states.positions.index(self.position)]
         prompt = self._prompt(model)
         asked = [_Objects.of(model, prompt, fact) for fact in states.facts]
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             log_p = _log_probs(Runner(model), prompt, vectors, tuple(targets), asked, self.batch_tokens)
         values = [_quantities(table, objects) for table, objects in zip(log_p, asked, strict=True)]
         return Reading(
@@ -144,7 +144,7 @@ class Patchscope:
         return _Prompt(text, ids, span[1] - 1, bos)
 
 
-def states_of_others(states: States, *, seed: int = 0) -> States:
+def states_of_others(states: HiddenStates, *, seed: int = 0) -> HiddenStates:
     """The null of states: each fact gets those of another fact of its relation, with another old object.
 
     What a Patchscope then reads of the fact's objects comes from the target prompt and from what all subjects of the
@@ -181,7 +181,7 @@ def states_of_others(states: States, *, seed: int = 0) -> States:
 
 @dataclass(frozen=True, eq=False)
 class CrossedPatchscope:
-    """States of the unedited and of the changed model, each read by both.
+    """HiddenStates of the unedited and of the changed model, each read by both.
 
     Attributes:
         reading: Axes are source_model, target_model (``"unedited"``, ``"changed"``), fact, source_layer, target_layer,

@@ -26,7 +26,7 @@ from tl_factedit.backend.hook_names import EMBED, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, Model, bos_policy, check_layer, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
 from tl_factedit.editing.ledger import base_fingerprint
@@ -227,7 +227,7 @@ def erase_states(
     ]
     spelt = [torch.tensor(ids) for ids in sorted({tuple(row.ids[slice(*row.subject)].tolist()) for row in rows})]
     found: list[Tensor] = []
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         for begin in range(0, len(spelt), AT_ONCE):
             ids = spelt[begin : begin + AT_ONCE]

@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.probes.classifier import LinearClassifier
 from tl_factedit.probes.linear import Ruler, train_ruler
-from tl_factedit.probes.states import States
+from tl_factedit.probes.states import HiddenStates
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,8 @@ class ControlTask:
 
 def control_task(
     ruler: Ruler,
-    train: States,
-    test: States,
+    train: HiddenStates,
+    test: HiddenStates,
     *,
     train_objects: Sequence[str] | None = None,
     test_objects: Sequence[str] | None = None,
@@ -69,7 +69,7 @@ def control_task(
     labels = [random[fact.subject] for fact in train.facts]
     control = train_ruler(train, labels, objects=ruler.objects, classifier=classifier)
 
-    def right(of: Ruler, states: States, objects: Sequence[str]) -> Float[Tensor, "fact layer position"]:
+    def right(of: Ruler, states: HiddenStates, objects: Sequence[str]) -> Float[Tensor, "fact layer position"]:
         truth = torch.tensor([of.objects.index(name) for name in objects])
         return (of.scores(states, seen=True).argmax(-1) == truth[:, None, None]).double()
 

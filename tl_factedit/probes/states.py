@@ -1,4 +1,4 @@
-"""States: the residual stream at the last subject token and at the last token, after every layer, as one array.
+"""HiddenStates: the residual stream at the last subject token and at the last token, after every layer, as one array.
 
 That is what probes of many facts are trained on and read. Each of a population of edits is read in a model of its
 own: the change of one fact is applied, its states are kept, and the change is taken back.
@@ -19,7 +19,7 @@ from tl_factedit.backend.hook_names import component_hook, resid_pre
 from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Component, HookFn, Model, UnsupportedModelError, bos_policy, model_name
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import Aligned, align, batches, pad
 
@@ -39,7 +39,7 @@ class Applicable(Protocol):
 
 
 @dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
-class States:
+class HiddenStates:
     """One vector for each fact, layer and position.
 
     Attributes:
@@ -65,7 +65,7 @@ class States:
     def __len__(self) -> int:
         return len(self.facts)
 
-    def take(self, chosen: Sequence[int]) -> States:
+    def take(self, chosen: Sequence[int]) -> HiddenStates:
         """The states of some facts, by their places."""
         return replace(self, values=self.values[list(chosen)], facts=tuple(self.facts[i] for i in chosen))
 
@@ -77,7 +77,7 @@ class States:
         return self.values[:, self.layers.index(layer), self.positions.index(position)]
 
     @classmethod
-    def of_features(cls, values: Float[Tensor, "fact feature"], facts: Sequence[Fact], name: str) -> States:
+    def of_features(cls, values: Float[Tensor, "fact feature"], facts: Sequence[Fact], name: str) -> HiddenStates:
         """Features of the facts' subjects in the place of a model's states, as one cell: what a null is trained on."""
         return cls(values[:, None, None].float(), (name,), (POSITIONS[0],), tuple(facts), name)
 
@@ -91,8 +91,8 @@ def read_states(
     prepend_bos: bool | None = None,
     label: str | None = None,
     batch_tokens: int = 2048,
-) -> States:
-    """States of some facts in one model.
+) -> HiddenStates:
+    """HiddenStates of some facts in one model.
 
     Args:
         model: Either class; it is left as it is.
@@ -110,10 +110,10 @@ def read_states(
     """
     facts = as_facts(facts)
     rows = _rows(model, facts, template, prepend_bos)
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         read = _Reader(model, component)
         values = read(rows, batch_tokens)
-    return States(values, read.layers, POSITIONS, facts, label or model_name(model))
+    return HiddenStates(values, read.layers, POSITIONS, facts, label or model_name(model))
 
 
 def read_states_edited(
@@ -126,8 +126,8 @@ def read_states_edited(
     prepend_bos: bool | None = None,
     label: str | None = None,
     batch_tokens: int = 2048,
-) -> States:
-    """States of some facts in changed models: under one change for all, or each under a change of its own.
+) -> HiddenStates:
+    """HiddenStates of some facts in changed models: under one change for all, or each under a change of its own.
 
     Args:
         model: The unchanged model; it is left as it is.
@@ -146,20 +146,20 @@ def read_states_edited(
     label = label or f"{model_name(model)}, changed"
     rows = _rows(model, facts, template, prepend_bos)
     if not isinstance(changes, Sequence):
-        with changes.applied(model), quiet(model), torch.no_grad():
+        with changes.applied(model), frozen(model), torch.no_grad():
             read = _Reader(model, component)
-            return States(read(rows, batch_tokens), read.layers, POSITIONS, facts, label)
+            return HiddenStates(read(rows, batch_tokens), read.layers, POSITIONS, facts, label)
     if len(changes) != len(rows):
         raise ValueError(
             f"{len(changes)} changes for {len(rows)} facts, needed one for each fact, or one change (not in a list)"
         )
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         read = _Reader(model, component)
         values = []
         for change, row in zip(changes, rows, strict=True):
             with change.applied(model):
                 values.append(read([row], batch_tokens))
-    return States(torch.cat(values), read.layers, POSITIONS, facts, label)
+    return HiddenStates(torch.cat(values), read.layers, POSITIONS, facts, label)
 
 
 def _rows(model: Model, facts: Sequence[Fact], template: str | None, prepend_bos: bool | None) -> list[Aligned]:

@@ -29,7 +29,7 @@ from tl_factedit.backend.hook_names import resid_post
 from tl_factedit.backend.protocol import Model, check_layer, device, layout, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import pad
@@ -142,7 +142,7 @@ class TunedLens:
         """
         self.check(model)
         check_amounts(texts, n_tokens, self.training.context)
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             runner = Runner(model)
             asked = replace(self.training, n_tokens=n_tokens)
             streams = _streams(runner, Reader(texts), self.provenance.prepend_bos, asked, self.layers)
@@ -284,7 +284,7 @@ def train_tuned_lens(
         raise ValueError("layers is empty, needed at least one")
     provenance = Provenance.of(model, prepend_bos)
     reader = Reader(texts)
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         runner = Runner(model)
         streams = _streams(runner, reader, provenance.prepend_bos, training, wanted)
         learnt, held_out = _split(streams, seed)

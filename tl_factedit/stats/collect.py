@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.protocol import Model, as_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.stats.key_stats import KeyStats, write_stats_file
 from tl_factedit.stats.resume import Draft, places_for, reuse_file, unfinished_path
@@ -120,8 +120,8 @@ def _collect(
     bar: tqdm,
 ) -> Sums:
     """The sums over the texts, beginning with those in the draft; kept there on the way."""
-    with quiet(model), torch.no_grad():
-        # Made inside `quiet`: a caller's inference_mode would make tensors that can't be added to in it.
+    with frozen(model), torch.no_grad():
+        # Made inside `frozen`: a caller's inference_mode would make tensors that can't be added to in it.
         runner, sums = Runner(model), Sums.zeros(sites, where(model))
         if draft is not None and draft.file.exists():
             sums = draft.read_into_(sums)

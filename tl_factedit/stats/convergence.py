@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact, as_facts
@@ -197,7 +197,7 @@ def stats_convergence(
     halves, sizes, corpus = _halves(model, texts, bos, context, n_tokens)
     points = tuple(sorted({sizes[0] >> step for step in range(steps + 1)} - {0}))
     with (
-        quiet(model),
+        frozen(model),
         torch.no_grad(),
         tqdm(total=sum(sizes), unit="token", desc="convergence", delay=1, disable=not progress) as bar,
     ):

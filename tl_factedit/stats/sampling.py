@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_factedit.backend.protocol import Model, device, model_name
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.tokens import encode
 
 
@@ -53,7 +53,7 @@ class SampledContexts:
         """The prefixes, the bare (empty) one first."""
         prefixes = [""]
         generator = torch.Generator().manual_seed(self.seed)
-        with quiet(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             runner = Runner(model)
             for count, length in self.lengths:
                 for texts in self._starts(model, count):
@@ -112,7 +112,7 @@ def sample_texts(
     wanted = -(-n_tokens // length)
     start, where = _start_token(model), device(model)
     with (
-        quiet(model),
+        frozen(model),
         torch.no_grad(),
         torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),
         tqdm(total=wanted, unit="text", desc="sampling text", delay=1, disable=not progress) as bar,

@@ -157,7 +157,7 @@ def stream_keys(
     """Keys at every token of some texts, in batches of forward passes that stop at the last layer.
 
     Args:
-        runner: Made inside ``quiet(model)``, which must still hold.
+        runner: Made inside ``frozen(model)``, which must still hold.
         sites: The layers' ``W_out``.
         reader: The texts.
         bos: Whether pieces begin with BOS.

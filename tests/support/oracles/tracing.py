@@ -31,7 +31,7 @@ HOOK = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class TracedPrompt:
     """A prompt's ids, its subject's (start, stop) and the ids of its object."""
 
     ids: Tensor
@@ -50,7 +50,7 @@ class Cells:
     low: Tensor  # [sample]
 
 
-def trace(model: Any, asked: Asked, noise: Tensor, *, component: str = "resid", window: int = 1) -> Cells:
+def trace(model: Any, asked: TracedPrompt, noise: Tensor, *, component: str = "resid", window: int = 1) -> Cells:
     count = model.cfg.n_layers
     low = corrupted(model, asked, noise)
     cache = clean_cache(model, asked, [f"blocks.{layer}.{HOOK[component]}" for layer in range(count)])
@@ -63,12 +63,12 @@ def trace(model: Any, asked: Asked, noise: Tensor, *, component: str = "resid", 
     return Cells(effect, clean(model, asked), low)
 
 
-def clean(model: Any, asked: Asked) -> Tensor:
+def clean(model: Any, asked: TracedPrompt) -> Tensor:
     with torch.no_grad():
         return probability(model(asked.tokens[None]), asked)[0]
 
 
-def corrupted(model: Any, asked: Asked, noise: Tensor, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
+def corrupted(model: Any, asked: TracedPrompt, noise: Tensor, hooks: Sequence[tuple[str, Any]] = ()) -> Tensor:
     """P(o) for each noise sample, with further hooks if there are any."""
     start, stop = asked.subject
 
@@ -84,7 +84,7 @@ def corrupted(model: Any, asked: Asked, noise: Tensor, hooks: Sequence[tuple[str
 
 def restored(
     model: Any,
-    asked: Asked,
+    asked: TracedPrompt,
     noise: Tensor,
     component: str,
     layers: Sequence[int],
@@ -106,12 +106,12 @@ def restored(
     return corrupted(model, asked, noise, [put_clean(name) for name in names])
 
 
-def clean_cache(model: Any, asked: Asked, names: Sequence[str]) -> Any:
+def clean_cache(model: Any, asked: TracedPrompt, names: Sequence[str]) -> Any:
     with torch.no_grad():
         return model.run_with_cache(asked.tokens[None], names_filter=list(names))[1]
 
 
-def probability(logits: Tensor, asked: Asked) -> Tensor:
+def probability(logits: Tensor, asked: TracedPrompt) -> Tensor:
     p = torch.ones(len(logits))
     for i, token in enumerate(asked.target.tolist()):
         p = p * logits[:, len(asked.ids) - 1 + i].softmax(-1)[:, token]
@@ -121,7 +121,7 @@ def probability(logits: Tensor, asked: Asked) -> Tensor:
 # ------------------------------------------------------------------------------------ metrics, severed paths, noising
 
 
-def scored(logits: Tensor, asked: Asked, metric: str, *, clean_logits: Tensor, other: int = 0) -> Tensor:
+def scored(logits: Tensor, asked: TracedPrompt, metric: str, *, clean_logits: Tensor, other: int = 0) -> Tensor:
     """A metric of whole logits [row pos vocab], written out."""
     end = len(asked.ids) - 1
     if metric == "prob":
@@ -134,7 +134,7 @@ def scored(logits: Tensor, asked: Asked, metric: str, *, clean_logits: Tensor, o
     return -(p * (p.log() - logits[:, end].softmax(-1).log())).sum(-1)
 
 
-def runs(model: Any, asked: Asked, noise: Tensor, names: Sequence[str]) -> tuple[Any, Any]:
+def runs(model: Any, asked: TracedPrompt, noise: Tensor, names: Sequence[str]) -> tuple[Any, Any]:
     """Caches of the clean run and of the corrupted ones."""
     start, stop = asked.subject
 
@@ -152,7 +152,7 @@ def runs(model: Any, asked: Asked, noise: Tensor, names: Sequence[str]) -> tuple
 
 def patched(
     model: Any,
-    asked: Asked,
+    asked: TracedPrompt,
     noise: Tensor,
     puts: Sequence[tuple[str, Tensor]],
     position: int,

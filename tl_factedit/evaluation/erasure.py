@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import continuation, encode
@@ -30,7 +30,7 @@ from tl_factedit.measure.population import Part, bos_of_change, each
 
 
 @dataclass(frozen=True, eq=False)
-class Forgotten:
+class ErasureSuccess:
     """Of the facts whose old object led, those in which it doesn't any more.
 
     Attributes:
@@ -53,10 +53,10 @@ class Forgotten:
 
     def __repr__(self) -> str:
         """Both shares in a line."""
-        return f"Forgotten({len(self.facts)} facts: prompt {self.prompt:.2f}, paraphrase {self.paraphrase:.2f})"
+        return f"ErasureSuccess({len(self.facts)} facts: prompt {self.prompt:.2f}, paraphrase {self.paraphrase:.2f})"
 
 
-def forgotten(
+def erasure_success(
     model: Model,
     changed: Changed,
     facts: Fact | Sequence[Fact],
@@ -65,7 +65,7 @@ def forgotten(
     batch_tokens: int = 4096,
     folder: str | Path | None = None,
     progress: bool = True,
-) -> Forgotten:
+) -> ErasureSuccess:
     """Ask whether the old object still leads, before and after a change.
 
     Args:
@@ -89,18 +89,18 @@ def forgotten(
     def read(tested: Model, part: Part) -> Tensor:
         return _leads(Runner(tested), [asked[i] for i in part.indices], batch_tokens)
 
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         before = _leads(Runner(model), asked, batch_tokens)
     after = [torch.empty(0)] * len(facts)
     lengths = list(map(len, asked))
     settings = {"settings": (bos, batch_tokens)}
-    for part, found in read_each(parts, read, what="forgotten", asked=settings, folder=folder, progress=progress):
+    for part, found in read_each(parts, read, what="erasure_success", asked=settings, folder=folder, progress=progress):
         pieces = found.split([lengths[i] for i in part.indices])
         for i, piece in zip(part.indices, pieces, strict=True):
             after[i] = piece
     gone = [torch.where(was == 1, 1 - now, math.nan) for was, now in zip(before.split(lengths), after, strict=True)]
     at_prompt = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    return Forgotten(
+    return ErasureSuccess(
         facts=facts,
         before=before[at_prompt] == 1,
         after=torch.stack([each_fact[0] for each_fact in after]) == 1,

@@ -30,10 +30,10 @@ def next_token(model, text: str) -> torch.Tensor:
         return model(model.to_tokens(text))[0].double().log_softmax(-1)
 
 
-def known(model, asides=ASIDES):
-    """The same asides, asked for what the model says."""
-    words = [model.tokenizer.decode([int(next_token(model, a.text)[-1].argmax())]) for a in asides]
-    return [aside.but(target_true=f" {word}") for aside, word in zip(asides, words, strict=True)]
+def known(model, same_subject=ASIDES):
+    """The same facts, asked for what the model says."""
+    words = [model.tokenizer.decode([int(next_token(model, a.text)[-1].argmax())]) for a in same_subject]
+    return [aside.but(target_true=f" {word}") for aside, word in zip(same_subject, words, strict=True)]
 
 
 @functools.cache
@@ -43,14 +43,14 @@ def edits(kind: str):
     return tuple(editor(model, [fact]) for fact in FACTS)
 
 
-# ---------------------------------------------------------------------------------------- asides
+# ---------------------------------------------------------------------------------------- same_subject
 
 
 def test_asides_are_answered_if_their_first_token_leads_and_kept_if_it_still_does(kind):
     model, other = shared(kind), shared(kind, 1)
     asked = [*known(model)[:2], ASIDES[2].but(target_true=" Rome")]
     with laws.untouched(model), laws.untouched(other):
-        found = fe.ask_asides(model, other, FACTS, asked, batch_tokens=12)
+        found = fe.specificity(model, other, FACTS, asked, batch_tokens=12)
     assert found.answered_before.tolist() == [True, True, False] and found.of_fact == (0, 0, 1)
     for i, aside in enumerate(asked):
         was, now = next_token(model, aside.text)[-1], next_token(other, aside.text)[-1]
@@ -67,7 +67,7 @@ def test_asides_are_answered_if_their_first_token_leads_and_kept_if_it_still_doe
 def test_no_change_loses_nothing_and_another_model_loses_something(kind):
     model = shared(kind)
     asked = known(model)
-    same, other = (fe.ask_asides(model, m, FACTS, asked) for m in (model, shared(kind, 1)))
+    same, other = (fe.specificity(model, m, FACTS, asked) for m in (model, shared(kind, 1)))
     assert same.before.mean == same.kept.mean == 1 and same.kl == fe.Estimate(0.0, 0.0, 0.0, 2)
     assert other.kept.mean < 1 and other.kl.mean > 0.1
 
@@ -76,8 +76,8 @@ def test_each_aside_is_asked_under_the_change_of_its_subject(kind):
     model = shared(kind)
     asked = known(model)
     with laws.untouched(model):
-        found = fe.ask_asides(model, list(edits(kind)), FACTS, asked[::-1])
-    for i, (aside, of) in enumerate(zip(found.asides, found.of_fact, strict=True)):
+        found = fe.specificity(model, list(edits(kind)), FACTS, asked[::-1])
+    for i, (aside, of) in enumerate(zip(found.same_subject, found.of_fact, strict=True)):
         assert FACTS[of].subject == aside.subject
         was = next_token(model, aside.text)[-1]
         with edits(kind)[of].applied(model):
@@ -89,12 +89,12 @@ def test_each_aside_is_asked_under_the_change_of_its_subject(kind):
 def test_an_aside_of_a_subject_with_two_changed_facts_is_asked_under_both(kind):
     model = shared(kind)
     second = laws.FACT.but(prompt="{} stands in the city of")
-    found = fe.ask_asides(model, model, [laws.FACT, second], ASIDES[:1])
-    assert found.of_fact == (0, 1) and len(found.asides) == 2
+    found = fe.specificity(model, model, [laws.FACT, second], ASIDES[:1])
+    assert found.of_fact == (0, 1) and len(found.same_subject) == 2
 
 
 def test_without_asides_nothing_is_measured(kind):
-    found = fe.ask_asides(shared(kind), shared(kind), FACTS, [])
+    found = fe.specificity(shared(kind), shared(kind), FACTS, [])
     assert found.kept.n == 0 and math.isnan(found.kept.mean) and "none were given" in repr(found)
 
 
@@ -102,9 +102,9 @@ def test_asides_of_others_and_of_what_is_changed_are_refused(kind, monkeypatch):
     model = shared(kind)
     with laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="needed the subject of a changed fact"):
-            fe.ask_asides(model, model, FACTS, [fe.Fact("Anna", "{} works in", " Rome")])
+            fe.specificity(model, model, FACTS, [fe.Fact("Anna", "{} works in", " Rome")])
         with pytest.raises(ValueError, match="needed another relation"):
-            fe.ask_asides(model, model, FACTS, [laws.FACT])
+            fe.specificity(model, model, FACTS, [laws.FACT])
 
 
 # ---------------------------------------------------------------------------------------- drift

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import quiet
+from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, mean_over_facts
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import batches, continuation, encode
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Asides:
+class Specificity:
     """What else is known of the changed facts' subjects, before and after.
 
-    An aside is answered if the first token of its ``target_true`` is the model's first choice. Asides are averaged
+    An aside is answered if the first token of its ``target_true`` is the model's first choice. Specificity are averaged
     within a fact first; intervals are 95 % over facts.
 
     Attributes:
         facts: The changed facts.
-        asides: What was asked, each about the subject of one of the facts.
+        same_subject: What was asked, each about the subject of one of the facts.
         of_fact: Which fact's change each was asked under, [aside].
         answered_before: In the unedited model, [aside].
         answered_after: In the changed one, [aside].
@@ -52,7 +52,7 @@ class Asides:
     """
 
     facts: tuple[Fact, ...]
-    asides: tuple[Fact, ...]
+    same_subject: tuple[Fact, ...]
     of_fact: tuple[int, ...]
     answered_before: Bool[Tensor, "aside"]
     answered_after: Bool[Tensor, "aside"]
@@ -68,8 +68,8 @@ class Asides:
         return pd.DataFrame(
             {
                 "fact": [self.facts[i].name for i in self.of_fact],
-                "prompt": [aside.text for aside in self.asides],
-                "true": [aside.target_true for aside in self.asides],
+                "prompt": [aside.text for aside in self.same_subject],
+                "true": [aside.target_true for aside in self.same_subject],
                 "before": self.answered_before.tolist(),
                 "after": self.answered_after.tolist(),
                 "kl": self.moved.tolist(),
@@ -78,30 +78,30 @@ class Asides:
 
     def __repr__(self) -> str:
         """The shares in a line."""
-        if not self.asides:
-            return "Asides(none were given: nothing is known of the subjects' other relations)"
+        if not self.same_subject:
+            return "Specificity(none were given: nothing is known of the subjects' other relations)"
         shares = f"answered before {self.before:.2f}, kept {self.kept:.2f}; KL {self.kl:.3f}"
-        return f"Asides({len(self.asides)} asked: {shares})"
+        return f"Specificity({len(self.same_subject)} asked: {shares})"
 
 
-def ask_asides(
+def specificity(
     model: Model,
     changed: Changed,
     facts: Fact | Sequence[Fact],
-    asides: Sequence[Fact],
+    same_subject: Sequence[Fact],
     *,
     prepend_bos: bool | None = None,
     batch_tokens: int = 4096,
     folder: str | Path | None = None,
     progress: bool = True,
-) -> Asides:
+) -> Specificity:
     """Ask what else is known of some facts' subjects, before and after a change.
 
     Args:
         model: The unedited model.
         changed: A change of it, a list with a change for each fact, or another model.
         facts: The changed facts.
-        asides: Facts about the same subjects, each asked under the change of every fact with its subject; none
+        same_subject: Facts about the same subjects, each asked under the change of every fact with its subject; none
             gives a result that says so.
         prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
@@ -114,7 +114,7 @@ def ask_asides(
     facts = as_facts(facts)
     parts = list(each(model, changed, facts))
     bos = bos_of_change(model, changed, prepend_bos)
-    pairs = pair_asides(facts, asides)
+    pairs = pair_same_subject(facts, same_subject)
     rows = [encode(model.tokenizer, aside.text, prepend_bos=bos)[0] for _, aside in pairs]
     true = torch.tensor(
         [int(continuation(model.tokenizer, aside.text, aside.target_true, prepend_bos=bos)[0]) for _, aside in pairs],
@@ -123,7 +123,7 @@ def ask_asides(
     ends = [torch.tensor([len(row) - 1]) for row in rows]
 
     def said(runner: Runner, chosen: Sequence[int]) -> Float[Tensor, "aside vocab"]:
-        """The log-probabilities that follow some asides."""
+        """The log-probabilities that follow some same_subject."""
         found = {
             i: each
             for some in batches([len(rows[i]) for i in chosen], batch_tokens)
@@ -139,7 +139,7 @@ def ask_asides(
         serves = set(part.indices)
         return [i for i, (fact, _) in enumerate(pairs) if fact in serves]
 
-    with quiet(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         # A change for each fact is small: what the unedited model says is kept, and not asked for each again.
         was = said(Runner(model), range(len(pairs)))
 
@@ -148,11 +148,11 @@ def ask_asides(
         now = said(Runner(tested), chosen)
         return now.argmax(-1) == true[chosen], kl_divergence(was[chosen], now)
 
-    settings = {"asides": [asdict(aside) for aside in asides], "settings": (bos, batch_tokens)}
+    settings = {"same_subject": [asdict(aside) for aside in same_subject], "settings": (bos, batch_tokens)}
     after = torch.zeros(len(pairs), dtype=torch.bool)
     before, moved = was.argmax(-1) == true, torch.full((len(pairs),), math.nan)
     for part, (answered, far) in read_each(
-        parts, read, what="asides", asked=settings, folder=folder, progress=progress
+        parts, read, what="same_subject", asked=settings, folder=folder, progress=progress
     ):
         after[asked_of(part)], moved[asked_of(part)] = answered, far
     of_fact = torch.tensor([fact for fact, _ in pairs], dtype=torch.long)
@@ -160,9 +160,9 @@ def ask_asides(
     def by_fact(values: Tensor) -> Tensor:
         return torch.stack([values[of_fact == i].float().nanmean() for i in range(len(facts))])
 
-    return Asides(
+    return Specificity(
         facts=facts,
-        asides=tuple(aside for _, aside in pairs),
+        same_subject=tuple(aside for _, aside in pairs),
         of_fact=tuple(of_fact.tolist()),
         answered_before=before,
         answered_after=after,
@@ -173,7 +173,7 @@ def ask_asides(
     )
 
 
-def pair_asides(facts: Sequence[Fact], asides: Sequence[Fact]) -> list[tuple[int, Fact]]:
+def pair_same_subject(facts: Sequence[Fact], same_subject: Sequence[Fact]) -> list[tuple[int, Fact]]:
     """Each aside with each fact of its subject, once.
 
     Raises:
@@ -183,9 +183,9 @@ def pair_asides(facts: Sequence[Fact], asides: Sequence[Fact]) -> list[tuple[int
     for i, fact in enumerate(facts):
         about.setdefault(fact.subject, []).append(i)
     asked = {fact.text for fact in facts}
-    for aside in asides:
+    for aside in same_subject:
         if aside.subject not in about:
             raise ValueError(f"aside {aside.name!r} is about {aside.subject!r}, needed the subject of a changed fact")
         if aside.text in asked:
             raise ValueError(f"aside {aside.name!r} asks what is changed, {aside.text!r}: needed another relation")
-    return list(dict.fromkeys((i, aside) for aside in asides for i in about[aside.subject]))
+    return list(dict.fromkeys((i, aside) for aside in same_subject for i in about[aside.subject]))

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.evaluation.erasure_success import forgotten
+from tl_factedit.evaluation.erasure import erasure_success
 
 WORDS = [" Paris", " Rome", " city", " river", " lives", " works"]
 LAYER = 1
@@ -42,7 +42,7 @@ def test_it_is_the_share_of_facts_that_led_and_lead_no_more_as_a_plain_loop_find
     model, other = shared(kind), shared(kind, 1)
     facts = [believed(model, laws.FACT), laws.OTHER.but(controls=WORDS), believed(model, laws.OTHER)]
     with laws.untouched(model), laws.untouched(other):
-        found = forgotten(model, other, facts, batch_tokens=12)
+        found = erasure_success(model, other, facts, batch_tokens=12)
     led, lead = (
         [
             [leader(m, text, [f.target_true, f.target_new, *f.controls]) == f.target_true for text in texts]
@@ -65,11 +65,11 @@ def test_it_is_the_share_of_facts_that_led_and_lead_no_more_as_a_plain_loop_find
 def test_no_change_forgets_nothing_and_what_cannot_be_compared_does_not_count(kind):
     model = shared(kind)
     fact = believed(model, laws.FACT)
-    assert forgotten(model, model, [fact]).prompt.mean == 0
-    alone = forgotten(model, model, [fact.but(target_new=None, controls=())])
+    assert erasure_success(model, model, [fact]).prompt.mean == 0
+    alone = erasure_success(model, model, [fact.but(target_new=None, controls=())])
     assert alone.prompt.n == 0 and math.isnan(alone.prompt.mean)
     # An object that begins with the old one's token is no other object.
-    same = forgotten(model, model, [fact.but(target_new=fact.target_true + " city", controls=())])
+    same = erasure_success(model, model, [fact.but(target_new=fact.target_true + " city", controls=())])
     assert same.prompt.n == 0
 
 
@@ -86,12 +86,12 @@ def test_an_erasure_is_judged_by_whether_the_old_object_leads(kind):
     edit = erasure(model, fact)
     with laws.untouched(model):
         verdict = fe.audit(model, edit, [fact])
-    assert verdict.forgotten.prompt.mean == 1 and verdict.findings.erasing
+    assert verdict.erasure_success.prompt.mean == 1 and verdict.findings.erasing
     assert verdict.label == "INCONCLUSIVE" and "the old object no longer leads" in repr(verdict)
     assert bool(verdict.table()["success"][0])
     # As an injection it may fail or not; as it was meant it is the same however it is asked for.
     injected = fe.audit(model, edit, [fact], objective=fe.Inject())
-    assert injected.forgotten is None and injected.findings.efficacy == injected.after.efficacy
+    assert injected.erasure_success is None and injected.findings.efficacy == injected.after.efficacy
     with edit.applied(model):
         said = leader(model, fact.text, WORDS)
     assert said != fact.target_true
@@ -102,7 +102,7 @@ def test_an_untouched_model_has_failed_to_erase_and_another_model_is_asked_as_it
     fact = believed(model, laws.FACT).but(paraphrases=())
     failed = fe.audit(model, model, [fact], objective=fe.Erase())
     assert failed.label == "FAILED" and "nothing was erased or hidden" in repr(failed)
-    assert fe.audit(model, model, [fact]).forgotten is None
+    assert fe.audit(model, model, [fact]).erasure_success is None
 
 
 def test_an_unknown_old_object_has_no_efficacy_and_no_label(kind):
