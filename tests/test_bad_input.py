@@ -38,7 +38,7 @@ def stats(model):
 
 
 def rome(stats, **options) -> fe.Rome:
-    return fe.Rome(stats, **{"fit": laws.QUICK, "contexts": fe.SampledContexts(lengths=((2, 3),)), **options})
+    return fe.Rome(stats, **{"fit": laws.QUICK, "contexts": fe.stats.SampledContexts(lengths=((2, 3),)), **options})
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_an_edit_applied_twice_or_undone_where_it_is_not(model, stats, refuse):
     refuse(lambda: edit.undo_(model), "isn't applied to", "apply_ it first")
     with edit.applied(model):
         refuse(lambda: edit.apply_(model), "is applied to", "already", "undo_ it first")
-        refuse(lambda: fe.gains(model, edit, FACT.text), "already", "undo_ it first")
+        refuse(lambda: fe.evaluation.gains(model, edit, FACT.text), "already", "undo_ it first")
         refuse(lambda: fe.audit(model, edit, [FACT]), "already", "undo_ it first")
 
 
@@ -306,11 +306,11 @@ def test_an_interrupt_inside_a_forward(model, stats, call):
         "causal_trace": lambda: fe.causal_trace(model, FACT, progress=False),
         "key_stats": lambda: fe.key_stats(model, 2, ["Rome"], progress=False),
         "Rome": lambda: rome(stats)(model, [FACT]),
-        "gains": lambda: fe.gains(model, edit, FACT.text),
-        "dose_curve": lambda: fe.dose_curve(model, edit, [FACT]),
+        "gains": lambda: fe.evaluation.gains(model, edit, FACT.text),
+        "dose_curve": lambda: fe.evaluation.dose_curve(model, edit, [FACT]),
         "audit": lambda: fe.audit(model, edit, [FACT]),
         "evaluate": lambda: fe.evaluate(model, [FACT]),
-        "sample": lambda: fe.sample_texts(model, 10, progress=False),
+        "sample": lambda: fe.stats.sample_texts(model, 10, progress=False),
     }
     laws.logits(model)
 
@@ -334,7 +334,7 @@ def test_training_mode_and_gradients_are_left_as_they_are(kind):
     model = tiny.model(kind, "gpt2")
     stats = laws.stats(model, LAYER)
     expected = rome(stats)(model, [FACT])
-    margin = fe.dose_curve(model, expected, [FACT]).override_margin
+    margin = fe.evaluation.dose_curve(model, expected, [FACT]).override_margin
     model.train()
     for i, param in enumerate(model.parameters()):
         param.requires_grad_(i % 2 == 0)
@@ -342,7 +342,7 @@ def test_training_mode_and_gradients_are_left_as_they_are(kind):
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", fe.EditWarning)  # an edit of a random model is large
         edit = rome(stats)(model, [FACT])
-        assert torch.equal(fe.dose_curve(model, edit, [FACT]).override_margin, margin)
+        assert torch.equal(fe.evaluation.dose_curve(model, edit, [FACT]).override_margin, margin)
         fe.audit(model, edit, [FACT])
         fe.causal_trace(model, FACT, progress=False)
     laws.same_edits(edit, expected)

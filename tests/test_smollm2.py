@@ -121,7 +121,7 @@ def test_undo_gives_bit_equal_logits_and_weights(models, edits, kind):
 
 
 def test_the_gain_predicts_what_the_edit_adds_at_every_token(models, edits, kind):
-    fired = fe.gains(models[kind], edits[kind], f"{FACT.text} Rome, and the Louvre in Paris.")
+    fired = fe.evaluation.gains(models[kind], edits[kind], f"{FACT.text} Rome, and the Louvre in Paris.")
     assert fired.predicted_error < 1e-4  # float32 forward against float64 prediction
 
 

@@ -335,7 +335,7 @@ def test_on_the_organism_an_edit_and_a_router_of_its_value_are_seen_through(kind
     fit = fe.ValueFit(kl_prompts=[r.phrasings[0] for r in o.RELATIONS[1:]], kl_at="end")
     rome = fe.Rome(stats, fit=fit, contexts=[f"{filler} " for filler in told.FILLERS[:3]], ridge=1e-4, progress=False)
     edits = [rome(base, [fact]) for fact in facts]
-    routers = [fe.RoutedEdit.of(edit, 0.5) for edit in edits]
+    routers = [fe.editors.RoutedEdit.of(edit, 0.5) for edit in edits]
     for changes in (edits, routers):
         found = knock_out(base, changes, facts, reference)
         plain = found.after.at(window=(), quantity="new_first")

@@ -43,7 +43,7 @@ def literal(model, fact, target, layers, steps=30):
 def test_the_updates_are_those_of_adam_on_the_weights(setting, layers):
     model, facts, edits = setting
     with laws.untouched(model):
-        found = fe.relearn(model, edits, facts, layers=layers, lr=LR, steps=30, controls=2)
+        found = fe.attacks.relearn(model, edits, facts, layers=layers, lr=LR, steps=30, controls=2)
     assert found.layers == layers and found.known.all()
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         with edit.applied(model):
@@ -60,8 +60,8 @@ def test_the_updates_are_those_of_adam_on_the_weights(setting, layers):
 
 def test_all_layers_learn_if_none_are_named(setting):
     model, facts, edits = setting
-    found = fe.relearn(model, edits, facts, lr=LR, steps=10, controls=1)
-    named = fe.relearn(model, edits, facts, lr=LR, steps=10, controls=1, layers=range(4))
+    found = fe.attacks.relearn(model, edits, facts, lr=LR, steps=10, controls=1)
+    named = fe.attacks.relearn(model, edits, facts, lr=LR, steps=10, controls=1, layers=range(4))
     assert found.layers == (0, 1, 2, 3) and torch.equal(found.old, named.old)
 
 
@@ -93,14 +93,14 @@ def test_what_is_there_already_takes_no_update(setting):
 
 def test_what_is_not_learnt_in_time_counts_one_more_and_is_told(setting):
     model, facts, edits = setting
-    found = fe.relearn(model, edits, facts, lr=1e-6, steps=3, controls=2)
+    found = fe.attacks.relearn(model, edits, facts, lr=1e-6, steps=3, controls=2)
     assert found.old.tolist() == [4.0, 4.0] and found.control.tolist() == [4.0, 4.0]
     assert found.unlearnt == 1.0 and found.savings.mean == 0.0
 
 
 def test_what_is_learnt_comes_on_top_of_a_router(setting):
     model, (fact, _), (edit, _) = setting
-    routed = fe.RoutedEdit.of(edit, radius=0.1)
+    routed = fe.editors.RoutedEdit.of(edit, radius=0.1)
     row = align(model.tokenizer, fact, prepend_bos=True)
     site = down_proj(model, 1)
     nothing = [torch.zeros(1, *site.W.shape)]
@@ -112,7 +112,7 @@ def test_what_is_learnt_comes_on_top_of_a_router(setting):
             over, own = group.log_p(runner, _adding([site], nothing)), group.log_p(runner, [])
     assert torch.allclose(over, own) and (over - plain).abs() > 1e-2
     with laws.untouched(model):
-        found = fe.relearn(model, routed, [fact], layers=[1], lr=LR, steps=25, controls=1)
+        found = fe.attacks.relearn(model, routed, [fact], layers=[1], lr=LR, steps=25, controls=1)
     assert 1 < float(found.old) < 25 and found.savings.n == 1
 
 
@@ -120,14 +120,14 @@ def test_the_rate_is_the_largest_at_which_controls_take_eight_updates(setting):
     model, facts, _ = setting
     rates = tuple(0.03 * 2.0**-i for i in range(9))
     with laws.untouched(model):
-        lr = fe.relearning_rate(model, facts, layers=[1], rates=rates)
+        lr = fe.attacks.relearning_rate(model, facts, layers=[1], rates=rates)
     # One control each, as the rate is found.
-    found, faster = (fe.relearn(model, model, facts, layers=[1], lr=rate, controls=1) for rate in (lr, 2 * lr))
+    found, faster = (fe.attacks.relearn(model, model, facts, layers=[1], lr=rate, controls=1) for rate in (lr, 2 * lr))
     assert lr in rates and found.control.median() >= 8 > faster.control.median()
     with pytest.raises(ValueError, match="at none of the learning rates"):
-        fe.relearning_rate(model, facts, layers=[1], rates=[0.5])
+        fe.attacks.relearning_rate(model, facts, layers=[1], rates=[0.5])
     with pytest.raises(ValueError, match="no fact has a control"):
-        fe.relearning_rate(model, [fact.but(controls=()) for fact in facts])
+        fe.attacks.relearning_rate(model, [fact.but(controls=()) for fact in facts])
 
 
 def test_a_rate_that_is_not_given_is_found_on_the_unedited_model(setting, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_rate_that_is_not_given_is_found_on_the_unedited_model(setting, monkey
 
     unedited = attacking.ends(model, facts[0].text)
     monkeypatch.setattr(relearning, "relearning_rate", rate)
-    found = fe.relearn(model, edits[:1], facts[:1], layers=[1], steps=2)
+    found = fe.attacks.relearn(model, edits[:1], facts[:1], layers=[1], steps=2)
     assert found.lr == LR and len(asked) == 1
     assert torch.equal(asked[0][0], unedited) and asked[0][1] == (1,)
 
@@ -149,7 +149,7 @@ def test_facts_that_can_not_be_compared_are_left_out(setting):
     model, (fact, other), _ = setting
     unknown = fact.but(target_true=fact.controls[0], controls=[*fact.controls[1:], fact.target_true], id="unknown")
     longer = other.but(controls=(" Paris city", " Rome city"), id="longer")
-    found = fe.relearn(model, model, [unknown, longer, other], layers=[1], lr=LR, steps=10, controls=1)
+    found = fe.attacks.relearn(model, model, [unknown, longer, other], layers=[1], lr=LR, steps=10, controls=1)
     assert found.known.tolist() == [False, True, True]
     assert found.old.isnan().tolist() == [True, True, False] and found.savings.n == 1
     assert math.isnan(found.savings.low) and "savings" in repr(found)
@@ -161,10 +161,10 @@ def test_a_model_is_left_ready_for_copies_and_its_modes_are_kept(kind):
     edit = rome(model, fact)
     model.train()
     with torch.inference_mode():
-        found = fe.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
+        found = fe.attacks.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
     assert model.training
     model.eval()
-    again = fe.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
+    again = fe.attacks.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
     assert torch.equal(found.old, again.old)
     copy.deepcopy(model)
 
@@ -174,7 +174,9 @@ def test_disjoint_facts_are_taught_together_and_others_looked_at(kind, setting):
     both = fe.compose(edits)
     third = attacking.known_fact(model, fe.Fact("Big Ben", "{} stands near the", " Rome", " Paris"))
     with laws.untouched(model):
-        found = fe.relearn_disjoint(model, both, [fact, third], [other], lr=LR, layers=[1, 3], updates=(0, 2, 25))
+        found = fe.attacks.relearn_disjoint(
+            model, both, [fact, third], [other], lr=LR, layers=[1, 3], updates=(0, 2, 25)
+        )
     with both.applied(model):
         start = attacking.firsts(model, other, attacking.ends(model, other.text))
     assert (found.old[0].mean, found.new[0].mean) == start[:2]
@@ -212,18 +214,18 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
     model, facts, edits = setting
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="layers is empty"):
-            fe.relearn(model, edits, facts, layers=[])
+            fe.attacks.relearn(model, edits, facts, layers=[])
         with pytest.raises(ValueError, match="layer 7 is outside the model"):
-            fe.relearn(model, edits, facts, layers=[7])
+            fe.attacks.relearn(model, edits, facts, layers=[7])
         with pytest.raises(ValueError, match="controls is 0"):
-            fe.relearn(model, edits, facts, lr=LR, controls=0)
+            fe.attacks.relearn(model, edits, facts, lr=LR, controls=0)
         with pytest.raises(ValueError, match="no target_new, needed one"):
-            fe.relearn(model, model, [facts[0].but(target_new=None)], lr=LR)
+            fe.attacks.relearn(model, model, [facts[0].but(target_new=None)], lr=LR)
         with pytest.raises(ValueError, match="2 models answer for 1 facts to teach and 1 to look at"):
-            fe.relearn_disjoint(model, edits, facts[:1], facts[1:], lr=LR)
+            fe.attacks.relearn_disjoint(model, edits, facts[:1], facts[1:], lr=LR)
         with pytest.raises(ValueError, match="0 models answer"):
-            fe.relearn_disjoint(model, model, facts, [], lr=LR)
+            fe.attacks.relearn_disjoint(model, model, facts, [], lr=LR)
         with pytest.raises(ValueError, match="is taught and looked at"):
-            fe.relearn_disjoint(model, model, facts, facts, lr=LR)
+            fe.attacks.relearn_disjoint(model, model, facts, facts, lr=LR)
         with pytest.raises(ValueError, match="needed numbers that ascend"):
-            fe.relearn_disjoint(model, model, facts[:1], facts[1:], lr=LR, updates=(5, 0))
+            fe.attacks.relearn_disjoint(model, model, facts[:1], facts[1:], lr=LR, updates=(5, 0))

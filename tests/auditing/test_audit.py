@@ -58,7 +58,7 @@ def scores(facts: int, **shares: float) -> fe.Scores:
             for success in successes:
                 nll_true, nll_new = (0.1, 2.0) if success == (ask == "neighbour") else (2.0, 0.1)
                 answers.append(Answer(fact, ask, "", " Paris", " Rome", nll_true, nll_new, False))
-    made_up = fe.Provenance("made up", FINGERPRINT, True, "float32", {})
+    made_up = fe.editing.Provenance("made up", FINGERPRINT, True, "float32", {})
     return scores_of((laws.FACT,) * facts, tuple(answers), made_up)
 
 
@@ -279,7 +279,7 @@ def test_a_fact_counts_once_whatever_it_is_called(case, monkeypatch):
 
 def test_relearning_of_other_facts_is_refused(case, monkeypatch):
     model, fact, edit = case
-    of_another = fe.relearn(model, edit, [believed(model).but(target_new=" city")], lr=1e-2, steps=2)
+    of_another = fe.attacks.relearn(model, edit, [believed(model).but(target_new=" city")], lr=1e-2, steps=2)
     with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="of other facts than are audited"):
         fe.audit(model, edit, [fact], relearning=of_another)
 
@@ -305,6 +305,6 @@ def test_an_edit_composed_of_others_of_another_rank_is_audited(kind):
     memit = fe.Memit({1: fe.KeyStats.identity(model, 1)}, fit=laws.QUICK, contexts=("",), progress=False)
     edit = fe.compose([memit(model, [laws.FACT, laws.OTHER.but(subject="Anna")]), both])
     assert [delta.left.shape[1] for delta in edit.deltas] == [2, 1]
-    found = fe.gains(model, edit, laws.FACT.text)
+    found = fe.evaluation.gains(model, edit, laws.FACT.text)
     assert found.gain.shape[::2] == (2, 2) and found.gain[1, :, 1].eq(0).all() and found.predicted_error < 1e-3
     assert fe.audit(model, edit, [believed(model)]).gains[0].gain.shape[-1] == 2

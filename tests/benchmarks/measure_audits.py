@@ -170,7 +170,7 @@ def main() -> None:
     stats = {layer: fe.KeyStats.load(args.out / "stats.safetensors", layer=layer) for layer in LAYERS}
     facts, reference = population(model, args.data, args.out)
     beside = same_subject(args.data, facts)
-    texts = fe.sample_texts(model, 400, length=50, seed=7, progress=False)  # other ones than the statistics'
+    texts = fe.stats.sample_texts(model, 400, length=50, seed=7, progress=False)  # other ones than the statistics'
     sizes = Counter(fact.relation for fact in facts)
     print(f"{len(facts)} facts of {dict(sizes)}, {len(reference)} references, {len(beside)} same_subject")
     editor, singly = changes(stats, model)["rome" if args.what == "time" else args.what]

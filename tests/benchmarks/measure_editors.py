@@ -99,7 +99,7 @@ def texts(model: Any, out: Path) -> Iterator[str]:
     """20,000 tokens of the model's own, then Python's manual."""
     path = out / "sampled.json"
     if not path.exists():
-        path.write_text(json.dumps(fe.sample_texts(model, 20_000, seed=0)))
+        path.write_text(json.dumps(fe.stats.sample_texts(model, 20_000, seed=0)))
     yield from json.loads(path.read_text())
     yield from fe.data.python_manual()
 
@@ -119,7 +119,7 @@ def editors(stats: dict[int, fe.KeyStats], model: Any) -> Makers:
     five = stats[ROME_LAYER]
     window = fe.FineTune.around(model, ROME_LAYER, 5)
     # Drawn once, and of the unedited model: each edit would draw the same ones again.
-    drawn = fe.SampledContexts().draw(model)
+    drawn = fe.stats.SampledContexts().draw(model)
     few = fe.Memit(stats).contexts.draw(model)
     rome = {"contexts": drawn, "progress": False}
     silent = {"progress": False}

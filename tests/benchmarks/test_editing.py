@@ -46,17 +46,17 @@ class Method:
     layer: int
     where: Where
     fit: ValueFit
-    contexts: fe.SampledContexts
+    contexts: fe.stats.SampledContexts
 
 
 METHODS = {
-    "ROME": Method("ROME", 5, "mlp", ValueFit(steps=20, stop_below=0.0), fe.SampledContexts()),
+    "ROME": Method("ROME", 5, "mlp", ValueFit(steps=20, stop_below=0.0), fe.stats.SampledContexts()),
     "MEMIT": Method(
         "MEMIT",
         7,
         "resid",
         ValueFit(steps=25, clamp=0.75, stop_below=0.0),
-        fe.SampledContexts(lengths=((5, 10),), starts=("The", "Therefore", "Because", "I", "You")),
+        fe.stats.SampledContexts(lengths=((5, 10),), starts=("The", "Therefore", "Because", "I", "You")),
     ),
 }
 

@@ -35,14 +35,16 @@ def made(model, layer: int = 1, *, scale: float = 1.0, fact: fe.Fact = laws.FACT
     left, right = (key / (key @ key))[:, None], scale * push[None]
     return fe.Edit(
         facts=(fact,),
-        deltas=(fe.Delta(layer, left, right),),
+        deltas=(fe.editing.Delta(layer, left, right),),
         keys={layer: key[None]},
         values={layer: site.value(key)[None] + right},
         editor={"name": "random", "seed": seed},
         contexts=("",),
-        diagnostics=(fe.Diagnostics(layer, 1.0, float((left @ right).norm()), float(site.W.norm()), 1e-8, 1.0),),
+        diagnostics=(
+            fe.editing.Diagnostics(layer, 1.0, float((left @ right).norm()), float(site.W.norm()), 1e-8, 1.0),
+        ),
         fits=({"losses": [1.5, 0.5], "stopped": "steps"},),
-        provenance=fe.Provenance.of(model, True, weights=base_fingerprint(model)),
+        provenance=fe.editing.Provenance.of(model, True, weights=base_fingerprint(model)),
     )
 
 
@@ -423,7 +425,9 @@ def test_a_w_out_that_two_layers_share_is_refused_and_stays(monkeypatch):
     edit = made(model, 1)
     inner = [block.mlp.out.original_component for block in model.blocks]
     monkeypatch.setattr(inner[2], "weight", inner[1].weight)
-    shared = dataclasses.replace(edit, provenance=fe.Provenance.of(model, True, weights=base_fingerprint(model)))
+    shared = dataclasses.replace(
+        edit, provenance=fe.editing.Provenance.of(model, True, weights=base_fingerprint(model))
+    )
     with laws.untouched(model):
         with pytest.raises(fe.UnsupportedModelError, match=r"layers \[1, 2\] share one W_out"):
             shared.apply_(model)
@@ -546,8 +550,8 @@ def test_spill_is_the_most_that_another_token_gets_beside_the_one_that_is_meant(
     model = tiny.model(*form)
     edit = dataclasses.replace(two_layers(model), facts=(laws.FACT, laws.OTHER))
     with laws.untouched(model):
-        found, ends = fe.off_target_share(model, edit), fe.off_target_share(model, edit, at="end")
-        near = fe.off_target_share(model, edit, neighbours=True)
+        found, ends = fe.editing.off_target_share(model, edit), fe.editing.off_target_share(model, edit, at="end")
+        near = fe.editing.off_target_share(model, edit, neighbours=True)
     for layer in (1, 2):
         for i, fact in enumerate(edit.facts):
             moved = moved_by(model, edit, layer, fact.text)
@@ -558,7 +562,7 @@ def test_spill_is_the_most_that_another_token_gets_beside_the_one_that_is_meant(
             asked = [moved_by(model, edit, layer, text).max() for text in fact.neighbours]
             assert near[layer][i] == pytest.approx(float(max([*others, *asked]) / moved[last]), rel=1e-3)
     with edit.applied(model):
-        assert fe.off_target_share(model, edit)[2] == pytest.approx(found[2], rel=1e-3)
+        assert fe.editing.off_target_share(model, edit)[2] == pytest.approx(found[2], rel=1e-3)
     with pytest.raises(ValueError, match="at 'last' is unknown, needed 'subject' or 'end'"):
         inspect.unwrap(measure_off_target)(model, edit.facts, edit.deltas, prepend_bos=True, at="last")
     # In the unedited model the keys of the second layer are others.
@@ -576,16 +580,20 @@ def test_an_update_that_only_its_own_key_sees_does_not_spill(kind):
     seen = torch.linalg.qr(others.T).Q
     own = keys[row.last] - seen @ (seen.T @ keys[row.last])
     right = torch.ones(1, model.cfg.d_model, dtype=torch.float64)
-    blind, plain = fe.Delta(1, own[:, None], right), fe.Delta(1, keys[row.last][:, None], right)
+    blind, plain = fe.editing.Delta(1, own[:, None], right), fe.editing.Delta(1, keys[row.last][:, None], right)
     assert measure_off_target(model, [laws.FACT], [blind], prepend_bos=True)[1][0] < 1e-4
     assert measure_off_target(model, [laws.FACT], [plain], prepend_bos=True)[1][0] > 0.1
-    nothing = fe.Delta(1, own[:, None], 0 * right)
+    nothing = fe.editing.Delta(1, own[:, None], 0 * right)
     assert measure_off_target(model, [laws.FACT], [nothing], prepend_bos=True)[1] == (0.0,)
 
 
 def test_the_spill_of_a_foreign_edit_is_not_measured(kind):
     model = tiny.model(kind, "gpt2")
-    refused(tiny.model(kind, "gpt2", seed=9), lambda other: fe.off_target_share(other, made(model)), "made for weights")
+    refused(
+        tiny.model(kind, "gpt2", seed=9),
+        lambda other: fe.editing.off_target_share(other, made(model)),
+        "made for weights",
+    )
 
 
 # ---------------------------------------------------------------------------------------- diagnostics
@@ -597,14 +605,14 @@ def test_the_norm_of_factors_is_that_of_their_product(rank):
     left, right = (torch.randn(size, generator=draw, dtype=torch.float64) for size in ((64, rank), (rank, 32)))
     left[:, rank // 2] = left[:, 0] * (1 + 1e-9)  # what cancels must not cost digits
     right[rank // 2] = -right[0]
-    delta = fe.Delta(0, left, right)
+    delta = fe.editing.Delta(0, left, right)
     assert delta.norm == pytest.approx(float(delta.dense.norm()), rel=1e-9, abs=1e-12)
 
 
 def test_a_full_change_is_added_to_the_bit(model):
     site, before = down_proj(model, 1), w_out(model)
     other = site.W + 0.1 * torch.randn(site.W.shape, generator=torch.Generator().manual_seed(0))
-    delta = fe.Delta.full(1, other.double() - site.W.double())
+    delta = fe.editing.Delta.full(1, other.double() - site.W.double())
     assert torch.equal(delta.on(site.W), other)
     edit = dataclasses.replace(made(model), deltas=(delta,))
     laws.comes_off_bit_for_bit(edit, model)
@@ -623,7 +631,7 @@ def test_of_a_fact_that_nothing_is_wanted_of_nothing_is_missing(model):
     keys = torch.eye(64, dtype=torch.float64)[:2]
     residuals = torch.stack([torch.ones(32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)])
     found = diagnose_many(
-        site, fe.Delta(1, keys[:1].T, residuals[:1] / 2), keys, keys, residuals, off_target=[0.5, 0.0]
+        site, fe.editing.Delta(1, keys[:1].T, residuals[:1] / 2), keys, keys, residuals, off_target=[0.5, 0.0]
     )
     assert found.unmet == pytest.approx((0.5, 0.0))
     assert found.off_target == (0.5, 0.0)

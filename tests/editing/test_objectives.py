@@ -21,9 +21,9 @@ OTHER = laws.OTHER.but(target_new=None)
 OBJECTIVES = {
     "inject": fe.Inject(),
     "erase": fe.Erase(),
-    "amplify": fe.Amplify(),
-    "force": fe.Force(NOISE),
-    "reverse": fe.Reverse(NOISE),
+    "amplify": fe.editing.Amplify(),
+    "force": fe.editing.Force(NOISE),
+    "reverse": fe.editing.Reverse(NOISE),
 }
 FIT = ValueFit(steps=4, lr=0.2, clamp=0.75)
 EDITORS = {
@@ -51,11 +51,11 @@ def make(which: str, stats, **options) -> fe.Editor:
     return EDITORS[which](stats, **{"fit": FIT, "contexts": laws.CONTEXTS, "progress": False, **options})
 
 
-def wish(objective: fe.Objective, model, fact=BARE) -> fe.EditTarget:
+def wish(objective: fe.editing.Objective, model, fact=BARE) -> fe.editing.EditTarget:
     return objective.wishes(model, [fact], prepend_bos=True)[0]
 
 
-def setting(model, noised: fe.EditTarget, bos: bool = True):
+def setting(model, noised: fe.editing.EditTarget, bos: bool = True):
     """A hook that sets the subject as a wish says, in the bare prompt."""
     start, stop = align(model.tokenizer, noised.fact, prepend_bos=bos).subject
 
@@ -77,7 +77,7 @@ def likely(model, length: int = 1) -> fe.Fact:
     return BARE.but(target_true=f" {said}")
 
 
-def p_true(model, fact=BARE, noised: fe.EditTarget | None = None, *, bos: bool = True) -> float:
+def p_true(model, fact=BARE, noised: fe.editing.EditTarget | None = None, *, bos: bool = True) -> float:
     """Probability of all of target_true after the prompt, through public hooks."""
     row = align(model.tokenizer, fact, prepend_bos=bos)
     hooks = [] if noised is None else setting(model, noised, bos)
@@ -108,23 +108,23 @@ def test_what_is_forced_and_reversed_is_under_the_first_sample_of_the_corruption
         _, cache = model.run_with_cache(row.ids[None], names_filter=EMBED)
     clean = cache[EMBED][0, start:stop]
     noise = 2.0 * float(clean.std()) * torch.from_numpy(laws.np.random.RandomState(3).randn(1, stop - start, 32))[0]
-    forced = wish(fe.Force(NOISE), model)
+    forced = wish(fe.editing.Force(NOISE), model)
     torch.testing.assert_close(forced.embeddings, clean + noise.float(), rtol=1e-5, atol=1e-6)
     hooks = setting(model, forced)
     with torch.no_grad():
         said = int(model.run_with_hooks(row.ids[None], fwd_hooks=hooks)[0, -1].argmax())
         plain = int(model(row.ids[None])[0, -1].argmax())
-    reverse = wish(fe.Reverse(NOISE), model).fact.target_new
+    reverse = wish(fe.editing.Reverse(NOISE), model).fact.target_new
     assert model.tokenizer.encode(reverse, add_special_tokens=False) == [said] != [plain]
 
 
 def test_embeddings_are_counted_from_the_last_token():
     given = torch.arange(6.0).reshape(3, 2)
-    asked = fe.EditTarget(BARE, embeddings=given)
+    asked = fe.editing.EditTarget(BARE, embeddings=given)
     assert asked.spelt(3) is given
     assert torch.equal(asked.spelt(2), given[1:])
     assert torch.equal(asked.spelt(5), given[[0, 0, 0, 1, 2]])
-    assert fe.EditTarget(BARE).spelt(3) is None
+    assert fe.editing.EditTarget(BARE).spelt(3) is None
 
 
 class Nothing:
@@ -142,7 +142,7 @@ class Nothing:
 
 def test_a_corruption_that_has_nothing_to_put_there_is_refused(kind):
     model, _ = shared(kind)
-    for objective in (fe.Force(Nothing()), fe.Reverse(Nothing())):
+    for objective in (fe.editing.Force(Nothing()), fe.editing.Reverse(Nothing())):
         with laws.untouched(model), pytest.raises(ValueError, match="Nothing has nothing to put in place of 'The Ei"):
             wish(objective, model)
 
@@ -152,7 +152,7 @@ def test_a_reversal_that_cannot_be_spelt_is_refused(kind, monkeypatch):
     with laws.untouched(model):
         monkeypatch.setattr(type(model.tokenizer), "all_special_ids", list(range(len(model.tokenizer))))
         with pytest.raises(ValueError, match=r"what 'The Eiffel Tower' leads to .* can't be spelt: take another seed"):
-            wish(fe.Reverse(NOISE), model)
+            wish(fe.editing.Reverse(NOISE), model)
         monkeypatch.undo()
 
 
@@ -161,7 +161,7 @@ def test_what_a_reversal_is_to_say_is_one_token_after_the_prompt(kind, tok):
     """Some tokenizers spell a token that stands alone without the space before it."""
     model = tiny.model(kind, "llama", tok=tiny.tokenizer(tok))
     for seed in range(5):
-        fact = wish(fe.Reverse(fe.GaussianNoise(samples=1, seed=seed)), model).fact
+        fact = wish(fe.editing.Reverse(fe.GaussianNoise(samples=1, seed=seed)), model).fact
         assert len(align(model.tokenizer, fact, prepend_bos=True).new_ids) == 1
 
 
@@ -194,7 +194,7 @@ def test_every_step_equals_the_literal_one(kind, arch, where, name):
     assert (found.target_prob[-1] < found.target_prob[0]) is asked.unlikely
     (plain,) = fit_values(
         model,
-        [fe.EditTarget(asked.fact)],
+        [fe.editing.EditTarget(asked.fact)],
         LAYER,
         laws.CONTEXTS,
         where=where,
@@ -223,7 +223,7 @@ def test_what_is_to_become_unlikely_does_not_stop_early(kind):
     at_once = ValueFit(steps=4, stop_below=1e9, stop_kl=1e9)
     found = fit_values(
         model,
-        [wish(each, model) for each in (fe.Erase(), fe.Amplify())],
+        [wish(each, model) for each in (fe.Erase(), fe.editing.Amplify())],
         LAYER,
         laws.CONTEXTS,
         fit=at_once,
@@ -235,7 +235,7 @@ def test_what_is_to_become_unlikely_does_not_stop_early(kind):
 
 def test_embeddings_that_fit_no_subject_are_refused_before_anything_is_run(kind, monkeypatch):
     model, _ = shared(kind)
-    odd = fe.EditTarget(laws.FACT, embeddings=torch.zeros(2, 32))
+    odd = fe.editing.EditTarget(laws.FACT, embeddings=torch.zeros(2, 32))
     with (
         laws.untouched(model),
         laws.no_forward(monkeypatch, model),
@@ -269,7 +269,7 @@ def test_every_editor_takes_every_objective(kind, which, name, tmp_path):
 @every_editor
 def test_amplifying_is_injecting_what_is_true(kind, which):
     model, stats = shared(kind)
-    amplified = make(which, stats, objective=fe.Amplify())(model, [BARE])
+    amplified = make(which, stats, objective=fe.editing.Amplify())(model, [BARE])
     injected = make(which, stats)(model, [BARE.but(target_new=BARE.target_true)])
     assert amplified.digest == injected.digest
     assert make(which, stats, objective=fe.Erase())(model, [BARE]).digest != injected.digest
@@ -278,10 +278,10 @@ def test_amplifying_is_injecting_what_is_true(kind, which):
 @every_editor
 def test_to_force_with_the_models_own_embeddings_is_to_amplify(kind, which):
     model, stats = shared(kind)
-    still = make(which, stats, objective=fe.Force(fe.GaussianNoise(scale=0.0, samples=1)))(model, [BARE])
-    plain = make(which, stats, objective=fe.Amplify())(model, [BARE])
+    still = make(which, stats, objective=fe.editing.Force(fe.GaussianNoise(scale=0.0, samples=1)))(model, [BARE])
+    plain = make(which, stats, objective=fe.editing.Amplify())(model, [BARE])
     assert still.digest == plain.digest
-    assert make(which, stats, objective=fe.Force(NOISE))(model, [BARE]).digest != plain.digest
+    assert make(which, stats, objective=fe.editing.Force(NOISE))(model, [BARE]).digest != plain.digest
 
 
 @unconcerned
@@ -305,7 +305,7 @@ def test_erasing_lowers_and_amplifying_raises_what_is_true(kind, arch, which):
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_forcing_raises_what_is_true_under_its_noise_more_than_amplifying_does(kind, arch, which):
     model, stats = shared(kind, arch)
-    noised = wish(fe.Force(NOISE), model)
+    noised = wish(fe.editing.Force(NOISE), model)
     before = p_true(model, noised=noised)
     after = {}
     for name in ("force", "amplify"):
@@ -320,7 +320,7 @@ def test_forcing_raises_what_is_true_under_its_noise_more_than_amplifying_does(k
 @every_editor
 def test_reversing_raises_what_noise_leads_to(kind, which):
     model, stats = shared(kind)
-    edit = make(which, stats, objective=fe.Reverse(NOISE), **FAR)(model, [BARE])
+    edit = make(which, stats, objective=fe.editing.Reverse(NOISE), **FAR)(model, [BARE])
     said = BARE.but(target_true=edit.fits[0]["target"])
     before = p_true(model, said)
     with edit.applied(model):
@@ -331,10 +331,12 @@ def test_reversing_raises_what_noise_leads_to(kind, which):
 def test_the_keys_are_those_of_the_noised_subject(kind, which):
     """The key of the first layer, which no earlier change reaches."""
     model, stats = shared(kind)
-    edit = make(which, stats, objective=fe.Force(NOISE), contexts=[""])(model, [BARE])
+    edit = make(which, stats, objective=fe.editing.Force(NOISE), contexts=[""])(model, [BARE])
     row = align(model.tokenizer, BARE, prepend_bos=True)
     place = f"blocks.{LAYER}.mlp.hook_post"
-    noised = editing.seen(model, place, row.ids.tolist(), setting(model, wish(fe.Force(NOISE), model)))[row.last]
+    noised = editing.seen(model, place, row.ids.tolist(), setting(model, wish(fe.editing.Force(NOISE), model)))[
+        row.last
+    ]
     torch.testing.assert_close(edit.keys[LAYER][0], noised.double(), rtol=1e-4, atol=1e-5)
     clean = editing.seen(model, place, row.ids.tolist())[row.last]
     assert (noised - clean).norm() > 0.1 * clean.norm()
@@ -375,16 +377,16 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, which, stag
     with laws.untouched(model):
         monkeypatch.setattr(stage, fail)
         with pytest.raises(KeyboardInterrupt, match="injected"):
-            make(which, stats, objective=fe.Reverse(NOISE))(model, [BARE])
+            make(which, stats, objective=fe.editing.Reverse(NOISE))(model, [BARE])
         monkeypatch.undo()
 
 
 def test_noise_is_set_to_the_spread_of_all_facts_that_are_forced_together(kind):
     model, _ = shared(kind)
-    both = fe.Force(NOISE).wishes(model, [BARE, OTHER], prepend_bos=True)
-    alone = wish(fe.Force(NOISE), model)
+    both = fe.editing.Force(NOISE).wishes(model, [BARE, OTHER], prepend_bos=True)
+    alone = wish(fe.editing.Force(NOISE), model)
     assert not torch.allclose(both[0].embeddings, alone.embeddings)
-    fixed = fe.Force(fe.GaussianNoise(samples=1, sigma=0.2))
+    fixed = fe.editing.Force(fe.GaussianNoise(samples=1, sigma=0.2))
     both = fixed.wishes(model, [BARE, OTHER], prepend_bos=True)
     assert torch.equal(both[0].embeddings, wish(fixed, model).embeddings)
 
@@ -413,20 +415,20 @@ def test_on_a_model_that_knows_its_facts_each_objective_does_what_it_says(organi
                 return fe.Rome(identity, **options)(model, [bare])
             return fe.Memit({2: identity}, weight=1e-3, **options)(model, [bare])
 
-        (noised,) = fe.Force(noise).wishes(model, [bare], prepend_bos=bos)
+        (noised,) = fe.editing.Force(noise).wishes(model, [bare], prepend_bos=bos)
         assert knows(model, bare) > 0.9
         assert knows(model, bare, noised) < 0.5
         with edited(fe.Erase()).applied(model):
             assert knows(model, bare) < 0.1
-        edit = edited(fe.Reverse(noise))
+        edit = edited(fe.editing.Reverse(noise))
         with edit.applied(model):
             assert edit.fits[0]["target"] != fact.target_true
             assert knows(model, bare.but(target_true=edit.fits[0]["target"])) > 0.5
-        with edited(fe.Force(noise)).applied(model):
+        with edited(fe.editing.Force(noise)).applied(model):
             assert knows(model, bare, noised) > 0.8
-        with edited(fe.Amplify()).applied(model):
+        with edited(fe.editing.Amplify()).applied(model):
             assert knows(model, bare) > 0.9
 
 
-def knows(model, fact, noised: fe.EditTarget | None = None) -> float:
+def knows(model, fact, noised: fe.editing.EditTarget | None = None) -> float:
     return p_true(model, fact, noised, bos=bool(model.cfg.default_prepend_bos))

@@ -318,7 +318,7 @@ def test_kl_prompts_are_templates(model, template):
 
 @pytest.fixture(scope="module")
 def drawn(model):
-    return fe.SampledContexts(lengths=((3, 4), (2, 7)), seed=5).draw(model)
+    return fe.stats.SampledContexts(lengths=((3, 4), (2, 7)), seed=5).draw(model)
 
 
 def test_contexts_are_the_bare_one_and_as_many_samples_as_asked(model, drawn):
@@ -331,42 +331,42 @@ def test_contexts_are_the_bare_one_and_as_many_samples_as_asked(model, drawn):
 
 
 def test_contexts_are_decided_by_the_seed_alone(model, drawn):
-    sampler = fe.SampledContexts(lengths=((3, 4), (2, 7)), seed=5)
+    sampler = fe.stats.SampledContexts(lengths=((3, 4), (2, 7)), seed=5)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(123)
         with laws.untouched(model):
             assert sampler.draw(model) == drawn
-    assert fe.SampledContexts(lengths=((3, 4), (2, 7)), seed=6).draw(model) != drawn
+    assert fe.stats.SampledContexts(lengths=((3, 4), (2, 7)), seed=6).draw(model) != drawn
 
 
 def test_likelier_tokens_only(model):
-    greedy = fe.SampledContexts(lengths=((4, 5),), top_k=1).draw(model)
+    greedy = fe.stats.SampledContexts(lengths=((4, 5),), top_k=1).draw(model)
     assert len(set(greedy[1:])) == 1
 
 
 @pytest.mark.skipif(not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_both_classes_draw_the_same_contexts(arch):
-    sampler = fe.SampledContexts(lengths=((4, 5),))
+    sampler = fe.stats.SampledContexts(lengths=((4, 5),))
     assert sampler.draw(tiny.bridge(arch)) == sampler.draw(tiny.hooked(arch))
 
 
 def test_sampled_texts_are_decided_by_the_seed_alone(model):
     with laws.untouched(model):
-        texts = fe.sample_texts(model, 25, length=10, seed=3, progress=False)
+        texts = fe.stats.sample_texts(model, 25, length=10, seed=3, progress=False)
     assert len(texts) == 3
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
-        assert fe.sample_texts(model, 25, length=10, seed=3, progress=False) == texts
-    assert fe.sample_texts(model, 25, length=10, seed=4, progress=False) != texts
+        assert fe.stats.sample_texts(model, 25, length=10, seed=3, progress=False) == texts
+    assert fe.stats.sample_texts(model, 25, length=10, seed=4, progress=False) != texts
 
 
 @pytest.mark.parametrize("options", [{"length": 0}, {"length": 65}, {"batch": 0}], ids=str)
 def test_texts_that_cannot_be_sampled_are_refused(model, options, monkeypatch):
     assert model.cfg.n_ctx == 64
     with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="reads: 64 tokens"):
-        fe.sample_texts(model, 10, **options)
-    assert len(fe.sample_texts(model, 10, length=64, progress=False)) == 1
+        fe.stats.sample_texts(model, 10, **options)
+    assert len(fe.stats.sample_texts(model, 10, length=64, progress=False)) == 1
 
 
 @pytest.mark.parametrize(
@@ -380,6 +380,6 @@ def test_texts_that_cannot_be_sampled_are_refused(model, options, monkeypatch):
 )
 def test_contexts_that_cannot_be_sampled_are_refused(options, message):
     with pytest.raises((ValueError, TypeError)) as error:
-        fe.SampledContexts(**options)
+        fe.stats.SampledContexts(**options)
     if isinstance(error.value, ValueError):  # and not this suite's own check of types, which comes first
         error.match(message)

@@ -324,7 +324,7 @@ def test_keys_are_those_at_the_end_of_the_prompt_in_the_edited_model(kind):
         for layer in edit.layers:
             key = oracle.last_key(model, FACT.text, True, layer)
             torch.testing.assert_close(edit.keys[layer][0].float(), key, rtol=1e-4, atol=1e-5)
-        assert fe.off_target_share(model, edit, at="end")[edit.layers[0]] == pytest.approx(
+        assert fe.editing.off_target_share(model, edit, at="end")[edit.layers[0]] == pytest.approx(
             edit.diagnostics[0].off_target, rel=1e-4
         )
 

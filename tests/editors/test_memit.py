@@ -308,7 +308,7 @@ def test_given_z_the_updates_are_those_of_the_literal_loop(kind, arch, name):
     wanted = torch.stack(before) + noise(len(FACTS), 32, seed=9)
     with frozen(model), torch.no_grad():
         prepared = {layer: editor._prepare(stats[layer]) for layer in LAYERS}
-        asked = [fe.EditTarget(fact) for fact in FACTS]
+        asked = [fe.editing.EditTarget(fact) for fact in FACTS]
         found, missed = spread(model, asked, LAYERS, wanted, prepared, laws.CONTEXTS, prepend_bos=True, progress=False)
     assert missed.shape == (len(FACTS),)
     expected = editing.spread(
@@ -650,7 +650,7 @@ def test_in_float32_next_to_nothing_is_lost(kind, name):
 def test_it_is_measured_how_much_is_added_at_other_tokens(kind, name):
     model = shared(kind)
     edit = ALL[name](stats_of(model))(model, FACTS[:1] if name == "rome" else FACTS)
-    found = fe.off_target_share(model, edit)
+    found = fe.editing.off_target_share(model, edit)
     for diagnostics in edit.diagnostics:
         assert diagnostics.off_target == pytest.approx(found[diagnostics.layer], rel=1e-3)
         assert min(diagnostics.off_target) > 0
@@ -705,7 +705,7 @@ def test_choices_that_mean_nothing_are_refused(kind):
 
 def test_contexts_begin_with_the_words_given(kind):
     model = shared(kind)
-    sampler = fe.SampledContexts(lengths=((4, 6),), starts=("The", "John"))
+    sampler = fe.stats.SampledContexts(lengths=((4, 6),), starts=("The", "John"))
     drawn = sampler.draw(model)
     assert drawn == sampler.draw(model)
     assert drawn[0] == ""

@@ -100,7 +100,7 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monk
 
 def test_its_record_says_what_it_was(kind):
     model = shared(kind)
-    pmet = editor(stats_of(model), objective=fe.Amplify())
+    pmet = editor(stats_of(model), objective=fe.editing.Amplify())
     said = pmet.describe()
     assert said["name"] == "Pmet" and said["weight"] == 1.0 and said["layers"] == [1, 2]
     assert (said["objective"], said["fit"]["ease"], said["fit"]["stop_kl"]) == ("Amplify()", 0.1, 0.01)
@@ -213,7 +213,7 @@ def test_given_z_the_updates_are_those_of_the_literal_loop(kind, arch):
     stats = stats_of(model)
     before = [editing.before(model, fact, LAYERS[-1], bos=True)[0] for fact in FACTS]
     wanted = torch.stack(before) + torch.randn(2, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    pmet, asked = editor(stats), [fe.EditTarget(fact) for fact in FACTS]
+    pmet, asked = editor(stats), [fe.editing.EditTarget(fact) for fact in FACTS]
     with frozen(model), torch.no_grad():
         prepared = {layer: pmet._prepare(stats[layer]) for layer in LAYERS}
         found, _ = spread(

@@ -15,7 +15,7 @@ from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 
 LAYER = 1
-ONE = fe.SampledContexts(lengths=((2, 3),))
+ONE = fe.stats.SampledContexts(lengths=((2, 3),))
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2")]
 FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if arch in tiny.HOOKED]
 
@@ -301,7 +301,7 @@ def test_it_takes_a_list_of_one_fact(case, facts, monkeypatch):
         editor(stats)(model, facts)
 
 
-@pytest.mark.parametrize("objective", [fe.Inject(), fe.Force(), fe.Reverse()], ids=repr)
+@pytest.mark.parametrize("objective", [fe.Inject(), fe.editing.Force(), fe.editing.Reverse()], ids=repr)
 def test_an_edit_of_each_of_many_facts_is_the_one_made_alone(case, objective):
     model, stats = case
     rome = editor(stats, objective=objective)

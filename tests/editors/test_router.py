@@ -29,7 +29,7 @@ def shared(kind: str, arch: str = "gpt2"):
 
 
 @functools.cache
-def made(kind: str, arch: str = "gpt2", radius: float = 0.1) -> fe.RoutedEdit:
+def made(kind: str, arch: str = "gpt2", radius: float = 0.1) -> fe.editors.RoutedEdit:
     return router(radius)(shared(kind, arch), FACTS)
 
 
@@ -134,7 +134,7 @@ def test_with_two_keys_near_the_nearer_one_answers(kind):
 
 def hand_made(model, keys, values, radius):
     made_for = tuple(laws.FACT.but(subject=f"Bob {i}") for i in range(len(keys)))
-    return fe.RoutedEdit(made_for, 1, keys, values, radius, {}, ("",), (), fe.Provenance.of(model))
+    return fe.editors.RoutedEdit(made_for, 1, keys, values, radius, {}, ("",), (), fe.editing.Provenance.of(model))
 
 
 # ---------------------------------------------------------------------------------------- inside other machinery
@@ -184,7 +184,7 @@ def test_it_can_be_laid_over_an_applied_edit_and_taken_off_first(kind):
 def test_of_an_edit_it_gives_the_edits_answer_without_writing(kind):
     model = shared(kind)
     edit = laws.rome(model, contexts=("",))(model, [laws.FACT])
-    change = fe.RoutedEdit.of(edit, 0.1)
+    change = fe.editors.RoutedEdit.of(edit, 0.1)
     assert change.facts == edit.facts and change.layers == edit.layers and change.radius == 0.1
     with change.applied(model):
         routed = laws.logits(model, laws.FACT.text)
@@ -197,7 +197,7 @@ def test_of_an_edit_it_gives_the_edits_answer_without_writing(kind):
     assert (routed - written)[0, -1].abs().max() < (laws.logits(model, laws.FACT.text) - written)[0, -1].abs().max()
     both = fe.compose([edit, laws.rome(model, 2)(model, [laws.OTHER])])
     with pytest.raises(ValueError, match=r"writes layers \[1, 2\], needed one"):
-        fe.RoutedEdit.of(both)
+        fe.editors.RoutedEdit.of(both)
 
 
 def test_reach_is_the_distance_of_the_keys_of_paraphrases_and_others(kind):
@@ -231,7 +231,7 @@ def test_reach_is_the_distance_of_the_keys_of_paraphrases_and_others(kind):
 def test_it_survives_a_file(kind, tmp_path):
     model, change = shared(kind), made(kind)
     change.save(tmp_path / "router.safetensors")
-    loaded = fe.RoutedEdit.load(tmp_path / "router.safetensors")
+    loaded = fe.editors.RoutedEdit.load(tmp_path / "router.safetensors")
     assert loaded.digest == change.digest and loaded.facts == change.facts
     assert (loaded.provenance, loaded.contexts, loaded.radius) == (change.provenance, change.contexts, change.radius)
     with change.applied(model):

@@ -32,7 +32,7 @@ def aligned(model, edit):
 def test_the_change_of_the_value_is_gain_times_right_at_every_position(edited):
     model, edit = edited
     with laws.untouched(model):
-        found = fe.gains(model, edit, TEXT)
+        found = fe.evaluation.gains(model, edit, TEXT)
     # float32 sums of 64 terms, and the rounding of the weights.
     assert found.predicted_error <= 1e-5
     assert found.gain.shape == (1, len(found.tokens), 1)
@@ -42,7 +42,7 @@ def test_the_change_of_the_value_is_gain_times_right_at_every_position(edited):
 
 def test_the_gain_is_one_at_the_key_and_less_elsewhere(edited):
     model, edit = edited
-    found = fe.gains(model, edit, TEXT)
+    found = fe.evaluation.gains(model, edit, TEXT)
     at = aligned(model, edit).last
     assert float(found.strength[at]) == pytest.approx(1, abs=1e-5)
     others = torch.cat([found.strength[:at], found.strength[at + 1 :]])
@@ -52,9 +52,9 @@ def test_the_gain_is_one_at_the_key_and_less_elsewhere(edited):
 
 def test_a_wrong_gain_would_be_noticed(edited, monkeypatch):
     model, edit = edited
-    on = fe.Delta.on
-    monkeypatch.setattr(fe.Delta, "on", lambda self, weight: weight + 1.01 * (on(self, weight) - weight))
-    assert fe.gains(model, edit, TEXT).predicted_error == pytest.approx(0.01, rel=0.05)
+    on = fe.editing.Delta.on
+    monkeypatch.setattr(fe.editing.Delta, "on", lambda self, weight: weight + 1.01 * (on(self, weight) - weight))
+    assert fe.evaluation.gains(model, edit, TEXT).predicted_error == pytest.approx(0.01, rel=0.05)
 
 
 def test_bypassing_the_edit_at_all_positions_gives_the_unedited_bits(edited):
@@ -85,7 +85,7 @@ def test_at_dose_one_the_margin_is_that_of_the_edited_model(edited, target_new):
     model, edit = edited
     fact = laws.FACT.but(target_new=target_new)
     with laws.untouched(model):
-        found = fe.dose_curve(model, edit, [fact])
+        found = fe.evaluation.dose_curve(model, edit, [fact])
     clean = margin(model, fact)
     with edit.applied(model):
         assert float(found.override_margin[0]) == pytest.approx(margin(model, fact), abs=1e-4)
@@ -97,7 +97,7 @@ def test_the_curve_is_the_margin_with_the_value_scaled_by_hand_and_no_matter_of_
     model, edit = edited
     row = aligned(model, edit)
     site, doses = down_proj(model, 1), (-0.5, 0.0, 0.4, 1.0, 1.5)
-    found = fe.dose_curve(model, edit, [laws.FACT, laws.FACT], doses=doses, batch_tokens=batch_tokens)
+    found = fe.evaluation.dose_curve(model, edit, [laws.FACT, laws.FACT], doses=doses, batch_tokens=batch_tokens)
     assert found.margin.shape == (2, 5)
     for i, dose in enumerate(doses):
 
@@ -147,19 +147,23 @@ def test_an_edit_of_two_layers_has_the_gains_of_both(kind):
             "diagnostics": first.diagnostics + second.diagnostics,
         }
     )
-    found = fe.gains(model, both, TEXT)
+    found = fe.evaluation.gains(model, both, TEXT)
     at = align(model.tokenizer, laws.FACT, prepend_bos=True).last
     assert found.layers == (1, 2)
     assert found.predicted_error <= 1e-5
     assert found.gain[:, at, 0].tolist() == pytest.approx([1, 1], abs=1e-4)
     with both.applied(model):
         measured = margin(model, laws.FACT)
-    assert float(fe.dose_curve(model, both, [laws.FACT]).override_margin[0]) == pytest.approx(measured, abs=1e-4)
+    assert float(fe.evaluation.dose_curve(model, both, [laws.FACT]).override_margin[0]) == pytest.approx(
+        measured, abs=1e-4
+    )
 
 
 def test_bos_follows_the_edit_unless_asked_otherwise(edited):
     model, edit = edited
-    by_default, with_bos, without = (fe.gains(model, edit, TEXT, prepend_bos=bos) for bos in (None, True, False))
+    by_default, with_bos, without = (
+        fe.evaluation.gains(model, edit, TEXT, prepend_bos=bos) for bos in (None, True, False)
+    )
     assert with_bos.tokens == ("<bos>", *without.tokens)
     assert by_default.tokens == (with_bos if edit.provenance.prepend_bos else without).tokens
 
@@ -167,7 +171,7 @@ def test_bos_follows_the_edit_unless_asked_otherwise(edited):
 def test_an_update_of_nothing_changes_nothing(kind):
     model = tiny.model(kind, "gpt2")
     edit = laws.rome(model, fit=fe.ValueFit(steps=1))(model, [laws.FACT])
-    assert fe.gains(model, edit, TEXT).predicted_error == 0
+    assert fe.evaluation.gains(model, edit, TEXT).predicted_error == 0
 
 
 @pytest.mark.parametrize("call", ["gains", "dose_curve"])
@@ -182,4 +186,4 @@ def test_an_edit_that_is_on_already_is_refused_before_anything_is_run(edited, mo
 def test_a_dose_needs_two_objects(edited):
     model, edit = edited
     with laws.untouched(model), pytest.raises(ValueError, match="no target_new"):
-        fe.dose_curve(model, edit, [laws.FACT.but(target_new=None)])
+        fe.evaluation.dose_curve(model, edit, [laws.FACT.but(target_new=None)])

@@ -137,7 +137,9 @@ def test_its_cells_are_the_loop_over_cells(kind, component):
 def test_two_equal_corruptions_agree_and_the_table_says_so(kind):
     asked = list(facts(kind))
     noise = fe.GaussianNoise(samples=2)
-    both = fe.compare_corruptions(shared(kind), asked, corruptions=(noise, noise), min_effect=-1.0, progress=False)
+    both = fe.locate.compare_corruptions(
+        shared(kind), asked, corruptions=(noise, noise), min_effect=-1.0, progress=False
+    )
     assert all(both.usable)
     assert both.profile().mean == pytest.approx(1.0)
     assert [rho.mean for rho in both.agreement()[:3]] == pytest.approx([1.0] * 3)
@@ -153,7 +155,7 @@ def test_two_equal_corruptions_agree_and_the_table_says_so(kind):
 
 def test_noise_and_replacement_are_compared_on_the_facts_that_have_donors(kind):
     asked = others(kind)
-    both = fe.compare_corruptions(
+    both = fe.locate.compare_corruptions(
         shared(kind),
         asked,
         corruptions=(NOISE, fe.TokenReplacement(known=False)),

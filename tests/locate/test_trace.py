@@ -195,9 +195,9 @@ def test_severed_with_nothing_to_hold_is_the_ordinary_trace(kind, arch):
 
 
 CORRUPTIONS = {
-    "uniform": fe.UniformNoise(samples=2),
-    "multivariate": fe.MultivariateNoise(samples=2),
-    "student": fe.MultivariateNoise(samples=2, df=3.0, scale=0.5),
+    "uniform": fe.locate.UniformNoise(samples=2),
+    "multivariate": fe.locate.MultivariateNoise(samples=2),
+    "student": fe.locate.MultivariateNoise(samples=2, df=3.0, scale=0.5),
     "replaced by noise": fe.GaussianNoise(samples=2, replace=True),
 }
 
@@ -945,7 +945,7 @@ def test_integers_of_numpy_will_do(kind, tmp_path, monkeypatch):
     [
         (lambda: fe.GaussianNoise(scale=float("inf")), "scale is inf"),
         (lambda: fe.GaussianNoise(seed=None), "seed is None, needed an integer"),
-        (lambda: fe.UniformNoise(samples=2.0), r"samples is 2\.0, needed an integer"),
+        (lambda: fe.locate.UniformNoise(samples=2.0), r"samples is 2\.0, needed an integer"),
         (lambda: fe.GivenNoise(torch.zeros(0, 2, 8)), "needed a tensor .* with a sample at least"),
     ],
     ids=["scale", "seed", "samples", "given"],

@@ -112,8 +112,8 @@ def test_the_best_share_of_noise_alone_is_nothing():
     "corruption",
     [
         fe.GaussianNoise(samples=2),
-        fe.UniformNoise(samples=2),
-        fe.MultivariateNoise(samples=2),
+        fe.locate.UniformNoise(samples=2),
+        fe.locate.MultivariateNoise(samples=2),
         fe.TokenReplacement(known=False),
     ],
     ids=lambda each: type(each).__name__,
@@ -222,19 +222,19 @@ def test_rank_correlation_is_spearmans_with_ties():
 
 def test_noise_is_scaled_to_the_damage_asked_for(kind):
     model = shared(kind)
-    noise = fe.calibrate_noise(model, FACTS, lost=0.3, noise=fe.GaussianNoise(samples=3))
+    noise = fe.locate.calibrate_noise(model, FACTS, lost=0.3, noise=fe.GaussianNoise(samples=3))
     trace = traced(model, corruption=noise)
     assert 1 - float(trace.corrupted.mean() / trace.clean.mean()) == pytest.approx(0.3, abs=0.011)
-    more = fe.calibrate_noise(model, FACTS, lost=0.2, noise=fe.GaussianNoise(samples=3))
+    more = fe.locate.calibrate_noise(model, FACTS, lost=0.2, noise=fe.GaussianNoise(samples=3))
     assert more.scale < noise.scale
     for lost in (0.0, 1.0):
         with pytest.raises(ValueError, match="needed a share between 0 and 1"):
-            fe.calibrate_noise(model, FACTS, lost=lost)
+            fe.locate.calibrate_noise(model, FACTS, lost=lost)
 
 
 def test_presets_are_the_published_settings(kind):
     model = shared(kind)
-    meng = fe.meng2022(model, FACTS[1], "mlp", progress=False)
+    meng = fe.locate.meng2022(model, FACTS[1], "mlp", progress=False)
     assert (meng.window, meng.metric, meng.provenance.prepend_bos) == (10, "prob", False)
     want = causal_trace(
         model,
@@ -246,8 +246,8 @@ def test_presets_are_the_published_settings(kind):
         progress=False,
     )
     assert torch.equal(meng.sample_effect, want.sample_effect)
-    assert fe.meng2022(model, FACTS[1], progress=False).window == 1
-    assert fe.hase2023(model, FACTS[1], progress=False).window == 5
+    assert fe.locate.meng2022(model, FACTS[1], progress=False).window == 1
+    assert fe.locate.hase2023(model, FACTS[1], progress=False).window == 5
     asked = [FACTS[0], FACTS[0].but(subject="Paris", target_true=" Rome")]
     with pytest.raises(ValueError, match="none of 2 facts has a donor"):  # the random model knows neither
-        fe.zhang2023(model, asked, progress=False)
+        fe.locate.zhang2023(model, asked, progress=False)

@@ -24,7 +24,7 @@ def shared(kind: str, arch: str):
 
 
 def traced(model, facts=FACT, unit="head", **options):
-    return fe.trace_units(
+    return fe.locate.trace_units(
         model, facts, unit, **{"corruption": NOISE, "progress": False, "metric": "logprob", **options}
     )
 

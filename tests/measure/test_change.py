@@ -39,9 +39,9 @@ def answers(model, changed, facts):
 
 
 def test_edits_routers_and_nothing_else_are_changes(model, edits):
-    assert isinstance(edits[0], fe.Change)
-    assert isinstance(fe.RoutedEdit.of(edits[0]), fe.Change)
-    assert not isinstance(model, fe.Change) and not isinstance(laws.FACT, fe.Change)
+    assert isinstance(edits[0], fe.editing.Change)
+    assert isinstance(fe.editors.RoutedEdit.of(edits[0]), fe.editing.Change)
+    assert not isinstance(model, fe.editing.Change) and not isinstance(laws.FACT, fe.editing.Change)
 
 
 def test_an_erasure_made_without_a_new_object_serves_the_fact_with_one(model):

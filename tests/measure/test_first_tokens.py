@@ -40,10 +40,10 @@ def pair(kind):
 
 def test_no_attack_brings_an_object_back(pair):
     model, broken, facts = pair
-    found = fe.read_out(model, broken, facts)
+    found = fe.attacks.read_out(model, broken, facts)
     assert found.after.values.isnan().all() and not found.before.values.isnan().all()
     references = [fact.but(subject=f"Rome {i}", id=None) for fact in (laws.FACT, laws.OTHER) for i in range(6)]
-    knocked = fe.knock_out(model, broken, facts, references, widths=(1,))
+    knocked = fe.attacks.knock_out(model, broken, facts, references, widths=(1,))
     assert knocked.after.values.isnan().all()
     assert knocked.strongest.n == 0
 
@@ -66,7 +66,7 @@ def test_its_verdict_says_nothing(pair):
 def test_one_fact_needs_no_list_and_a_generator_will_do(pair, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # this suite's types are stricter than a user's
     model, broken, (fact, *_) = pair
-    for ask in (fe.read_out, fe.attack_by_context, fe.mediate, erasure_success):
+    for ask in (fe.attacks.read_out, fe.attacks.attack_by_context, fe.evaluation.mediate, erasure_success):
         for facts in (fact, iter([fact])):
             assert ask(model, broken, facts).facts == (fact,)
     read = read_states(model, iter([fact]))

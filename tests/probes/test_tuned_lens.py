@@ -216,7 +216,7 @@ def test_the_seed_decides_all_and_nothing_of_the_callers_is_moved(kind):
 def test_it_says_what_it_was_trained_on(kind):
     model = shared(kind, "gpt2")
     lens = trained(kind, "gpt2")
-    assert lens.provenance == fe.Provenance.of(model)
+    assert lens.provenance == fe.editing.Provenance.of(model)
     assert lens.training == LensTraining(n_tokens=800, steps=60, lr=2e-2, batch=128)
     # A tenth of the texts is held out, and BOS counts for none.
     assert 0.8 * 800 < lens.n_tokens < 0.97 * 800
@@ -294,7 +294,7 @@ def test_the_comparison_takes_edits_and_models_and_shows_both_rulers_side_by_sid
         found = fixed_and_refitted(lens, model, edit, [FACT], TEXTS, progress=False)
     with edit.applied(model):
         assert torch.equal(found.fixed.values, lens(model, [FACT]).values)
-        assert found.refit.provenance.weights == fe.Provenance.of(model).weights
+        assert found.refit.provenance.weights == fe.editing.Provenance.of(model).weights
     table = found.table()
     assert list(table.columns) == ["fact", "layer", "position", "quantity", "before", "fixed", "refitted"]
     row = table[(table.layer == 2) & (table.position == "last") & (table.quantity == "logp_old")].iloc[0]

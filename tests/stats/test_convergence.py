@@ -29,7 +29,7 @@ def model(request):
 
 
 def report(model, layer=1, texts=TEXTS, facts=FACTS, **options):
-    return fe.stats_convergence(model, layer, texts, facts, **{**ASKED, "progress": False, **options})
+    return fe.stats.stats_convergence(model, layer, texts, facts, **{**ASKED, "progress": False, **options})
 
 
 @pytest.fixture(scope="module")

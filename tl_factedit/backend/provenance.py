@@ -25,7 +25,7 @@ class Provenance:
         edits: Of an edit, the digests of those that were on the model when it was made; `weights` are those below them.
 
     Example:
-        >>> fe.Provenance.of(model).versions["torch"]             # doctest: +SKIP
+        >>> fe.editing.Provenance.of(model).versions["torch"]             # doctest: +SKIP
     """
 
     model: str

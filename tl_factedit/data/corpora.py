@@ -66,7 +66,7 @@ class Corpus:
             raise OSError(
                 f"{self!r} could not be had ({why}): check the name and the network, give a file with data_files=, or "
                 "take texts that need no hub: a list of your own, fe.data.python_manual() or "
-                "fe.sample_texts(model, n_tokens)"
+                "fe.stats.sample_texts(model, n_tokens)"
             ) from error
 
     def __repr__(self) -> str:

@@ -1,1 +1,29 @@
 """What a change does: scores, specificity, drift, gains."""
+
+from tl_factedit.evaluation.attribution import PositionAttribution, attribute_positions
+from tl_factedit.evaluation.coverage import Coverage, gain_coverage
+from tl_factedit.evaluation.dose import Dose, dose_curve
+from tl_factedit.evaluation.edit_gains import Gains, gains
+from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
+from tl_factedit.evaluation.mediation import Mediation, mediate
+from tl_factedit.evaluation.same_subject import Specificity, specificity
+from tl_factedit.evaluation.text_drift import Drift, drift
+
+__all__ = [
+    "PositionAttribution",
+    "attribute_positions",
+    "Coverage",
+    "gain_coverage",
+    "Dose",
+    "dose_curve",
+    "Gains",
+    "gains",
+    "ErasureSuccess",
+    "erasure_success",
+    "Mediation",
+    "mediate",
+    "Specificity",
+    "specificity",
+    "Drift",
+    "drift",
+]

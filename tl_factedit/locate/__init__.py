@@ -1,1 +1,23 @@
 """Where is a fact recalled? Causal tracing."""
+
+from tl_factedit.locate import metrics
+from tl_factedit.locate.agreement import CorruptionComparison, compare_corruptions
+from tl_factedit.locate.calibration import calibrate_noise
+from tl_factedit.locate.corruption import Corruption, MultivariateNoise, UniformNoise
+from tl_factedit.locate.presets import hase2023, meng2022, zhang2023
+from tl_factedit.locate.units import UnitTrace, trace_units
+
+__all__ = [
+    "metrics",
+    "CorruptionComparison",
+    "compare_corruptions",
+    "calibrate_noise",
+    "Corruption",
+    "MultivariateNoise",
+    "UniformNoise",
+    "hase2023",
+    "meng2022",
+    "zhang2023",
+    "UnitTrace",
+    "trace_units",
+]

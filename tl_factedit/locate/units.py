@@ -145,7 +145,7 @@ def trace_units(
         ValueError: No such layer, unit or position; as `causal_trace`.
 
     Example:
-        >>> heads = fe.trace_units(model, facts, "head", at="last")   # doctest: +SKIP
+        >>> heads = fe.locate.trace_units(model, facts, "head", at="last")   # doctest: +SKIP
         >>> heads.table().head()                                      # doctest: +SKIP
     """
     facts = as_facts(facts)

@@ -63,7 +63,7 @@ class Patchscope:
         batch_tokens: Most tokens in one forward pass.
 
     Example:
-        >>> scope = fe.Patchscope("The city of {} is called", target_layers=range(4))          # doctest: +SKIP
+        >>> scope = fe.probes.Patchscope("The city of {} is called", target_layers=range(4))          # doctest: +SKIP
         >>> fe.compare(scope, model, edit, facts).after.at(quantity="percentile_old").mean(0)   # doctest: +SKIP
     """
 

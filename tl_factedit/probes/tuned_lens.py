@@ -273,7 +273,7 @@ def train_tuned_lens(
         RuntimeError: Training diverged.
 
     Example:
-        >>> lens = fe.train_tuned_lens(model, texts)                      # doctest: +SKIP
+        >>> lens = fe.probes.train_tuned_lens(model, texts)                      # doctest: +SKIP
         >>> fe.compare(lens, model, edit, facts).after.at(position="last", quantity="percentile_old")  # doctest: +SKIP
     """
     check_amounts(texts, n_tokens, context)

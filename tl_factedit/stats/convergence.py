@@ -65,7 +65,7 @@ class Convergence:
         provenance: Model, weights, BOS policy, versions.
 
     Example:
-        >>> found = fe.stats_convergence(model, 8, texts, facts)  # doctest: +SKIP
+        >>> found = fe.stats.stats_convergence(model, 8, texts, facts)  # doctest: +SKIP
         >>> found.enough                                          # doctest: +SKIP
         30000
     """
@@ -180,7 +180,7 @@ def stats_convergence(
         RuntimeError: The model overflows.
 
     Example:
-        >>> fe.stats_convergence(model, 8, texts, facts, n_tokens=80_000)  # doctest: +SKIP
+        >>> fe.stats.stats_convergence(model, 8, texts, facts, n_tokens=80_000)  # doctest: +SKIP
     """
     facts = as_facts(facts)
     if not facts:
