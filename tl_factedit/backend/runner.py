@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 from tl_factedit.backend.bridge import of_first_rows, swap_input
 from tl_factedit.backend.hook_names import EMBED, resid_pre
 from tl_factedit.backend.hooked import PastEntry, packed_attention
+from tl_factedit.backend.hooking import hooked, keepers
 from tl_factedit.backend.packing import Packing, Past, gather, past_at
 from tl_factedit.backend.protocol import (
     At,
     Hook,
-    HookFn,
     Model,
     UnsupportedModelError,
     device,
@@ -102,7 +102,7 @@ class Runner:
         tokens = tokens.to(device(self.model))
         self._check_length(tokens)
         last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-        with self._hooked([*hooks, *_keepers(places, kept)]):
+        with self._hooked([*hooks, *keepers(places, kept)]):
             if self.kind == "bridge":
                 if stop is None or stop >= self.n_layers:
                     self._bridge_logits(tokens, last, start)
@@ -129,7 +129,7 @@ class Runner:
         """
         kept: dict[str, Tensor] = {}
         tokens = tokens.to(device(self.model))
-        with self._hooked(_keepers(places, kept)):
+        with self._hooked(keepers(places, kept)):
             if self.kind == "bridge":
                 last = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
                 cache = self._bridge_packed(tokens, last, (0, resid), packing)[1]
@@ -227,39 +227,10 @@ class Runner:
 
     # -- hooks
 
-    @contextmanager
-    def _hooked(self, hooks: Sequence[Hook]) -> Iterator[None]:
-        """Hooks for the length of a block.
-
-        Put up and taken down at their hook points: a bridge of TransformerLens 3 looks all its names up anew in each
-        ``model.hooks``, for each hook, which takes longer than a short pass.
-        """
-        named = [(self._point(place), fn) for place, fn in hooks if isinstance(place, str)]
-        own: Any = object()  # a level that is nobody else's: theirs are numbers
-        with ExitStack() as stack:
-            for place, fn in hooks:
-                if not isinstance(place, str):
-                    handle = place.register_forward_hook(lambda _m, _a, out, fn=fn: fn(out, hook=None))
-                    stack.callback(handle.remove)
-            try:
-                for point, fn in named:
-                    point.add_hook(fn, level=own)
-                yield
-            finally:
-
-                def take_down() -> None:
-                    for point, _ in named:
-                        point.remove_hooks(level=own)
-
-                finish_despite_interrupt(take_down)
-
-    def _point(self, place: str) -> Any:
-        """The hook point of a name."""
+    def _hooked(self, hooks: Sequence[Hook]) -> AbstractContextManager[None]:
         if self._points is None:
             self._points = dict(self.model.hook_dict)  # type: ignore[attr-defined]
-        if place not in self._points:
-            raise UnsupportedModelError(f"{model_name(self.model)} has no hook {place!r}")
-        return self._points[place]
+        return hooked(self.model, hooks, self._points)
 
     # -- HookedTransformer
 
@@ -428,15 +399,3 @@ class Runner:
         finally:
             handle.remove()
         return seen[0]
-
-
-def _keepers(places: Sequence[str], kept: dict[str, Tensor]) -> list[Hook]:
-    """Hooks that put what passes into `kept`."""
-
-    def keep(name: str) -> HookFn:
-        def hook_fn(value: Tensor, hook: Any = None) -> None:
-            kept[name] = value.detach().clone()
-
-        return hook_fn
-
-    return [(name, keep(name)) for name in places]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_factedit.backend.hook_names import component_hook
-from tl_factedit.backend.protocol import Model, Place, Unit, UnsupportedModelError, check_layer, kind, n_layers
+from tl_factedit.backend.protocol import Hook, Model, Place, Unit, UnsupportedModelError, check_layer, kind, n_layers
 from tl_factedit.backend.state import finish_despite_interrupt
 
 
@@ -60,6 +61,27 @@ class DownProj:
         """
         straight = component_hook("mlp", self.layer)
         return isinstance(self.value_at, str) and torch.equal(found[self.value_at], found[straight])
+
+    def hooks(self, change: Callable[[Tensor, Tensor], Tensor | None]) -> list[Hook]:
+        """Hooks that let a function decide, once a pass, what the matrix answers.
+
+        Args:
+            change: Is given the key, [row pos d_mlp], and the value that the matrix (with whatever hooks are at work
+                there already) answers to it, [row pos d_model]; returns what the model goes on with, None for that
+                value itself.
+
+        Example:
+            >>> hooks = site.hooks(lambda key, value: value + key @ learnt)    # doctest: +SKIP
+        """
+        seen: list[Tensor] = []
+
+        def read_key(key: Tensor, hook: Any = None) -> None:
+            seen[:] = [key]
+
+        def answer(value: Tensor, hook: Any = None) -> Tensor | None:
+            return change(seen.pop(), value)
+
+        return [(self.key_hook, read_key), (self.value_at, answer)]
 
     def value(self, key: Float[Tensor, "*row d_mlp"]) -> Float[Tensor, "*row d_model"]:
         """What the matrix answers to a key, in float64."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -148,13 +148,9 @@ def keys_with(
 
 def _adding(site: DownProj, delta: Delta) -> list[Hook]:
     """Hooks that add a change to what ``W_out`` answers, at every token."""
-    seen: list[Tensor] = []
 
-    def read(key: Tensor, hook: Any = None) -> None:
-        seen[:] = [key]
-
-    def add(value: Tensor, hook: Any = None) -> Tensor:
-        change = seen[0].double() @ delta.left.to(value.device) @ delta.right.to(value.device)
+    def add(key: Tensor, value: Tensor) -> Tensor:
+        change = key.double() @ delta.left.to(value.device) @ delta.right.to(value.device)
         return value + change.to(value.dtype)
 
-    return [(site.key_hook, read), (site.value_at, add)]
+    return site.hooks(add)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.hooking import hooked
 from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Hook, Model, bos_policy, model_name
 from tl_factedit.backend.provenance import Provenance
@@ -155,17 +156,12 @@ class RoutedEdit:
             yield model
 
     def _hooks(self, site: DownProj) -> list[Hook]:
-        seen: list[Tensor] = []
-
-        def read_key(key: Tensor, hook: Any = None) -> None:
-            seen[:] = [key.detach()]
-
-        def answer(value: Tensor, hook: Any = None) -> Tensor:
-            apart, nearest = self.distances(seen.pop()).min(-1)
+        def answer(key: Tensor, value: Tensor) -> Tensor:
+            apart, nearest = self.distances(key.detach()).min(-1)
             stored = self.values.to(value)[nearest]
             return torch.where((apart <= self.radius)[..., None], stored, value)
 
-        return [(site.key_hook, read_key), (site.value_at, answer)]
+        return site.hooks(answer)
 
     def reach(self, model: Model, others: Sequence[Fact] = ()) -> Reach:
         """How near the stored keys the subjects' own keys come under their paraphrases, and others' subjects.
@@ -343,16 +339,3 @@ class Router:
             "fit": plain(asdict(self.fit)),
             "contexts": described(self.contexts),
         }
-
-
-@contextmanager
-def hooked(model: Model, hooks: Sequence[Hook]) -> Iterator[None]:
-    """Hooks for the length of a block, on hook names and on modules; each goes on exit."""
-    with ExitStack() as stack:
-        for place, fn in hooks:
-            if isinstance(place, str):
-                stack.enter_context(model.hooks(fwd_hooks=[(place, fn)]))
-            else:
-                handle = place.register_forward_hook(lambda _m, _a, out, fn=fn: fn(out, hook=None))
-                stack.callback(handle.remove)
-        yield

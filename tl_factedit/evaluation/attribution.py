@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -168,14 +168,10 @@ def _read(
 
 def _taking(site: DownProj, delta: Delta, away: Bool[Tensor, "row pos"]) -> list[Hook]:
     """What takes the edit's contribution out of a value at some tokens."""
-    seen: list[Tensor] = []
 
-    def read(key: Tensor, hook: Any = None) -> None:
-        seen[:] = [key]
-
-    def take(value: Tensor, hook: Any = None) -> Tensor:
-        added = seen.pop().double() @ delta.left.to(value.device) @ delta.right.to(value.device)
+    def take(key: Tensor, value: Tensor) -> Tensor:
+        added = key.double() @ delta.left.to(value.device) @ delta.right.to(value.device)
         where = away.to(value.device)[..., None]
         return torch.where(where, (value.double() - added).to(value.dtype), value)
 
-    return [(site.key_hook, read), (site.value_at, take)]
+    return site.hooks(take)

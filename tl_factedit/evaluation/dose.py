@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import repeat
@@ -102,15 +101,11 @@ def dose_curve(
 
 def _scale(site: DownProj, delta: Delta, doses: Tensor, position: int) -> list[Hook]:
     """Hooks that leave only a share of the edit at one position; one dose a row."""
-    seen: list[Tensor] = []
 
-    def read_key(key: Tensor, hook: Any = None) -> None:
-        seen[:] = [key[:, position]]
-
-    def move_value(value: Tensor, hook: Any = None) -> Tensor:
+    def move_value(key: Tensor, value: Tensor) -> Tensor:
         moved = value.clone()
-        change = seen[0].double() @ delta.left.to(value.device) @ delta.right.to(value.device)
+        change = key[:, position].double() @ delta.left.to(value.device) @ delta.right.to(value.device)
         moved[:, position] += ((doses.to(value.device) - 1)[:, None] * change).to(value.dtype)
         return moved
 
-    return [(site.key_hook, read_key), (site.value_at, move_value)]
+    return site.hooks(move_value)

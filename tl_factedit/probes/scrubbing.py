@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.backend.hook_names import EMBED, resid_post, resid_pre
+from tl_factedit.backend.hooking import hooked
 from tl_factedit.backend.protocol import Hook, Model, bos_policy, check_layer, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
@@ -180,7 +181,7 @@ class Erasure:
         else:
             finder = _Finder(self.spelt)
             hooks = [(EMBED, finder.look), (place, lambda value, hook: finder.change(value, self.eraser))]
-        with model.hooks(fwd_hooks=hooks):
+        with hooked(model, hooks):
             yield model
 
     def __repr__(self) -> str:
