@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_leaves_everything_as_it_was(mode
         return logits(self, *args, **options) * (bad if len(calls) == step + 1 else 1)
 
     with laws.untouched(model), monkeypatch.context() as patch:
-        patch.setattr(Runner, "packs", lambda *_: "")  # which runs the model too, to see whether it can
+        patch.setattr(Runner, "why_not_packed", lambda *_: "")  # which runs the model too, to see whether it can
         patch.setattr(Runner, "logits", broken)
         with pytest.raises(RuntimeError, match=rf"the loss of .* is (nan|inf) at step {step}.*float32"):
             fit(model)
@@ -272,7 +272,7 @@ def test_no_graph_is_kept_so_that_the_model_can_still_be_copied(kind, arch, fail
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("tl_factedit.editing.descent.adam_step", interrupt)
+        monkeypatch.setattr("tl_factedit.editing.descent.Adam.step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(model, steps=2)
     else:

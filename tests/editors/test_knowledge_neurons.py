@@ -156,7 +156,7 @@ def test_packed_they_are_those_of_whole_sequences_and_how_many_go_together_is_ro
     model = shared(kind, "llama")
     packed = found(model, QUESTIONS)
     alone = found(model, QUESTIONS, memory=1e-9)
-    monkeypatch.setattr(Runner, "packs", lambda *_: "said so by a test")
+    monkeypatch.setattr(Runner, "why_not_packed", lambda *_: "said so by a test")
     plain = found(model, QUESTIONS)
     for one, other, another in zip(packed, alone, plain, strict=True):
         torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-8)

@@ -19,7 +19,7 @@ from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core import solve
 from tl_factedit.core.tokens import align
-from tl_factedit.editing import descent
+from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.inputs import check_contexts, check_facts
 from tl_factedit.editing.layerwise import spread
 from tl_factedit.editing.value_fit import ValueFit
@@ -82,7 +82,7 @@ def test_the_weights_stay_and_come_back_and_the_same_edit_comes_again(kind, arch
         "tl_factedit.editing.layerwise.prefixes",
         "tl_factedit.editing.layerwise.fit_values",
         "tl_factedit.editing.values.Runner.remember",
-        "tl_factedit.editing.descent.adam_step",
+        "tl_factedit.editing.descent.Adam.step",
         "tl_factedit.editing.layerwise.Delta",
         "tl_factedit.editing.layerwise.measure_off_target",
         "tl_factedit.editing.layerwise.diagnose_many",
@@ -590,7 +590,7 @@ def test_many_values_at_once_are_each_as_alone(kind, arch, where):
 def test_packed_values_are_those_of_whole_sequences(kind, monkeypatch):
     model = shared(kind)
     packed = laws.fit_value(model, laws.FACT, 1, laws.CONTEXTS, fit=FIT, prepend_bos=True, progress=False)
-    monkeypatch.setattr(Runner, "packs", lambda *_: "said so by a test")
+    monkeypatch.setattr(Runner, "why_not_packed", lambda *_: "said so by a test")
     plain = laws.fit_value(model, laws.FACT, 1, laws.CONTEXTS, fit=FIT, prepend_bos=True, progress=False)
     assert packed.losses == pytest.approx(plain.losses, rel=2e-4)
     torch.testing.assert_close(packed.delta, plain.delta, rtol=2e-3, atol=2e-3)
@@ -613,13 +613,13 @@ def test_in_bfloat16_an_edit_is_solved_in_float64_and_rounded_once(kind, arch, n
     model = tiny.model(kind, arch, dtype=torch.bfloat16)
     stats = {layer: laws.stats(model, layer, n_tokens=2_000) for layer in LAYERS}
     seen = []
-    step = descent.adam_step
+    step = Adam.step
 
-    def watched(value, gradient, *rest):
-        seen.append((value.dtype, gradient.dtype))
-        return step(value, gradient, *rest)
+    def watched(self, gradients):
+        seen.extend((value.dtype, gradient.dtype) for value, gradient in zip(self.tensors, gradients, strict=True))
+        step(self, gradients)
 
-    monkeypatch.setattr(descent, "adam_step", watched)
+    monkeypatch.setattr(Adam, "step", watched)
     facts = FACTS[:1] if name == "rome" else FACTS
     edit = laws.leaves_everything_as_it_was(lambda: ALL[name](stats)(model, facts), model)
     assert set(seen) == {(torch.float32, torch.float32)}

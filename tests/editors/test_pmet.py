@@ -78,7 +78,7 @@ def test_it_obeys_the_laws_of_every_editor(kind, arch, monkeypatch, tmp_path):
     [
         "tl_factedit.editing.layerwise.fit_values",
         "tl_factedit.editing.values.Runner.remember",
-        "tl_factedit.editing.descent.adam_step",
+        "tl_factedit.editing.descent.Adam.step",
         "tl_factedit.editing.layerwise.Delta",
         "tl_factedit.backend.weights.DownProj.write_",
         "tl_factedit.editing.layerwise.diagnose_many",
@@ -194,7 +194,7 @@ def test_many_at_once_are_each_as_alone(kind):
 def test_packed_values_are_those_of_whole_sequences(kind, monkeypatch):
     model = shared(kind, "llama")
     packed = fit(model)
-    monkeypatch.setattr(Runner, "packs", lambda *_: "said so by a test")
+    monkeypatch.setattr(Runner, "why_not_packed", lambda *_: "said so by a test")
     for one, other in zip(packed, fit(model), strict=True):
         assert one.losses == pytest.approx(other.losses, **LOSS)
         torch.testing.assert_close(one.delta, other.delta, **DELTA)

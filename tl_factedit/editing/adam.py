@@ -1,21 +1,44 @@
-"""Adam."""
+"""The one optimiser of this package: Adam, in place and without weight decay."""
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
-def adam_step(
-    value: Float[Tensor, "place d_model"],
-    gradient: Float[Tensor, "place d_model"],
-    mean: Float[Tensor, "place d_model"],
-    square: Float[Tensor, "place d_model"],
-    step: int,
-    lr: float,
-) -> Float[Tensor, "place d_model"]:
-    """One step of Adam (Kingma and Ba 2014, arXiv:1412.6980) with its usual constants; moments are updated in place."""
-    mean.lerp_(gradient, 0.1)
-    square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-    size = (square / (1 - 0.999**step)).sqrt() + 1e-8
-    return value - lr * (mean / (1 - 0.9**step)) / size
+class Adam:
+    """Adam (Kingma and Ba 2014, arXiv:1412.6980, algorithm 1) with its usual constants.
+
+    ::
+
+        m ← 0.9 m + 0.1 g        v ← 0.999 v + 0.001 g²
+        x ← x − lr · (m / (1 − 0.9ᵗ)) / (√(v / (1 − 0.999ᵗ)) + 1e-8)
+
+    Unlike `torch.optim.Adam` it moves plain tensors, which need no ``.grad``: views into one tensor will do, so that
+    each row of it can be given a state, and a time to stop, of its own.
+
+    Args:
+        tensors: What is moved, in place.
+        lr: Step size.
+
+    Attributes:
+        updates: How many steps were made.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], lr: float) -> None:
+        self.tensors, self.lr = tuple(tensors), lr
+        self.means = tuple(torch.zeros_like(tensor) for tensor in self.tensors)
+        self.squares = tuple(torch.zeros_like(tensor) for tensor in self.tensors)
+        self.updates = 0
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Move each tensor against its gradient."""
+        self.updates += 1
+        correct_mean, correct_square = 1 - 0.9**self.updates, 1 - 0.999**self.updates
+        for tensor, gradient, mean, square in zip(self.tensors, gradients, self.means, self.squares, strict=True):
+            mean.lerp_(gradient, 0.1)
+            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            tensor -= self.lr * (mean / correct_mean) / ((square / correct_square).sqrt() + 1e-8)

@@ -16,7 +16,7 @@ from tl_factedit.backend.protocol import Hook, Model, Place
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import Aligned, align, pad
-from tl_factedit.editing.adam import adam_step
+from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.objectives import EditTarget, set_subjects
 from tl_factedit.editing.packed_rows import PackedRows
 from tl_factedit.editing.value_fit import Fitted, ValueFit, Where
@@ -240,7 +240,7 @@ class Descent:
         """Step until every fact has stopped."""
         fit, count = self.fit, len(self.asked)
         delta = torch.zeros(count, self.norms.shape[1], self.stream.shape[-1], device=self.stream.device)
-        adam_mean, adam_square = torch.zeros_like(delta), torch.zeros_like(delta)
+        adams = [Adam([each], fit.lr) for each in delta]  # views: each fact has a stop of its own
         losses: list[list[float]] = [[] for _ in self.asked]
         probs: list[list[float]] = [[] for _ in self.asked]
         stopped: list[Literal["loss", "kl", "steps"]] = ["steps"] * count
@@ -281,8 +281,8 @@ class Descent:
             with torch.no_grad():
                 for k in going:
                     i = rows.facts[k]
-                    moved = adam_step(delta[i], gradient[k], adam_mean[i], adam_square[i], step + 1, fit.lr)
-                    norm, most = moved.norm(dim=-1), fit.clamp * self.norms[i]
+                    adams[i].step([gradient[k]])
+                    norm, most = delta[i].norm(dim=-1), fit.clamp * self.norms[i]
                     if not bool((norm < float("inf")).all()):
                         raise RuntimeError(
                             f"the value of {self.asked[i].wish.fact.name!r} is not finite after step {step}: lower "
@@ -290,7 +290,7 @@ class Descent:
                         )
                     beyond = norm > most
                     clamped[i] += bool(beyond.any())
-                    delta[i] = moved * torch.where(beyond, most / norm, 1.0)[:, None]
+                    delta[i] *= torch.where(beyond, most / norm, 1.0)[:, None]
                 if len(going) < len(rows.facts):
                     rows = self._active([rows.facts[k] for k in going])
         found = delta.double().cpu()

@@ -29,6 +29,7 @@ from tl_factedit.backend.state import detach_caches, frozen
 from tl_factedit.backend.weights import DownProj, check_own, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import GIB, align, pad
+from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.diagnostics import diagnose_many
 from tl_factedit.editing.edit import Edit
@@ -296,9 +297,7 @@ class _Descent:
         # Steps of Adam are smaller than what half precision resolves.
         self.weights = [site.W.float() if site.W.dtype.itemsize < 4 else site.W.clone() for site in sites]
         self.bounds = [None if editor.epsilon is None else bounds(site.W, editor.epsilon) for site in sites]
-        self.mean = [torch.zeros_like(weight) for weight in self.weights]
-        self.square = [torch.zeros_like(weight) for weight in self.weights]
-        self.updates = 0
+        self.adam = Adam(self.weights, editor.lr)
 
     def run(self) -> _Tuned:
         """Step until the loss is small, or the steps are over."""
@@ -382,7 +381,7 @@ class _Descent:
                 probs[i].append(float(prob[k]))
                 if not torch.isfinite(loss[k]):
                     raise RuntimeError(
-                        f"the loss of {self.asked[i].wish.fact.name!r} is {losses[i][-1]} after {self.updates} "
+                        f"the loss of {self.asked[i].wish.fact.name!r} is {losses[i][-1]} after {self.adam.updates} "
                         "updates: lower lr, or load the model in float32"
                     )
         return total
@@ -408,15 +407,9 @@ class _Descent:
         return sum(losses[i][-1] for i in facts) / len(facts) < self.editor.stop_below
 
     def _update(self, gradients: Sequence[Tensor]) -> None:
-        """One step of Adam (Kingma and Ba 2014, arXiv:1412.6980) with its usual constants, then the box."""
-        self.updates += 1
-        correct_mean, correct_square = 1 - 0.9**self.updates, 1 - 0.999**self.updates
-        for weight, gradient, mean, square, box in zip(
-            self.weights, gradients, self.mean, self.square, self.bounds, strict=True
-        ):
-            mean.lerp_(gradient, 0.1)
-            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            weight -= self.editor.lr * (mean / correct_mean) / ((square / correct_square).sqrt() + 1e-8)
+        """One step of Adam, then back into the box."""
+        self.adam.step(gradients)
+        for weight, box in zip(self.weights, self.bounds, strict=True):
             if box is not None:
                 torch.clamp(weight, *(bound.to(weight.dtype) for bound in box), out=weight)
 
