@@ -1,15 +1,25 @@
 """Imports come from lower ranks only, one folder knows TransformerLens, and importing the package does no work."""
 
 import ast
+import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import tl_factedit
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, for which pytest brings it
+    import tomli as tomllib
 
 ROOT = Path(tl_factedit.__file__).parent
 # A folder imports from the rows above its own; folders of one row never from each other.
@@ -127,10 +137,60 @@ def test_there_are_no_relative_and_no_star_imports(name):
     assert not [n for n in names if n.startswith(".") or n.endswith("*")]
 
 
+# ---------------------------------------------------------------------------------------- dependencies
+
+
+DECLARED_FOR_USERS = ("smollm2", "probes")
+
+
+def undeclared(source: str) -> set[str]:
+    """Packages that a source imports though pyproject.toml declares no distribution that has them."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    extras = [text for extra in DECLARED_FOR_USERS for text in project["optional-dependencies"][extra]]
+    declared = {canonicalize_name(Requirement(text).name) for text in [*project["dependencies"], *extras]}
+    owners = importlib.metadata.packages_distributions()
+    others = outside(source) - set(sys.stdlib_module_names)
+    return {name for name in others if not {canonicalize_name(owner) for owner in owners.get(name, ())} & declared}
+
+
+def test_every_package_that_is_imported_is_declared():
+    assert undeclared("\n".join(path.read_text() for path in FILES.values())) == set()
+
+
+def test_a_package_that_comes_only_through_another_one_is_seen():
+    assert undeclared("import torch, json, scipy.stats\nfrom beartype import beartype") == {"scipy", "beartype"}
+
+
+# ---------------------------------------------------------------------------------------- the public face
+
+NAMESPACES = [name for name in tl_factedit.__all__ if isinstance(getattr(tl_factedit, name), ModuleType)]
+
+
+def test_dir_shows_the_face_and_the_namespaces_and_nothing_else():
+    assert dir(tl_factedit) == sorted([*tl_factedit.__all__, "__version__"])
+    assert tl_factedit.__version__ == importlib.metadata.version("tl-factedit")
+    assert set(NAMESPACES) == {
+        *("attacks", "auditing", "data", "editing", "editors", "evaluation"),
+        *("locate", "models", "probes", "show", "stats"),
+    }
+
+
 def test_every_public_name_is_there_and_listed_once():
-    public = tl_factedit.__all__
-    assert len(public) == len(set(public))
-    assert all(hasattr(tl_factedit, name) for name in public)
+    listed = [(tl_factedit, name) for name in tl_factedit.__all__]
+    listed += [(space, name) for n in NAMESPACES for space in [getattr(tl_factedit, n)] for name in space.__all__]
+    assert all(hasattr(place, name) for place, name in listed)
+    names = [name for _, name in listed]
+    assert [name for name in set(names) if names.count(name) > 1] == []
+    things = [id(getattr(place, name)) for place, name in listed]
+    assert len(things) == len(set(things)), "one thing under two names"
+
+
+def test_no_module_hides_behind_a_public_name_of_its_folder():
+    """`import tl_factedit.x.y as y` takes what `x` calls y: it has to be the module."""
+    for name in MODULES:
+        folder, _, stem = f"tl_factedit.{name}".rpartition(".")
+        module = importlib.import_module(f"tl_factedit.{name}")
+        assert getattr(importlib.import_module(folder), stem) is module, name
 
 
 # ---------------------------------------------------------------------------------------- no work at import
