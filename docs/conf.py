@@ -42,10 +42,11 @@ doctest_global_setup = "import torch\n\nimport tl_factedit as fe"
 PUBLIC_MODULES = [name for name in tl_factedit.__all__ if isinstance(getattr(tl_factedit, name), ModuleType)]
 PUBLIC_NAMES = "<!-- public names -->"
 
-# References to public names are checked. Names outside the package aren't linked, so that the build needs no
-# network, nor are types that stand in a signature but aren't public.
+# References to public names, `tl_factedit.X` and `tl_factedit.namespace.X`, are checked. Names outside the package
+# aren't linked, so that the build needs no network, nor are types that stand in a signature but aren't public.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!tl_factedit\.).*"),
+    (r"py:.*", r"tl_factedit\.[a-z_]+\.[a-z_]+\..*"),
     (r"py:.*", rf"tl_factedit\.(?!(?:{'|'.join(PUBLIC_MODULES)})\.)[a-z_]+\..*"),
 ]
 
@@ -58,8 +59,8 @@ def list_public_names(app: object, docname: str, source: list[str]) -> None:  # 
     """Put the package and its public modules where api.md has its marker."""
     if PUBLIC_NAMES not in source[0]:
         return
-    sections = [_automodule("tl_factedit", "tl_factedit")]
-    sections += [_automodule(f"tl_factedit.{name}", f"tl_factedit.{name}") for name in PUBLIC_MODULES]
+    sections = [_automodule("fe", "tl_factedit")]
+    sections += [_automodule(f"fe.{name}", f"tl_factedit.{name}") for name in PUBLIC_MODULES]
     source[0] = source[0].replace(PUBLIC_NAMES, "\n".join(sections))
 
 

@@ -17,10 +17,10 @@ class Estimate:
 
     Attributes:
         mean: The estimate; NaN if no fact could be scored.
-        low: Lower end; NaN below two facts, which say nothing of the spread between facts (of a correlation: below
-            five), and where facts of one value on a scale without ends show none.
+        low: Lower end. NaN below two facts (of a correlation: five), which say nothing about the spread between facts,
+            and where all facts have one value on a scale without ends.
         high: Upper end; NaN where `low` is.
-        n: Facts it is over.
+        n: How many facts it is over.
     """
 
     mean: float
@@ -45,13 +45,13 @@ class Estimate:
 DRAWS = 10_000
 
 Z = 1.959964
-"""Of a 95 % interval."""
+"""Standard deviations of a 95 % interval."""
 
 ROUNDING = 1e-12
-"""Means of equal numbers differ by as much."""
+"""How much means of equal numbers may differ."""
 
 FEWEST = 5
-"""Facts for the interval of a correlation."""
+"""Facts that the interval of a correlation needs."""
 
 AT_ONCE = 5_000_000
 """Most numbers resampled at a time: with all 21,919 facts of CounterFact a whole table of draws is 1.8 GB."""
@@ -67,7 +67,7 @@ def over_facts(values: Sequence[float], *, span: tuple[float, float] | None = (0
     Args:
         values: One a fact.
         span: The ends of the scale; None where there are none: facts of one value have no interval then.
-        seed: Of the resampling.
+        seed: Seed of the bootstrap.
     """
     found = jointly([values], lambda means: means[0], seed=seed)
     if found.n < 2 or found.high - found.low > ROUNDING * max(1.0, abs(found.mean)):
@@ -87,7 +87,7 @@ def jointly(
     Args:
         columns: Scores by kind, each with one value a fact (NaN: this fact has none).
         combine: From the means (one tensor a column, of any shape) to the estimate.
-        seed: Of the resampling.
+        seed: Seed of the bootstrap.
 
     Returns:
         The estimate; n counts the facts that have every score.
@@ -188,13 +188,13 @@ def _resampled_means(table: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def wilson_low(share: float, n: int, z: float) -> float:
+    """The lower end of Wilson's interval of a share, z standard deviations down."""
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     return centre - z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
 
 
 def erfinv(x: float) -> float:
-    import torch
-
+    """The inverse of the error function."""
     return float(torch.erfinv(torch.tensor(x, dtype=torch.float64)))
 
 
@@ -207,5 +207,5 @@ def wilson_ends(share: Tensor, n: Tensor, alpha: float) -> tuple[Tensor, Tensor]
 
 
 def mean_over_facts(values: Float[Tensor, "fact"]) -> Estimate:
-    """Of numbers that are no shares."""
+    """The mean of numbers that aren't shares, with its bootstrap interval."""
     return jointly([values.tolist()], lambda means: means[0])
