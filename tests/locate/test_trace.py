@@ -15,15 +15,16 @@ from oracles import tracing, untouched
 from oracles.tracing import TracedPrompt
 
 import tl_factedit as fe
-import tl_factedit.backend.runner as runner_module
+import tl_factedit.backend.bridge as bridge_module
+import tl_factedit.backend.hooking as hooking_module
 import tl_factedit.backend.state as state_module
 import tl_factedit.locate.inputs as questions_module
 import tl_factedit.locate.trace as trace_module
 from tl_factedit.backend.loading import from_hf
+from tl_factedit.backend.memory import MOST_TOKENS, pass_tokens
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
-from tl_factedit.locate.inputs import MOST_TOKENS, batch_tokens
 from tl_factedit.locate.trace import causal_trace
 from tl_factedit.locate.trace_result import Trace, window_layers
 
@@ -478,9 +479,9 @@ def test_the_memory_allowed_changes_no_number_but_the_size_of_batches(kind, arch
 
 def test_what_a_pass_may_hold_follows_from_the_memory_and_the_vocabulary(kind):
     model = shared(kind, "gpt2")
-    assert batch_tokens(model, 1e-6) == 16
-    assert batch_tokens(model, 100.0) == MOST_TOKENS
-    assert batch_tokens(model, 1e-3) < batch_tokens(model, 2e-3)
+    assert pass_tokens(model, 1e-6) == 16
+    assert pass_tokens(model, 100.0) == MOST_TOKENS
+    assert pass_tokens(model, 1e-3) < pass_tokens(model, 2e-3)
 
 
 @on_few
@@ -488,7 +489,7 @@ def test_cells_run_as_whole_sequences_give_the_same(kind, arch, monkeypatch):
     model = shared(kind, arch)
     packed = traced(model, three(model), component="attn")
     assert packed.unpacked == ""
-    monkeypatch.setattr(Runner, "packs", lambda *_: "said so by a test")
+    monkeypatch.setattr(Runner, "why_not_packed", lambda *_: "said so by a test")
     plain = traced(model, three(model), component="attn")
     assert plain.unpacked == "said so by a test"
     known = ~packed.sample_effect.isnan()
@@ -498,7 +499,7 @@ def test_cells_run_as_whole_sequences_give_the_same(kind, arch, monkeypatch):
 def test_a_model_whose_blocks_cannot_run_some_rows_alone_is_run_in_whole_sequences(monkeypatch):
     model = tiny.model("bridge", "llama")
     fine = traced(model, three(model))
-    monkeypatch.setattr("tl_factedit.backend.runner.of_first_rows", lambda forward, count, rows: forward)
+    monkeypatch.setattr("tl_factedit.backend.bridge.of_first_rows", lambda forward, count, rows: forward)
     refused = traced(model, three(model))
     assert fine.unpacked == "" and refused.unpacked
     torch.testing.assert_close(refused.effect, fine.effect, atol=1e-5, rtol=0, equal_nan=True)
@@ -991,7 +992,7 @@ def test_an_interrupt_while_it_is_put_back_leaves_nothing_behind(kind, monkeypat
     for param in list(model.parameters())[::2]:
         param.requires_grad_(True)
     traced(model, asking(model))
-    finish_despite_interrupt, calls = runner_module.finish_despite_interrupt, []
+    finish_despite_interrupt, calls = state_module.finish_despite_interrupt, []
 
     def interrupted(finish):
         def once():
@@ -1003,7 +1004,7 @@ def test_an_interrupt_while_it_is_put_back_leaves_nothing_behind(kind, monkeypat
         finish_despite_interrupt(once)
 
     with laws.untouched(model):
-        for module in (runner_module, state_module):
+        for module in (bridge_module, hooking_module, state_module):
             monkeypatch.setattr(module, "finish_despite_interrupt", interrupted)
         with contextlib.suppress(KeyboardInterrupt):
             traced(model, asking(model))

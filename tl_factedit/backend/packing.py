@@ -41,6 +41,10 @@ class Packing:
         return self if count == len(self.positions) else Packing(self.positions[:count], self.visible[:count])
 
 
+FIRST: At = (torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+"""One position: where logits have to be asked for and nobody reads them."""
+
+
 def past_at(past: Sequence[tuple[Tensor, Tensor]], rows: Int[Tensor, "row"], length: int) -> Past:
     """The first `length` positions of some rows of a past."""
     return tuple((keys[rows, :length], values[rows, :length]) for keys, values in past)

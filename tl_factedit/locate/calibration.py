@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 import torch
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import bos_policy
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.locate.corruption import GaussianNoise, MultivariateNoise, UniformNoise
-from tl_factedit.locate.inputs import TraceInputs, align_all, ask, check_memory
+from tl_factedit.locate.inputs import TraceInputs, align_all, ask
 from tl_factedit.locate.metrics import prob
 
 Noise = GaussianNoise | UniformNoise | MultivariateNoise

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tl_factedit.backend.memory import GIB, pass_tokens
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.facts import Fact
@@ -17,11 +18,6 @@ from tl_factedit.locate.corruption import Corruption, Subject, subject_of
 from tl_factedit.locate.metrics import Metric, logit_diff
 from tl_factedit.locate.patching import Patching
 from tl_factedit.locate.replacement import TokenReplacement
-
-GIB = 1 << 30
-
-MOST_TOKENS = 1024
-"""In one forward pass: beyond it a processor gains nothing."""
 
 MOST_QUESTIONS = 32
 """In one chunk: what a kill can lose, and how often a bar moves."""
@@ -99,7 +95,7 @@ class TraceInputs:
             metric,
             direction,
             packed=not self.unpacked,
-            batch_tokens=batch_tokens(self.runner.model, memory),
+            batch_tokens=pass_tokens(self.runner.model, memory),
         )
 
     def _bytes(self, chunk: Sequence[int], places: Sequence[str], held: Sequence[str]) -> int:
@@ -134,12 +130,6 @@ def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption
     return TraceInputs(runner, corruption, subjects, each, runner.why_not_packed(longest.ids, len(longest.ids)))
 
 
-def check_memory(memory: float) -> None:
-    """See that there is some."""
-    if not memory > 0:
-        raise ValueError(f"memory is {memory}, needed more than 0 (GiB)")
-
-
 def check_contrasts(facts: Sequence[Fact], rows: Sequence[Aligned], metric: Metric, corruption: Corruption) -> None:
     """See that ``logit_diff`` has an answer to set against each fact's: another first token than its own."""
     if metric is not logit_diff or isinstance(corruption, TokenReplacement):
@@ -160,14 +150,6 @@ def check_contrasts(facts: Sequence[Fact], rows: Sequence[Aligned], metric: Metr
 def align_all(model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> list[Aligned]:
     """The facts' prompts as the model runs them."""
     return [align(model.tokenizer, fact, prepend_bos=prepend_bos) for fact in facts]
-
-
-def batch_tokens(model: Model, memory: float) -> int:
-    """How many tokens a forward pass may have, if half of so many GiB is for what it needs on its way."""
-    cfg = model.cfg
-    wide = 4 * (cfg.d_mlp or 4 * cfg.d_model) + 16 * cfg.d_model
-    # Nearly every token of a packed row that ends a cell is unembedded, and a metric makes two more of its logits.
-    return int(max(16, min(MOST_TOKENS, memory * GIB / 2 / (4 * (wide + 3 * cfg.d_vocab)))))
 
 
 def _contrast(corruption: Corruption, subject: Subject, row: Aligned, samples: int) -> Tensor | None:

@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.backend.hook_names import EMBED, resid_post, resid_pre
+from tl_factedit.backend.packed_rows import PackedRows
 from tl_factedit.backend.packing import Packing, Past, past_at
 from tl_factedit.backend.protocol import Hook, HookFn
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.tokens import pad
+from tl_factedit.locate.cell_rows import CellRows
 from tl_factedit.locate.cells import Cell, Direction, Patch, Question, Source
 from tl_factedit.locate.metrics import Metric, MetricInput, stacked
-from tl_factedit.locate.packed_rows import PackedRows, Rows
 
 
 class Patching:
@@ -105,7 +106,7 @@ class Patching:
 
     # -- cells
 
-    def sheets(self, cells: Sequence[Cell]) -> list[PackedRows]:
+    def sheets(self, cells: Sequence[Cell]) -> list[CellRows]:
         """Put cells into rows: one list of sheets serves every layer."""
         groups: dict[int, list[Cell]] = {}
         for cell in cells:
@@ -118,13 +119,14 @@ class Patching:
             together = [*sheets[-1], part] if sheets else [part]
             rows = sum(self._rows(each) for each in together)
             filled = sum(self._rows(each) * self._width(each) for each in together)
-            if sheets and rows * self._width(part) <= min(self._batch_tokens, 1.1 * filled):
+            few = rows * self._width(part) <= min(self._batch_tokens, 1.1 * filled)
+            if sheets and few and self._can_be_seen(self._width(part), max(map(self._behind, together))):
                 sheets[-1].append(part)
             else:
                 sheets.append([part])
         return [self._sheet(groups) for groups in sheets]
 
-    def run(self, sheet: PackedRows, patches: Sequence[Patch]) -> Iterator[tuple[int, Cell, Float[Tensor, "sample"]]]:
+    def run(self, sheet: CellRows, patches: Sequence[Patch]) -> Iterator[tuple[int, Cell, Float[Tensor, "sample"]]]:
         """The metric of each cell under each patch (by its number), for each sample.
 
         Args:
@@ -165,21 +167,14 @@ class Patching:
             return self._runner.capture(ids, places, hooks=[set_subject]), None
         first = self._runner.capture(ids, [resid_pre(0)], stop=0, hooks=[set_subject])[resid_pre(0)]
 
-        starts = torch.tensor([question.row.subject[0] for question in questions], device=first.device)
-        ends = torch.tensor([len(question.ids) for question in questions], device=first.device)
-        query = torch.arange(int((ends - starts).max()), device=first.device)
-        real = query < (ends - starts)[:, None]
-        where = (starts[:, None] + query).minimum(ends[:, None] - 1)
-        before = int(starts.max())
-        behind = torch.arange(before, device=first.device) < starts[:, None, None]
-        own = (query[:, None] >= query) & real[:, None] | torch.eye(len(query), dtype=torch.bool, device=first.device)
-        visible = torch.cat([behind & real[..., None], own], -1)
-        every = torch.arange(len(ids), device=first.device)[:, None]
+        starts = [question.row.subject[0] for question in questions]
+        lengths = [len(question.ids) - start for question, start in zip(questions, starts, strict=True)]
+        laid = PackedRows.of(lengths, starts, apart=True)
+        packing = laid.packing(past_at(clean_past, of_run, laid.behind.shape[1]), first.device)
+        where, every = packing.positions, torch.arange(len(ids), device=first.device)[:, None]
+        real = torch.arange(where.shape[1], device=first.device) < torch.tensor(lengths, device=first.device)[:, None]
         found, past = self._runner.remember(
-            ids.to(first.device)[every, where],
-            places,
-            resid=first[every, where],
-            packing=Packing(where, visible, past_at(clean_past, of_run, before)),
+            ids.to(first.device)[every, where], places, resid=first[every, where], packing=packing
         )
 
         def spread(values: Tensor, whole: Tensor) -> Tensor:
@@ -214,25 +209,41 @@ class Patching:
         length = len(self._questions[cells[0].question].ids)
         return sum(length - cell.position for cell in cells) if self._packed else length
 
+    def _behind(self, cells: Sequence[Cell]) -> int:
+        return max(cell.position for cell in cells) if self._packed else 0
+
+    def _can_be_seen(self, width: int, behind: int) -> bool:
+        """Whether the model's attention reaches over a row and what is behind it."""
+        most = self._runner.most_keys
+        return not self._packed or most is None or width + behind <= most
+
     def _split(self, cells: Sequence[Cell]) -> Iterator[list[Cell]]:
         """Cells of one question in parts, none of which is more than a pass can hold unless it is a single cell."""
         part: list[Cell] = []
         for cell in cells:
-            if part and self._rows([*part, cell]) * self._width([*part, cell]) > self._batch_tokens:
+            more = [*part, cell]
+            few = self._rows(more) * self._width(more) <= self._batch_tokens
+            if part and not (few and self._can_be_seen(self._width(more), self._behind(more))):
                 yield part
                 part = []
             part.append(cell)
         yield part
 
-    def _sheet(self, groups: Sequence[Sequence[Cell]]) -> PackedRows:
-        rows = Rows()
+    def _sheet(self, groups: Sequence[Sequence[Cell]]) -> CellRows:
+        of = []
         for cells in groups:
-            question = self._questions[cells[0].question]
-            runs = range(self._first_run[cells[0].question], self._first_run[cells[0].question] + question.samples)
-            rows.add(cells, question, runs, packed=self._packed)
-        return rows.sheet(None if self._past[0] is None else self._past)  # type: ignore[arg-type]
+            which = cells[0].question
+            first, question = self._first_run[which], self._questions[which]
+            of.append((cells, question, range(first, first + question.samples)))
+        return CellRows.of(of, self._packing if self._packed else None)
 
-    def _logits(self, sheet: PackedRows, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
+    def _packing(self, rows: PackedRows, runs: Tensor) -> Packing:
+        past, index = self._past
+        assert past is not None
+        # What is behind a row is the beginning of one run, with nothing left out.
+        return rows.packing(past_at(past, index[runs], rows.behind.shape[1]), past[0][0].device)
+
+    def _logits(self, sheet: CellRows, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
         """For each patch, in the order (group, cell, sample, target)."""
         together = max(1, self._batch_tokens // sheet.places.numel()) if sheet.packing is not None else 1
         above = [patch for patch in patches if patch.begin < self._runner.n_layers]
@@ -241,7 +252,7 @@ class Patching:
         for patch in patches[len(above) :]:
             yield self._end(sheet, patch)
 
-    def _sweep(self, sheet: PackedRows, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
+    def _sweep(self, sheet: CellRows, patches: Sequence[Patch]) -> Iterator[Float[Tensor, "row vocab"]]:
         """Several patches upward together: the rows of each join at the block where it begins."""
         base, index = self._values["base"]
         rows, (own_rows, own_queries) = len(sheet.places), sheet.own
@@ -294,7 +305,7 @@ class Patching:
             tuple(times * len(packing.positions) for times in began),
         )
 
-    def _end(self, sheet: PackedRows, patch: Patch) -> Float[Tensor, "row vocab"]:
+    def _end(self, sheet: CellRows, patch: Patch) -> Float[Tensor, "row vocab"]:
         """Only the head is left: of the tokens, only those whose logits are read."""
         base, index = self._values["base"]
         runs, places = sheet.runs[sheet.at[0]], sheet.places[sheet.at]
@@ -305,7 +316,7 @@ class Patching:
             resid = torch.where(changed[:, None].to(resid.device), donor.to(resid), resid)
         return self._head(resid)
 
-    def _source(self, source: Source, place: str, sheet: PackedRows) -> Tensor:
+    def _source(self, source: Source, place: str, sheet: CellRows) -> Tensor:
         values, index = self._values[source]
         return values[place][index[sheet.own_runs], sheet.own_places]
 

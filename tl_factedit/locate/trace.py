@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Component, Model, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import frozen
@@ -33,7 +34,7 @@ from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.tokens import Aligned
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
 from tl_factedit.locate.corruption import Corruption, GaussianNoise
-from tl_factedit.locate.inputs import align_all, ask, check_contrasts, check_memory, donor_texts
+from tl_factedit.locate.inputs import align_all, ask, check_contrasts, donor_texts
 from tl_factedit.locate.metrics import Metric, identity, metric_of
 from tl_factedit.locate.patching import Patching
 from tl_factedit.locate.resume import TraceFolder, TracePart

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.hook_names import unit_hook
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model, Unit, as_layers, check_layer, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import frozen
@@ -26,7 +27,7 @@ from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.tokens import Aligned
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
 from tl_factedit.locate.corruption import Corruption, GaussianNoise
-from tl_factedit.locate.inputs import align_all, ask, check_contrasts, check_memory
+from tl_factedit.locate.inputs import align_all, ask, check_contrasts
 from tl_factedit.locate.metrics import Metric, metric_of
 
 if TYPE_CHECKING:

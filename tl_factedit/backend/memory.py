@@ -1,0 +1,70 @@
+"""What activations may take: one budget, in GiB, and what a token costs of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from numbers import Real
+
+from tl_factedit.backend.protocol import Model, n_layers
+from tl_factedit.backend.weights import down_proj
+
+GIB = 1 << 30
+
+MOST_TOKENS = 1024
+"""In one forward pass without gradients: beyond it a processor gains nothing."""
+
+NUMBER = 4
+"""Bytes of a number; activations of half precision are reckoned as dearly, as losses are in float32."""
+
+
+def check_memory(memory: float) -> None:
+    """Check that a budget is a positive number of GiB.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 < float(memory) < math.inf:
+        raise ValueError(f"memory is {memory!r}, needed a number above 0 (GiB)")
+
+
+def pass_tokens(model: Model, memory: float) -> int:
+    """How many tokens a forward pass without gradients may have, if half of the budget is for what it needs on its way.
+
+    The other half is for what is kept of other passes. At least 16, and at most `MOST_TOKENS`.
+    """
+    cfg = model.cfg
+    wide = 4 * (cfg.d_mlp or 4 * cfg.d_model) + 16 * cfg.d_model
+    # Nearly every token of a packed row that ends a cell is unembedded, and a metric makes two more of its logits.
+    return int(max(16, min(MOST_TOKENS, memory * GIB / 2 / (NUMBER * (wide + 3 * cfg.d_vocab)))))
+
+
+def graph_bytes(model: Model, layer: int) -> int:
+    """Bytes that the graph of one token takes from a block to the last one."""
+    return (n_layers(model) - layer) * (12 * model.cfg.d_model + 6 * len(down_proj(model, layer).W)) * NUMBER
+
+
+def logits_bytes(model: Model) -> int:
+    """Bytes that the logits of one position take with their graph: themselves, their softmax, a loss, a gradient."""
+    return 4 * model.cfg.d_vocab * NUMBER
+
+
+def together(needs: Sequence[int], memory: float, alike: Sequence[int] | None = None) -> Iterator[list[int]]:
+    """Indices in their order, as many together as the budget holds; one always goes.
+
+    Args:
+        needs: Bytes that each takes.
+        memory: The budget, in GiB.
+        alike: Numbers that must be equal for two to go together; None for none.
+    """
+    group: list[int] = []
+    used = 0
+    for i, need in enumerate(needs):
+        apart = alike is not None and bool(group) and alike[i] != alike[group[-1]]
+        if group and (apart or used + need > memory * GIB):
+            yield group
+            group, used = [], 0
+        group.append(i)
+        used += need
+    if group:
+        yield group
