@@ -14,8 +14,8 @@ MOST = 8.0  # GiB
 SOLVE = """
 import resource, time
 import torch
-from tl_factedit.editing.delta import Delta
-from tl_factedit.editing.diagnostics import diagnose_many
+from tl_factedit.editing.delta import Delta, LayerUpdate
+from tl_factedit.editing.diagnostics import diagnose
 from tl_factedit.core.solve import cholesky, least_squares
 
 torch.set_num_threads(1)
@@ -38,7 +38,8 @@ lower = cholesky(moment)
 factors = least_squares(k, r, lower, 1_500.0)
 solved = time.process_time() - began
 delta = Delta(0, *factors)
-found = diagnose_many(Site(weight), delta, delta.left.T if delta.left.shape[1] == keys else k, k, r)
+directions = delta.left.T if delta.left.shape[1] == keys else k
+found = diagnose(Site(weight), LayerUpdate(delta, k, r, directions))
 assert len(found.unmet) == keys and 0 < min(found.unmet) and max(found.unmet) < 1
 print(solved, time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """

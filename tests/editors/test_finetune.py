@@ -16,8 +16,8 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 from tl_factedit.editing.objectives import Amplify, EditTarget, Erase, Force, Inject, Reverse
-from tl_factedit.editors import finetune
-from tl_factedit.editors.finetune import FineTune, bounds
+from tl_factedit.editing.weight_descent import WeightDescent, bounds
+from tl_factedit.editors.finetune import FineTune
 
 # Random weights are harmed sooner than trained ones; what is said of that is tested with Edit.
 pytestmark = [
@@ -48,8 +48,8 @@ def w_out(model, layer: int = LAYER) -> torch.Tensor:
 
 def tuned(monkeypatch, make):
     """An edit, and the weights as the descent left them."""
-    seen, run = [], finetune._Descent.run
-    monkeypatch.setattr(finetune._Descent, "run", lambda self: seen.append(run(self)) or seen[-1])
+    seen, run = [], WeightDescent.run
+    monkeypatch.setattr(WeightDescent, "run", lambda self: seen.append(run(self)) or seen[-1])
     edit = make()
     monkeypatch.undo()
     return edit, seen[0].weights
@@ -87,15 +87,15 @@ def test_it_works_in_every_mode_and_leaves_everything_as_it_was(kind, mode):
 
 
 STAGES = {
-    "the fingerprint is taken": "tl_factedit.editors.finetune.base_fingerprint",
-    "texts are aligned": "tl_factedit.editors.finetune.align",
-    "rows are run up to the layer": "tl_factedit.editors.finetune.Runner.capture",
-    "the loss is taken": "tl_factedit.editors.finetune.Runner.logits",
+    "the fingerprint is taken": "tl_factedit.editing.inputs.base_fingerprint",
+    "texts are aligned": "tl_factedit.editing.inputs.align",
+    "rows are run up to the layer": "tl_factedit.editing.training_rows.Runner.capture",
+    "the loss is taken": "tl_factedit.editing.weight_descent.Runner.logits",
     "gradients are taken": "torch.autograd.grad",
-    "a step is taken": "tl_factedit.editors.finetune._Descent._update",
+    "a step is taken": "tl_factedit.editing.weight_descent.WeightDescent._update",
     "keys are read": "tl_factedit.editors.finetune.keys_at",
-    "off_target is measured": "tl_factedit.editors.finetune.measure_off_target",
-    "the edit is diagnosed": "tl_factedit.editors.finetune.diagnose_many",
+    "off_target is measured": "tl_factedit.editing.edit.measure_off_target",
+    "the edit is diagnosed": "tl_factedit.editing.edit.diagnose",
     "the provenance is written": "tl_factedit.backend.provenance.Provenance.of",
 }
 

@@ -15,9 +15,10 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align, continuation, encode
+from tl_factedit.editing.neuron_attribution import Prompt, attributions
 from tl_factedit.editing.objectives import Amplify, Erase, Force
 from tl_factedit.editors import knowledge_neurons
-from tl_factedit.editors.knowledge_neurons import KnowledgeNeurons, Prompt, attributions
+from tl_factedit.editors.knowledge_neurons import KnowledgeNeurons
 
 # Random weights are harmed sooner than trained ones; what is said of that is tested with Edit.
 pytestmark = pytest.mark.filterwarnings("ignore::tl_factedit.editing.diagnostics.EditWarning")
@@ -105,14 +106,14 @@ def test_it_works_in_every_mode_and_leaves_everything_as_it_was(kind, mode):
 @pytest.mark.parametrize(
     "stage",
     [
-        "tl_factedit.editors.knowledge_neurons.align",
-        "tl_factedit.editors.knowledge_neurons.Runner.packs",
-        "tl_factedit.editors.knowledge_neurons.Runner.remember",
-        "tl_factedit.editors.knowledge_neurons.Runner.logits",
+        "tl_factedit.editing.inputs.align",
+        "tl_factedit.editing.neuron_attribution.Runner.why_not_packed",
+        "tl_factedit.editing.neuron_attribution.Runner.remember",
+        "tl_factedit.editing.neuron_attribution.Runner.logits",
         "torch.autograd.grad",
         "tl_factedit.editors.knowledge_neurons.keys_at",
-        "tl_factedit.editors.knowledge_neurons.measure_off_target",
-        "tl_factedit.editors.knowledge_neurons.diagnose_many",
+        "tl_factedit.editing.edit.measure_off_target",
+        "tl_factedit.editing.edit.diagnose",
     ],
 )
 def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monkeypatch):

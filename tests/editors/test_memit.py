@@ -21,7 +21,7 @@ from tl_factedit.core import solve
 from tl_factedit.core.tokens import align
 from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.inputs import check_contexts, check_facts
-from tl_factedit.editing.layerwise import spread
+from tl_factedit.editing.layerwise import distribute
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editing.values import fit_values
 
@@ -84,8 +84,8 @@ def test_the_weights_stay_and_come_back_and_the_same_edit_comes_again(kind, arch
         "tl_factedit.editing.values.Runner.remember",
         "tl_factedit.editing.descent.Adam.step",
         "tl_factedit.editing.layerwise.Delta",
-        "tl_factedit.editing.layerwise.measure_off_target",
-        "tl_factedit.editing.layerwise.diagnose_many",
+        "tl_factedit.editing.edit.measure_off_target",
+        "tl_factedit.editing.edit.diagnose",
         "tl_factedit.backend.provenance.Provenance.of",
     ],
 )
@@ -307,9 +307,11 @@ def test_given_z_the_updates_are_those_of_the_literal_loop(kind, arch, name):
     before = [editing.before(model, fact, LAYERS[-1], bos=True, where="resid")[0] for fact in FACTS]
     wanted = torch.stack(before) + noise(len(FACTS), 32, seed=9)
     with frozen(model), torch.no_grad():
-        prepared = {layer: editor._prepare(stats[layer]) for layer in LAYERS}
-        asked = [fe.editing.EditTarget(fact) for fact in FACTS]
-        found, missed = spread(model, asked, LAYERS, wanted, prepared, laws.CONTEXTS, prepend_bos=True, progress=False)
+        solvers = {layer: editor.solver(stats[layer]) for layer in LAYERS}
+        targets = [fe.editing.EditTarget(fact) for fact in FACTS]
+        found, missed = distribute(
+            model, targets, LAYERS, wanted, solvers, laws.CONTEXTS, prepend_bos=True, progress=False
+        )
     assert missed.shape == (len(FACTS),)
     expected = editing.spread(
         model, FACTS, list(LAYERS), laws.CONTEXTS, wanted, literal(name, stats), bos=True, reached="hook_resid_post"

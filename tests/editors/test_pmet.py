@@ -12,7 +12,8 @@ import tl_factedit as fe
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
-from tl_factedit.editing.layerwise import spread
+from tl_factedit.editing.description import describe
+from tl_factedit.editing.layerwise import distribute
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editing.values import fit_values
 
@@ -81,7 +82,7 @@ def test_it_obeys_the_laws_of_every_editor(kind, arch, monkeypatch, tmp_path):
         "tl_factedit.editing.descent.Adam.step",
         "tl_factedit.editing.layerwise.Delta",
         "tl_factedit.backend.weights.DownProj.write_",
-        "tl_factedit.editing.layerwise.diagnose_many",
+        "tl_factedit.editing.edit.diagnose",
     ],
 )
 def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monkeypatch):
@@ -101,7 +102,7 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monk
 def test_its_record_says_what_it_was(kind):
     model = shared(kind)
     pmet = editor(stats_of(model), objective=fe.editing.Amplify())
-    said = pmet.describe()
+    said = describe(pmet)
     assert said["name"] == "Pmet" and said["weight"] == 1.0 and said["layers"] == [1, 2]
     assert (said["objective"], said["fit"]["ease"], said["fit"]["stop_kl"]) == ("Amplify()", 0.1, 0.01)
     published = fe.Pmet(stats_of(model)).fit
@@ -215,8 +216,8 @@ def test_given_z_the_updates_are_those_of_the_literal_loop(kind, arch):
     wanted = torch.stack(before) + torch.randn(2, 32, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     pmet, asked = editor(stats), [fe.editing.EditTarget(fact) for fact in FACTS]
     with frozen(model), torch.no_grad():
-        prepared = {layer: pmet._prepare(stats[layer]) for layer in LAYERS}
-        found, _ = spread(
+        prepared = {layer: pmet.solver(stats[layer]) for layer in LAYERS}
+        found, _ = distribute(
             model,
             asked,
             LAYERS,

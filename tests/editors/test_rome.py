@@ -348,7 +348,7 @@ STAGES = {
     "the moment is factored": "tl_factedit.editing.inputs.cholesky",
     "the key is whitened": "tl_factedit.editors.rome.whiten",
     "the update is solved": "tl_factedit.editors.rome.rank_one",
-    "the edit is diagnosed": "tl_factedit.editors.rome.diagnose",
+    "the edit is diagnosed": "tl_factedit.editing.edit.diagnose",
     "the provenance is written": "tl_factedit.backend.provenance.Provenance.of",
 }
 

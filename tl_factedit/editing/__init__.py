@@ -1,21 +1,37 @@
 """What an edit is, and what every editor shares."""
 
 from tl_factedit.backend.provenance import Provenance
-from tl_factedit.editing.delta import Delta
+from tl_factedit.core.solve import Factors
+from tl_factedit.editing.adam import Adam
+from tl_factedit.editing.delta import Delta, LayerUpdate
+from tl_factedit.editing.description import describe
 from tl_factedit.editing.diagnostics import Diagnostics
+from tl_factedit.editing.inputs import EditInputs, fit_record
+from tl_factedit.editing.layerwise import layerwise_edit
 from tl_factedit.editing.objectives import Amplify, EditTarget, Force, Objective, Reverse
 from tl_factedit.editing.off_target import off_target_share
+from tl_factedit.editing.value_fit import Fitted
+from tl_factedit.editing.values import fit_values
 from tl_factedit.measure.change import Change
 
 __all__ = [
     "Provenance",
+    "Factors",
+    "Adam",
     "Delta",
+    "LayerUpdate",
+    "describe",
     "Diagnostics",
+    "EditInputs",
+    "fit_record",
+    "layerwise_edit",
     "Amplify",
     "EditTarget",
     "Force",
     "Objective",
     "Reverse",
     "off_target_share",
+    "Fitted",
+    "fit_values",
     "Change",
 ]

@@ -1,4 +1,4 @@
-"""A low-rank change of one ``W_out``."""
+"""A low-rank change of one ``W_out``, and what it was made to write."""
 
 from __future__ import annotations
 
@@ -51,6 +51,32 @@ class Delta:
         """`weight` with the change: added in float64, rounded once to the weight's type."""
         dense = (self.left.to(weight.device) @ self.right.to(weight.device)).to(torch.float64)
         return (weight.double() + dense).to(weight.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUpdate:
+    """What an editor does in one layer: the change, where it is to write, and what.
+
+    Attributes:
+        delta: The change.
+        keys: The keys it writes at, [fact d_mlp], float64.
+        residuals: What the answer to each key was to change by, [fact d_model], float64, where the change may fall
+            short of it; None where the change does what it was to do by construction.
+        directions: For each fact, the direction along which its key is answered, such as C⁻¹k, [fact d_mlp]; None for
+            the key itself, where nothing is divided by.
+        values: What each key is to be answered with, [fact d_model], float64; None for what the change makes of it.
+    """
+
+    delta: Delta
+    keys: Float[Tensor, "fact d_mlp"]
+    residuals: Float[Tensor, "fact d_model"] | None = None
+    directions: Float[Tensor, "fact d_mlp"] | None = None
+    values: Float[Tensor, "fact d_model"] | None = None
+
+    @property
+    def moved(self) -> Float[Tensor, "fact d_model"]:
+        """What the change adds to the answer to each key, before rounding."""
+        return self.keys @ self.delta.left @ self.delta.right
 
 
 def norm_ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class FitRows:
 
     @classmethod
     def of(cls, model: Model, wish: EditTarget, contexts: Sequence[str], fit: ValueFit, prepend_bos: bool) -> FitRows:
+        """Align a fact's prompt and target after each context, and its KL prompts."""
         fact = wish.fact
         rewrite = [align(model.tokenizer, fact, prepend_bos=prepend_bos, prefix=x) for x in contexts]
         guard = [align(model.tokenizer, fact, prepend_bos=prepend_bos, template=t) for t in fit.kl_prompts]

@@ -9,18 +9,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_factedit.backend.weights import DownProj
-from tl_factedit.editing.delta import Delta, norm_ratio
+from tl_factedit.editing.delta import LayerUpdate, norm_ratio
 
 if TYPE_CHECKING:
     from tl_factedit.editing.edit import Edit
 
 
 class EditWarning(UserWarning):
-    """An edit that may disable the model, or miss what it was made for; the message says why and what to do."""
+    """The edit may disable the model, or miss what it was made for; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,9 @@ class Diagnostics:
         unmet: For each fact, the share of its residual that the update doesn't meet, ‖k ΔW − r‖ / ‖r‖ before
             rounding; empty where all is met by construction.
         key_cosines: For each fact, the largest cosine, in size, of its key with another fact's; empty for one fact.
-        off_target: For each fact, the largest ‖k_t ΔW‖ / ‖k ΔW‖ over the other tokens t of its prompt (BOS is one), with k
-            the key where the edit is to write: how much of it is added where it isn't meant. Empty where it wasn't
-            measured (see `off_target.off_target_share`, which can ask neighbours too).
+        off_target: For each fact, the largest ‖k_t ΔW‖ / ‖k ΔW‖ over the other tokens t of its prompt (BOS is one),
+            with k the key where the edit is to write: how much of it is added where it isn't meant. Empty where it
+            wasn't measured (see `off_target_share`, which can ask neighbours too).
 
     With several facts, `division_factor` is the smallest over facts and `value_norm` the largest.
     """
@@ -59,7 +57,7 @@ class Diagnostics:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Diagnostics:
-        """From plain data; files of before have no off_target, no unmet, and one cosine for all facts."""
+        """From plain data; older files have no ``off_target``, no ``unmet``, and one cosine for all facts."""
         known: dict[str, Any] = {name: value for name, value in data.items() if name != "key_cosine"}
         known |= {name: tuple(data.get(name, ())) for name in ("unmet", "key_cosines", "off_target")}
         return cls(**known)
@@ -75,62 +73,36 @@ class Diagnostics:
         return self.update_norm / self.weight_norm
 
 
-def diagnose(
-    site: DownProj, delta: Delta, direction: Tensor, key: Tensor, value: Tensor, *, off_target: Sequence[float] = ()
-) -> Diagnostics:
-    """Diagnostics of a rank-one change: of its direction u, its key k* and its value v* (and of `measure_off_target`)."""
-    u, k = direction.double().cpu(), key.double().cpu()
-    weight = site.W.cpu()
-    changed = delta.on(weight)
-    residual = value.double().cpu() - site.value(key.to(site.W.device)).cpu()
-    moved = k @ (changed.double() - weight.double())
-    something = bool(residual.norm() > 1e-12 * value.norm())  # else it's the rounding of two equal values
-    return Diagnostics(
-        layer=delta.layer,
-        division_factor=float(u @ k / (u.norm() * k.norm())),
-        update_norm=float(delta.dense.norm()),
-        weight_norm=float(weight.double().norm()),
-        exactness=float((moved - residual).norm() / residual.norm()) if something else 0.0,
-        value_norm=float(value.double().cpu().norm() / site.value(key.to(site.W.device)).cpu().norm()),
-        off_target=tuple(off_target),
-    )
-
-
-def diagnose_many(
-    site: DownProj,
-    delta: Delta,
-    directions: Float[Tensor, "fact d_mlp"],
-    keys: Float[Tensor, "fact d_mlp"],
-    residuals: Float[Tensor, "fact d_model"],
-    *,
-    off_target: Sequence[float] = (),
-) -> Diagnostics:
-    """Diagnostics of a change for several facts: of their directions C⁻¹k, keys and wanted residuals.
+def diagnose(site: DownProj, update: LayerUpdate, *, off_target: Sequence[float] = ()) -> Diagnostics:
+    """Diagnostics of what an editor does in one layer.
 
     Args:
         site: Where it is written.
-        delta: The change.
-        directions: Of each fact, along which its key is answered; the key itself where nothing is divided by.
-        keys: Of each fact.
-        residuals: What the answer to each key was to change by.
-        off_target: Of each fact, as `measure_off_target` finds it.
+        update: The change, with its keys.
+        off_target: For each fact, as `measure_off_target` finds it.
     """
-    u, k, r = (each.double().cpu() for each in (directions, keys, residuals))
+    delta = update.delta
+    keys = update.keys.double().cpu()
+    directions = keys if update.directions is None else update.directions.double().cpu()
     weight = site.W.cpu()
-    wanted = k @ delta.left.cpu() @ delta.right.cpu()
-    moved = k @ (delta.on(weight).double() - weight.double())
-    now = site.value(keys.to(site.W.device)).cpu()
-    unit = torch.nn.functional.normalize(k, dim=-1)
+    wanted = keys @ delta.left.cpu() @ delta.right.cpu()
+    moved = keys @ (delta.on(weight).double() - weight.double())
+    now = site.value(update.keys.to(site.W.device)).cpu()
+    unit = torch.nn.functional.normalize(keys, dim=-1)
     cosines = (unit @ unit.T).abs().fill_diagonal_(0.0)
+    unmet: tuple[float, ...] = ()
+    if update.residuals is not None:
+        residuals = update.residuals.double().cpu()
+        unmet = tuple(norm_ratio((wanted - residuals).norm(dim=-1), residuals.norm(dim=-1)).tolist())
     return Diagnostics(
         layer=delta.layer,
-        division_factor=float(((u * k).sum(-1) / (u.norm(dim=-1) * k.norm(dim=-1))).min()),
+        division_factor=float(((directions * keys).sum(-1) / (directions.norm(dim=-1) * keys.norm(dim=-1))).min()),
         update_norm=delta.norm,
         weight_norm=float(weight.double().norm()),
         exactness=float((moved - wanted).norm() / wanted.norm()) if bool(wanted.any()) else 0.0,
         value_norm=float(((now + wanted).norm(dim=-1) / now.norm(dim=-1)).max()),
-        unmet=tuple(norm_ratio((wanted - r).norm(dim=-1), r.norm(dim=-1)).tolist()),
-        key_cosines=tuple(cosines.amax(-1).tolist()) if len(k) > 1 else (),
+        unmet=unmet,
+        key_cosines=tuple(cosines.amax(-1).tolist()) if len(keys) > 1 else (),
         off_target=tuple(off_target),
     )
 
@@ -145,8 +117,8 @@ LARGE_UPDATE = 1.5
 """Of ‖ΔW‖ / ‖W‖. Neighbourhood 0.998 below 0.3, 0.94 between 0.6 and 1, 0.90 up to 1.5, 0.78 beyond."""
 
 LARGE_OFF_TARGET = 0.2
-"""Of off_target · ‖ΔW‖ / ‖W‖: to be told another token's share says little of an update that is small. Neighbourhood 0.99
-below 0.02, 0.93 between 0.02 and 0.2, 0.74 beyond."""
+"""Of off_target · ‖ΔW‖ / ‖W‖: another token's share says little of an update that is small. Neighbourhood 0.99 below
+0.02, 0.93 between 0.02 and 0.2, 0.74 beyond."""
 
 INEXACT = 0.1
 """Of what rounding to the weights' type loses: above, the value is another than the one that was fitted."""
@@ -170,6 +142,7 @@ def callers_level(frame: FrameType) -> int:
 
 
 def concerns_of(edit: Edit) -> Iterator[str]:
+    """What `Edit.concerns` says."""
     weight = {d.layer: d.weight_norm for d in edit.diagnostics}
     relative = {each.layer: each.norm / weight[each.layer] for each in edit.deltas if each.layer in weight}
     for layer, size in relative.items():
@@ -187,9 +160,9 @@ def concerns_of(edit: Edit) -> Iterator[str]:
             )
         if max(d.off_target, default=0.0) * relative.get(d.layer, 0.0) > LARGE_OFF_TARGET:
             yield (
-                f"another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer {d.layer} as "
-                f"the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take statistics (of more "
-                "text, or at all instead of the identity), an ε in fine-tuning, or another layer"
+                f"another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer "
+                f"{d.layer} as the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take "
+                "statistics (of more text, or at all instead of the identity), an ε in fine-tuning, or another layer"
             )
         if d.exactness > INEXACT:
             yield (

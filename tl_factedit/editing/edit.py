@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,9 +26,11 @@ from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
-from tl_factedit.editing.delta import Delta
-from tl_factedit.editing.diagnostics import WARNED, Diagnostics, EditWarning, callers_level, concerns_of
-from tl_factedit.editing.ledger import Ledger, base_fingerprint, commit_all, ledger_of, weight_hashes
+from tl_factedit.editing.delta import Delta, LayerUpdate
+from tl_factedit.editing.diagnostics import WARNED, Diagnostics, EditWarning, callers_level, concerns_of, diagnose
+from tl_factedit.editing.inputs import EditInputs
+from tl_factedit.editing.ledger import Ledger, base_fingerprint, commit_all, ledger_of, made_on, weight_hashes
+from tl_factedit.editing.off_target import measure_off_target
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,10 +65,59 @@ class Edit:
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        """See that each layer is changed once."""
+        """Check that each layer is changed once."""
         changed = [delta.layer for delta in self.deltas]
         if len(set(changed)) < len(changed):
             raise ValueError(f"the changes are of layers {changed}, needed one a layer: add them up (compose does)")
+
+    @classmethod
+    def made(
+        cls,
+        inputs: EditInputs,
+        updates: Sequence[LayerUpdate],
+        *,
+        editor: Mapping[str, Any],
+        contexts: Sequence[str] = ("",),
+        fits: Sequence[Mapping[str, Any]],
+        at: Literal["subject", "end"] = "subject",
+    ) -> Edit:
+        """The edit that some updates make up, with everything that is measured of one: where every editor ends.
+
+        Args:
+            inputs: What the editor started from.
+            updates: One a layer.
+            editor: Name and hyperparameters, as plain data (see `describe`).
+            contexts: The prefixes the keys and values were made under.
+            fits: For each fact, how its update was found.
+            at: Where the updates are to write: at the last ``"subject"`` token, or at the ``"end"`` of the prompt.
+        """
+        model = inputs.model
+        sites = {update.delta.layer: down_proj(model, update.delta.layer) for update in updates}
+        deltas = tuple(update.delta for update in updates)
+        off_target = measure_off_target(model, inputs.facts, deltas, prepend_bos=inputs.prepend_bos, at=at)
+        values = {
+            layer: site.value(update.keys.to(site.W.device)).cpu() + update.moved
+            if update.values is None
+            else update.values
+            for (layer, site), update in zip(sites.items(), updates, strict=True)
+        }
+        return cls(
+            facts=inputs.facts,
+            deltas=deltas,
+            keys={update.delta.layer: update.keys for update in updates},
+            values=values,
+            editor=editor,
+            contexts=tuple(contexts),
+            diagnostics=tuple(
+                diagnose(site, update, off_target=off_target[layer])
+                for (layer, site), update in zip(sites.items(), updates, strict=True)
+            ),
+            fits=tuple(
+                {**fit, "same_first_token": prompt.same_first_token}
+                for fit, prompt in zip(fits, inputs.prompts, strict=True)
+            ),
+            provenance=made_on(model, inputs.prepend_bos, inputs.base),
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -97,7 +148,7 @@ class Edit:
         return tuple(concerns_of(self))
 
     def check(self, model: Model) -> None:
-        """See that the edit can be applied to this model as it is now; nothing is run or written.
+        """Check that the edit can be applied to this model as it is now; nothing is run or written.
 
         Raises:
             ValueError: It is applied already, the model has other weights than it was made for, or

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -11,14 +11,83 @@ from torch import Tensor
 
 from tl_factedit.backend.fingerprint import Fingerprint
 from tl_factedit.backend.protocol import Model, bos_policy
-from tl_factedit.backend.weights import check_own
+from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.tokens import Aligned, align
+from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import EditTarget, Inject, Objective
 from tl_factedit.editing.value_fit import Fitted, ValueFit
 from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION, KeyStats
 from tl_factedit.stats.sampling import SampledContexts
+
+
+@dataclass(frozen=True, eq=False)
+class EditInputs:
+    """What an editor starts from, checked before any forward pass.
+
+    Attributes:
+        model: Either class.
+        facts: What to edit.
+        prompts: Each fact's own prompt on its tokens.
+        prepend_bos: BOS policy.
+        base: Fingerprint of the weights below any edit that is on the model.
+    """
+
+    model: Model
+    facts: tuple[Fact, ...]
+    prompts: tuple[Aligned, ...]
+    prepend_bos: bool
+    base: Fingerprint
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        facts: Sequence[Fact],
+        layers: Iterable[int],
+        *,
+        objective: Objective | None = None,
+        stats: Iterable[KeyStats] = (),
+        ridge: float | None = None,
+        fit: ValueFit | None = None,
+        prepend_bos: bool | None = None,
+        writes: bool = True,
+    ) -> EditInputs:
+        """Check what was given; nothing is run.
+
+        Args:
+            model: Either class.
+            facts: What to edit.
+            layers: Whose ``W_out`` the edit changes.
+            objective: What the facts are wanted for; None for `Inject`, which needs a ``target_new``.
+            stats: Second moments of keys that the editor uses.
+            ridge: What is added before one is inverted; None where none is.
+            fit: How values will be fitted, if they will be: its KL prompts are aligned too.
+            prepend_bos: BOS policy; None for that of the statistics, or else the model's.
+            writes: Whether the weights are written at all (a router leaves them).
+
+        Raises:
+            ValueError: The facts, the layers or the statistics don't do (see `check_facts`, `check_stats`, `bos_of`).
+            UnsupportedModelError: A layer has no ``W_out`` to itself.
+        """
+        facts, layers, stats = check_facts(facts, objective), list(layers), list(stats)
+        for layer in layers:
+            down_proj(model, layer)
+        if writes:
+            check_own(model, layers)
+        base = base_fingerprint(model)
+        check_stats(stats, model, base, ridge)
+        bos = bos_of(stats, prepend_bos, model)
+        for fact in facts:
+            for template in fit.kl_prompts if fit else ():
+                align(model.tokenizer, fact, prepend_bos=bos, template=template)
+        prompts = tuple(align(model.tokenizer, fact, prepend_bos=bos) for fact in facts)
+        return cls(model, facts, prompts, bos, base)
+
+    def only(self, index: int) -> EditInputs:
+        """The same for one of the facts."""
+        return replace(self, facts=(self.facts[index],), prompts=(self.prompts[index],))
 
 
 def check_facts(facts: Sequence[Fact], objective: Objective | None = None) -> tuple[Fact, ...]:
@@ -52,7 +121,7 @@ def check_facts(facts: Sequence[Fact], objective: Objective | None = None) -> tu
 
 
 def check_stats(stats: Sequence[KeyStats], model: Model, base: Fingerprint, ridge: float | None) -> None:
-    """See that statistics are of these weights, and of enough tokens.
+    """Check that statistics are of these weights, and of enough tokens.
 
     Args:
         stats: Of the layers to be written.
@@ -60,7 +129,6 @@ def check_stats(stats: Sequence[KeyStats], model: Model, base: Fingerprint, ridg
         base: Fingerprint of its weights before any edit.
         ridge: What is added before C is inverted; None where it isn't inverted.
     """
-    check_own(model, [each.layer for each in stats])
     for each in stats:
         each.check(model, base)
         if each.is_identity or ridge or each.n_tokens >= each.wanted_tokens:
@@ -91,14 +159,6 @@ def bos_of(stats: Iterable[KeyStats], asked: bool | None, model: Model) -> bool:
     return bos_policy(model, asked if asked is not None else policy)
 
 
-def align_facts(model: Model, facts: Sequence[Fact], fit: ValueFit, prepend_bos: bool) -> tuple[Aligned, ...]:
-    """The facts' prompts on their tokens, after seeing that KL prompts can be aligned too."""
-    for fact in facts:
-        for template in fit.kl_prompts:
-            align(model.tokenizer, fact, prepend_bos=prepend_bos, template=template)
-    return tuple(align(model.tokenizer, fact, prepend_bos=prepend_bos) for fact in facts)
-
-
 def factor(stats: KeyStats, ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
     """The Cholesky factor of C.
 
@@ -119,15 +179,21 @@ def prefixes(contexts: SampledContexts | Sequence[str], model: Model) -> tuple[s
 
 
 def check_objective(objective: Objective) -> None:
-    """A class is no value of it."""
+    """Check that an objective is a value, not a class."""
     if isinstance(objective, type):
         raise ValueError(f"objective is the class {objective.__name__}, needed a value: write {objective.__name__}()")
     if not isinstance(objective, Objective):
         raise ValueError(f"objective is {objective!r}, needed a value such as Inject() or Erase()")
 
 
+def check_ridge(ridge: float) -> None:
+    """Check that a ridge is a share."""
+    if not ridge >= 0:
+        raise ValueError(f"ridge is {ridge}, needed 0 or more (a share of the mean eigenvalue)")
+
+
 def check_contexts(contexts: SampledContexts | Sequence[str]) -> None:
-    """A string is no list of strings, and a prefix has no place for a subject."""
+    """Check that contexts are texts to put before a prompt, without a place for a subject."""
     if isinstance(contexts, SampledContexts):
         return
     if isinstance(contexts, str):
@@ -153,34 +219,12 @@ def too_few(stats: KeyStats, why: str) -> str:
     )
 
 
-def plain(value: Any) -> Any:
-    """The same data with lists for tuples, as a JSON header gives it back."""
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def described_stats(stats: Iterable[KeyStats]) -> dict[str, Any]:
-    """Where second moments came from, as plain data, with a hash of each."""
-    stats = list(stats)
+def fit_record(fitted: Fitted, target: Fact | EditTarget) -> dict[str, Any]:
+    """How a value was found, and what for, as plain data."""
+    target = EditTarget(target) if isinstance(target, Fact) else target
     return {
-        "n_tokens": [each.n_tokens for each in stats],
-        "corpus": [each.corpus for each in stats],
-        "moment": [each.digest for each in stats],
-    }
-
-
-def described(contexts: SampledContexts | Sequence[str]) -> Any:
-    """Contexts as plain data (given ones are kept in the `Edit` itself)."""
-    return plain(asdict(contexts)) if isinstance(contexts, SampledContexts) else "given"
-
-
-def record(fitted: Fitted, wish: EditTarget, *, same_first_token: bool) -> dict[str, Any]:
-    """How a value was found, what for, and whether both objects of the fact begin alike, as plain data."""
-    return {
-        "target": wish.fact.target_new,
-        "unlikely": wish.unlikely,
-        "same_first_token": same_first_token,
+        "target": target.fact.target_new,
+        "unlikely": target.unlikely,
         "losses": list(fitted.losses),
         "target_prob": list(fitted.target_prob),
         "stopped": fitted.stopped,

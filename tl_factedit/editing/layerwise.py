@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -37,48 +37,75 @@ from tl_factedit.backend.weights import down_proj, write_all
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, NotPositiveDefiniteError
 from tl_factedit.core.tokens import align, batches, pad
-from tl_factedit.editing.delta import Delta
-from tl_factedit.editing.diagnostics import diagnose_many
+from tl_factedit.editing.delta import Delta, LayerUpdate
+from tl_factedit.editing.description import describe
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import (
-    align_facts,
-    bos_of,
-    check_facts,
-    check_stats,
-    prefixes,
-    record,
-)
-from tl_factedit.editing.ledger import base_fingerprint, made_on
-from tl_factedit.editing.objectives import EditTarget, Inject, Objective, set_subjects
-from tl_factedit.editing.off_target import measure_off_target
+from tl_factedit.editing.inputs import EditInputs, fit_record, prefixes
+from tl_factedit.editing.objectives import EditTarget, Objective, set_subjects
 from tl_factedit.editing.value_fit import ValueFit, Where
 from tl_factedit.editing.values import fit_values
 from tl_factedit.stats.key_stats import KeyStats
 from tl_factedit.stats.sampling import SampledContexts
 
 Divide = Literal["even", "root"]
-"""How what is missing is spread over n layers that are left: 1/n of it, or (PMET) 1/√n."""
+"""How much of what is missing a layer is asked for when n are left: 1/n of it, or (PMET) 1/√n."""
 
-Solve = Callable[[Float[Tensor, "fact d_mlp"], Float[Tensor, "fact d_model"]], Factors]
+Solver = Callable[[Float[Tensor, "fact d_mlp"], Float[Tensor, "fact d_model"]], Factors]
 """An editor's closed form for one layer: from its keys and the residuals wanted there to the update."""
 
 AT_ONCE = 4096
 """Most tokens in a forward pass."""
 
 
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """What was written in one layer.
+MEMIT_FIT = ValueFit(steps=25, clamp=0.75)
+"""How Meng et al. 2023 find z; ROME's clamp is 4."""
 
-    Attributes:
-        delta: The update.
-        keys: Of the facts, [fact d_mlp], float64.
-        residuals: What each was to change by, [fact d_model], float64.
-    """
+MEMIT_CONTEXTS = SampledContexts(lengths=((5, 10),), starts=("The", "Therefore", "Because", "I", "You"))
+"""What they begin their contexts with."""
 
-    delta: Delta
-    keys: Float[Tensor, "fact d_mlp"]
-    residuals: Float[Tensor, "fact d_model"]
+
+@runtime_checkable
+class LayerwiseEditor(Protocol):
+    """An editor of this family: a frozen dataclass with these fields, and a closed form for one layer."""
+
+    @property
+    def stats(self) -> Mapping[int, KeyStats]:
+        """Second moments of the keys by layer, ascending: the layers to edit."""
+        ...
+
+    @property
+    def objective(self) -> Objective:
+        """What is wanted of the facts."""
+        ...
+
+    @property
+    def fit(self) -> ValueFit:
+        """How z is found, at the last of the layers."""
+        ...
+
+    @property
+    def contexts(self) -> SampledContexts | Sequence[str]:
+        """Prefixes to average keys over and to find z under."""
+        ...
+
+    @property
+    def prepend_bos(self) -> bool | None:
+        """BOS policy; None for that of the statistics, or else the model's."""
+        ...
+
+    @property
+    def memory(self) -> float:
+        """What activations may take while z is found, in GiB."""
+        ...
+
+    @property
+    def progress(self) -> bool:
+        """Whether to show a bar on what takes longer than a second."""
+        ...
+
+    def solver(self, stats: KeyStats) -> Solver:
+        """The closed form for the layer of these statistics; made before any forward pass, as C may be singular."""
+        ...
 
 
 def by_layer(stats: KeyStats | Mapping[int, KeyStats]) -> dict[int, KeyStats]:
@@ -101,105 +128,78 @@ def by_layer(stats: KeyStats | Mapping[int, KeyStats]) -> dict[int, KeyStats]:
     return dict(sorted(stats.items()))
 
 
-def spread_edit(
+def layerwise_edit(
+    editor: LayerwiseEditor,
     model: Model,
     facts: Sequence[Fact],
-    stats: Mapping[int, KeyStats],
-    prepare: Callable[[KeyStats], Solve],
     *,
-    fit: ValueFit,
-    contexts: SampledContexts | Sequence[str],
     ridge: float | None,
-    prepend_bos: bool | None,
-    editor: Mapping[str, Any],
-    objective: Objective | None = None,
     where: Where = "resid",
     divide: Divide = "even",
-    memory: float = 2.0,
-    progress: bool = True,
 ) -> Edit:
-    """An edit of many facts over the layers of some statistics.
+    """The edit of many facts over the layers of an editor's statistics.
 
     Args:
+        editor: The hyperparameters, and the closed form of one layer.
         model: Either class; its weights are as before afterwards.
         facts: With what the objective needs.
-        stats: By layer, ascending.
-        prepare: The editor's closed form for one layer, from its statistics; called before any forward pass.
-        fit: How z is found, at the last of the layers.
-        contexts: Prefixes to average keys over and to find z under.
-        ridge: Of the statistics (what the check of their tokens has to know); None where C isn't inverted.
-        prepend_bos: BOS policy; None for that of the statistics, or else the model's.
-        editor: Name and hyperparameters, as plain data.
-        objective: What is wanted of the facts; None for their ``target_new``.
+        ridge: Added to the second moments (the check of their tokens has to know); None where none is inverted.
         where: Where z is found, and met: in the stream after the last layer, or (for anything else) in what its
-            ``W_out`` answers. In the edit's ``editor["where"]`` is which it was: the second where a norm or a
+            ``W_out`` answers. Which it was stands in the edit's ``editor["where"]``: the second where a norm or a
             multiplier stands between ``W_out`` and the stream.
-        divide: Of `Divide`.
-        memory: Of `fit_values`.
-        progress: Whether to show a bar on what takes longer than a second.
+        divide: How what is missing is divided among the layers that are left.
     """
-    objective = objective or Inject()
-    facts = check_facts(facts, objective)
-    layers = list(stats)
-    for layer in layers:
-        down_proj(model, layer)
-    base = base_fingerprint(model)
-    check_stats(list(stats.values()), model, base, ridge)
-    bos = bos_of(stats.values(), prepend_bos, model)
-    rows = align_facts(model, facts, fit, bos)
-    solve = {layer: prepare(stats[layer]) for layer in layers}
-    texts = prefixes(contexts, model)
+    layers = list(editor.stats)
+    inputs = EditInputs.of(
+        model,
+        facts,
+        layers,
+        objective=editor.objective,
+        stats=editor.stats.values(),
+        ridge=ridge,
+        fit=editor.fit,
+        prepend_bos=editor.prepend_bos,
+    )
+    bos = inputs.prepend_bos
+    solvers = {layer: editor.solver(stats) for layer, stats in editor.stats.items()}
+    contexts = prefixes(editor.contexts, model)
     with frozen(model):
-        wishes = objective.wishes(model, facts, prepend_bos=bos)
-        if where == "resid" and not _reach_stream(model, layers, rows[0].ids):
+        targets = editor.objective.wishes(model, inputs.facts, prepend_bos=bos)
+        if where == "resid" and not _reach_stream(model, layers, inputs.prompts[0].ids):
             where = "mlp"
         fitted = fit_values(
-            model, wishes, layers[-1], texts, where=where, fit=fit, prepend_bos=bos, memory=memory, progress=progress
+            model,
+            targets,
+            layers[-1],
+            contexts,
+            where=where,
+            fit=editor.fit,
+            prepend_bos=bos,
+            memory=editor.memory,
+            progress=editor.progress,
         )
         with torch.no_grad():
-            wanted = torch.stack([each.outputs[0] + each.delta for each in fitted])
-            found, missed = spread(
+            updates, missed = distribute(
                 model,
-                wishes,
+                targets,
                 layers,
-                wanted,
-                solve,
-                texts,
+                torch.stack([fit.outputs[0] + fit.delta for fit in fitted]),
+                solvers,
+                contexts,
                 where=where,
                 prepend_bos=bos,
                 divide=divide,
-                progress=progress,
+                progress=editor.progress,
             )
-            sites = {each.delta.layer: down_proj(model, each.delta.layer) for each in found}
-            deltas = tuple(each.delta for each in found)
-            off_target = measure_off_target(model, facts, deltas, prepend_bos=bos)
-            return Edit(
-                facts=facts,
-                deltas=deltas,
-                keys={each.delta.layer: each.keys for each in found},
-                values={
-                    each.delta.layer: sites[each.delta.layer].value(each.keys.to(wanted.device)).cpu()
-                    + each.keys @ each.delta.left @ each.delta.right
-                    for each in found
-                },
-                editor={**editor, "where": where},
-                contexts=texts,
-                diagnostics=tuple(
-                    diagnose_many(
-                        sites[each.delta.layer],
-                        each.delta,
-                        _directions(each),
-                        each.keys,
-                        each.residuals,
-                        off_target=off_target[each.delta.layer],
-                    )
-                    for each in found
-                ),
-                fits=tuple(
-                    {**record(each, wish, same_first_token=row.same_first_token), "missed": float(share)}
-                    for each, wish, row, share in zip(fitted, wishes, rows, missed, strict=True)
-                ),
-                provenance=made_on(model, bos, base),
+            return Edit.made(
+                inputs,
+                updates,
+                editor={**describe(editor), "where": where},
+                contexts=contexts,
+                fits=[
+                    {**fit_record(fit, target), "missed": float(share)}
+                    for fit, target, share in zip(fitted, targets, missed, strict=True)
+                ],
             )
 
 
@@ -213,56 +213,55 @@ def _reach_stream(model: Model, layers: Sequence[int], tokens: Int[Tensor, "pos"
     return all(site.reaches_stream(found) for site in sites)
 
 
-def _directions(written: Spread) -> Float[Tensor, "fact d_mlp"]:
-    """Along which a fact's key is answered; for more facts than dimensions, along its key."""
-    left = written.delta.left
-    return left.T if left.shape[1] == len(written.keys) else written.keys
+def _directions(delta: Delta, keys: Float[Tensor, "fact d_mlp"]) -> Float[Tensor, "fact d_mlp"]:
+    """The direction along which each fact's key is answered; for more facts than dimensions, its key."""
+    return delta.left.T if delta.left.shape[1] == len(keys) else keys
 
 
-def spread(
+def distribute(
     model: Model,
-    wishes: Sequence[EditTarget],
+    targets: Sequence[EditTarget],
     layers: Sequence[int],
     wanted: Float[Tensor, "fact d_model"],
-    solve: Mapping[int, Solve],
+    solvers: Mapping[int, Solver],
     contexts: Sequence[str],
     *,
     where: Where = "resid",
     prepend_bos: bool,
     divide: Divide = "even",
     progress: bool = True,
-) -> tuple[list[Spread], Float[Tensor, "fact"]]:
+) -> tuple[list[LayerUpdate], Float[Tensor, "fact"]]:
     """Bring what stands at the last layer for each fact to what is wanted; the weights are as before afterwards.
 
     Args:
         model: Either class, inside `frozen` and without gradients.
-        wishes: Of which facts, and with which embeddings.
+        targets: What is wanted of which facts.
         layers: To be changed, ascending.
         wanted: Z, float64.
-        solve: The editor's closed form, by layer.
+        solvers: The editor's closed form, by layer.
         contexts: Prefixes, the bare one first.
         where: What is wanted: the stream after the last layer (``"resid"``), or what its ``W_out`` answers.
         prepend_bos: BOS policy.
-        divide: Of `Divide`.
+        divide: How what is missing is divided among the layers that are left.
         progress: Whether to show a bar on what takes longer than a second.
 
     Returns:
-        What was written, and the share of what each fact lacked that it still lacks at its bare prompt.
+        The updates, and the share of what each fact lacked that it still lacks at its bare prompt.
     """
-    asked = _Subjects.of(model, wishes, contexts, prepend_bos, layers[0])
-    reached = asked.stream_after if where == "resid" else asked.answers
-    found: list[Spread] = []
+    subjects = _Subjects.of(model, targets, contexts, prepend_bos, layers[0])
+    reached = subjects.stream_after if where == "resid" else subjects.answers
+    updates: list[LayerUpdate] = []
     lacked = torch.empty(0)
     with _restored(model, layers):
         for i, layer in enumerate(tqdm(layers, desc="solving layers", delay=1, disable=not progress, leave=False)):
             site = down_proj(model, layer)
-            keys = asked.keys(layer)
+            keys = subjects.keys(layer)
             left = len(layers) - i
             missing = wanted.to(keys.device) - reached(layers[-1])
             lacked = missing.norm(dim=-1) if i == 0 else lacked
             residuals = missing / (left if divide == "even" else math.sqrt(left))
             try:
-                factors = solve[layer](keys, residuals)
+                factors = solvers[layer](keys, residuals)
             except NotPositiveDefiniteError as error:
                 raise ValueError(
                     f"the keys of the {len(keys)} facts are nearly dependent in layer {layer} ({error}), so that not "
@@ -273,9 +272,10 @@ def spread(
             if not bool(torch.isfinite(delta.left).all() and torch.isfinite(delta.right).all()):
                 raise RuntimeError(f"the update of layer {layer} is not finite: nothing was written")
             site.write_(delta.on(site.W))
-            found.append(Spread(delta, keys.cpu(), residuals.cpu()))
+            keys, residuals = keys.cpu(), residuals.cpu()
+            updates.append(LayerUpdate(delta, keys, residuals, _directions(delta, keys)))
         lacks = (wanted.to(lacked.device) - reached(layers[-1])).norm(dim=-1)
-    return found, torch.where(lacks == 0, 0.0, lacks / lacked).cpu()
+    return updates, torch.where(lacks == 0, 0.0, lacks / lacked).cpu()
 
 
 @contextmanager
@@ -309,23 +309,23 @@ class _Subjects:
 
     @classmethod
     def of(
-        cls, model: Model, wishes: Sequence[EditTarget], contexts: Sequence[str], prepend_bos: bool, first: int
+        cls, model: Model, targets: Sequence[EditTarget], contexts: Sequence[str], prepend_bos: bool, first: int
     ) -> _Subjects:
         runner = Runner(model)
         rows, lookups, subjects = [], [], []
-        for wish in wishes:
+        for target in targets:
             for context in contexts:
-                row = align(model.tokenizer, wish.fact, prepend_bos=prepend_bos, prefix=context)
+                row = align(model.tokenizer, target.fact, prepend_bos=prepend_bos, prefix=context)
                 rows.append(row.ids[: row.last + 1])  # nothing after the subject matters to it
                 lookups.append(row.last)
-                subjects.append((wish, row.subject))
+                subjects.append((target, row.subject))
         kept = []
         for places in batches([len(row) for row in rows], AT_ONCE):
             tokens = pad([rows[i] for i in places], 0)
             hooks = set_subjects([subjects[i] for i in places])
             stream = runner.capture(tokens, [resid_pre(first)], stop=first, hooks=hooks)[resid_pre(first)]
             kept.append((tokens, torch.tensor([lookups[i] for i in places]), torch.tensor(places), stream))
-        return cls(runner, first, len(wishes), kept, len(contexts))
+        return cls(runner, first, len(targets), kept, len(contexts))
 
     def keys(self, layer: int) -> Float[Tensor, "fact d_mlp"]:
         """Of each fact, with the weights as they are now."""

@@ -72,6 +72,11 @@ class Ledger:
         )
 
     def check_unchanged(self, model: Model) -> None:
+        """Check that the touched weights are still those that the last edit left.
+
+        Raises:
+            ValueError: Something else has written to one.
+        """
         for layer, expected in self.written.items():
             if hash_weight(down_proj(model, layer).W) != expected:
                 raise ValueError(
@@ -84,6 +89,7 @@ _LEDGER = "_tl_factedit_ledger"
 
 
 def ledger_of(model: Model) -> Ledger:
+    """What is applied to a model now."""
     return model.__dict__.get(_LEDGER) or Ledger()
 
 
@@ -96,6 +102,7 @@ def _keep(model: Model, ledger: Ledger) -> None:
 
 
 def weight_hashes(weights: Mapping[int, Tensor]) -> dict[int, str]:
+    """A hash of each layer's weight."""
     return {layer: hash_weight(weight) for layer, weight in weights.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +16,10 @@ from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, batches, encode, pad
 from tl_factedit.editing.delta import Delta, norm_ratio
-from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.ledger import ledger_of
+
+if TYPE_CHECKING:
+    from tl_factedit.editing.edit import Edit
 
 AT_ONCE = 4096
 """Most tokens in a forward pass that reads keys."""
@@ -71,7 +73,7 @@ def measure_off_target(
     neighbours: bool = False,
     written: bool = False,
 ) -> dict[int, tuple[float, ...]]:
-    """`off_target_share` of changes that are no `Edit` yet: what an editor hands to `diagnose` or `diagnose_many`.
+    """`off_target_share` of changes that aren't an `Edit` yet, as `Edit.made` asks for it.
 
     Args:
         model: The model; it isn't looked at whether it has the weights that the changes are for.

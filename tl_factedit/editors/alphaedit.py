@@ -1,4 +1,4 @@
-"""AlphaEdit: MEMIT's spreading over layers, with updates confined to where stored keys hardly lie.
+"""AlphaEdit: MEMIT's way over the layers, with updates confined to where stored keys hardly lie.
 
     Δ = (P (KᵀK + K_pᵀK_p) + λ I)⁻¹ P Kᵀ R
 
@@ -9,8 +9,7 @@ Fang et al. 2024 (arXiv:2410.02355). P projects onto the eigenvectors of C = E[k
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,12 +18,11 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, in_null_space, null_space
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import bos_of, check_contexts, check_objective, described, described_stats, plain
-from tl_factedit.editing.layerwise import Solve, by_layer, spread_edit
+from tl_factedit.editing.inputs import bos_of, check_contexts, check_objective
+from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, by_layer, layerwise_edit
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
-from tl_factedit.editors.memit import STARTS
 from tl_factedit.stats.key_stats import KeyStats
 from tl_factedit.stats.sampling import SampledContexts
 
@@ -59,10 +57,8 @@ class AlphaEdit:
     weight: float = 10.0
     earlier: Iterable[Edit] = ()
     objective: Objective = field(default_factory=Inject)
-    fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
-    contexts: SampledContexts | Sequence[str] = field(
-        default_factory=lambda: SampledContexts(lengths=((5, 10),), starts=STARTS)
-    )
+    fit: ValueFit = MEMIT_FIT
+    contexts: SampledContexts | Sequence[str] = MEMIT_CONTEXTS
     prepend_bos: bool | None = None
     memory: float = 2.0
     progress: bool = True
@@ -79,15 +75,15 @@ class AlphaEdit:
         if isinstance(self.earlier, Edit):
             raise ValueError("earlier is one Edit, needed a list of them: write [edit]")
         object.__setattr__(self, "earlier", tuple(self.earlier))
-        for each in self.earlier:
-            if not isinstance(each, Edit):
-                raise ValueError(f"earlier has a {type(each).__name__}, needed Edits, whose keys are to be kept")
+        for edit in self.earlier:
+            if not isinstance(edit, Edit):
+                raise ValueError(f"earlier has a {type(edit).__name__}, needed Edits, whose keys are to be kept")
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"share is {self.share}, needed more than 0 and less than 1: of C's trace")
-        for each in self.stats.values():
-            if each.is_identity:
+        for stats in self.stats.values():
+            if stats.is_identity:
                 raise ValueError(
-                    f"the statistics of layer {each.layer} are the identity, in which no direction holds less than "
+                    f"the statistics of layer {stats.layer} are the identity, in which no direction holds less than "
                     "another: collect them with key_stats"
                 )
         check_objective(self.objective)
@@ -102,20 +98,7 @@ class AlphaEdit:
             RuntimeError: The optimisation is not finite.
         """
         self._check_earlier(model)
-        return spread_edit(
-            model,
-            facts,
-            self.stats,
-            self._prepare,
-            fit=self.fit,
-            contexts=self.contexts,
-            ridge=None,
-            prepend_bos=self.prepend_bos,
-            editor=self.describe(),
-            objective=self.objective,
-            memory=self.memory,
-            progress=self.progress,
-        )
+        return layerwise_edit(self, model, facts, ridge=None)
 
     def _check_earlier(self, model: Model) -> None:
         if not self.earlier:
@@ -134,22 +117,8 @@ class AlphaEdit:
                     "its keys are other ones"
                 )
 
-    def describe(self) -> dict[str, Any]:
-        """Name and hyperparameters, as plain data."""
-        return {
-            "name": "AlphaEdit",
-            "layers": list(self.stats),
-            "threshold": self.threshold,
-            "share": self.share,
-            "weight": self.weight,
-            "earlier": [edit.digest for edit in self.earlier],
-            **described_stats(self.stats.values()),
-            "objective": repr(self.objective),
-            "fit": plain(asdict(self.fit)),
-            "contexts": described(self.contexts),
-        }
-
-    def _prepare(self, stats: KeyStats) -> Solve:
+    def solver(self, stats: KeyStats) -> Solver:
+        """The closed form for one layer."""
         moment = stats.moment.double()
         projection = null_space(moment, threshold=self.threshold, share=self.share)
         kept = [edit.keys[stats.layer] for edit in self.earlier if stats.layer in edit.keys]

@@ -10,22 +10,18 @@ reported for each fact and layer (`Diagnostics.unmet`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import least_squares
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import check_contexts, check_objective, described, described_stats, factor, plain
-from tl_factedit.editing.layerwise import Solve, by_layer, spread_edit
+from tl_factedit.editing.inputs import check_contexts, check_objective, check_ridge, factor
+from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, by_layer, layerwise_edit
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.stats.key_stats import KeyStats
 from tl_factedit.stats.sampling import SampledContexts
-
-STARTS = ("The", "Therefore", "Because", "I", "You")
-"""What Meng et al. begin their contexts with."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,8 @@ class Memit:
     stats: Mapping[int, KeyStats]
     weight: float = 15_000.0
     objective: Objective = field(default_factory=Inject)
-    fit: ValueFit = field(default_factory=lambda: ValueFit(steps=25, clamp=0.75))
-    contexts: SampledContexts | Sequence[str] = field(
-        default_factory=lambda: SampledContexts(lengths=((5, 10),), starts=STARTS)
-    )
+    fit: ValueFit = MEMIT_FIT
+    contexts: SampledContexts | Sequence[str] = MEMIT_CONTEXTS
     ridge: float = 0.0
     prepend_bos: bool | None = None
     memory: float = 2.0
@@ -67,8 +61,7 @@ class Memit:
         object.__setattr__(self, "stats", by_layer(self.stats))
         if not self.weight > 0:
             raise ValueError(f"weight is {self.weight}, needed more than 0 (Emmet meets all residuals exactly)")
-        if self.ridge < 0:
-            raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
+        check_ridge(self.ridge)
         check_objective(self.objective)
         check_contexts(self.contexts)
 
@@ -80,34 +73,9 @@ class Memit:
                 moment that can't be inverted.
             RuntimeError: The optimisation is not finite.
         """
-        return spread_edit(
-            model,
-            facts,
-            self.stats,
-            self._prepare,
-            fit=self.fit,
-            contexts=self.contexts,
-            ridge=self.ridge,
-            prepend_bos=self.prepend_bos,
-            editor=self.describe(),
-            objective=self.objective,
-            memory=self.memory,
-            progress=self.progress,
-        )
+        return layerwise_edit(self, model, facts, ridge=self.ridge)
 
-    def describe(self) -> dict[str, Any]:
-        """Name and hyperparameters, as plain data."""
-        return {
-            "name": "Memit",
-            "layers": list(self.stats),
-            "weight": self.weight,
-            **described_stats(self.stats.values()),
-            "ridge": self.ridge,
-            "objective": repr(self.objective),
-            "fit": plain(asdict(self.fit)),
-            "contexts": described(self.contexts),
-        }
-
-    def _prepare(self, stats: KeyStats) -> Solve:
+    def solver(self, stats: KeyStats) -> Solver:
+        """The closed form for one layer."""
         lower = factor(stats, self.ridge)
         return lambda keys, residuals: least_squares(keys, residuals, lower.to(keys.device), self.weight)

@@ -11,35 +11,29 @@ With `KeyStats.identity` the update is the plain ``k* ⊗ r / k*ᵀk*``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import frozen
-from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.solve import Factors, rank_one, whiten
-from tl_factedit.editing.delta import Delta
-from tl_factedit.editing.diagnostics import diagnose
+from tl_factedit.core.solve import rank_one, whiten
+from tl_factedit.editing.delta import Delta, LayerUpdate
+from tl_factedit.editing.description import describe
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import (
-    align_facts,
-    bos_of,
+    EditInputs,
     check_contexts,
     check_facts,
     check_objective,
-    check_stats,
-    described,
+    check_ridge,
     factor,
-    plain,
+    fit_record,
     prefixes,
-    record,
 )
-from tl_factedit.editing.ledger import base_fingerprint, made_on
 from tl_factedit.editing.objectives import Inject, Objective
-from tl_factedit.editing.off_target import measure_off_target
 from tl_factedit.editing.value_fit import Fitted, ValueFit
 from tl_factedit.editing.values import fit_values
 from tl_factedit.stats.key_stats import KeyStats
@@ -106,8 +100,7 @@ class Rome:
             raise ValueError(f"variant {self.variant!r} is unknown, needed 'consistent' or 'original'")
         if self.target_ref not in ("mean", "bare"):
             raise ValueError(f"target_ref {self.target_ref!r} is unknown, needed 'mean' or 'bare'")
-        if self.ridge < 0:
-            raise ValueError(f"ridge is {self.ridge}, needed 0 or more (a share of the mean eigenvalue)")
+        check_ridge(self.ridge)
         check_objective(self.objective)
         check_contexts(self.contexts)
 
@@ -136,90 +129,67 @@ class Rome:
             ValueError: As for one fact; or a fact that is given twice.
             RuntimeError: An optimisation is not finite.
         """
-        facts = check_facts(facts, self.objective)
         stats = self._stats
-        site = down_proj(model, stats.layer)
-        base = base_fingerprint(model)
-        check_stats([stats], model, base, self.ridge)
-        prepend_bos = bos_of([stats], self.prepend_bos, model)
-        rows = align_facts(model, facts, self.fit, prepend_bos)
+        inputs = EditInputs.of(
+            model,
+            facts,
+            [stats.layer],
+            objective=self.objective,
+            stats=[stats],
+            ridge=self.ridge,
+            fit=self.fit,
+            prepend_bos=self.prepend_bos,
+        )
+        bos = inputs.prepend_bos
         # Before any forward pass, as it may fail; the identity needs none.
         lower = None if stats.is_identity else factor(stats, self.ridge)
-        contexts = tuple(prefixes(self.contexts, model))
-        provenance = made_on(model, prepend_bos, base)
-        edits = []
+        contexts = prefixes(self.contexts, model)
         with frozen(model):
             # Each by itself, as some objectives look at all facts they are given (the spread of their embeddings).
-            wishes = [self.objective.wishes(model, [fact], prepend_bos=prepend_bos)[0] for fact in facts]
-            found = fit_values(
+            targets = [self.objective.wishes(model, [fact], prepend_bos=bos)[0] for fact in inputs.facts]
+            fits = fit_values(
                 model,
-                wishes,
+                targets,
                 stats.layer,
                 contexts,
                 fit=self.fit,
-                prepend_bos=prepend_bos,
+                prepend_bos=bos,
                 memory=self.memory,
                 progress=self.progress,
             )
-            for fact, row, wish, fitted in zip(facts, rows, wishes, found, strict=True):
-                mean_key = fitted.keys.mean(0)
-                direction = mean_key if lower is None else whiten(lower, mean_key)
-                key, value, residual = self._write_at(fitted)
-                factors = self._solve(direction, key, residual)
-                delta = Delta(stats.layer, factors.left, factors.right)
-                off_target = measure_off_target(model, [fact], [delta], prepend_bos=prepend_bos)[stats.layer]
-                edits.append(
-                    Edit(
-                        facts=(fact,),
-                        deltas=(delta,),
-                        keys={stats.layer: key[None]},
-                        values={stats.layer: value[None]},
-                        editor=self.describe(),
-                        contexts=contexts,
-                        diagnostics=(diagnose(site, delta, direction, key, value, off_target=off_target),),
-                        fits=(record(fitted, wish, same_first_token=row.same_first_token),),
-                        provenance=provenance,
-                    )
+            return [
+                Edit.made(
+                    inputs.only(i),
+                    [self._update(fitted, lower)],
+                    editor=describe(self),
+                    contexts=contexts,
+                    fits=[fit_record(fitted, target)],
                 )
-        return edits
+                for i, (target, fitted) in enumerate(zip(targets, fits, strict=True))
+            ]
 
-    def describe(self) -> dict[str, Any]:
-        """Name and hyperparameters, as plain data."""
-        stats = self._stats
-        return {
-            "name": "Rome",
-            "variant": self.variant,
-            "target_ref": self.target_ref,
-            "layer": stats.layer,
-            "n_tokens": stats.n_tokens,
-            "corpus": stats.corpus,
-            "moment": stats.digest,
-            "ridge": self.ridge,
-            "objective": repr(self.objective),
-            "fit": plain(asdict(self.fit)),
-            "contexts": described(self.contexts),
-        }
+    def _update(self, fitted: Fitted, lower: Tensor | None) -> LayerUpdate:
+        """The rank-one update that writes a fitted value."""
+        mean_key = fitted.keys.mean(0)
+        direction = mean_key if lower is None else whiten(lower, mean_key)
+        if self.variant == "original":
+            key, now, ref = fitted.keys[0], fitted.outputs[0], fitted.outputs[0]
+        else:
+            key, now = mean_key, fitted.outputs.mean(0)
+            ref = now if self.target_ref == "mean" else fitted.outputs[0]
+        value = ref + fitted.delta
+        layer = self._stats.layer
+        try:
+            factors = rank_one(direction, key, fitted.delta if self.variant == "original" else value - now)
+        except ZeroDivisionError as error:
+            raise ValueError(
+                f"{error}: nothing can be written at layer {layer} for this subject (its key is "
+                f"{'0' if not bool(key.any()) else 'orthogonal to the mean key'}); choose another layer"
+            ) from error
+        delta = Delta(layer, factors.left, factors.right)
+        return LayerUpdate(delta, key[None], directions=direction[None], values=value[None])
 
     @property
     def _stats(self) -> KeyStats:
         assert isinstance(self.stats, KeyStats)
         return self.stats
-
-    def _solve(self, direction: Tensor, key: Tensor, residual: Tensor) -> Factors:
-        try:
-            return rank_one(direction, key, residual)
-        except ZeroDivisionError as error:
-            raise ValueError(
-                f"{error}: nothing can be written at layer {self._stats.layer} for this subject (its key is "
-                f"{'0' if not bool(key.any()) else 'orthogonal to the mean key'}); choose another layer"
-            ) from error
-
-    def _write_at(self, fitted: Fitted) -> tuple[Tensor, Tensor, Tensor]:
-        """Key, value and residual of the update."""
-        if self.variant == "original":
-            key, now = fitted.keys[0], fitted.outputs[0]
-            return key, now + fitted.delta, fitted.delta
-        key, now = fitted.keys.mean(0), fitted.outputs.mean(0)
-        ref = now if self.target_ref == "mean" else fitted.outputs[0]
-        value = ref + fitted.delta
-        return key, value, value - now

@@ -11,253 +11,20 @@ splitting of entries; WISE (Wang et al. 2024, arXiv:2405.14768) routes to a seco
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from tl_factedit.backend.hooking import hooked
-from tl_factedit.backend.packing import gather
-from tl_factedit.backend.protocol import Hook, Model, bos_policy, model_name
-from tl_factedit.backend.provenance import Provenance
-from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
-from tl_factedit.backend.weights import DownProj, down_proj
-from tl_factedit.core import files
+from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align, pad
-from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import align_facts, check_contexts, check_facts, described, plain, prefixes, record
-from tl_factedit.editing.ledger import base_fingerprint, made_on
-from tl_factedit.editing.objectives import EditTarget
+from tl_factedit.editing.description import describe
+from tl_factedit.editing.inputs import EditInputs, check_contexts, fit_record, prefixes
+from tl_factedit.editing.ledger import made_on
+from tl_factedit.editing.routed_edit import RoutedEdit
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editing.values import fit_values
 from tl_factedit.stats.sampling import SampledContexts
-
-
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
-class RoutedEdit:
-    """Keys and values beside a model, and hooks that look them up. Nothing is written into the model.
-
-    Attributes:
-        facts: What it was made for.
-        layer: The block.
-        keys: k*, the input of ``W_out`` that it answers to, [fact d_mlp], float64.
-        values: v*, what it answers in place of ``W_out``, [fact d_model], float64.
-        radius: How far a key may be from a stored one, as a share of the stored one's norm.
-        editor: How keys and values were found, as plain data.
-        contexts: The prefixes they were made under.
-        fits: For each fact, how its value was found.
-        provenance: Model, weights, BOS policy, versions.
-
-    Raises:
-        ValueError: The radius isn't positive; or a stored key lies within another's radius, so that one of two facts
-            could never be told from the other.
-    """
-
-    facts: tuple[Fact, ...]
-    layer: int
-    keys: Float[Tensor, "fact d_mlp"]
-    values: Float[Tensor, "fact d_model"]
-    radius: float
-    editor: Mapping[str, Any]
-    contexts: tuple[str, ...]
-    fits: tuple[Mapping[str, Any], ...]
-    provenance: Provenance
-
-    def __post_init__(self) -> None:
-        """Check the radius against the keys."""
-        if not self.radius > 0:
-            raise ValueError(f"radius is {self.radius}, needed more than 0 (a share of a stored key's norm)")
-        if not bool((self.keys.norm(dim=-1) > 0).all()):
-            raise ValueError("a stored key is 0, needed one with a direction: choose another layer")
-        apart = self.distances(self.keys).fill_diagonal_(torch.inf)
-        if bool((apart <= self.radius).any()):
-            nearest = float(apart.min())
-            i, j = divmod(int(apart.argmin()), len(apart))
-            raise ValueError(
-                f"the keys of {self.facts[i].name!r} and {self.facts[j].name!r} are {nearest:.3f} of a norm apart, "
-                f"within the radius of {self.radius}: needed less than {nearest:.3f}, or facts of different subjects"
-            )
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one layer."""
-        return (self.layer,)
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of what it stores: two routers with one digest are the same change."""
-        seen = hashlib.sha256(f"{self.layer} {self.radius!r}".encode())
-        for tensor in (self.keys, self.values):
-            seen.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
-        return seen.hexdigest()[:16]
-
-    @classmethod
-    def of(cls, edit: Edit, radius: float = 0.25) -> RoutedEdit:
-        """The router with the keys and values of an edit of one layer: the same answer, laid over instead of written.
-
-        Raises:
-            ValueError: The edit writes several layers; or as for the class.
-        """
-        if len(edit.layers) != 1:
-            raise ValueError(
-                f"the edit writes layers {list(edit.layers)}, needed one: of several layers no value is the whole "
-                "answer"
-            )
-        (layer,) = edit.layers
-        return cls(
-            facts=edit.facts,
-            layer=layer,
-            keys=edit.keys[layer].detach().double().cpu(),
-            values=edit.values[layer].detach().double().cpu(),
-            radius=radius,
-            editor={"name": "Router", "radius": radius, "of": dict(edit.editor)},
-            contexts=edit.contexts,
-            fits=edit.fits,
-            provenance=edit.provenance,
-        )
-
-    def distances(self, keys: Float[Tensor, "*token d_mlp"]) -> Float[Tensor, "*token fact"]:
-        """How far keys are from the stored ones, as shares of the stored ones' norms."""
-        stored = self.keys.to(keys.device)
-        apart = torch.cdist(keys.double().reshape(-1, keys.shape[-1]), stored)
-        return (apart / stored.norm(dim=-1)).reshape(*keys.shape[:-1], len(stored))
-
-    def check(self, model: Model) -> None:
-        """See that it is of this model; nothing is run.
-
-        Raises:
-            ValueError: The model has other weights than it was made for (edits of this package don't count).
-        """
-        now = base_fingerprint(model)
-        if not self.provenance.weights.matches(now):
-            raise ValueError(
-                f"the router was made for weights {self.provenance.weights} of {self.provenance.model!r}, but "
-                f"{model_name(model)} has weights {now}: apply it to the model it was made on"
-            )
-
-    @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
-        """The routed model for the length of a ``with`` block, by hooks alone; they go on exit, also on an error.
-
-        Raises:
-            ValueError: As for `check`.
-        """
-        self.check(model)
-        with hooked(model, self._hooks(down_proj(model, self.layer))):
-            yield model
-
-    def _hooks(self, site: DownProj) -> list[Hook]:
-        def answer(key: Tensor, value: Tensor) -> Tensor:
-            apart, nearest = self.distances(key.detach()).min(-1)
-            stored = self.values.to(value)[nearest]
-            return torch.where((apart <= self.radius)[..., None], stored, value)
-
-        return site.hooks(answer)
-
-    def reach(self, model: Model, others: Sequence[Fact] = ()) -> Reach:
-        """How near the stored keys the subjects' own keys come under their paraphrases, and others' subjects.
-
-        Args:
-            model: The model it was made on, without it.
-            others: Facts that it must leave alone, such as calibration subjects; about other subjects.
-        """
-        self.check(model)
-        bos = self.provenance.prepend_bos
-        own = [(i, t) for i, fact in enumerate(self.facts) for t in (fact.prompt, *fact.paraphrases) if "{}" in t]
-        rows = [align(model.tokenizer, self.facts[i], prepend_bos=bos, template=t) for i, t in own]
-        rows += [align(model.tokenizer, fact, prepend_bos=bos) for fact in others]
-        site = down_proj(model, self.layer)
-        found = []
-        with frozen(model), torch.no_grad():
-            runner = Runner(model)
-            for some in torch.arange(len(rows)).split(128):
-                heads = [rows[i].ids[: rows[i].last + 1] for i in some.tolist()]
-                keys = runner.capture(pad(heads, 0), [site.key_hook], stop=self.layer + 1)[site.key_hook]
-                at = torch.tensor([[len(head) - 1] for head in heads])
-                found.append(self.distances(gather(keys, at)[:, 0]).cpu())
-        apart = torch.cat(found)
-        mine = torch.tensor([i for i, _ in own])
-        farthest = torch.zeros(len(self.facts), dtype=apart.dtype)
-        farthest.scatter_reduce_(0, mine, apart[torch.arange(len(own)), mine], "amax")
-        among = apart[: len(own)].scatter(1, mine[:, None], torch.inf).amin(0)
-        return Reach(self.radius, farthest, among, apart[len(own) :].amin(1))
-
-    def save(self, path: str | Path) -> None:
-        """Write one small file (safetensors)."""
-        header = {
-            "facts": [asdict(fact) for fact in self.facts],
-            "layer": self.layer,
-            "radius": self.radius,
-            "editor": dict(self.editor),
-            "contexts": list(self.contexts),
-            "fits": [dict(fit) for fit in self.fits],
-            "provenance": self.provenance.to_json(),
-        }
-        files.write(Path(path), "routed edit", header, {"keys": self.keys, "values": self.values})
-
-    @classmethod
-    def load(cls, path: str | Path) -> RoutedEdit:
-        """Read a file of `save`.
-
-        Raises:
-            ValueError: The file is cut short, changed, or no router.
-        """
-        header, tensors = files.read(Path(path), "routed edit")
-        return cls(
-            facts=tuple(Fact(**fact) for fact in header["facts"]),
-            layer=header["layer"],
-            keys=tensors["keys"],
-            values=tensors["values"],
-            radius=header["radius"],
-            editor=header["editor"],
-            contexts=tuple(header["contexts"]),
-            fits=tuple(header["fits"]),
-            provenance=Provenance.from_json(header["provenance"]),
-        )
-
-    def __repr__(self) -> str:
-        """What it answers for, and where."""
-        facts = "; ".join(f"{f.subject!r}:{f.target_true}→{f.target_new}" for f in self.facts[:3])
-        more = f" and {len(self.facts) - 3} more" if len(self.facts) > 3 else ""
-        return f"RoutedEdit({facts}{more}, layer {self.layer}, radius {self.radius:g})"
-
-
-@dataclass(frozen=True, eq=False)
-class Reach:
-    """How far keys are from those of a router, as shares of the stored keys' norms.
-
-    Attributes:
-        radius: The router's.
-        own: Of each stored key, its own subject's farthest key over prompt and paraphrases: beyond the radius
-            the router misses it, [fact].
-        among: Of each stored key, the nearest key of another of the router's subjects; inf for one fact, [fact].
-        others: Of each other subject, its distance from the nearest stored key: within the radius the router answers
-            for it, [other].
-    """
-
-    radius: float
-    own: Float[Tensor, "fact"]
-    among: Float[Tensor, "fact"]
-    others: Float[Tensor, "other"]
-
-    @property
-    def missed(self) -> int:
-        """How many facts have a paraphrase that it doesn't answer."""
-        return int((self.own > self.radius).sum())
-
-    @property
-    def caught(self) -> int:
-        """For how many other subjects it answers."""
-        return int((self.others <= self.radius).sum())
 
 
 @dataclass(frozen=True)
@@ -299,43 +66,29 @@ class Router:
             ValueError: No facts, a fact without ``target_new``, a layer outside the model; two keys within a radius.
             RuntimeError: The optimisation is not finite.
         """
-        facts = check_facts(facts)
-        down_proj(model, self.layer)
-        base = base_fingerprint(model)
-        prepend_bos = bos_policy(model, self.prepend_bos)
-        rows = align_facts(model, facts, self.fit, prepend_bos)
+        inputs = EditInputs.of(model, facts, [self.layer], fit=self.fit, prepend_bos=self.prepend_bos, writes=False)
         contexts = prefixes(self.contexts, model)
         fitted = fit_values(
             model,
-            facts,
+            inputs.facts,
             self.layer,
             contexts,
             fit=self.fit,
-            prepend_bos=prepend_bos,
+            prepend_bos=inputs.prepend_bos,
             memory=self.memory,
             progress=self.progress,
         )
         return RoutedEdit(
-            facts=facts,
+            facts=inputs.facts,
             layer=self.layer,
-            keys=torch.stack([each.keys.mean(0) for each in fitted]).cpu(),
-            values=torch.stack([each.outputs.mean(0) + each.delta for each in fitted]).cpu(),
+            keys=torch.stack([fit.keys.mean(0) for fit in fitted]).cpu(),
+            values=torch.stack([fit.outputs.mean(0) + fit.delta for fit in fitted]).cpu(),
             radius=self.radius,
-            editor=self.describe(),
-            contexts=tuple(contexts),
+            editor=describe(self),
+            contexts=contexts,
             fits=tuple(
-                record(each, EditTarget(fact), same_first_token=row.same_first_token)
-                for each, fact, row in zip(fitted, facts, rows, strict=True)
+                {**fit_record(fit, fact), "same_first_token": prompt.same_first_token}
+                for fit, fact, prompt in zip(fitted, inputs.facts, inputs.prompts, strict=True)
             ),
-            provenance=made_on(model, prepend_bos, base),
+            provenance=made_on(model, inputs.prepend_bos, inputs.base),
         )
-
-    def describe(self) -> dict[str, Any]:
-        """Name and hyperparameters, as plain data."""
-        return {
-            "name": "Router",
-            "layer": self.layer,
-            "radius": self.radius,
-            "fit": plain(asdict(self.fit)),
-            "contexts": described(self.contexts),
-        }
