@@ -91,7 +91,6 @@ class State:
 
 def state(model: Any) -> State:
     """Bits of all weights, gradients, hooks, replaced forwards, flags, applied edits, random states."""
-    ledger = model.__dict__.get("_tl_factedit_ledger")
     return State(
         weights=tuple(param.detach().clone() for param in model.parameters()),
         grads=tuple(param.grad for param in model.parameters()),
@@ -106,7 +105,7 @@ def state(model: Any) -> State:
             )
             for name, module in model.named_modules()
         },
-        edits=() if ledger is None else tuple(edit.digest for edit in ledger.edits),
+        edits=tuple(edit.digest for edit in fe.edits_on(model)),
         rng=(torch.get_rng_state(), np.random.get_state()[1].copy()),  # not random's: beartype draws from it
         modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
     )

@@ -33,6 +33,7 @@ class DownProj:
         key_hook: Hook name of its input (the key).
         value_at: Where its output (the value) can be hooked: a hook name, or the module that
             returns it where no hook sees it (a HookedTransformer with norms after the MLP).
+        owner: The module that has the parameter, the same one whatever wraps it.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class DownProj:
     bias: Tensor | None
     key_hook: str
     value_at: Place
+    owner: nn.Module
 
     @property
     def W(self) -> Float[Tensor, "d_mlp d_model"]:
@@ -106,11 +108,14 @@ def down_proj(model: Model, layer: int) -> DownProj:
     if kind(model) == "bridge":
         out = getattr(mlp, "out", None)
         inner = getattr(out, "original_component", None)
+        while isinstance(deeper := getattr(inner, "original_component", None), nn.Module):
+            inner = deeper  # of a second bridge over one transformers model
         if inner is None:
             raise UnsupportedModelError(_no_single_w_out(where, mlp))
         param, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
         transposed = type(inner).__name__ != "Conv1D"  # GPT-2 stores Conv1D weights as [d_mlp, d_model]
         value_at: Place = f"{where}.out.hook_out"
+        owner = inner
     else:
         param, bias = mlp._parameters.get("W_out"), mlp._parameters.get("b_out")
         if param is None:
@@ -118,8 +123,9 @@ def down_proj(model: Model, layer: int) -> DownProj:
         transposed = False
         post_norm = bool(getattr(model.cfg, "use_normalization_before_and_after", False))
         value_at = mlp if post_norm else f"blocks.{layer}.hook_mlp_out"
+        owner = mlp
     _check_weight(param, where, model.cfg.d_model, transposed)
-    return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at)  # type: ignore[arg-type]
+    return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at, owner)  # type: ignore[arg-type]
 
 
 def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp d_model"]]) -> None:

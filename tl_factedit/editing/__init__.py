@@ -8,6 +8,7 @@ from tl_factedit.editing.description import describe
 from tl_factedit.editing.diagnostics import Diagnostics
 from tl_factedit.editing.inputs import EditInputs, fit_record
 from tl_factedit.editing.layerwise import layerwise_edit
+from tl_factedit.editing.ledger import forget_edits_
 from tl_factedit.editing.objectives import Amplify, EditTarget, Force, Objective, Reverse
 from tl_factedit.editing.off_target import off_target_share
 from tl_factedit.editing.value_fit import Fitted
@@ -25,6 +26,7 @@ __all__ = [
     "EditInputs",
     "fit_record",
     "layerwise_edit",
+    "forget_edits_",
     "Amplify",
     "EditTarget",
     "Force",

@@ -1,8 +1,8 @@
 """Edits as things: low-rank changes of ``W_out`` that can be applied, taken back bit for bit, and kept.
 
-A model carries a ledger of what is applied to it: the weights of each touched layer as they were
-before the first edit, and the edits in order. Undoing one edit restores those weights and writes
-the others again, in their order; with none left, the bits are those of before.
+A model carries a ledger of what is applied to it: the weights of each touched layer as they were before the first edit,
+and the edits in order. Undoing one edit restores those weights and writes the others again, in their order; with none
+left, the bits are those of before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.diagnostics import WARNED, Diagnostics, EditWarning, callers_level, concerns_of, diagnose
 from tl_factedit.editing.inputs import EditInputs
-from tl_factedit.editing.ledger import Ledger, base_fingerprint, commit_all, ledger_of, made_on, weight_hashes
+from tl_factedit.editing.ledger import base_fingerprint, commit_all, ledger_of, made_on
 from tl_factedit.editing.off_target import measure_off_target
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Edit:
                 its weights were changed since by something else.
         """
         ledger = ledger_of(model)
-        if self._is_on(ledger):
+        if ledger.holds(self):
             raise ValueError(f"{self._name} is applied to {model_name(model)} already: undo_ it first")
         twice = [each for each in ledger.edits if {*each.parts, each.digest} & {*self.parts, self.digest}]
         if twice:
@@ -195,10 +195,8 @@ class Edit:
                     "load the model in float32 or bfloat16"
                 )
         self.warn(ledger.edits)
-        base = {**{layer: site.W.clone() for layer, site in sites.items()}, **ledger.base}
-        commit_all(
-            model, sites, weights, Ledger.of(base, (*ledger.edits, self), {**ledger.written, **weight_hashes(weights)})
-        )
+        before = {layer: site.W.clone() for layer, site in sites.items()}
+        commit_all(model, sites, weights, ledger.with_edit(self, before, weights))
 
     def warn(self, others: Sequence[Edit] = ()) -> None:
         """Say once, as an `EditWarning`, what its concerns are, and which edits it was made on top of are missing.
@@ -221,35 +219,30 @@ class Edit:
                 something else. Nothing is written then.
         """
         ledger = ledger_of(model)
-        if not self._is_on(ledger):
+        if not ledger.holds(self):
             raise ValueError(f"{self._name} isn't applied to {model_name(model)}: apply_ it first")
         sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
         ledger.check_unchanged(model)
-        left = tuple(edit for edit in ledger.edits if edit.digest != self.digest)
-        weights = {layer: ledger.base[layer].clone() for layer in sites}
-        for edit in left:
-            for delta in edit.deltas:
-                if delta.layer in weights:
-                    weights[delta.layer] = delta.on(weights[delta.layer])
-        commit_all(model, sites, weights, Ledger.of(ledger.base, left, {**ledger.written, **weight_hashes(weights)}))
+        left, weights = ledger.without(self)
+        commit_all(model, sites, weights, left)
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """The edited model for the length of a ``with`` block; taken back on exit, also on an error."""
-        was_on = self._is_on(ledger_of(model))  # apply_ refuses it then, and it stays
+        was_on = ledger_of(model).holds(self)  # apply_ refuses it then, and it stays
         try:
             self.apply_(model)
             yield model
         finally:
             # An interrupt may come when apply_ is done and before it returns, or before it wrote anything.
-            if not was_on and self._is_on(ledger_of(model)):
+            if not was_on and ledger_of(model).holds(self):
                 try:
                     self.undo_(model)
                 except ValueError:
                     raise
                 except BaseException:
                     # It was interrupted, and is done all the same.
-                    if self._is_on(ledger_of(model)):
+                    if ledger_of(model).holds(self):
                         self.undo_(model)
                     raise
 
@@ -340,9 +333,6 @@ class Edit:
             + self.table().to_html(float_format="{:.3g}".format, index=False, na_rep="")
             + (f"<ul>{concerns}</ul>" if concerns else "")
         )
-
-    def _is_on(self, ledger: Ledger) -> bool:
-        return any(edit.digest == self.digest for edit in ledger.edits)
 
     def _without(self, others: Sequence[Edit]) -> Iterator[str]:
         on = {digest for edit in others for digest in (edit.digest, *edit.parts)}
