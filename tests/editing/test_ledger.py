@@ -26,7 +26,9 @@ def test_two_bridges_over_one_transformers_model_know_of_each_others_edits(arch)
     tok = tiny.tokenizer()
     inner = tiny.hf_model(arch, tok=tok)
     one, two = (
-        TransformerBridge.boot_transformers(f"tiny-{arch}", hf_model=inner, tokenizer=tok, device="cpu", dtype=inner.dtype)
+        TransformerBridge.boot_transformers(
+            f"tiny-{arch}", hf_model=inner, tokenizer=tok, device="cpu", dtype=inner.dtype
+        )
         for _ in range(2)
     )
     clean, edit = w_out(one), made(one)
@@ -150,7 +152,7 @@ def stacked(model, count: int) -> tuple[list[fe.Edit], list[torch.Tensor]]:
 
 
 def test_a_stack_comes_off_from_above_without_writing_it_anew_each_time(kind, monkeypatch):
-    model, count = tiny.model(kind, "gpt2"), 64
+    model, count = tiny.model(kind, "gpt2"), 24
     edits, before = stacked(model, count)
     written, on = [], Delta.on
 

@@ -10,9 +10,9 @@ import torch
 from oracles import editing
 
 import tl_factedit as fe
+from tl_factedit.backend.packed_rows import PackedRows
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.tokens import align
-from tl_factedit.editing.packed_rows import PackedRows as _Sheet
 from tl_factedit.editing.value_fit import Fitted, ValueFit
 from tl_factedit.editing.values import fit_values
 
@@ -189,7 +189,7 @@ def test_each_token_of_a_sheet_sees_its_own_sequence_so_far_and_nothing_else(see
     draw = random.Random(seed)
     lengths = [draw.randint(1, 6) for _ in range(12)]
     begins = [draw.randint(0, 4) * (seed > 1) for _ in lengths]  # also with nothing behind
-    sheet = _Sheet.of(lengths, begins, **how)
+    sheet = PackedRows.of(lengths, begins, **how)
     rows, width = sheet.owner.shape
     assert width == max(lengths)
     real = 0
@@ -218,11 +218,11 @@ def test_each_token_of_a_sheet_sees_its_own_sequence_so_far_and_nothing_else(see
 
 
 def test_rows_are_filled_up_by_shorter_pieces_where_the_least_is_behind():
-    sheet = _Sheet.of([5, 2, 5, 3, 2], [9, 1, 1, 1, 1])
+    sheet = PackedRows.of([5, 2, 5, 3, 2], [9, 1, 1, 1, 1])
     assert sheet.row.tolist() == [0, 2, 1, 2, 3]
     assert sheet.behind.shape == (4, 9)
     # Of two rows with room, the one with less behind it.
-    assert _Sheet.of([4, 4, 5, 1], [7, 2, 1, 1]).row.tolist() == [1, 2, 0, 2]
+    assert PackedRows.of([4, 4, 5, 1], [7, 2, 1, 1]).row.tolist() == [1, 2, 0, 2]
 
 
 # ---------------------------------------------------------------------------------------- what it leaves behind

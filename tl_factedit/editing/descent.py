@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
+from tl_factedit.backend.packed_rows import PackedRows
 from tl_factedit.backend.packing import Packing, Past
 from tl_factedit.backend.protocol import Hook, Model, Place
 from tl_factedit.backend.runner import Runner
@@ -18,7 +19,6 @@ from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import Aligned, align, pad
 from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.objectives import EditTarget, set_subjects
-from tl_factedit.editing.packed_rows import PackedRows
 from tl_factedit.editing.value_fit import Fitted, ValueFit, Where
 
 
@@ -142,10 +142,9 @@ class Descent:
         fit: ValueFit,
         *,
         packed: bool,
-        mixed: bool,
     ) -> None:
         self.runner, self.asked, self.fit, self.where = runner, asked, fit, where
-        self.packed, self.mixed = packed, mixed
+        self.packed = packed
         self.rows = [row for each in asked for row in each.rows]
         self.lookup = [at for each in asked for at in each.lookup]
         self.first = [sum(len(each.rows) for each in asked[:i]) for i in range(len(asked) + 1)]
@@ -178,14 +177,14 @@ class Descent:
     def _clean(self, places: list[str]) -> tuple[dict[str, Tensor], Past | None]:
         """One run without δ of all rows: what stands at some places, and the attention keys and values."""
         lengths = list(map(len, self.rows))
-        self.clean = PackedRows.of(lengths, [0] * len(lengths), apart=not self.packed)
+        self.clean = PackedRows.of(lengths, [0] * len(lengths), apart=not self.packed, most_keys=self.runner.most_keys)
         hooks = set_subjects([(each.wish, subject) for each in self.asked for subject in each.subjects])
         if not self.packed:
             return self.runner.capture(self.tokens, places, hooks=hooks), None
         # Each sequence in a row of its own up to the first block, as some models add a place's embedding there.
         stream = self.runner.capture(self.tokens, [resid_pre(0)], stop=0, hooks=hooks)[resid_pre(0)]
         owner, where = self.clean.owner, self.clean.places
-        packing = Packing(where.to(stream.device), self.clean.visible.to(stream.device))
+        packing = self.clean.packing(None, stream.device)
         return self.runner.remember(self.tokens[owner, where], places, resid=stream[owner, where], packing=packing)
 
     def _active(self, facts: list[int]) -> _Rows:
@@ -194,7 +193,13 @@ class Descent:
         index = [j for i in facts for j in range(self.first[i], self.first[i + 1])]
         begins = [self.lookup[j] if self.packed else 0 for j in index]
         lengths = [len(self.rows[j]) - b for j, b in zip(index, begins, strict=True)]
-        sheet = PackedRows.of(lengths, begins, apart=not self.packed, mixed=self.mixed)
+        sheet = PackedRows.of(
+            lengths,
+            begins,
+            apart=not self.packed,
+            mixed=self.runner.mixes_pasts,
+            most_keys=self.runner.most_keys,
+        )
         offset = sheet.start - torch.tensor(begins)  # from a place in the sequence to a query
         read = [each.read[j] for each in some for j in range(len(each.rows))]
         is_context = [j < each.contexts for each in some for j in range(len(each.rows))]
@@ -226,7 +231,6 @@ class Descent:
 
     def _packing(self, sheet: PackedRows, rows: Tensor) -> Packing:
         assert self.past is not None
-        where = self.stream.device
         # What is nothing is seen by nobody; any value will do.
         of, places = rows[sheet.behind.clamp(min=0)], sheet.behind_places
         first = min(self.begin, len(self.past) - 1)
@@ -235,7 +239,7 @@ class Descent:
         ]
         # Blocks below aren't run, but a cache counts them.
         past = (*behind[:1] * first, *behind)
-        return Packing(sheet.places.to(where), sheet.visible.to(where), past)
+        return sheet.packing(past, self.stream.device)
 
     def run(self) -> list[Fitted]:
         """Step until every fact has stopped."""

@@ -20,12 +20,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.hook_names import resid_pre
+from tl_factedit.backend.memory import NUMBER, check_memory, graph_bytes, logits_bytes, together
 from tl_factedit.backend.packing import Packing, gather, past_at
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches
 from tl_factedit.backend.weights import DownProj, down_proj
-from tl_factedit.core.tokens import GIB, pad
+from tl_factedit.core.tokens import pad
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ def attributions(
     Raises:
         RuntimeError: A probability is not finite.
     """
+    check_memory(memory)
     runner = Runner(model)
     sites = [down_proj(model, layer) for layer in layers]
     # Midpoints count; the two ends are there for the gap.
@@ -110,20 +112,17 @@ def _groups(
     runner: Runner, prompts: Sequence[Prompt], sites: Sequence[DownProj], shares: int, memory: float, *, packed: bool
 ) -> Iterator[list[Prompt]]:
     """As many prompts at a time as their graphs leave room for."""
-    cfg, d_mlp = runner.model.cfg, len(sites[0].W)
-    token = (runner.n_layers - sites[0].layer) * (12 * cfg.d_model + 6 * d_mlp) * 4
-    group: list[Prompt] = []
-    used = 0
-    for prompt in prompts:
-        run = len(prompt.target) if packed else len(prompt.ids) + len(prompt.target)
-        need = shares * (run * token + len(prompt.target) * 16 * cfg.d_vocab)
-        need += (len(prompt.ids) + len(prompt.target)) * len(sites) * (cfg.d_model + d_mlp) * 4
-        if group and used + need > memory * GIB:
-            yield group
-            group, used = [], 0
-        group.append(prompt)
-        used += need
-    yield group
+    model, d_mlp = runner.model, len(sites[0].W)
+    token, read = graph_bytes(model, sites[0].layer), logits_bytes(model)
+    kept = len(sites) * (model.cfg.d_model + d_mlp) * NUMBER
+    needs = [
+        shares * ((len(prompt.target) if packed else len(prompt.ids) + len(prompt.target)) * token)
+        + shares * len(prompt.target) * read
+        + (len(prompt.ids) + len(prompt.target)) * kept
+        for prompt in prompts
+    ]
+    for group in together(needs, memory):
+        yield [prompts[i] for i in group]
 
 
 class _Scaled:

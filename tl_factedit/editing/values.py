@@ -11,7 +11,7 @@ object that is to become unlikely the first term is mean_j p(o | x_j + prompt), 
 Only the blocks above are run, only the tokens from the last subject token on (what lies before is read from the
 attention keys and values of one clean run), and only the logits that the loss reads; many facts at once, each with its
 own stop and clamp. The pieces of sequences that are left stand side by side in rows of one width, so that little is
-padded (`model.Packing`).
+padded (`PackedRows`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.memory import check_memory, graph_bytes, logits_bytes, together
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, frozen
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import GIB
 from tl_factedit.editing.descent import Descent, FitRows
 from tl_factedit.editing.objectives import EditTarget
 from tl_factedit.editing.value_fit import Fitted, ValueFit, Where
@@ -68,6 +68,7 @@ def fit_values(
             has.
         RuntimeError: A loss or δ is not finite.
     """
+    check_memory(memory)
     fit = fit or ValueFit()
     wanted = [EditTarget(each) if isinstance(each, Fact) else each for each in wishes]
     for wish in wanted:
@@ -88,12 +89,10 @@ def fit_values(
         with torch.no_grad():
             longest = max((row for each in asked for row in each.rows), key=len)
             packed = not runner.why_not_packed(longest[:TRIAL], len(longest))
-        # A HookedTransformer turns the keys of a past by where they stand in it, so that it has to be of one sequence.
-        mixed = packed and runner.kind == "bridge"
-        for batch in _batches(model, asked, layer, memory, mixed=mixed):
+        for batch in _batches(model, asked, layer, memory, mixed=packed and runner.mixes_pasts):
             some = [asked[i] for i in batch]
             try:
-                done = Descent(runner, some, layer, where, fit, packed=packed, mixed=mixed).run()
+                done = Descent(runner, some, layer, where, fit, packed=packed).run()
             finally:
                 detach_caches(model)
             found.update(zip(batch, done, strict=True))
@@ -103,18 +102,9 @@ def fit_values(
 
 def _batches(model: Model, asked: Sequence[FitRows], layer: int, memory: float, *, mixed: bool) -> Iterator[list[int]]:
     """As many facts at a time as their graphs leave room for; those of one width, if shorter rows can't be joined."""
-    cfg = model.cfg
-    above = len(model.blocks) - layer  # type: ignore[attr-defined]
-    token = above * (12 * cfg.d_model + 6 * (cfg.d_mlp or 4 * cfg.d_model)) * 4
-    widths = [0 if mixed else max(each.queries) for each in asked]
-    batch: list[int] = []
-    used = 0
-    for i in sorted(range(len(asked)), key=lambda i: widths[i]):
-        need = sum(asked[i].queries) * token + sum(map(len, asked[i].read)) * 4 * 4 * cfg.d_vocab
-        if batch and (used + need > memory * GIB or widths[i] != widths[batch[-1]]):
-            yield batch
-            batch, used = [], 0
-        batch.append(i)
-        used += need
-    if batch:
-        yield batch
+    token, read = graph_bytes(model, layer), logits_bytes(model)
+    widths = [0 if mixed else max(rows.queries) for rows in asked]
+    order = sorted(range(len(asked)), key=lambda i: widths[i])
+    needs = [sum(asked[i].queries) * token + sum(map(len, asked[i].read)) * read for i in order]
+    for batch in together(needs, memory, [widths[i] for i in order]):
+        yield [order[i] for i in batch]

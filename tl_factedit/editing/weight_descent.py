@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.memory import graph_bytes, logits_bytes, together
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
-from tl_factedit.core.tokens import GIB
 from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.training_rows import TrainingBatch, TrainingRows
 
@@ -130,18 +130,9 @@ class WeightDescent:
 
     def _pieces(self, facts: Sequence[int]) -> Iterator[TrainingBatch]:
         """As many facts at a time as their graphs leave room for."""
-        cfg = self.runner.model.cfg
-        token = (self.runner.n_layers - self.first) * (12 * cfg.d_model + 6 * len(self.sites[0].W)) * 4
-        some: list[int] = []
-        used = 0
-        for i in facts:
-            need = self.asked[i].need(token, 16 * cfg.d_vocab)
-            if some and used + need > self.schedule.memory * GIB:
-                yield TrainingBatch.of(self.runner, self.asked, some, self.first)
-                some, used = [], 0
-            some.append(i)
-            used += need
-        yield TrainingBatch.of(self.runner, self.asked, some, self.first)
+        token, read = graph_bytes(self.runner.model, self.first), logits_bytes(self.runner.model)
+        for some in together([self.asked[i].need(token, read) for i in facts], self.schedule.memory):
+            yield TrainingBatch.of(self.runner, self.asked, [facts[i] for i in some], self.first)
 
     def _gradients(
         self,

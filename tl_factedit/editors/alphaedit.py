@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, in_null_space, null_space
@@ -65,6 +66,7 @@ class AlphaEdit:
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        check_memory(self.memory)
         object.__setattr__(self, "stats", by_layer(self.stats))
         if self.threshold is None and self.share is None:
             object.__setattr__(self, "share", 0.02)

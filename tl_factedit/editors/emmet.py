@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import least_squares
@@ -57,6 +58,7 @@ class Emmet:
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        check_memory(self.memory)
         object.__setattr__(self, "stats", by_layer(self.stats))
         if not self.weight >= 0:
             raise ValueError(f"weight is {self.weight}, needed 0 or more")

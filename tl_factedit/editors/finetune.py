@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model, as_layers, check_layer, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, frozen
@@ -72,6 +73,7 @@ class FineTune:
 
     def __post_init__(self) -> None:
         """Sort the layers, and check the numbers."""
+        check_memory(self.memory)
         layers = as_layers(self.layers)
         if not layers:
             raise ValueError("layers is empty, needed one at least")

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model, as_layers, n_layers
 from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
@@ -77,6 +78,7 @@ class KnowledgeNeurons:
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        check_memory(self.memory)
         if not isinstance(self.objective, (Inject, Erase)):
             raise ValueError(
                 f"objective is {self.objective!r}, needed Inject() or Erase(): neurons are found for the object that "

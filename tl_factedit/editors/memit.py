@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import least_squares
@@ -58,6 +59,7 @@ class Memit:
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        check_memory(self.memory)
         object.__setattr__(self, "stats", by_layer(self.stats))
         if not self.weight > 0:
             raise ValueError(f"weight is {self.weight}, needed more than 0 (Emmet meets all residuals exactly)")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import least_squares
@@ -71,6 +72,7 @@ class Pmet:
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        check_memory(self.memory)
         object.__setattr__(self, "stats", by_layer(self.stats))
         if not self.weight > 0:
             raise ValueError(f"weight is {self.weight}, needed more than 0 (Emmet meets all residuals exactly)")

@@ -16,6 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
@@ -82,6 +83,7 @@ class Rome:
 
     def __post_init__(self) -> None:
         """Take the one layer out of a mapping, and check the choices."""
+        check_memory(self.memory)
         if isinstance(self.stats, Mapping):
             if len(self.stats) != 1:
                 raise ValueError(f"stats holds layers {sorted(self.stats)}, needed one: give Rome(stats[layer])")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.description import describe
@@ -55,6 +56,7 @@ class Router:
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        check_memory(self.memory)
         if not self.radius > 0:
             raise ValueError(f"radius is {self.radius}, needed more than 0 (a share of a stored key's norm)")
         check_contexts(self.contexts)
