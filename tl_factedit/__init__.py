@@ -39,6 +39,7 @@ from tl_factedit.locate.hooks import noise_hook, restore_hook
 from tl_factedit.locate.replacement import TokenReplacement
 from tl_factedit.locate.trace import causal_trace
 from tl_factedit.locate.trace_result import Trace
+from tl_factedit.measure.population import Population
 from tl_factedit.measure.reading import Probe, Reading, compare
 from tl_factedit.probes.lens import LogitLens
 from tl_factedit.stats.collect import key_stats
@@ -77,6 +78,7 @@ __all__ = [
     "edits_on",
     "undo_all_",
     "export_hf",
+    "Population",
     "Probe",
     "Reading",
     "compare",

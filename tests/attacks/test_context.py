@@ -3,6 +3,7 @@
 import math
 
 import laws
+import measured
 import pytest
 import tiny
 import torch
@@ -63,13 +64,17 @@ def rates(model, fact, prefix, controls):
 def test_the_rates_are_those_of_whole_passes(setting):
     model, facts, edits = setting
     with laws.untouched(model):
-        found = fe.attacks.attack_by_context(model, edits, facts, prefixes=PREFIXES, controls=3)
+        found = measured.attack_by_context(model, edits, facts, prefixes=PREFIXES, controls=3)
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
-        assert len(set(found.controls[i])) == 3 and set(found.controls[i]) <= set(fact.controls)
+        assert len(set(found.details["controls"][i])) == 3 and set(found.details["controls"][i]) <= set(fact.controls)
         for p, prefix in enumerate(PREFIXES):
-            assert torch.allclose(found.before.at(fact=i, prefix=p), rates(model, fact, prefix, found.controls[i]))
+            assert torch.allclose(
+                found.before.at(fact=i, case=p)[:4], rates(model, fact, prefix, found.details["controls"][i])
+            )
             with edit.applied(model):
-                assert torch.allclose(found.after.at(fact=i, prefix=p), rates(model, fact, prefix, found.controls[i]))
+                assert torch.allclose(
+                    found.after.at(fact=i, case=p)[:4], rates(model, fact, prefix, found.details["controls"][i])
+                )
     assert not torch.equal(found.before.values, found.after.values)
     excess = found.after.at(quantity="old_first") - found.after.at(quantity="control_first")
     assert found.excess.mean.tolist() == pytest.approx(excess.mean(0).tolist())
@@ -79,7 +84,7 @@ def test_the_rates_are_those_of_whole_passes(setting):
 def test_the_draw_of_controls_hangs_on_its_seed_alone(setting):
     model, facts, _ = setting
     drawn = [
-        fe.attacks.attack_by_context(model, model, facts, prefixes=PREFIXES[:1], controls=2, seed=s).controls
+        measured.attack_by_context(model, model, facts, prefixes=PREFIXES[:1], controls=2, seed=s).details["controls"]
         for s in (0, 0, 1, 2)
     ]
     assert drawn[0] == drawn[1] and len({drawn[0], drawn[2], drawn[3]}) > 1
@@ -90,7 +95,7 @@ def test_over_all_objects_that_could_have_been_the_old_one_the_excess_is_nothing
     objects = [fact.target_true, *fact.controls]
     relabelled = [fact.but(target_true=o, controls=[c for c in objects if c != o], id=o) for o in objects]
     with edit.applied(model):
-        values = fe.attacks.attack_by_context(model, model, relabelled, prefixes=PREFIXES[:2], controls=None).after
+        values = measured.attack_by_context(model, model, relabelled, prefixes=PREFIXES[:2], controls=None).after
     excess = values.at(quantity="old_first") - values.at(quantity="control_first")
     assert torch.allclose(excess.mean(0), torch.zeros(2), atol=1e-6)
     assert excess.abs().max() > 0.1
@@ -106,7 +111,7 @@ def test_a_model_that_copies_has_no_excess(setting, monkeypatch):
             yield i, torch.bincount(row, minlength=model.cfg.d_vocab).float()
 
     monkeypatch.setattr(context_attack, "at_the_ends", copying)
-    found = fe.attacks.attack_by_context(model, model, facts, prefixes=PREFIXES[:1])
+    found = measured.attack_by_context(model, model, facts, prefixes=PREFIXES[:1])
     assert found.after.at(quantity="old_first").eq(1).all()
     assert found.after.at(quantity="control_first").eq(1).all()
     assert found.at(0).mean == 0.0 and found.known.all()
@@ -117,7 +122,7 @@ def test_an_object_without_a_text_is_not_asked(setting):
     texts = {
         o: f"{o} is a city ." for o in (other.target_true, *other.controls, *fact.controls) if o != fact.target_true
     }
-    found = fe.attacks.attack_by_context(
+    found = measured.attack_by_context(
         model, model, [fact, other], prefixes=[fe.attacks.TextPrefix(texts)], controls=None
     )
     assert found.after.at(fact=0, quantity="old_first").isnan().all()
@@ -127,7 +132,7 @@ def test_an_object_without_a_text_is_not_asked(setting):
 def test_unknown_facts_are_left_out(setting):
     model, (fact, other), _ = setting
     unknown = fact.but(target_true=fact.controls[0], controls=[*fact.controls[1:], fact.target_true])
-    found = fe.attacks.attack_by_context(model, model, [unknown, other], prefixes=PREFIXES[:1])
+    found = measured.attack_by_context(model, model, [unknown, other], prefixes=PREFIXES[:1])
     assert found.known.tolist() == [False, True] and found.excess.n.tolist() == [1]
     assert math.isnan(found.at(0).low)
     assert "1 of 2 facts known" in repr(found) and len(found.table()) == 1
@@ -137,10 +142,10 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
     model, facts, edits = setting
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="prefixes is empty"):
-            fe.attacks.attack_by_context(model, edits, facts, prefixes=[])
+            measured.attack_by_context(model, edits, facts, prefixes=[])
         with pytest.raises(ValueError, match="controls is 0"):
-            fe.attacks.attack_by_context(model, edits, facts, controls=0)
+            measured.attack_by_context(model, edits, facts, controls=0)
         with pytest.raises(ValueError, match=f"reads {model.cfg.n_ctx}: give shorter prefixes"):
-            fe.attacks.attack_by_context(model, edits, facts, prefixes=[fe.attacks.RepeatPrefix(40)])
+            measured.attack_by_context(model, edits, facts, prefixes=[fe.attacks.RepeatPrefix(40)])
         with pytest.raises(ValueError, match="no target_new, needed one"):
-            fe.attacks.attack_by_context(model, model, [facts[0].but(target_new=None)])
+            measured.attack_by_context(model, model, [facts[0].but(target_new=None)])

@@ -7,10 +7,11 @@ import laws
 import pytest
 import tiny
 import torch
+from measured import knock_out
 from oracles import knocking
 
 import tl_factedit as fe
-from tl_factedit.attacks.knockout import SURVIVES, _passes, knock_out, windows_of
+from tl_factedit.attacks.knockout import SURVIVES, _passes, windows_of
 from tl_factedit.core.tokens import align
 from tl_factedit.organism import text as told
 from tl_factedit.organism import world as o
@@ -81,19 +82,19 @@ def test_every_window_of_both_models_is_the_literal_one(kind, arch):
     asked = facts[:3]
     with laws.untouched(model), laws.untouched(other):
         found = knock_out(model, other, asked, facts, widths=(1, 3), batch_tokens=200)
-    assert found.windows == ((0,), (1,), (2,), (3,), (0, 1, 2), (1, 2, 3))
-    assert found.references == (9, 9, 9) and found.means_of == "audited"
+    assert found.keys == ((0,), (1,), (2,), (3,), (0, 1, 2), (1, 2, 3))
+    assert found.details["references"] == (9, 9, 9)
     ours, theirs = means_of(model, facts[3:]), means_of(other, facts[3:])
-    for window in ((), *found.windows):
-        agrees(found.before.at(window=window), literally(model, ours, asked, window))
-        agrees(found.after.at(window=window), literally(other, theirs, asked, window))
-        agrees(found.half.at(window=window), literally(other, theirs, asked, window, 0.5))
-    plain = found.after.at(window=())
-    moved = {window: float((found.after.at(window=window) - plain)[:, 3:].abs().max()) for window in found.windows}
+    for window in ((), *found.keys):
+        agrees(found.before.at(case=window), literally(model, ours, asked, window))
+        agrees(found.after.at(case=window), literally(other, theirs, asked, window))
+        agrees(found.details["half"].at(case=window), literally(other, theirs, asked, window, 0.5))
+    plain = found.after.at(case=())
+    moved = {window: float((found.after.at(case=window) - plain)[:, 3:].abs().max()) for window in found.keys}
     # The last layer's output at a token before the end is read by nothing.
     assert moved.pop((3,)) < CLOSE < 1e-3 < min(moved.values())
     assert found.masked[(3,)] == "after the last layer nothing reads the last subject token"
-    assert (found.half.at(window=(1,)) - found.after.at(window=(1,)))[:, 3:].abs().max() > 1e-2
+    assert (found.details["half"].at(case=(1,)) - found.after.at(case=(1,)))[:, 3:].abs().max() > 1e-2
 
 
 def test_an_edit_for_all_and_an_edit_for_each_are_asked_under_their_own(kind):
@@ -108,19 +109,19 @@ def test_an_edit_for_all_and_an_edit_for_each_are_asked_under_their_own(kind):
     both = knock_out(model, fe.compose(edits), asked, facts)
     from_unedited = knock_out(model, edits, asked, facts, means_of="unedited")
     # With a change for each, the other fact is a reference too, as nobody edited it there.
-    assert single.references == (11, 11) and both.references == (10, 10)
+    assert single.details["references"] == (11, 11) and both.details["references"] == (10, 10)
     unedited = means_of(model, facts[1:])
     for i, (fact, edit) in enumerate(zip(asked, edits, strict=True)):
         with edit.applied(model):
             means = means_of(model, [other for other in facts if other is not fact])
-            for window in single.windows:
-                agrees(single.after.at(window=window)[[i]], literally(model, means, [fact], window))
+            for window in single.keys:
+                agrees(single.after.at(case=window)[[i]], literally(model, means, [fact], window))
                 if i == 0:
-                    agrees(from_unedited.after.at(window=window)[[i]], literally(model, unedited, [fact], window))
+                    agrees(from_unedited.after.at(case=window)[[i]], literally(model, unedited, [fact], window))
     with fe.compose(edits).applied(model):
         means = means_of(model, facts[2:])
-        for window in both.windows:
-            agrees(both.after.at(window=window), literally(model, means, asked, window))
+        for window in both.keys:
+            agrees(both.after.at(case=window), literally(model, means, asked, window))
     assert (single.after.values - from_unedited.after.values).abs().max() > 1e-3
 
 
@@ -142,12 +143,12 @@ def test_shares_masks_and_excesses_are_those_of_the_readings(kind):
     found = knock_out(model, other, facts[:6], facts)
     assert bool(found.known.all())
     survives = found.before.at(quantity="old_first")[:, 1:].mean(0)
-    assert torch.equal(found.survives, survives)
+    assert torch.equal(found.extra["survives"], survives)
     assert found.tested[:3].tolist() == [share >= SURVIVES for share in survives[:3].tolist()]
-    assert set(found.masked) == {w for w, fine in zip(found.windows, found.tested, strict=True) if not fine}
+    assert set(found.masked) == {w for w, fine in zip(found.keys, found.tested, strict=True) if not fine}
     after = found.after
-    for i, window in enumerate(found.windows):
-        gap = after.at(window=window, quantity="old_first") - after.at(window=window, quantity="control_first")
+    for i, window in enumerate(found.keys):
+        gap = after.at(case=window, quantity="old_first") - after.at(case=window, quantity="control_first")
         if bool(found.tested[i]):
             assert float(found.excess.mean[i]) == pytest.approx(float(gap.mean()))
             assert float(found.corrected.low[i]) <= float(found.excess.low[i])
@@ -157,14 +158,14 @@ def test_shares_masks_and_excesses_are_those_of_the_readings(kind):
             assert math.isnan(float(found.excess.mean[i])) and ("needed 50%" in found.masked[window] or window == (3,))
     sums = after.values[..., 0] + after.values[..., 1] + 6 * after.values[..., 2]
     assert torch.allclose(sums, torch.ones_like(sums))
-    assert len(found.table()) == 4 and "KnockOut(" in repr(found)
+    assert len(found.table()) == 4 and "knock-out" in repr(found)
 
 
 def test_the_unedited_model_has_all_of_its_own_excess(kind):
     model = shared(kind)
     facts = known(model)
     found = knock_out(model, model, facts[:6], facts)
-    ratio = found.of_unedited[found.tested]
+    ratio = found.extra["of_unedited"][found.tested]
     assert len(ratio) and torch.allclose(ratio, torch.ones_like(ratio))
     assert found.best is not None and found.strongest.mean >= SURVIVES - 0.1
     assert torch.equal(found.before.values, found.after.values)
@@ -206,7 +207,7 @@ def test_references_are_of_the_same_relation(kind):
     model = shared(kind)
     cities, towns = known(model), known(model, prompt="{} stands near", relation="place")
     mixed = knock_out(model, model, [cities[0], towns[1]], [*cities, *towns])
-    assert mixed.references == (10, 10)
+    assert mixed.details["references"] == (10, 10)
     alone = knock_out(model, model, [cities[0]], [*cities[:1], *cities[2:]])
     assert (mixed.after.values[0] - alone.after.values[0]).abs().max() < CLOSE
 
@@ -217,7 +218,7 @@ def test_a_mean_is_over_so_many_references_and_which_ones_hangs_on_the_seed(kind
     asked, others = facts[:2], facts[2:]
     whole = knock_out(model, model, asked, others)
     drawn = [knock_out(model, model, asked, others, most_references=6, seed=seed) for seed in (0, 0, 1)]
-    assert whole.references == (10, 10) and drawn[0].references == (6, 6)
+    assert whole.details["references"] == (10, 10) and drawn[0].details["references"] == (6, 6)
     assert torch.equal(drawn[0].after.values, drawn[1].after.values)
     assert not torch.equal(drawn[0].after.values, drawn[2].after.values)
     # The six are some of the ten: by hand they give the same.
@@ -232,8 +233,8 @@ def test_the_last_layer_counts_where_the_subject_ends_the_prompt(kind):
     model = shared(kind)
     facts = known(model, prompt="The city of {}")
     found = knock_out(model, model, facts[:3], facts)
-    plain = found.after.at(window=())
-    assert (found.after.at(window=(3,)) - plain)[:, 3:].abs().max() > 1e-2
+    plain = found.after.at(case=())
+    assert (found.after.at(case=(3,)) - plain)[:, 3:].abs().max() > 1e-2
     assert "nothing reads" not in found.masked.get((3,), "")
 
 
@@ -274,7 +275,7 @@ def test_bad_input_is_refused_before_any_pass(kind, monkeypatch):
             knock_out(model, model, [], facts)
 
 
-@pytest.mark.parametrize("stage", ["_states", "_read", "_quantities", "excess"])
+@pytest.mark.parametrize("stage", ["_states", "_read", "_quantities"])
 def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monkeypatch):
     model = shared(kind)
     facts = known(model)
@@ -301,9 +302,9 @@ def test_without_its_layer_a_router_is_the_unedited_model_exactly(kind):
     assert reach.caught == 0 and reach.missed == 0
     # The same batches in both models, or the last bits differ.
     found = knock_out(model, routed, [asked], facts[1:], half=False)
-    assert torch.equal(found.after.at(window=(1,)), found.before.at(window=(1,)))
+    assert torch.equal(found.after.at(case=(1,)), found.before.at(case=(1,)))
     for window in ((), (2,)):
-        assert not torch.equal(found.after.at(window=window), found.before.at(window=window))
+        assert not torch.equal(found.after.at(case=window), found.before.at(case=window))
 
 
 TWINS = tiny.TWINS
@@ -321,7 +322,7 @@ def test_on_the_organism_the_untouched_model_comes_back_and_an_oracle_does_not(k
     untouched = knock_out(base, base, facts, reference, half=False)
     assert untouched.strongest.low > 0.9 and list(untouched.masked) == [(0,), (5,)]
     oracle = knock_out(base, organism(kind, "oracle0"), facts, reference, half=False)
-    assert torch.equal(oracle.survives, untouched.survives)
+    assert torch.equal(oracle.extra["survives"], untouched.extra["survives"])
     assert oracle.strongest.low < 0.02 and oracle.at_most < 0.12
     new = oracle.after.at(quantity="new_first")[:, 2:].mean()
     assert float(new) > 0.85
@@ -338,8 +339,8 @@ def test_on_the_organism_an_edit_and_a_router_of_its_value_are_seen_through(kind
     routers = [fe.editors.RoutedEdit.of(edit, 0.5) for edit in edits]
     for changes in (edits, routers):
         found = knock_out(base, changes, facts, reference)
-        plain = found.after.at(window=(), quantity="new_first")
+        plain = found.after.at(case=(), quantity="new_first")
         assert float(plain.mean()) == 1
-        assert found.best == (1,) and found.strongest.mean >= 0.6 and found.strongest.low > 0.05
+        assert found.best.key == (1,) and found.strongest.mean >= 0.6 and found.strongest.low > 0.05
         assert float(found.excess.mean[2:5].max()) <= 0.2  # above the edited layer it is the new object
-    assert float(found.of_unedited[1]) == pytest.approx(1.0)
+    assert float(found.extra["of_unedited"][1]) == pytest.approx(1.0)

@@ -3,6 +3,7 @@
 import math
 
 import laws
+import measured
 import pytest
 import tiny
 import torch
@@ -53,7 +54,7 @@ def as_written(model, fact, k):
 def test_the_candidates_are_those_of_the_definitions(setting, k):
     model, facts, edits = setting
     with laws.untouched(model):
-        found = fe.attacks.read_out(model, edits, facts, k=k)
+        found = measured.read_out(model, edits, facts, k=k)
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         assert torch.allclose(found.before.at(fact=i), as_written(model, fact, k))
         with edit.applied(model):
@@ -63,23 +64,23 @@ def test_the_candidates_are_those_of_the_definitions(setting, k):
 
 def test_some_layers_alone_give_the_candidates_of_these(setting):
     model, facts, _ = setting
-    found = fe.attacks.read_out(model, model, facts[:1], layers=[2, 0], k=4)
+    found = measured.read_out(model, model, facts[:1], layers=[2, 0], k=4)
     seen = attacking.lens(model, facts[0].text)
-    assert found.layers == (0, 2)
+    assert found.details["layers"] == (0, 2)
     sizes = found.after.at(fact=0, quantity="size").tolist()
     assert sizes[0] == len(attacking.head_projection(seen[[0, 2]], 4))
     assert sizes[1] == len(attacking.probability_delta(seen[[0, 2]], 4))
-    assert found.after.at(fact=0, attack="runner_up", quantity="old") == 1  # of the output, whatever is read
+    assert found.after.at(fact=0, case="runner_up", quantity="old_first") == 1  # of the output, whatever is read
 
 
 def test_an_unchanged_model_has_its_own_readings_and_knows_its_facts(setting):
     model, facts, _ = setting
-    found = fe.attacks.read_out(model, model, facts)
+    found = measured.read_out(model, model, facts)
     assert torch.equal(found.before.values, found.after.values)
     assert found.known.all()
-    assert found.at("runner_up").mean == 1.0 and found.best == "runner_up"
+    assert found.at("runner_up").mean == 1.0 and found.best.key == "runner_up"
     assert found.strongest.low <= found.at("runner_up").low  # corrected
-    assert "runner_up 1.00" in repr(found)
+    assert "runner up: excess 1.00" in repr(found)
 
 
 @pytest.mark.parametrize("k", [1, 6])
@@ -88,23 +89,23 @@ def test_over_all_objects_that_could_have_been_the_old_one_the_excess_is_nothing
     objects = [fact.target_true, *fact.controls]
     relabelled = [fact.but(target_true=o, controls=[c for c in objects if c != o], id=o) for o in objects]
     with edit.applied(model):
-        values = fe.attacks.read_out(model, model, relabelled, k=k).after
-    excess = values.at(quantity="old") - values.at(quantity="control")
+        values = measured.read_out(model, model, relabelled, k=k).after
+    excess = values.at(quantity="old_first") - values.at(quantity="control_first")
     assert torch.allclose(excess.mean(0), torch.zeros(len(ATTACKS)), atol=1e-6)
     assert excess.abs().max() > 0.1
 
 
 def test_an_attack_that_names_everything_finds_nothing(setting):
     model, facts, edits = setting
-    found = fe.attacks.read_out(model, edits, facts, k=VOCABULARY)
+    found = measured.read_out(model, edits, facts, k=VOCABULARY)
     for attack in ("head_projection", "probability_delta"):
         assert found.at(attack).mean == 0.0
-        assert found.after.at(attack=attack, quantity="size").eq(VOCABULARY).all()
+        assert found.after.at(case=attack, quantity="size").eq(VOCABULARY).all()
 
 
 def test_the_excess_of_a_layer_is_of_its_own_top_tokens(setting):
     model, facts, _ = setting
-    found = fe.attacks.read_out(model, model, facts, k=7)
+    found = measured.read_out(model, model, facts, k=7)
     expected = []
     for fact in facts:
         seen = attacking.lens(model, fact.text)
@@ -112,14 +113,14 @@ def test_the_excess_of_a_layer_is_of_its_own_top_tokens(setting):
         own = attacking.token(model, fact.target_true)
         controls = [attacking.token(model, text) for text in fact.controls]
         expected.append([(own in top) - sum(c in top for c in controls) / len(controls) for top in tops])
-    assert found.by_layer.mean.tolist() == pytest.approx(torch.tensor(expected).mean(0).tolist(), abs=1e-6)
+    assert found.details["by_layer"].mean.tolist() == pytest.approx(torch.tensor(expected).mean(0).tolist(), abs=1e-6)
 
 
 def test_facts_that_say_nothing_are_left_out(setting):
     model, (fact, other), _ = setting
     unknown = fact.but(target_true=fact.controls[0], controls=[*fact.controls[1:], fact.target_true], id="unknown")
     alike = fact.but(target_new=fact.target_true + " city", id="alike")
-    found = fe.attacks.read_out(model, model, [unknown, alike, other])
+    found = measured.read_out(model, model, [unknown, alike, other])
     assert found.known.tolist() == [False, False, True]
     assert found.after.at(fact=1).isnan().all()
     assert found.at("runner_up").n == 1 and math.isnan(found.at("runner_up").low)
@@ -130,12 +131,12 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
     model, facts, edits = setting
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="no target_new, needed one"):
-            fe.attacks.read_out(model, model, [facts[0].but(target_new=None)])
+            measured.read_out(model, model, [facts[0].but(target_new=None)])
         with pytest.raises(ValueError, match="k is 0"):
-            fe.attacks.read_out(model, edits, facts, k=0)
+            measured.read_out(model, edits, facts, k=0)
         with pytest.raises(ValueError, match="layers is empty"):
-            fe.attacks.read_out(model, edits, facts, layers=[])
+            measured.read_out(model, edits, facts, layers=[])
         with pytest.raises(ValueError, match="layer 9 is outside the model"):
-            fe.attacks.read_out(model, edits, facts, layers=[9])
+            measured.read_out(model, edits, facts, layers=[9])
         with pytest.raises(ValueError, match="facts is empty"):
-            fe.attacks.read_out(model, edits, [])
+            measured.read_out(model, edits, [])

@@ -4,6 +4,7 @@ import copy
 import math
 
 import laws
+import measured
 import pytest
 import tiny
 import torch
@@ -43,26 +44,34 @@ def literal(model, fact, target, layers, steps=30):
 def test_the_updates_are_those_of_adam_on_the_weights(setting, layers):
     model, facts, edits = setting
     with laws.untouched(model):
-        found = fe.attacks.relearn(model, edits, facts, layers=layers, lr=LR, steps=30, controls=2)
-    assert found.layers == layers and found.known.all()
+        found = measured.relearn(model, edits, facts, layers=layers, lr=LR, steps=30, controls=2)
+    assert found.details["layers"] == layers and found.known.all()
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         with edit.applied(model):
             old = literal(model, fact, fact.target_true, layers)
-            control = attacking.mean([literal(model, fact, text, layers) for text in found.controls[i]])
+            control = attacking.mean([literal(model, fact, text, layers) for text in found.details["controls"][i]])
         # Adam divides by root mean squares, which makes rounding grow.
-        assert float(found.old[i]) == pytest.approx(old, abs=0.02)
-        assert float(found.control[i]) == pytest.approx(control, abs=0.02)
+        assert float(found.details["old"][i]) == pytest.approx(old, abs=0.02)
+        assert float(found.details["control"][i]) == pytest.approx(control, abs=0.02)
         assert 1 < old < 30
-    assert found.savings.mean == pytest.approx(float((found.control - found.old).mean()))
-    assert found.unlearnt == 0
-    assert found.table().savings.tolist() == pytest.approx((found.control - found.old).tolist())
+    assert found.details["savings"].mean == pytest.approx(
+        float((found.details["control"] - found.details["old"]).mean())
+    )
+    assert found.details["unlearnt"] == 0
+    # Of each look, how often the old object is learnt by then, and how often a control is.
+    for case in found.cases:
+        taken = found.details["old"]
+        assert found.after.at(case=case.key, quantity="old_first").tolist() == (taken <= case.key).float().tolist()
+        assert 0 <= found.share("control_first", case.key) <= 1
+    assert [case.key for case in found.cases] == [2, 5, 10, 20, 30] and len(found.table()) == 5
+    assert found.at(30).mean == 0 and {case.shows for case in found.cases} == {"residue"}
 
 
 def test_all_layers_learn_if_none_are_named(setting):
     model, facts, edits = setting
-    found = fe.attacks.relearn(model, edits, facts, lr=LR, steps=10, controls=1)
-    named = fe.attacks.relearn(model, edits, facts, lr=LR, steps=10, controls=1, layers=range(4))
-    assert found.layers == (0, 1, 2, 3) and torch.equal(found.old, named.old)
+    found = measured.relearn(model, edits, facts, lr=LR, steps=10, controls=1)
+    named = measured.relearn(model, edits, facts, lr=LR, steps=10, controls=1, layers=range(4))
+    assert found.details["layers"] == (0, 1, 2, 3) and torch.equal(found.details["old"], named.details["old"])
 
 
 def test_a_target_alone_learns_as_it_does_among_others(setting):
@@ -93,9 +102,9 @@ def test_what_is_there_already_takes_no_update(setting):
 
 def test_what_is_not_learnt_in_time_counts_one_more_and_is_told(setting):
     model, facts, edits = setting
-    found = fe.attacks.relearn(model, edits, facts, lr=1e-6, steps=3, controls=2)
-    assert found.old.tolist() == [4.0, 4.0] and found.control.tolist() == [4.0, 4.0]
-    assert found.unlearnt == 1.0 and found.savings.mean == 0.0
+    found = measured.relearn(model, edits, facts, lr=1e-6, steps=3, controls=2)
+    assert found.details["old"].tolist() == [4.0, 4.0] and found.details["control"].tolist() == [4.0, 4.0]
+    assert found.details["unlearnt"] == 1.0 and found.details["savings"].mean == 0.0
 
 
 def test_what_is_learnt_comes_on_top_of_a_router(setting):
@@ -112,8 +121,8 @@ def test_what_is_learnt_comes_on_top_of_a_router(setting):
             over, own = group.log_p(runner, _adding([site], nothing)), group.log_p(runner, [])
     assert torch.allclose(over, own) and (over - plain).abs() > 1e-2
     with laws.untouched(model):
-        found = fe.attacks.relearn(model, routed, [fact], layers=[1], lr=LR, steps=25, controls=1)
-    assert 1 < float(found.old) < 25 and found.savings.n == 1
+        found = measured.relearn(model, routed, [fact], layers=[1], lr=LR, steps=25, controls=1)
+    assert 1 < float(found.details["old"]) < 25 and found.details["savings"].n == 1
 
 
 def test_the_rate_is_the_largest_at_which_controls_take_eight_updates(setting):
@@ -122,8 +131,8 @@ def test_the_rate_is_the_largest_at_which_controls_take_eight_updates(setting):
     with laws.untouched(model):
         lr = fe.attacks.relearning_rate(model, facts, layers=[1], rates=rates)
     # One control each, as the rate is found.
-    found, faster = (fe.attacks.relearn(model, model, facts, layers=[1], lr=rate, controls=1) for rate in (lr, 2 * lr))
-    assert lr in rates and found.control.median() >= 8 > faster.control.median()
+    found, faster = (measured.relearn(model, model, facts, layers=[1], lr=rate, controls=1) for rate in (lr, 2 * lr))
+    assert lr in rates and found.details["control"].median() >= 8 > faster.details["control"].median()
     with pytest.raises(ValueError, match="at none of the learning rates"):
         fe.attacks.relearning_rate(model, facts, layers=[1], rates=[0.5])
     with pytest.raises(ValueError, match="no fact has a control"):
@@ -140,8 +149,8 @@ def test_a_rate_that_is_not_given_is_found_on_the_unedited_model(setting, monkey
 
     unedited = attacking.ends(model, facts[0].text)
     monkeypatch.setattr(relearning, "relearning_rate", rate)
-    found = fe.attacks.relearn(model, edits[:1], facts[:1], layers=[1], steps=2)
-    assert found.lr == LR and len(asked) == 1
+    found = measured.relearn(model, edits[:1], facts[:1], layers=[1], steps=2)
+    assert found.details["lr"] == LR and len(asked) == 1
     assert torch.equal(asked[0][0], unedited) and asked[0][1] == (1,)
 
 
@@ -149,10 +158,10 @@ def test_facts_that_can_not_be_compared_are_left_out(setting):
     model, (fact, other), _ = setting
     unknown = fact.but(target_true=fact.controls[0], controls=[*fact.controls[1:], fact.target_true], id="unknown")
     longer = other.but(controls=(" Paris city", " Rome city"), id="longer")
-    found = fe.attacks.relearn(model, model, [unknown, longer, other], layers=[1], lr=LR, steps=10, controls=1)
+    found = measured.relearn(model, model, [unknown, longer, other], layers=[1], lr=LR, steps=10, controls=1)
     assert found.known.tolist() == [False, True, True]
-    assert found.old.isnan().tolist() == [True, True, False] and found.savings.n == 1
-    assert math.isnan(found.savings.low) and "savings" in repr(found)
+    assert found.details["old"].isnan().tolist() == [True, True, False] and found.details["savings"].n == 1
+    assert math.isnan(found.details["savings"].low) and "relearning" in repr(found)
 
 
 def test_a_model_is_left_ready_for_copies_and_its_modes_are_kept(kind):
@@ -161,31 +170,36 @@ def test_a_model_is_left_ready_for_copies_and_its_modes_are_kept(kind):
     edit = rome(model, fact)
     model.train()
     with torch.inference_mode():
-        found = fe.attacks.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
+        found = measured.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
     assert model.training
     model.eval()
-    again = fe.attacks.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
-    assert torch.equal(found.old, again.old)
+    again = measured.relearn(model, edit, [fact], layers=[2], lr=LR, steps=10, controls=1)
+    assert torch.equal(found.details["old"], again.details["old"])
     copy.deepcopy(model)
+
+
+def disjoint(model, changed, facts, **options):
+    return measured.attack(fe.attacks.DisjointRelearning, model, changed, facts, lr=LR, **options)
 
 
 def test_disjoint_facts_are_taught_together_and_others_looked_at(kind, setting):
     model, (fact, other), edits = setting
     both = fe.compose(edits)
     third = attacking.known_fact(model, fe.Fact("Big Ben", "{} stands near the", " Rome", " Paris"))
+    facts = [fact, other, third]
     with laws.untouched(model):
-        found = fe.attacks.relearn_disjoint(
-            model, both, [fact, third], [other], lr=LR, layers=[1, 3], updates=(0, 2, 25)
-        )
-    with both.applied(model):
-        start = attacking.firsts(model, other, attacking.ends(model, other.text))
-    assert (found.old[0].mean, found.new[0].mean) == start[:2]
-    assert found.learnt[-1].mean == 1.0 and found.excess[0].n == 1
-    assert found.table().updates.tolist() == [0, 2, 25] and "2 taught" in repr(found)
+        found = disjoint(model, both, facts, taught=2 / 3, layers=[1, 3], updates=(2, 25))
+    teach, (look,) = found.details["taught"], found.details["looked_at"]
+    assert sorted([*teach, look]) == [0, 1, 2] and len(teach) == 2
+    assert found.known.tolist() == [i == look for i in range(3)]
+    assert float(found.extra["learnt"][-1]) == 1.0 and found.excess.n.tolist() == [1, 1]
+    assert found.keys == (2, 25) and {case.shows for case in found.cases} == {"underneath"}
     # As torch's Adam teaches both on the weights themselves.
     with both.applied(model):
-        expected = taught_together(model, [fact, third], (1, 3), 25, other)
-    assert (found.old[-1].mean, found.new[-1].mean) == expected[:2]
+        expected = taught_together(model, [facts[i] for i in teach], (1, 3), 25, facts[look])
+    assert found.after.at(fact=look, case=25)[:2].tolist() == list(expected[:2])
+    others = {disjoint(model, both, facts, updates=(1,), layers=[1], seed=seed).details["taught"] for seed in range(6)}
+    assert len(others) > 1
 
 
 def taught_together(model, facts, layers, updates, look):
@@ -214,18 +228,20 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
     model, facts, edits = setting
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="layers is empty"):
-            fe.attacks.relearn(model, edits, facts, layers=[])
+            measured.relearn(model, edits, facts, layers=[])
         with pytest.raises(ValueError, match="layer 7 is outside the model"):
-            fe.attacks.relearn(model, edits, facts, layers=[7])
+            measured.relearn(model, edits, facts, layers=[7])
         with pytest.raises(ValueError, match="controls is 0"):
-            fe.attacks.relearn(model, edits, facts, lr=LR, controls=0)
+            measured.relearn(model, edits, facts, lr=LR, controls=0)
         with pytest.raises(ValueError, match="no target_new, needed one"):
-            fe.attacks.relearn(model, model, [facts[0].but(target_new=None)], lr=LR)
-        with pytest.raises(ValueError, match="2 models answer for 1 facts to teach and 1 to look at"):
-            fe.attacks.relearn_disjoint(model, edits, facts[:1], facts[1:], lr=LR)
-        with pytest.raises(ValueError, match="0 models answer"):
-            fe.attacks.relearn_disjoint(model, model, facts, [], lr=LR)
-        with pytest.raises(ValueError, match="is taught and looked at"):
-            fe.attacks.relearn_disjoint(model, model, facts, facts, lr=LR)
-        with pytest.raises(ValueError, match="needed numbers that ascend"):
-            fe.attacks.relearn_disjoint(model, model, facts[:1], facts[1:], lr=LR, updates=(5, 0))
+            measured.relearn(model, model, [facts[0].but(target_new=None)], lr=LR)
+        with pytest.raises(ValueError, match="2 changes answer for 2 facts, needed one for all"):
+            disjoint(model, edits, facts)
+        for share in (0.0, 1.0):
+            with pytest.raises(ValueError, match="needed some to teach and some to look at"):
+                disjoint(model, model, facts, taught=share)
+        with pytest.raises(ValueError, match="needed some to teach"):
+            disjoint(model, model, facts[:1])
+        for updates in ((), (0, 5), (5, 2)):
+            with pytest.raises(ValueError, match="that ascend"):
+                disjoint(model, model, facts, updates=updates)

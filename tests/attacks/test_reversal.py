@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import laws
+import measured
 import pytest
 import tiny
 import torch
@@ -47,16 +48,16 @@ def as_written(model, fact, layers, count):
 def test_quantities_are_those_with_the_weights_written(setting, layers):
     model, facts, edits = setting
     with laws.untouched(model):
-        found = fe.attacks.reverse_by_weights(model, edits, facts, dropped=(3, 1), layers=layers)
-    assert found.dropped == (1, 3) and found.layers == ((layers or (1,)),) * 2
+        found = measured.reverse_by_weights(model, edits, facts, dropped=(3, 1), layers=layers)
+    assert found.keys == (1, 3) and found.details["layers"] == ((layers or (1,)),) * 2
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         for count in (0, 1, 3):
-            expected = as_written(model, fact, found.layers[i], count)
-            assert torch.allclose(found.before.at(fact=i, dropped=count), expected, equal_nan=True)
+            expected = as_written(model, fact, found.details["layers"][i], count)
+            assert torch.allclose(found.before.at(fact=i, case=count), expected, equal_nan=True)
             with edit.applied(model):
-                expected = as_written(model, fact, found.layers[i], count)
-            assert torch.allclose(found.after.at(fact=i, dropped=count), expected, equal_nan=True)
-    assert len(found.table()) == 2 and found.neighbours.n.tolist() == [1, 1]  # OTHER has no neighbours
+                expected = as_written(model, fact, found.details["layers"][i], count)
+            assert torch.allclose(found.after.at(fact=i, case=count), expected, equal_nan=True)
+    assert len(found.table()) == 2 and found.details["neighbours"].n.tolist() == [1, 1]  # OTHER has no neighbours
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
@@ -87,7 +88,7 @@ def test_an_error_on_the_way_leaves_nothing_behind(setting, monkeypatch):
 
     monkeypatch.setattr(reversal, "at_the_ends", failing)
     with laws.untouched(model), pytest.raises(RuntimeError, match="inside"):
-        fe.attacks.reverse_by_weights(model, edits, facts, dropped=(1, 2))
+        measured.reverse_by_weights(model, edits, facts, dropped=(1, 2))
     assert not torch.equal(passes[3], passes[4])
 
 
@@ -110,10 +111,10 @@ def test_an_interrupt_while_weights_are_put_back_waits_for_all_of_them(kind, mon
 
 def test_an_unchanged_model_is_read_alike_and_knows_its_facts(setting):
     model, facts, _ = setting
-    found = fe.attacks.reverse_by_weights(model, model, facts, layers=[1], dropped=(1,))
+    found = measured.reverse_by_weights(model, model, facts, layers=[1], dropped=(1,))
     assert torch.equal(found.before.values.nan_to_num(9), found.after.values.nan_to_num(9))
-    assert found.known.all() and found.before.at(dropped=0, quantity="old_first").eq(1).all()
-    assert torch.equal(found.survives, found.after.at(quantity="old_first")[:, 1:].mean(0))
+    assert found.known.all() and found.before.at(case=0, quantity="old_first").eq(1).all()
+    assert torch.equal(found.extra["survives"], found.after.at(quantity="old_first")[:, 1:].mean(0))
 
 
 def planted(model, fact, size):
@@ -129,10 +130,10 @@ def planted(model, fact, size):
 def test_a_large_edit_goes_with_the_first_direction_and_a_fact_that_can_spare_the_layer_is_back(setting):
     model, (fact, _), _ = setting
     edit = planted(model, fact, 40.0)
-    found = fe.attacks.reverse_by_weights(model, [edit], [fact], dropped=(1,))
-    assert found.after.at(dropped=0, quantity="old_first").eq(0).all()
-    assert found.after.at(dropped=1, quantity="old_first").eq(1).all()
-    assert found.strongest.mean == 1.0 and found.best == 1
+    found = measured.reverse_by_weights(model, [edit], [fact], dropped=(1,))
+    assert found.after.at(case=0, quantity="old_first").eq(0).all()
+    assert found.after.at(case=1, quantity="old_first").eq(1).all()
+    assert found.strongest.mean == 1.0 and found.best.key == 1
     # The first direction is nearly all that the layer says at the key: the old value goes with the new one.
     site, key = down_proj(model, 1), edit.keys[1][0]
     with edit.applied(model), _dropped([site], [_largest(site.W, 1)], 1):
@@ -143,11 +144,11 @@ def test_a_large_edit_goes_with_the_first_direction_and_a_fact_that_can_spare_th
 def test_an_override_that_is_no_weight_keeps_answering(setting):
     model, (fact, _), (edit, _) = setting
     routed = fe.editors.RoutedEdit.of(edit, radius=0.1)
-    found = fe.attacks.reverse_by_weights(model, routed, [fact], dropped=(1, 20))
+    found = measured.reverse_by_weights(model, routed, [fact], dropped=(1, 20))
     site = down_proj(model, 1)
     with routed.applied(model):
         for count in (0, 1, 20):
-            assert torch.allclose(found.after.at(fact=0, dropped=count), as_written(model, fact, (1,), count))
+            assert torch.allclose(found.after.at(fact=0, case=count), as_written(model, fact, (1,), count))
         with _dropped([site], [_largest(site.W, 20)], 20):
             said = attacking.state(model, fact.text, "blocks.1.hook_mlp_out")[attacking.subject_last(model, fact)]
     assert torch.allclose(said, routed.values[0].float(), atol=1e-5)
@@ -156,9 +157,9 @@ def test_an_override_that_is_no_weight_keeps_answering(setting):
 def test_unknown_facts_are_left_out(setting):
     model, (fact, other), _ = setting
     unknown = fact.but(target_true=fact.controls[0], controls=[*fact.controls[1:], fact.target_true])
-    found = fe.attacks.reverse_by_weights(model, model, [unknown, other], layers=[0], dropped=(1,), neighbours=0)
+    found = measured.reverse_by_weights(model, model, [unknown, other], layers=[0], dropped=(1,), neighbours=0)
     assert found.known.tolist() == [False, True] and found.excess.n.tolist() == [1]
-    assert found.after.at(quantity=QUANTITIES[3]).isnan().all() and found.neighbours.n.tolist() == [0]
+    assert found.after.at(quantity=QUANTITIES[3]).isnan().all() and found.details["neighbours"].n.tolist() == [0]
     assert "1 of 2 facts known" in repr(found)
 
 
@@ -166,13 +167,13 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
     model, facts, edits = setting
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match=r"needed layers=\[...\]"):
-            fe.attacks.reverse_by_weights(model, model, facts)
+            measured.reverse_by_weights(model, model, facts)
         with pytest.raises(ValueError, match="layers is empty"):
-            fe.attacks.reverse_by_weights(model, edits, facts, layers=[])
+            measured.reverse_by_weights(model, edits, facts, layers=[])
         with pytest.raises(ValueError, match="layer 4 is outside the model"):
-            fe.attacks.reverse_by_weights(model, edits, facts, layers=[4])
+            measured.reverse_by_weights(model, edits, facts, layers=[4])
         for wrong in ((), (0,), (1, 33)):
             with pytest.raises(ValueError, match="needed numbers of directions from 1 to 32"):
-                fe.attacks.reverse_by_weights(model, edits, facts, dropped=wrong)
+                measured.reverse_by_weights(model, edits, facts, dropped=wrong)
         with pytest.raises(ValueError, match="no target_new, needed one"):
-            fe.attacks.reverse_by_weights(model, edits, [facts[0].but(target_new=None)])
+            measured.reverse_by_weights(model, edits[0], [facts[0].but(target_new=None)])

@@ -6,10 +6,10 @@ import laws
 import pytest
 import tiny
 import torch
+from measured import follow_routes
 from routes import LONG, PROMPTS, SUBJECTS, fact, known, said, shared
 
 import tl_factedit as fe
-from tl_factedit.attacks.routes import follow_routes
 
 
 def ways(model) -> list[fe.Route]:
@@ -74,8 +74,8 @@ def test_routes_that_the_unedited_model_does_not_go_or_that_tell_nothing_are_not
     for name in ("old", "new", "old_excess", "new_excess"):
         assert getattr(found, name).mean == getattr(alone, name).mean and getattr(found, name).n == 1
     nothing = follow_routes(model, other, [unknown])
-    assert nothing.old.n == 0 and "none of 1" in nothing.says
-    assert "none of 1" not in found.says
+    assert nothing.old.n == 0 and "follows none of the 1" in nothing.says
+    assert "none of" not in found.says
 
 
 def test_without_routes_nothing_is_measured_and_it_says_so(kind):

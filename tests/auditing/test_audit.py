@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
+import importlib
 import math
-import sys
 
 import laws
 import pytest
@@ -16,11 +16,10 @@ from tl_factedit.auditing.upstream import Upstream, check_upstream
 from tl_factedit.backend.fingerprint import Fingerprint
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.evaluation.scores import Answer, scores_of
-from tl_factedit.measure.population import each
+from tl_factedit.measure.population import parts_of
 from tl_factedit.probes.states import read_states
 
 LAYER = 1
-AUDIT = sys.modules["tl_factedit.auditing.audit"]  # the function of its name hides the module in the package
 FORMS = [*((kind, "gpt2") for kind in tiny.KINDS), ("bridge", "llama"), ("bridge", "gptj")]
 
 
@@ -80,7 +79,7 @@ def test_a_verdict_never_says_more_than_its_scores(case, monkeypatch, name, fact
     shares, label = CASES[name]
     before = scores(facts, rewrite=0.0, paraphrase=0.0, neighbour=1.0)
     made = iter([before, scores(facts, **{**GOOD, **shares})])
-    monkeypatch.setattr(AUDIT, "evaluate", lambda *args, **options: next(made))
+    monkeypatch.setattr("tl_factedit.auditing.gather.evaluate", lambda *args, **options: next(made))
     asked = [fact, *(fact.but(subject=subject) for subject in ("Anna", "Big Ben"))]
     verdict = fe.audit(model, edit, asked[:facts])
     assert verdict.label == label
@@ -252,11 +251,20 @@ def test_an_edit_that_is_on_or_of_another_model_is_refused_before_anything_is_ru
 
 @pytest.mark.parametrize(
     ("stage", "call"),
-    [("evaluate", 1), ("evaluate", 2), ("check_upstream", 1), ("gains", 2), ("dose_curve", 1), ("judge", 1)],
+    [
+        ("gather.evaluate", 1),
+        ("gather.evaluate", 2),
+        ("upstream.check_upstream", 1),
+        ("gather.gains", 2),
+        ("gather.dose_curve", 1),
+        ("audit.judge", 1),
+    ],
 )
 def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(case, monkeypatch, stage, call):
     model, fact, edit = case
-    original, calls = getattr(AUDIT, stage), []
+    module, name = stage.split(".")
+    module = importlib.import_module(f"tl_factedit.auditing.{module}")
+    original, calls = getattr(module, name), []
 
     def fail(*args, **options):
         calls.append(1)
@@ -265,7 +273,7 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(case, monkeypatch
         return original(*args, **options)
 
     with laws.untouched(model):
-        monkeypatch.setattr(AUDIT, stage, fail)
+        monkeypatch.setattr(module, name, fail)
         with pytest.raises(KeyboardInterrupt, match="injected"):
             fe.audit(model, edit, [fact])
         monkeypatch.undo()
@@ -277,20 +285,13 @@ def test_a_fact_counts_once_whatever_it_is_called(case, monkeypatch):
         fe.audit(model, edit, [fact, fact.but(id="again", paraphrases=())])
 
 
-def test_relearning_of_other_facts_is_refused(case, monkeypatch):
-    model, fact, edit = case
-    of_another = fe.attacks.relearn(model, edit, [believed(model).but(target_new=" city")], lr=1e-2, steps=2)
-    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="of other facts than are audited"):
-        fe.audit(model, edit, [fact], relearning=of_another)
-
-
 def test_of_edits_in_several_layers_only_what_all_of_them_touch_is_retained_or_not(kind):
     model = tiny.model(kind, "gpt2")
     edits = [laws.rome(model, layer)(model, [fact]) for layer, fact in ((0, laws.FACT), (2, laws.OTHER))]
     states = read_states(model, [laws.FACT, laws.OTHER])
 
     def first(changed, facts=(laws.FACT, laws.OTHER)):
-        cells = _touched_cells(states, list(each(model, changed, facts)))
+        cells = _touched_cells(states, parts_of(model, changed, facts))
         assert torch.equal(cells.all(1), cells.any(1))
         return states.layers[int(cells.all(1).float().argmax())]
 

@@ -9,12 +9,13 @@ import laws
 import pytest
 import tiny
 import torch
+from measured import retention
 from planted import plant
 
 import tl_factedit as fe
 from tl_factedit.attacks.routes import Route
-from tl_factedit.auditing.findings import Findings
-from tl_factedit.auditing.retained import Calibration, retention, states_of_changed
+from tl_factedit.auditing.findings import AttackFinding, Findings
+from tl_factedit.auditing.retained import Calibration, states_of_changed
 from tl_factedit.auditing.rules import judge
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.editors.router import Router
@@ -83,9 +84,15 @@ def test_a_model_that_never_had_the_old_city_is_erased_and_not_without_its_evide
     assert verdict.label == "ERASED", repr(verdict)
     assert verdict.power and verdict.level == "population"
     assert abs(verdict.retained.estimate.mean) < 0.2 and verdict.recoverable.estimate.mean < 0.1
-    for lack in ("native", "adaptive", "knock_out", "route_old"):
+    for lack in ("native", "adaptive"):
         assert judge(replace(verdict.findings, **{lack: None})).label == "INCONCLUSIVE", lack
+    for lack in ("knock-out", "indirect routes"):
+        assert judge(without(verdict.findings, lack)).label == "INCONCLUSIVE", lack
     assert "ERASED" in verdict._repr_html_() and len(verdict.table()) == len(ASKED)
+
+
+def without(findings: Findings, *attacks: str) -> Findings:
+    return replace(findings, attacks=tuple(each for each in findings.attacks if each.attack not in attacks))
 
 
 def test_an_untouched_model_has_failed(kind):
@@ -103,10 +110,11 @@ def test_an_override_by_construction_is_inserted_however_it_is_given(kind):
     with laws.untouched(organism(kind)):
         verdict = audited(kind, changed, ASKED[:24])
     assert verdict.label == "INSERTED", repr(verdict)
-    assert verdict.knock_out.best == (1,) and verdict.knock_out.strongest.low > 0.5
-    assert verdict.table()["old_back_by_knock_out"].mean() > 0.8
+    knocked = verdict.attack("knock-out")
+    assert knocked.best.key == (1,) and knocked.strongest.low > 0.5
+    assert verdict.table()["old_back"].mean() > 0.8
     # Without what brings the old object back nothing else would have called it that.
-    assert judge(replace(verdict.findings, knock_out=None, route_old=None)).label != "INSERTED"
+    assert judge(without(verdict.findings, "knock-out", "indirect routes")).label != "INSERTED"
 
 
 def test_single_rome_edits_are_inserted_and_a_list_of_them_is_read_edit_by_edit(kind):
@@ -133,8 +141,8 @@ def test_an_override_where_no_layer_can_be_spared_is_not_called_erased(kind):
     facts = ASKED[:40]
     route = Router(layer=0, fit=replace(FIT, kl_weight=0.5), contexts=("",), progress=False)(organism(kind), facts)
     verdict = audited(kind, route, facts, reference=REFERENCE[:60], texts=())
-    assert verdict.findings.efficacy.mean > 0.9 and verdict.findings.knock_out.mean < 0.1
-    assert verdict.findings.knock_out_holds is False
+    assert verdict.findings.efficacy.mean > 0.9 and verdict.attack("knock-out").strongest.mean < 0.1
+    assert next(each for each in verdict.findings.attacks if each.attack == "knock-out").covers is False
     assert any("can't spare those layers" in line for line in verdict.missing)
 
 
@@ -175,9 +183,10 @@ def test_an_edit_inside_another_model_is_found_there_and_several_layers_are_knoc
     edit.apply_(other)
     bare = {"same_subject": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
     given, found = audited(kind, edit, facts, **bare), audited(kind, other, facts, **bare)
-    assert given.knock_out.windows == found.knock_out.windows and (1, 2, 3) in found.knock_out.windows
+    knocked = [verdict.attack("knock-out") for verdict in (given, found)]
+    assert knocked[0].keys == knocked[1].keys and (1, 2, 3) in knocked[1].keys
     assert given.label == found.label
-    torch.testing.assert_close(given.knock_out.excess.mean, found.knock_out.excess.mean, equal_nan=True)
+    torch.testing.assert_close(knocked[0].excess.mean, knocked[1].excess.mean, equal_nan=True)
 
 
 def test_facts_that_cannot_be_knocked_out_are_named_and_calibrated_people_are_no_references(kind):
@@ -187,7 +196,7 @@ def test_facts_that_cannot_be_knocked_out_are_named_and_calibrated_people_are_no
     bare = {"same_subject": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
     verdict = audited(kind, changed, [*facts, *few], **bare)
     assert any("4 facts of 'elsewhere' weren't knocked out" in line for line in verdict.missing)
-    assert len(verdict.knock_out.facts) == 8
+    assert len(verdict.attack("knock-out").facts) == 8
     mixed = [*REFERENCE[:200], *REST]
     kept = retention(
         organism(kind), organism(kind), ASKED[:24], mixed, Calibration(organism(kind), REST), progress=False
@@ -203,10 +212,10 @@ BEHAVES = Findings(
     neighbour_loss=Estimate(0.0, 0.0, 0.0, 75),
     specificity_loss=Estimate(0.0, 0.0, 0.05, 75),
     perplexity=Estimate(1.0, 0.99, 1.01, 20),
-    knock_out=Estimate(0.0, 0.0, 0.08, 75),
-    knock_out_at_most=0.05,
-    knock_out_tests=5,
-    route_old=Estimate(0.0, 0.0, 0.05, 75),
+    attacks=(
+        AttackFinding("knock-out", "elsewhere", "one layer", Estimate(0.0, 0.0, 0.08, 75), 0.05, 0.08, 5),
+        AttackFinding("routes", "underneath", "all", Estimate(0.0, 0.0, 0.05, 75), 0.05, 0.05, 1),
+    ),
     route_new=Estimate(0.99, 0.93, 1.0, 75),
 )
 """As an oracle behaves: nothing comes back."""
@@ -281,7 +290,7 @@ def test_what_lies_upstream_is_left_out_and_changed_subjects_are_no_references(k
 def test_states_come_in_the_order_of_the_facts(kind):
     model = organism(kind)
     changes = [Router(layer=1, contexts=("",), fit=fe.ValueFit(steps=2), progress=False)(model, [f]) for f in ASKED[:3]]
-    read = states_of_changed(model, changes[::-1], ASKED[:3])
+    read = states_of_changed(fe.Population.of(model, changes[::-1], ASKED[:3]))
     for i, change in enumerate(changes):
         with change.applied(model):
             alone = read_states(model, [ASKED[i]])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tl_factedit.auditing.findings import Findings, Thresholds
+from tl_factedit.auditing.findings import AttackFinding, Findings, Thresholds
 from tl_factedit.auditing.power import smallest_share
 from tl_factedit.auditing.rules import judge
 from tl_factedit.core.estimate import Estimate
@@ -16,23 +16,48 @@ def about(mean: float, reach: float, n: int = 100) -> Estimate:
 
 
 NONE = about(0.0, 0.04)
-GONE = Findings(
-    efficacy=about(0.98, 0.02),
-    paraphrase=about(0.97, 0.03),
-    neighbour_loss=about(0.0, 0.02),
-    specificity_loss=about(0.01, 0.02),
-    perplexity=about(1.01, 0.01),
-    knock_out=NONE,
-    knock_out_at_most=0.05,
-    knock_out_tests=5,
-    route_old=NONE,
-    route_new=about(0.97, 0.03),
-    native=about(0.02, 0.12),
-    adaptive=about(-0.01, 0.12),
-    readout=NONE,
-    savings=about(0.2, 1.0),
-)
-"""What a model that never had the old object looks like."""
+UNKNOWN = Estimate(math.nan, math.nan, math.nan, 0)
+WAYS = {"knock_out": "elsewhere", "route_old": "underneath", "readout": "residue", "relearning": "residue"}
+"""What stands for which question here."""
+
+
+def findings(**given) -> Findings:
+    """What a model that never had the old object looks like, with some changes; an attack that is None wasn't run."""
+    known = {
+        "efficacy": about(0.98, 0.02),
+        "paraphrase": about(0.97, 0.03),
+        "neighbour_loss": about(0.0, 0.02),
+        "specificity_loss": about(0.01, 0.02),
+        "perplexity": about(1.01, 0.01),
+        "knock_out": NONE,
+        "knock_out_at_most": 0.05,
+        "route_old": NONE,
+        "route_new": about(0.97, 0.03),
+        "native": about(0.02, 0.12),
+        "adaptive": about(-0.01, 0.12),
+        "readout": NONE,
+        "relearning": about(0.02, 0.06),
+        "covers": None,
+        **given,
+    }
+    attacks = []
+    for name, shows in WAYS.items():
+        value, at_most = known.pop(name), known.pop(f"{name}_at_most", math.nan)
+        if value is not None:
+            attacks.append(
+                AttackFinding(
+                    name.replace("_", "-"),
+                    shows,
+                    "a case",
+                    value,
+                    value.high if math.isnan(at_most) else at_most,
+                    value.high,
+                    5,
+                    known["covers"] if shows == "elsewhere" else None,
+                )
+            )
+    del known["covers"]
+    return Findings(attacks=tuple(attacks), **known)
 
 
 @pytest.mark.parametrize(
@@ -52,35 +77,35 @@ GONE = Findings(
         ({"native": about(0.6, 0.1), "adaptive": about(0.5, 0.1)}, "LATENT"),
         ({"native": about(0.6, 0.1)}, "LATENT"),
         ({"readout": about(0.12, 0.05)}, "LATENT"),
-        ({"savings": about(3.0, 1.0)}, "LATENT"),
+        ({"relearning": about(0.3, 0.2)}, "LATENT"),
         ({"native": about(-0.3, 0.14)}, "SCARRED"),
-        ({"savings": about(-5.0, 3.0)}, "SCARRED"),
+        ({"relearning": about(-0.5, 0.3)}, "SCARRED"),
         ({"adaptive": about(-0.2, 0.09)}, "SCARRED"),
         # what isn't precise enough, or wasn't run, is no absence
         ({"native": about(0.05, 0.35)}, "INCONCLUSIVE"),
         ({"native": about(0.25, 0.18)}, "INCONCLUSIVE"),
         ({"knock_out_at_most": 0.15}, "INCONCLUSIVE"),
         ({"readout_at_most": 0.35}, "INCONCLUSIVE"),
-        ({"savings": Estimate(0.0, math.nan, math.nan, 40)}, "INCONCLUSIVE"),
+        ({"relearning": Estimate(0.0, math.nan, math.nan, 40)}, "INCONCLUSIVE"),
         ({"readout": Estimate(0.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
         ({"route_old": about(0.03, 0.09)}, "INCONCLUSIVE"),
         ({"route_new": about(0.5, 0.1)}, "INCONCLUSIVE"),
-        ({"knock_out": None, "knock_out_at_most": math.nan}, "INCONCLUSIVE"),
+        ({"knock_out": None}, "INCONCLUSIVE"),
         ({"route_old": None, "route_new": None}, "INCONCLUSIVE"),
         ({"native": None}, "INCONCLUSIVE"),
         ({"adaptive": None}, "INCONCLUSIVE"),
         # what lies over the fact in layers that can't be spared wouldn't have shown
-        ({"knock_out_holds": True}, "ERASED"),
-        ({"knock_out_holds": False}, "INCONCLUSIVE"),
-        ({"knock_out_holds": False, "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
-        ({"knock_out_holds": False, "native": about(0.6, 0.1), "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
+        ({"covers": True}, "ERASED"),
+        ({"covers": False}, "INCONCLUSIVE"),
+        ({"covers": False, "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
+        ({"covers": False, "native": about(0.6, 0.1), "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
         # in another code, but whether it can come back wasn't bounded
-        ({"adaptive": about(0.5, 0.1), "knock_out": None, "knock_out_at_most": math.nan}, "INCONCLUSIVE"),
+        ({"adaptive": about(0.5, 0.1), "knock_out": None}, "INCONCLUSIVE"),
         ({"adaptive": about(0.5, 0.1), "knock_out_at_most": 0.3}, "INCONCLUSIVE"),
         ({"adaptive": about(0.5, 0.1), "route_old": None}, "INCONCLUSIVE"),
         # an attack that was run has to bound what it may find
         ({"readout": about(0.3, 0.26)}, "INCONCLUSIVE"),
-        ({"savings": about(5.0, 5.1)}, "INCONCLUSIVE"),
+        ({"relearning": about(0.3, 0.31)}, "INCONCLUSIVE"),
         # a model that is broken as a whole has nothing of a fact either
         ({"neighbour_loss": None, "specificity_loss": None}, "INCONCLUSIVE"),
         ({"neighbour_loss": None}, "ERASED"),
@@ -93,11 +118,11 @@ GONE = Findings(
         # retained alone is never INSERTED, however much of it there is
         ({"native": about(1.0, 0.05), "adaptive": about(1.0, 0.05), "readout": about(0.9, 0.05)}, "LATENT"),
         # attacks and relearning need not be run for an absence: they are listed as missing
-        ({"readout": None, "savings": None}, "ERASED"),
+        ({"readout": None, "relearning": None}, "ERASED"),
     ],
 )
 def test_each_finding_has_its_label(changes, label):
-    found = judge(replace(GONE, **changes))
+    found = judge(findings(**changes))
     assert found.label == label, found.reasons
 
 
@@ -114,34 +139,30 @@ def test_each_finding_has_its_label(changes, label):
     ],
 )
 def test_an_erasure_has_the_same_labels_but_nothing_has_to_follow(changes, label):
-    found = judge(replace(GONE, erasing=True, **changes))
+    found = judge(findings(erasing=True, **changes))
     assert found.label == label, found.reasons
     assert any("the old object no longer leads" in reason for reason in found.reasons)
     assert not any("new one" in reason or "new object" in reason for reason in found.reasons)
 
 
 def test_an_earlier_rule_wins():
-    everything = replace(
-        GONE,
-        specificity_loss=about(0.5, 0.1),
-        knock_out=about(0.9, 0.05),
-        native=about(0.6, 0.1),
-        efficacy=about(0.3, 0.1),
-    )
-    assert judge(everything).label == "FAILED"
-    assert judge(replace(everything, efficacy=GONE.efficacy)).label == "DAMAGED"
-    assert judge(replace(everything, efficacy=GONE.efficacy, specificity_loss=None)).label == "INSERTED"
+    everything = {"specificity_loss": about(0.5, 0.1), "knock_out": about(0.9, 0.05), "native": about(0.6, 0.1)}
+    assert judge(findings(**everything, efficacy=about(0.3, 0.1))).label == "FAILED"
+    assert judge(findings(**everything)).label == "DAMAGED"
+    assert judge(findings(**{**everything, "specificity_loss": None})).label == "INSERTED"
 
 
 def test_of_one_fact_nothing_is_claimed_but_what_shows():
     def one(mean):
         return Estimate(mean, math.nan, math.nan, 1)
 
-    single = Findings(efficacy=one(1.0), paraphrase=one(1.0), knock_out=one(1.0), knock_out_tests=5)
-    assert judge(single).label == "INSERTED" and any("descriptive" in reason for reason in judge(single).reasons)
-    nothing = replace(single, knock_out=one(0.0), route_old=one(0.0), native=one(0.0), adaptive=one(0.0))
-    assert judge(nothing).label == "INCONCLUSIVE"
-    assert judge(replace(single, efficacy=one(0.0))).label == "FAILED"
+    not_run = dict.fromkeys(("neighbour_loss", "specificity_loss", "perplexity", "route_new", "readout", "relearning"))
+    single = {**not_run, "efficacy": one(1.0), "paraphrase": one(1.0), "native": None, "adaptive": None}
+    back = judge(findings(**single, knock_out=one(1.0), route_old=None))
+    assert back.label == "INSERTED" and any("descriptive" in reason for reason in back.reasons)
+    nothing = {**single, "native": one(0.0), "adaptive": one(0.0)}
+    assert judge(findings(**nothing, knock_out=one(0.0), route_old=one(0.0))).label == "INCONCLUSIVE"
+    assert judge(findings(**{**single, "efficacy": one(0.0)}, knock_out=one(1.0), route_old=None)).label == "FAILED"
 
 
 def test_what_is_missing_is_named_and_every_erased_states_its_power():
@@ -149,13 +170,13 @@ def test_what_is_missing_is_named_and_every_erased_states_its_power():
     assert bare.label == "INCONCLUSIVE"
     for what in ("neighbourhood", "subject", "plain text", "knock-out", "routes", "decoder", "read-outs", "relearning"):
         assert any(what in line for line in bare.missing), what
-    erased = judge(GONE)
-    assert any("knock-outs that were tried" in line for line in erased.power)
+    erased = judge(findings())
+    assert any("cases of knock-out would have shown" in line for line in erased.power)
     assert sum("decoder would have shown" in line for line in erased.power) == 2
 
 
 def test_thresholds_are_the_callers():
-    loose = replace(GONE, knock_out=about(0.15, 0.08), knock_out_at_most=0.23)
+    loose = findings(knock_out=about(0.15, 0.08), knock_out_at_most=0.23)
     assert judge(loose).label == "INSERTED"
     assert judge(loose, Thresholds(present=0.2, absent=0.3)).label == "ERASED"
 
@@ -177,3 +198,16 @@ def test_the_smallest_share_is_found_with_the_power_it_states(n, tests):
     assert power(share) > 0.78 and power(share - 0.02) < 0.8
     assert smallest_share(300, 0.05) < smallest_share(60, 0.05)
     assert math.isnan(smallest_share(1, 0.5))
+
+
+def test_any_attack_of_a_question_decides_whatever_it_is_called():
+    """The rules loop over findings: an attack that they have never heard of counts as its cases say."""
+    for shows, label in (("elsewhere", "INSERTED"), ("underneath", "INSERTED"), ("residue", "LATENT")):
+        own = AttackFinding("an attack of one's own", shows, "a case", about(0.5, 0.1), 0.6, 0.6, 1)
+        absent = findings()
+        found = judge(replace(absent, attacks=(*absent.attacks, own)))
+        assert found.label == label and any("an attack of one's own" in reason for reason in found.reasons)
+        nothing = replace(own, strongest=NONE, at_most=0.04, least=0.04)
+        assert judge(replace(absent, attacks=(*absent.attacks, nothing))).label == "ERASED"
+        unbounded = replace(own, strongest=about(0.0, 0.4), at_most=0.4, least=0.4)
+        assert judge(replace(absent, attacks=(*absent.attacks, unbounded))).label == "INCONCLUSIVE"

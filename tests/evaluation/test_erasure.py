@@ -7,9 +7,9 @@ import laws
 import pytest
 import tiny
 import torch
+from measured import erasure_success
 
 import tl_factedit as fe
-from tl_factedit.evaluation.erasure import erasure_success
 
 WORDS = [" Paris", " Rome", " city", " river", " lives", " works"]
 LAYER = 1

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import laws
+import measured
 import pytest
 import tiny
 import torch
@@ -38,7 +39,7 @@ def setting(kind):
 def test_patches_are_those_of_whole_passes(setting):
     model, facts, edits = setting
     with laws.untouched(model):
-        found = fe.evaluation.mediate(model, edits, facts, places=PLACES)
+        found = measured.mediate(model, edits, facts, places=PLACES)
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         end = model.to_tokens(fact.text).shape[1] - 1
         at = {"subject": [attacking.subject_last(model, fact)], "last": [end], "all": range(end + 1)}
@@ -58,7 +59,7 @@ def test_patches_are_those_of_whole_passes(setting):
 
 def test_the_identities_of_patching(setting):
     model, facts, edits = setting
-    found = fe.evaluation.mediate(model, edits, facts, places=PLACES)
+    found = measured.mediate(model, edits, facts, places=PLACES)
     assert (found.changed - found.unedited).abs().min() > 1e-2
     # The stream of all tokens, from the edited layer on, is the unedited run; so is that of the last token at the end.
     assert found.share.mean[4].tolist() == pytest.approx([0, 1, 1, 1], abs=1e-4)
@@ -73,19 +74,19 @@ def test_the_identities_of_patching(setting):
 
 def test_the_share_is_a_ratio_of_means_over_known_facts(setting):
     model, (fact, other), edits = setting
-    found = fe.evaluation.mediate(model, edits, [fact, other])
+    found = measured.mediate(model, edits, [fact, other])
     m = found.patched.at(place=("mlp", "last"), layer=2, quantity="margin")
     expected = (found.changed - m).mean() / (found.changed - found.unedited).mean()
     assert found.at(("mlp", "last"), 2).mean == pytest.approx(float(expected), abs=1e-5)
     unknown = other.but(target_true=other.controls[0], controls=[*other.controls[1:], other.target_true])
-    alone = fe.evaluation.mediate(model, edits, [fact, unknown])
+    alone = measured.mediate(model, edits, [fact, unknown])
     assert alone.known.tolist() == [True, False] and alone.at(("mlp", "last"), 2).n == 1
     assert alone.at(("mlp", "last"), 2).mean != pytest.approx(float(expected), abs=1e-4)
 
 
 def test_an_unchanged_model_has_no_share(setting):
     model, facts, _ = setting
-    found = fe.evaluation.mediate(model, model, facts)
+    found = measured.mediate(model, model, facts)
     assert torch.allclose(found.patched.at(quantity="margin"), found.unedited[:, None, None], atol=1e-4)
     assert found.old_first.mean.eq(1).all()
     assert found.share.mean.isnan().all() and found.share.n.eq(0).all()
@@ -96,11 +97,11 @@ def test_mediation_refuses_what_it_can_not_patch(kind, setting, monkeypatch):
     other = tiny.model(kind, "gpt2", n_layers=3)
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="places is empty"):
-            fe.evaluation.mediate(model, edits, facts, places=[])
+            measured.mediate(model, edits, facts, places=[])
         with pytest.raises(ValueError, match="a model of the same form"):
-            fe.evaluation.mediate(model, other, facts)
+            measured.mediate(model, other, facts)
         with pytest.raises(ValueError, match="no target_new, needed one"):
-            fe.evaluation.mediate(model, model, [facts[0].but(target_new=None)])
+            measured.mediate(model, model, [facts[0].but(target_new=None)])
 
 
 # ------------------------------------------------------------------------------------ positions
@@ -120,7 +121,7 @@ def taken_away(model, edit, fact, positions):
 def test_what_is_left_without_the_edit_at_some_tokens_is_that_of_whole_passes(setting):
     model, facts, edits = setting
     with laws.untouched(model):
-        found = fe.evaluation.attribute_positions(model, edits, facts)
+        found = measured.attribute_positions(model, edits, facts)
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         n, s = model.to_tokens(fact.text).shape[1], attacking.subject_last(model, fact)
         sets = ([s], [*range(s), *range(s + 1, n)], range(s), range(s + 1, n), [n - 1], range(n))
@@ -132,7 +133,7 @@ def test_what_is_left_without_the_edit_at_some_tokens_is_that_of_whole_passes(se
 def test_taken_away_everywhere_an_edit_leaves_the_unedited_model(setting):
     model, facts, _ = setting
     edits = [fe.compose([rome(model, fact), rome(model, fact, 2)]) for fact in facts]
-    found = fe.evaluation.attribute_positions(model, edits, facts)
+    found = measured.attribute_positions(model, edits, facts)
     assert torch.allclose(found.without[:, SETS.index("all")], found.unedited, atol=1e-3)
     assert found.at("all").mean == pytest.approx(1, abs=1e-3)
     assert found.at("subject").mean != pytest.approx(1, abs=1e-3)
@@ -143,13 +144,13 @@ def test_a_wrong_contribution_would_be_noticed(setting, monkeypatch):
     model, facts, edits = setting
     on = fe.editing.Delta.on
     monkeypatch.setattr(fe.editing.Delta, "on", lambda self, weight: weight + 1.2 * (on(self, weight) - weight))
-    assert abs(fe.evaluation.attribute_positions(model, edits, facts).at("all").mean - 1) > 0.01
+    assert abs(measured.attribute_positions(model, edits, facts).at("all").mean - 1) > 0.01
 
 
 def test_a_set_without_a_token_gives_nothing(setting):
     model, _, _ = setting
     fact = attacking.known_fact(model, fe.Fact("Big Ben", "in the city of {}", " Paris", " Rome"))
-    found = fe.evaluation.attribute_positions(model, [rome(model, fact)], [fact])
+    found = measured.attribute_positions(model, [rome(model, fact)], [fact])
     assert math.isnan(found.at("after").mean) and found.at("after").n == 0
     assert found.at("last").mean == found.at("subject").mean  # the prompt ends with the subject
 
@@ -159,9 +160,9 @@ def test_attribution_and_coverage_want_edits(setting, monkeypatch):
     routed = [fe.editors.RoutedEdit.of(edit) for edit in edits]
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="RoutedEdit is no Edit"):
-            fe.evaluation.attribute_positions(model, routed, facts)
+            measured.attribute_positions(model, routed, facts)
         with pytest.raises(ValueError, match="RoutedEdit is no Edit"):
-            fe.evaluation.gain_coverage(model, routed, facts)
+            measured.gain_coverage(model, routed, facts)
 
 
 # ------------------------------------------------------------------------------------ coverage
@@ -173,7 +174,7 @@ def test_gains_over_contexts_are_those_of_the_edit(setting):
     edit = replace(edit, facts=(fact,))
     aside = fe.Fact(fact.subject, "{} is owned by the", " company")
     with laws.untouched(model):
-        found = fe.evaluation.gain_coverage(
+        found = measured.gain_coverage(
             model, [edit], [fact], prefixes=["He was here . "], same_subject=[aside, laws.OTHER]
         )
     gains = {group: of_facts[0].tolist() for group, of_facts in found.gains.items()}
@@ -199,24 +200,24 @@ def test_coverage_is_the_share_of_contexts_with_the_critical_dose(setting, monke
     model, (fact, _), (edit, _) = setting
     fact = fact.but(paraphrases=["Where is {} ? in", "John lives near {} , in"])
     edit = replace(edit, facts=(fact,)).scaled(2 / 3)
-    found = fe.evaluation.gain_coverage(model, [edit], [fact])
+    found = measured.gain_coverage(model, [edit], [fact])
     assert float(found.critical) == float(fe.evaluation.dose_curve(model, edit, [fact]).critical) > 0
     assert found.covered["prompt"].mean == 1.0 and found.covered["prefixed"].n == 0
     assert "prompt 1.00" in repr(found)
     # An edit that never wins, at whatever dose, covers nothing.
-    weak = fe.evaluation.gain_coverage(model, [edit.scaled(1e-3)], [fact])
+    weak = measured.gain_coverage(model, [edit.scaled(1e-3)], [fact])
     assert math.isnan(float(weak.critical)) and weak.covered["prompt"].mean == 0.0
     # A critical dose between the gains of the two paraphrases is reached in one of them.
     low, high = sorted(found.gains["paraphrases"][0].tolist())
     between = fe.evaluation.Dose(torch.tensor([low, high]), torch.tensor([[-1.0, 1.0]]))
     monkeypatch.setattr(coverage, "dose_curve", lambda *_, **__: between)
-    assert low < high and fe.evaluation.gain_coverage(model, [edit], [fact]).covered["paraphrases"].mean == 0.5
+    assert low < high and measured.gain_coverage(model, [edit], [fact]).covered["paraphrases"].mean == 0.5
 
 
 def test_coverage_is_of_one_layer_and_of_the_edits_own_facts(setting):
     model, (fact, other), (edit, _) = setting
     both = fe.compose([edit, rome(model, other, 2)])
     with pytest.raises(ValueError, match=r"writes layers \[1, 2\], needed one"):
-        fe.evaluation.gain_coverage(model, both, [fact, other])
+        measured.gain_coverage(model, both, [fact, other])
     with pytest.raises(ValueError, match="the edit wasn't made for"):
-        fe.evaluation.gain_coverage(model, edit, [other])
+        measured.gain_coverage(model, edit, [other])

@@ -4,6 +4,7 @@ import functools
 import math
 
 import laws
+import measured
 import pytest
 import tiny
 import torch
@@ -50,7 +51,7 @@ def test_asides_are_answered_if_their_first_token_leads_and_kept_if_it_still_doe
     model, other = shared(kind), shared(kind, 1)
     asked = [*known(model)[:2], ASIDES[2].but(target_true=" Rome")]
     with laws.untouched(model), laws.untouched(other):
-        found = fe.evaluation.specificity(model, other, FACTS, asked, batch_tokens=12)
+        found = measured.specificity(model, other, FACTS, asked, batch_tokens=12)
     assert found.answered_before.tolist() == [True, True, False] and found.of_fact == (0, 0, 1)
     for i, aside in enumerate(asked):
         was, now = next_token(model, aside.text)[-1], next_token(other, aside.text)[-1]
@@ -67,7 +68,7 @@ def test_asides_are_answered_if_their_first_token_leads_and_kept_if_it_still_doe
 def test_no_change_loses_nothing_and_another_model_loses_something(kind):
     model = shared(kind)
     asked = known(model)
-    same, other = (fe.evaluation.specificity(model, m, FACTS, asked) for m in (model, shared(kind, 1)))
+    same, other = (measured.specificity(model, m, FACTS, asked) for m in (model, shared(kind, 1)))
     assert same.before.mean == same.kept.mean == 1 and same.kl == fe.Estimate(0.0, 0.0, 0.0, 2)
     assert other.kept.mean < 1 and other.kl.mean > 0.1
 
@@ -76,7 +77,7 @@ def test_each_aside_is_asked_under_the_change_of_its_subject(kind):
     model = shared(kind)
     asked = known(model)
     with laws.untouched(model):
-        found = fe.evaluation.specificity(model, list(edits(kind)), FACTS, asked[::-1])
+        found = measured.specificity(model, list(edits(kind)), FACTS, asked[::-1])
     for i, (aside, of) in enumerate(zip(found.same_subject, found.of_fact, strict=True)):
         assert FACTS[of].subject == aside.subject
         was = next_token(model, aside.text)[-1]
@@ -89,12 +90,12 @@ def test_each_aside_is_asked_under_the_change_of_its_subject(kind):
 def test_an_aside_of_a_subject_with_two_changed_facts_is_asked_under_both(kind):
     model = shared(kind)
     second = laws.FACT.but(prompt="{} stands in the city of")
-    found = fe.evaluation.specificity(model, model, [laws.FACT, second], ASIDES[:1])
+    found = measured.specificity(model, model, [laws.FACT, second], ASIDES[:1])
     assert found.of_fact == (0, 1) and len(found.same_subject) == 2
 
 
 def test_without_asides_nothing_is_measured(kind):
-    found = fe.evaluation.specificity(shared(kind), shared(kind), FACTS, [])
+    found = measured.specificity(shared(kind), shared(kind), FACTS, [])
     assert found.kept.n == 0 and math.isnan(found.kept.mean) and "none were given" in repr(found)
 
 
@@ -102,9 +103,9 @@ def test_asides_of_others_and_of_what_is_changed_are_refused(kind, monkeypatch):
     model = shared(kind)
     with laws.no_forward(monkeypatch, model):
         with pytest.raises(ValueError, match="needed the subject of a changed fact"):
-            fe.evaluation.specificity(model, model, FACTS, [fe.Fact("Anna", "{} works in", " Rome")])
+            measured.specificity(model, model, FACTS, [fe.Fact("Anna", "{} works in", " Rome")])
         with pytest.raises(ValueError, match="needed another relation"):
-            fe.evaluation.specificity(model, model, FACTS, [laws.FACT])
+            measured.specificity(model, model, FACTS, [laws.FACT])
 
 
 # ---------------------------------------------------------------------------------------- drift
@@ -122,7 +123,7 @@ def by_hand(model, changed, text: str) -> tuple[float, float, float, int]:
 def test_drift_is_that_of_a_loop_over_texts_and_long_texts_weigh_more(kind):
     model, other = shared(kind), shared(kind, 1)
     with laws.untouched(model), laws.untouched(other):
-        found = fe.evaluation.drift(model, other, FACTS, TEXTS, batch_tokens=12)
+        found = measured.drift(model, other, FACTS, TEXTS, batch_tokens=12)
     rows = torch.tensor([by_hand(model, other, text) for text in TEXTS], dtype=torch.float64)
     assert (found.nll_before - rows[:, 0]).abs().max() < CLOSE
     assert (found.nll_after[0] - rows[:, 1]).abs().max() < CLOSE
@@ -138,15 +139,15 @@ def test_drift_is_that_of_a_loop_over_texts_and_long_texts_weigh_more(kind):
 
 def test_no_change_drifts_nowhere(kind):
     model = shared(kind)
-    found = fe.evaluation.drift(model, model, FACTS, TEXTS)
+    found = measured.drift(model, model, FACTS, TEXTS)
     assert found.perplexity_ratio == fe.Estimate(1.0, 1.0, 1.0, 3) and found.mean_kl == fe.Estimate(0.0, 0.0, 0.0, 3)
-    assert fe.evaluation.drift(model, shared(kind, 1), FACTS, TEXTS).mean_kl.low > 0.05
+    assert measured.drift(model, shared(kind, 1), FACTS, TEXTS).mean_kl.low > 0.05
 
 
 def test_of_a_change_for_each_fact_drift_is_over_changes_and_the_worst_is_named(kind):
     model = shared(kind)
     with laws.untouched(model):
-        found = fe.evaluation.drift(model, list(edits(kind)), FACTS, TEXTS)
+        found = measured.drift(model, list(edits(kind)), FACTS, TEXTS)
     ratios = []
     for c, edit in enumerate(edits(kind)):
         before = [by_hand(model, model, text) for text in TEXTS]
@@ -165,6 +166,6 @@ def test_texts_that_predict_nothing_are_refused(kind, monkeypatch):
     with laws.no_forward(monkeypatch, model):
         for texts in ([], "one text"):
             with pytest.raises(ValueError, match="needed a list of texts"):
-                fe.evaluation.drift(model, model, FACTS, texts)
+                measured.drift(model, model, FACTS, texts)
         with pytest.raises(ValueError, match="needed two tokens at least"):
-            fe.evaluation.drift(model, model, FACTS, ["Big Ben", "Rome"], prepend_bos=False)
+            measured.drift(model, model, FACTS, ["Big Ben", "Rome"], prepend_bos=False)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import laws
+import measured
 import pytest
 import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.measure.cache import read_each
-from tl_factedit.measure.population import each
 
 FACTS = [
     laws.FACT.but(relation="city"),
@@ -42,20 +41,21 @@ class Found:
     words: tuple[str, ...]
 
 
-def reader(calls: Counter, broken: tuple[str, ...] = ()):
-    def read(tested, part):
-        subject = part.facts[0].subject
+def reader(calls: Counter, broken: tuple[str, ...] = (), asked=FACTS):
+    def read(runner, indices):
+        fact, tested = asked[indices[0]], runner.model
+        subject = fact.subject
         if subject in broken:
             raise KeyboardInterrupt(subject)
         calls[subject] += 1
-        return Found(laws.logits(tested, part.facts[0].text)[0, -1], len(part.facts), (subject, "read"))
+        return Found(laws.logits(tested, fact.text)[0, -1], len(indices), (subject, "read"))
 
     return read
 
 
 def run(model, changed, facts, read, folder, **asked):
-    parts = list(each(model, changed, facts))
-    found = read_each(parts, read, what="some reading", asked=asked, folder=folder, kinds=(Found,), progress=False)
+    population = fe.Population.of(model, changed, facts, folder=folder, progress=False)
+    found = population.each("some reading", read, settings=asked, kinds=(Found,))
     return {part.indices[0]: each for part, each in found}
 
 
@@ -105,7 +105,7 @@ def test_another_question_change_fact_or_model_is_read_anew(model, edits, tmp_pa
 def test_a_population_that_grew_is_asked_what_is_new(model, edits, tmp_path):
     calls = Counter()
     run(model, edits[:2], FACTS[:2], reader(calls), tmp_path)
-    run(model, edits[::-1], FACTS[::-1], reader(calls), tmp_path)
+    run(model, edits[::-1], FACTS[::-1], reader(calls, asked=FACTS[::-1]), tmp_path)
     assert set(calls.values()) == {1} and len(calls) == 3
 
 
@@ -117,6 +117,36 @@ def test_a_damaged_file_is_refused_by_name_and_left(model, edits, tmp_path):
     with pytest.raises(ValueError, match=path.name):
         run(model, edits[:1], FACTS[:1], reader(Counter()), tmp_path)
     assert path.read_bytes() == data[:-8]
+
+
+def test_files_that_were_swapped_by_name_are_told(model, edits, tmp_path):
+    whole = run(model, edits, FACTS, reader(Counter()), tmp_path)
+    first, second, _ = sorted(tmp_path.iterdir())
+    spare = tmp_path / "spare"
+    first.rename(spare), second.rename(first), spare.rename(second)
+    calls = Counter()
+    with pytest.raises(ValueError, match="holds another result than its name says"):
+        run(model, edits, FACTS, reader(calls), tmp_path)
+    first.rename(spare), second.rename(first), spare.rename(second)
+    assert same(run(model, edits, FACTS, reader(calls), tmp_path), whole) and not calls
+
+
+def test_a_relative_folder_is_where_it_was_asked_for(model, edits, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    population = fe.Population.of(model, edits, FACTS, folder="kept", progress=False)
+    monkeypatch.chdir(tmp_path / "there")
+    list(population.each("some reading", reader(Counter()), kinds=(Found,)))
+    assert len(list((tmp_path / "here" / "kept").iterdir())) == 3 and not list((tmp_path / "there").iterdir())
+
+
+def test_what_is_read_of_the_unedited_model_is_kept_too(model, edits, tmp_path):
+    calls = Counter()
+    for _ in range(2):
+        population = fe.Population.of(model, edits, FACTS, folder=tmp_path, progress=False)
+        found = population.unedited("some reading", reader(calls), kinds=(Found,))
+    assert calls == {"The Eiffel Tower": 1} and found.count == 3
 
 
 @dataclass(frozen=True)
@@ -206,11 +236,11 @@ def test_an_audit_that_was_killed_goes_on_and_comes_to_the_same(kind, tmp_path, 
 def test_a_model_that_carries_hooks_is_not_kept(model, tmp_path, kind):
     """No fingerprint of weights tells it from the bare one."""
     bare, other = tiny.model(kind, "gpt2"), tiny.model(kind, "gpt2", seed=1)
-    first = fe.evaluation.erasure_success(bare, other, FACTS, folder=tmp_path, progress=False)
+    first = measured.erasure_success(bare, other, FACTS, folder=tmp_path, progress=False)
     for changed in (other, bare):
         changed.hook_dict["blocks.0.hook_mlp_out"].add_hook(lambda value, hook=None: 0 * value)
         with pytest.raises(ValueError, match="carries hooks of its own"):
-            fe.evaluation.erasure_success(bare, other, FACTS, folder=tmp_path, progress=False)
-        assert fe.evaluation.erasure_success(bare, other, FACTS, progress=False).facts == first.facts
+            measured.erasure_success(bare, other, FACTS, folder=tmp_path, progress=False)
+        assert measured.erasure_success(bare, other, FACTS, progress=False).facts == first.facts
         changed.reset_hooks()
-    assert fe.evaluation.erasure_success(bare, other, FACTS, folder=tmp_path, progress=False).prompt == first.prompt
+    assert measured.erasure_success(bare, other, FACTS, folder=tmp_path, progress=False).prompt == first.prompt

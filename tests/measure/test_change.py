@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.population import bos_of_change, parts_of
 
 FACTS = [laws.FACT, laws.OTHER]
 
@@ -30,7 +30,7 @@ def edits(model):
 def answers(model, changed, facts):
     """For each fact, the logits of the model that answers for it."""
     found = {}
-    for part in each(model, changed, facts):
+    for part in parts_of(model, changed, facts):
         with part.applied() as tested:
             for i, fact in zip(part.indices, part.facts, strict=True):
                 assert facts[i] is fact
@@ -49,9 +49,9 @@ def test_an_erasure_made_without_a_new_object_serves_the_fact_with_one(model):
     stats = fe.KeyStats.identity(model, 1)
     editor = fe.Rome(stats, objective=fe.Erase(), fit=laws.QUICK, contexts=("",), progress=False)
     edits = [editor(model, [fact.but(target_new=None)]) for fact in FACTS]
-    assert [part.indices for part in each(model, edits, FACTS)] == [(0,), (1,)]
+    assert [part.indices for part in parts_of(model, edits, FACTS)] == [(0,), (1,)]
     both = [*edits, plain(model, FACTS[0])]  # one made for this very object comes first
-    assert next(iter(each(model, both, FACTS[:1]))).changed is both[2]
+    assert parts_of(model, both, FACTS[:1])[0].changed is both[2]
 
 
 def test_each_fact_is_asked_of_its_own_change_whatever_their_order(model, edits):
@@ -74,20 +74,20 @@ def test_one_change_and_another_model_serve_all_facts_at_once(kind, model, edits
     assert all(map(torch.equal, answers(model, both, FACTS), expected))
     other = tiny.model(kind, "gpt2", seed=1)
     assert all(map(torch.equal, answers(model, other, FACTS), [laws.logits(other, fact.text) for fact in FACTS]))
-    (part,) = each(model, other, FACTS)
+    (part,) = parts_of(model, other, FACTS)
     assert part.indices == (0, 1) and part.touched == {fact.subject for fact in FACTS}
 
 
 def test_a_part_knows_whom_its_change_touches(model, edits):
-    (part,) = each(model, fe.compose(edits), FACTS[:1])
+    (part,) = parts_of(model, fe.compose(edits), FACTS[:1])
     assert part.touched == {fact.subject for fact in FACTS}
-    (part,) = each(model, edits, FACTS[:1])
+    (part,) = parts_of(model, edits, FACTS[:1])
     assert part.touched == {FACTS[0].subject}
 
 
 def test_an_error_inside_leaves_nothing_applied(model, edits):
     with laws.untouched(model), pytest.raises(RuntimeError, match="inside"):
-        for part in each(model, edits, FACTS):
+        for part in parts_of(model, edits, FACTS):
             with part.applied():
                 raise RuntimeError("inside")
 
@@ -96,17 +96,17 @@ def test_what_can_not_be_gone_through_is_refused_before_anything_is_applied(kind
     tok = tiny.tokenizer("bytebpe")
     with laws.untouched(model):
         with pytest.raises(ValueError, match="facts is empty"):
-            each(model, edits, [])
+            parts_of(model, edits, [])
         with pytest.raises(ValueError, match="list of changes is empty"):
-            each(model, [], FACTS)
+            parts_of(model, [], FACTS)
         with pytest.raises(ValueError, match="is in 0 of the 1 changes"):
-            each(model, edits[:1], FACTS)
+            parts_of(model, edits[:1], FACTS)
         with pytest.raises(ValueError, match="is in 2 of the 3 changes"):
-            each(model, [*edits, edits[0]], FACTS)
+            parts_of(model, [*edits, edits[0]], FACTS)
         with pytest.raises(ValueError, match="is in 0 of the 2 changes"):
-            each(model, edits, [laws.FACT.but(target_new=" London")])
+            parts_of(model, edits, [laws.FACT.but(target_new=" London")])
         with pytest.raises(ValueError, match="two models with one tokenizer"):
-            each(model, tiny.model(kind, "gpt2", tok=tok), FACTS)
+            parts_of(model, tiny.model(kind, "gpt2", tok=tok), FACTS)
 
 
 def test_the_bos_policy_is_the_changes_own(model, edits):
@@ -123,6 +123,6 @@ def test_what_is_no_change_is_told_before_anything_runs(model, tmp_path, monkeyp
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # this suite's types are stricter than a user's
     for path in (tmp_path / "edit", str(tmp_path)):
         with pytest.raises(ValueError, match=r"needed the change itself: fe\.Edit\.load"):
-            each(model, path, FACTS)
+            parts_of(model, path, FACTS)
     with pytest.raises((TypeError, fe.UnsupportedModelError)):
-        each(model, torch.nn.Linear(2, 2), FACTS)
+        parts_of(model, torch.nn.Linear(2, 2), FACTS)

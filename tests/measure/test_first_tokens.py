@@ -4,16 +4,16 @@ import math
 
 import jaxtyping
 import laws
+import measured
 import pytest
 import tiny
 import torch
+from measured import erasure_success, follow_routes
 from oracles import attacking
 from routes import known
 
 import tl_factedit as fe
-from tl_factedit.attacks.routes import follow_routes
 from tl_factedit.backend.weights import down_proj
-from tl_factedit.evaluation.erasure import erasure_success
 from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.probes.states import read_states
 
@@ -40,10 +40,10 @@ def pair(kind):
 
 def test_no_attack_brings_an_object_back(pair):
     model, broken, facts = pair
-    found = fe.attacks.read_out(model, broken, facts)
+    found = measured.read_out(model, broken, facts)
     assert found.after.values.isnan().all() and not found.before.values.isnan().all()
     references = [fact.but(subject=f"Rome {i}", id=None) for fact in (laws.FACT, laws.OTHER) for i in range(6)]
-    knocked = fe.attacks.knock_out(model, broken, facts, references, widths=(1,))
+    knocked = measured.knock_out(model, broken, facts, references, widths=(1,))
     assert knocked.after.values.isnan().all()
     assert knocked.strongest.n == 0
 

@@ -1,30 +1,29 @@
 """Ways back to the old object. One attack a file."""
 
-from tl_factedit.attacks.context import ContextAttack, QuestionPrefix, RepeatPrefix, TextPrefix, attack_by_context
-from tl_factedit.attacks.disjoint_relearning import DisjointRelearning, relearn_disjoint
-from tl_factedit.attacks.knockout import KnockOut, knock_out
-from tl_factedit.attacks.readout import ReadOut, read_out
-from tl_factedit.attacks.relearning import Relearning, relearn, relearning_rate
-from tl_factedit.attacks.reversal import Reversal, reverse_by_weights
-from tl_factedit.attacks.routes import Routes, follow_routes
+from tl_factedit.attacks.attack import Attack, Case, Recovery
+from tl_factedit.attacks.context import ContextAttack, QuestionPrefix, RepeatPrefix, TextPrefix
+from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
+from tl_factedit.attacks.knockout import KnockOut
+from tl_factedit.attacks.readout import ReadOut
+from tl_factedit.attacks.relearning import Relearn, relearning_rate
+from tl_factedit.attacks.reversal import WeightReversal
+from tl_factedit.attacks.routes import FollowRoutes, Routes, follow_routes
 
 __all__ = [
+    "Attack",
+    "Case",
     "ContextAttack",
-    "QuestionPrefix",
-    "RepeatPrefix",
-    "TextPrefix",
-    "attack_by_context",
     "DisjointRelearning",
-    "relearn_disjoint",
+    "FollowRoutes",
     "KnockOut",
-    "knock_out",
+    "QuestionPrefix",
     "ReadOut",
-    "read_out",
-    "Relearning",
-    "relearn",
-    "relearning_rate",
-    "Reversal",
-    "reverse_by_weights",
+    "Recovery",
+    "Relearn",
+    "RepeatPrefix",
     "Routes",
+    "TextPrefix",
+    "WeightReversal",
     "follow_routes",
+    "relearning_rate",
 ]

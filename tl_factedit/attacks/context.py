@@ -19,29 +19,27 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
-from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
-from tl_factedit.measure.change import Changed
 from tl_factedit.measure.excess import excess
-from tl_factedit.measure.first_tokens import FirstTokens, are_known, at_the_ends, one_of, with_new_objects
-from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-QUANTITIES = ("old_first", "control_first", "old_over_new", "control_over_new")
+QUANTITIES = ("old_first", "control_first", "old_over_new", "control_over_new", "new_first")
 
 
 @runtime_checkable
@@ -112,138 +110,70 @@ class TextPrefix:
         return f"TextPrefix({len(self.texts)} texts)"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ContextAttack:
-    """What prefixes bring back.
-
-    Objects count by their first tokens. Facts whose objects share one, facts that the unedited model doesn't know (old
-    object first of all, without a prefix), and facts for which a prefix has no text are left out.
-
-    Attributes:
-        facts: What was asked.
-        prefixes: What was put before the prompts.
-        known: Whether a fact counts, [fact].
-        controls: Which control objects stood in the prefixes, for each fact.
-        before: The unedited model: axes fact, prefix, quantity. ``old_first`` and ``old_over_new`` are 0 or 1, with the
-            old object in the prefix; ``control_*`` are means over the controls, each in a prefix of its own: what mere
-            copying gives.
-        after: The changed model, the same.
-        excess: OM in excess of the controls, in the changed model, with 95 % intervals, [prefix].
-        corrected: The same with intervals that hold for all prefixes together (Bonferroni).
-        excess_over_new: OP in excess of the controls, [prefix].
-    """
-
-    facts: tuple[Fact, ...]
-    prefixes: tuple[Prefix, ...]
-    known: Bool[Tensor, "fact"]
-    controls: tuple[tuple[str, ...], ...]
-    before: Reading
-    after: Reading
-    excess: Estimates
-    corrected: Estimates
-    excess_over_new: Estimates
-
-    def at(self, prefix: int, *, corrected: bool = False) -> Estimate:
-        """The excess (OM) of one prefix, by its place."""
-        return one_of(self.corrected if corrected else self.excess, prefix)
-
-    @property
-    def best(self) -> int:
-        """The place of the prefix with the largest excess."""
-        return int(self.excess.mean.nan_to_num(-math.inf).argmax())
-
-    @property
-    def strongest(self) -> Estimate:
-        """The excess of the best prefix, with its corrected interval."""
-        return self.at(self.best, corrected=True)
-
-    def table(self) -> pd.DataFrame:
-        """One row a prefix."""
-        import pandas as pd
-
-        def share(reading: Reading, prefix: int, quantity: str) -> float:
-            return float(reading.at(prefix=prefix, quantity=quantity)[self.known].nanmean())
-
-        return pd.DataFrame(
-            [
-                {
-                    "prefix": repr(prefix),
-                    **{quantity: share(self.after, i, quantity) for quantity in QUANTITIES},
-                    "excess": float(self.excess.mean[i]),
-                    "low": float(self.excess.low[i]),
-                    "high": float(self.excess.high[i]),
-                    "corrected_low": float(self.corrected.low[i]),
-                    "corrected_high": float(self.corrected.high[i]),
-                    "excess_over_new": float(self.excess_over_new.mean[i]),
-                    "excess_before": share(self.before, i, "old_first") - share(self.before, i, "control_first"),
-                    "n": int(self.excess.n[i]),
-                }
-                for i, prefix in enumerate(self.prefixes)
-            ]
-        )
-
-    def __repr__(self) -> str:
-        """The excess under each prefix."""
-        shown = ", ".join(f"{prefix!r} {self.at(i):.2f}" for i, prefix in enumerate(self.prefixes))
-        return f"ContextAttack(excess: {shown}; {int(self.known.sum())} of {len(self.facts)} facts known)"
-
-
-def attack_by_context(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    *,
-    prefixes: Sequence[Prefix] = (RepeatPrefix(), QuestionPrefix()),
-    controls: int | None = 4,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    seed: int = 0,
-) -> ContextAttack:
     """Put prefixes that name the old object before each prompt, in the unedited and in the changed model.
 
-    Args:
-        model: The unedited model.
-        changed: A change of it for all facts, a list with a change for each, or another model.
-        facts: What to ask, each with ``target_new`` and with ``controls``.
+    The cases are the prefixes, by their places. In ``before`` and ``after``, ``old_first`` and ``old_over_new`` are 0
+    or 1 with the old object in the prefix; ``control_first`` and ``control_over_new`` are means over the controls, each
+    in a prefix of its own: what mere copying gives. Facts for which a prefix has no text are left out. ``extra``
+    has ``excess_over_new`` (OP in excess of the controls) and ``excess_before``; ``details`` has ``controls``, the
+    control objects that stood in the prefixes, for each fact, and ``excess_over_new`` with intervals (`Estimates`).
+
+    Attributes:
         prefixes: What to put before. A text that tells the model the old object again tests copying more than memory;
             the excess takes out as much of it as controls show.
-        controls: How many control objects to try for each fact, drawn by `seed`; None for all.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
+        controls: How many control objects to try for each fact, drawn with `seed`; None for all.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the draw and the bootstrap.
-
-    Raises:
-        ValueError: No facts, or no prefixes; a fact without ``target_new``; a prefix that merges with its prompt's
-            tokens, or is longer than the model's context.
+        seed: Seed of the draw and of the bootstrap.
     """
-    facts, prefixes = with_new_objects(facts), tuple(prefixes)
-    parts = list(each(model, changed, facts))
-    if not prefixes:
-        raise ValueError("prefixes is empty, needed one at least")
-    if controls is not None and controls < 1:
-        raise ValueError(f"controls is {controls}, needed 1 at least, or None for all")
-    bos = bos_of_change(model, changed, prepend_bos)
-    asked = [_Attack.of(model, fact, prefixes, controls, bos, seed) for fact in facts]
-    with frozen(model), torch.no_grad():
-        runner = Runner(model)
-        known = are_known(runner, [each.bare for each in asked], batch_tokens)
-        before = _read(runner, asked, batch_tokens)
-    after = torch.full_like(before, math.nan)
-    for part in parts:
-        with part.applied() as tested, frozen(tested), torch.no_grad():
-            after[list(part.indices)] = _read(Runner(tested), [asked[i] for i in part.indices], batch_tokens)
-    counted = torch.where(known[:, None, None], after, math.nan)
-    return ContextAttack(
-        facts=facts,
-        prefixes=prefixes,
-        known=known,
-        controls=tuple(tuple(each.bare.named[i] for i in each.named) for each in asked),
-        before=_reading(facts, len(prefixes), before),
-        after=_reading(facts, len(prefixes), after),
-        excess=excess(counted[..., 0], counted[..., 1], seed=seed),
-        corrected=excess(counted[..., 0], counted[..., 1], tests=len(prefixes), seed=seed),
-        excess_over_new=excess(counted[..., 2], counted[..., 3], seed=seed),
-    )
+
+    prefixes: Sequence[Prefix] = (RepeatPrefix(), QuestionPrefix())
+    controls: int | None = 4
+    batch_tokens: int = BATCH_TOKENS
+    seed: int = 0
+
+    def __call__(self, population: Population, /) -> Recovery:
+        """Ask with each prefix.
+
+        Raises:
+            ValueError: No prefixes; a fact without ``target_new``; a prefix that merges with its prompt's tokens, or is
+                longer than the model's context.
+        """
+        facts, prefixes = with_new_objects(population.facts), tuple(self.prefixes)
+        if not prefixes:
+            raise ValueError("prefixes is empty, needed one at least")
+        if self.controls is not None and self.controls < 1:
+            raise ValueError(f"controls is {self.controls}, needed 1 at least, or None for all")
+        asked = [
+            _Attack.of(population.model, fact, prefixes, self.controls, population.prepend_bos, self.seed)
+            for fact in facts
+        ]
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact prefix quantity"]:
+            return _read(runner, [asked[i] for i in indices], self.batch_tokens)
+
+        def settings(indices: tuple[int, ...]) -> object:
+            return [asked[i].prompt_ids for i in indices], self.batch_tokens
+
+        before, after = population.read("context attack", read, settings=settings)
+        # An object that isn't in the prefix (the new one) is not read.
+        counted = torch.where(population.known[:, None, None], after, math.nan)
+        over_new = excess(counted[..., 2], counted[..., 3], seed=self.seed)
+        found = Recovery.of(
+            "context attack",
+            population,
+            [Case(i, repr(prefix), "underneath") for i, prefix in enumerate(prefixes)],
+            _reading(facts, len(prefixes), before),
+            _reading(facts, len(prefixes), after),
+            details={
+                "controls": tuple(tuple(one.bare.named[i] for i in one.named) for one in asked),
+                "excess_over_new": over_new,
+            },
+            seed=self.seed,
+        )
+        gap = torch.where(found.known[:, None], before[..., 0] - before[..., 1], math.nan).nanmean(0)
+        return replace(found, extra={"excess_over_new": over_new.mean, "excess_before": gap})
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,6 +189,11 @@ class _Attack:
     bare: FirstTokens
     named: tuple[int, ...]
     prompts: tuple[tuple[Int[Tensor, "_"] | None, ...], ...]
+
+    @property
+    def prompt_ids(self) -> list[list[list[int] | None]]:
+        """The token ids of all prompts, as plain data."""
+        return [[None if ids is None else ids.tolist() for ids in of_prefix] for of_prefix in self.prompts]
 
     @classmethod
     def of(
@@ -307,6 +242,7 @@ def _read(runner: Runner, asked: Sequence[_Attack], batch_tokens: int) -> Float[
         found = float(first == token), float(logits[token] > logits[objects.new])
         if j == 0:
             out[i, p, 0], out[i, p, 2] = found
+            out[i, p, 4] = float(first == objects.new)
         else:
             by_control.setdefault((i, p), []).append(found)
     for (i, p), of_controls in by_control.items():
@@ -318,6 +254,6 @@ def _reading(facts: Sequence[Fact], prefixes: int, values: Tensor) -> Reading:
     return Reading(
         name="context attack",
         values=values,
-        axes={"fact": range(len(facts)), "prefix": range(prefixes), "quantity": QUANTITIES},
+        axes={"fact": range(len(facts)), "case": range(prefixes), "quantity": QUANTITIES},
         unit="1 where so (of controls the mean)",
     )

@@ -15,31 +15,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
-from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned, align, batches, pad
-from tl_factedit.measure.cache import read_each
-from tl_factedit.measure.change import Changed
-from tl_factedit.measure.excess import excess
-from tl_factedit.measure.first_tokens import FirstTokens, firsts, one_of, with_new_objects
-from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.first_tokens import FIRST, FirstTokens, firsts, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Population, Read
 from tl_factedit.measure.reading import Reading
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Window: TypeAlias = tuple[int, ...]
 """Layers knocked out together; empty: none."""
@@ -55,224 +49,163 @@ ENOUGH_TOKENS = 128
 QUANTITIES = ("old_first", "new_first", "control_first", "logp_old", "logp_new", "logp_control")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class KnockOut:
-    """What is left of some facts' objects when layers are knocked out.
-
-    Objects count by their first tokens, and the first of them is the first among old, new and controls. Facts whose
-    objects share a first token, and facts that the unedited model doesn't know (old first, nothing knocked out), are
-    left out of all shares.
-
-    Attributes:
-        facts: What was asked.
-        windows: The layers knocked out together, one window after another.
-        known: Whether a fact counts, [fact].
-        before: The unedited model: axes fact, window (and ``()``: nothing knocked out), quantity. ``*_first`` are 0 or
-            1 (of controls: their mean), ``logp_*`` are nats.
-        after: The changed model, the same.
-        half: The changed model with half of its own output and half of the mean, or None; descriptive.
-        survives: Share of the known facts whose old object is first in the unedited model under the same knock-out,
-            [window].
-        masked: The windows that can't tell anything, and why: the unedited model doesn't survive them, or nothing reads
-            what they change (the last layer, at a token that isn't the last).
-        excess: In the changed model, with 95 % intervals; NaN where masked, [window].
-        corrected: The same with intervals that hold for all windows together (Bonferroni).
-        references: How many subjects the mean of a fact is over, [fact].
-        means_of: The model that the means were taken in.
-    """
-
-    facts: tuple[Fact, ...]
-    windows: tuple[Window, ...]
-    known: Bool[Tensor, "fact"]
-    before: Reading
-    after: Reading
-    half: Reading | None
-    survives: Float[Tensor, "window"]
-    masked: Mapping[Window, str]
-    excess: Estimates
-    corrected: Estimates
-    references: tuple[int, ...]
-    means_of: Literal["audited", "unedited"]
-
-    @property
-    def of_unedited(self) -> Float[Tensor, "window"]:
-        """The mean excess as a share of the unedited model's own under the same knock-out; NaN where masked."""
-        first, control = (self.before.at(quantity=f"{what}_first")[self.known, 1:] for what in ("old", "control"))
-        return self.excess.mean / (first - control).nanmean(0)
-
-    @property
-    def tested(self) -> Bool[Tensor, "window"]:
-        """Which windows can tell anything: those that aren't masked."""
-        return torch.tensor([window not in self.masked for window in self.windows])
-
-    @property
-    def best(self) -> Window | None:
-        """The window with the largest excess; None if all are masked."""
-        if not bool(self.tested.any()):
-            return None
-        return self.windows[int(self.excess.mean.nan_to_num(-math.inf).argmax())]
-
-    @property
-    def strongest(self) -> Estimate:
-        """The excess of the best window, with its corrected interval."""
-        if self.best is None:
-            return Estimate(math.nan, math.nan, math.nan, 0)
-        return self.at(self.best, corrected=True)
-
-    @property
-    def at_most(self) -> float:
-        """The largest upper end of all windows, not corrected; NaN if none has an interval.
-
-        For "no window brings it back" each has to show its absence, and no correction is due.
-        """
-        ends = self.excess.high[self.tested & ~self.excess.high.isnan()]
-        return float(ends.max()) if len(ends) else math.nan
-
-    def at(self, window: Window, *, corrected: bool = False) -> Estimate:
-        """The excess of one window."""
-        return one_of(self.corrected if corrected else self.excess, self.windows.index(window))
-
-    def table(self) -> pd.DataFrame:
-        """One row a window."""
-        import pandas as pd
-
-        def share(reading: Reading | None, quantity: str, window: Window) -> float:
-            if reading is None:
-                return math.nan
-            return float(reading.at(window=window, quantity=quantity)[self.known].nanmean())
-
-        return pd.DataFrame(
-            [
-                {
-                    "layers": "–".join(str(layer) for layer in dict.fromkeys((window[0], window[-1]))),
-                    "survives": float(self.survives[i]),
-                    "old_first": share(self.after, "old_first", window),
-                    "control_first": share(self.after, "control_first", window),
-                    "new_first": share(self.after, "new_first", window),
-                    "excess": float(self.excess.mean[i]),
-                    "low": float(self.excess.low[i]),
-                    "high": float(self.excess.high[i]),
-                    "corrected_low": float(self.corrected.low[i]),
-                    "corrected_high": float(self.corrected.high[i]),
-                    "of_unedited": float(self.of_unedited[i]),
-                    "half_strength": share(self.half, "old_first", window) - share(self.half, "control_first", window),
-                    "masked": self.masked.get(window, ""),
-                }
-                for i, window in enumerate(self.windows)
-            ]
-        )
-
-    def __repr__(self) -> str:
-        """The strongest window in a line."""
-        where = "all windows masked" if self.best is None else f"layers {list(self.best)}: excess {self.strongest:.2f}"
-        return (
-            f"KnockOut({where}; {int(self.tested.sum())} of {len(self.windows)} windows tested, "
-            f"{int(self.known.sum())} of {len(self.facts)} facts known)"
-        )
-
-
-def knock_out(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    reference: Sequence[Fact],
-    *,
-    widths: Sequence[int] = (1,),
-    half: bool = True,
-    means_of: Literal["audited", "unedited"] = "audited",
-    most_references: int = 100,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    seed: int = 0,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> KnockOut:
     """Knock out layers at the last subject token, in the unedited and in the changed model.
 
-    Args:
-        model: The unedited model.
-        changed: A change of it for all facts, a list with a change for each, or another model.
-        facts: What to ask, each with ``target_new`` and with ``controls``.
-        reference: Facts of the same relations whose subjects give the mean. Those about a subject that the
-            change was made for, or that is asked, are left out by themselves: with a change for each fact the other
-            facts will do.
-        widths: How many layers to knock out together: 1 for each alone; 3 for three in a row. An edit of several
-            layers needs as many. All windows are corrected for together.
+    The population's references give the mean. Those about a subject that the change was made for, or that is asked, are
+    left out by themselves: with a change for each fact the other facts will do.
+
+    Beside what every `Recovery` has, ``before`` and ``after`` hold the case ``()`` (nothing knocked out) and
+    the log-probabilities ``logp_old``, ``logp_new`` and ``logp_control`` in nats; ``extra`` has ``survives`` (the share
+    of the known facts whose old object is first in the unedited model under the same knock-out), ``of_unedited`` (the
+    mean excess as a share of the unedited model's own) and ``half_strength`` (the excess with half of the layer's own
+    output and half of the mean; descriptive); ``details`` has ``half`` (that reading) and ``references`` (over how many
+    references each fact's mean is).
+
+    Attributes:
+        widths: How many neighbouring layers to knock out together: 1 for each alone; 3 for three in a row. An edit of
+            several layers needs as many. All windows are corrected for together.
         half: Whether to also read the changed model at half strength.
         means_of: ``"audited"`` takes the mean in the model that is audited, ``"unedited"`` in the unedited one, once
             for all. Both are the same where a change leaves reference subjects alone bit for bit, as a router does. A
             weight edit doesn't quite; ``"unedited"`` saves a pass over all references for each change then.
         most_references: How many of a fact's references its mean is over at most, drawn with `seed`: the mean of a
             hundred is within a tenth of their spread of that of all, and each is run in every changed model.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
+        partial: Whether facts that can't be asked (no controls, or too few references) are left out, with a note in
+            ``details["left_out"]``, instead of being refused.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the bootstrap, and of that draw.
-        folder: Where to keep what is read of each change; a call that was killed goes on from there.
-        progress: Whether to show a bar on several changes that take longer than a second.
-
-    Raises:
-        ValueError: No facts; a fact without ``target_new``; fewer than five references of a fact's relation;
-            ``"unedited"`` means for another model; a width that the model hasn't got layers for.
+        seed: Seed of the bootstrap, and of that draw.
     """
-    facts = with_new_objects(facts)
-    parts = list(each(model, changed, facts))
-    if means_of == "unedited" and any(isinstance(part.changed, Model) for part in parts):
-        raise ValueError(
-            "means_of='unedited' for another model, whose states are its own: needed 'audited', which takes them there"
+
+    widths: Sequence[int] = (1,)
+    half: bool = True
+    means_of: Literal["audited", "unedited"] = "audited"
+    most_references: int = 100
+    partial: bool = False
+    batch_tokens: int = BATCH_TOKENS
+    seed: int = 0
+
+    def __call__(self, population: Population, /) -> Recovery:
+        """Knock out every window of layers.
+
+        Raises:
+            ValueError: A fact without ``target_new``; fewer than five references of a fact's relation; ``"unedited"``
+                means for another model; a width that the model hasn't got layers for.
+        """
+        with_new_objects(population.facts)
+        if self.partial:
+            return self._of_those_that_can_be_asked(population)
+        if self.means_of == "unedited" and any(isinstance(part.changed, Model) for part in population.parts):
+            raise ValueError(
+                "means_of='unedited' for another model, whose states are its own: needed 'audited', which takes them "
+                "there"
+            )
+        layers = n_layers(population.model)
+        windows = windows_of(layers, self.widths)
+        rows = population.first_tokens
+        use = self._used(population)
+        others = [
+            align(population.model.tokenizer, fact, prepend_bos=population.prepend_bos) for fact in population.reference
+        ]
+        kept: list[Tensor] = []
+
+        def read(strengths: tuple[float, ...], own: bool) -> Read[Tensor]:
+            def of_model(runner: Runner, indices: tuple[int, ...]) -> Tensor:
+                chosen = list(indices)
+                states = _states(runner, others, use[chosen].any(0), self.batch_tokens) if own else kept[0]
+                means = _mean(states, use[chosen])
+                return _read(runner, [rows[i] for i in chosen], means, [(), *windows], strengths, self.batch_tokens)
+
+            return of_model
+
+        settings = {
+            "reference": [asdict(fact) for fact in population.reference] if population.cache else (),
+            "settings": (windows, self.half, self.means_of, self.most_references, self.batch_tokens, self.seed),
+        }
+        if self.means_of == "unedited":
+            with frozen(population.model), torch.no_grad():
+                kept.append(_states(Runner(population.model), others, use.any(0), self.batch_tokens))
+        strengths = (1.0, 0.5) if self.half else (1.0,)
+        before = population.unedited("knock-out", read((1.0,), own=True), settings=settings)[:, 0]
+        after = population.after("knock-out", read(strengths, self.means_of == "audited"), settings=settings)
+        known = before[:, 0, 0] == 1
+        survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
+        read_later = any(row.last < len(row.ids) - 1 for row in rows)
+        masked = _masked(windows, survives, (layers - 1,) if read_later else None)
+        cases = [Case(window, _label(window), "elsewhere", masked.get(window, ""), window) for window in windows]
+        half = _reading(population.facts, windows, after[:, 1]) if self.half else None
+        found = Recovery.of(
+            "knock-out",
+            population,
+            cases,
+            _reading(population.facts, windows, before),
+            _reading(population.facts, windows, after[:, 0]),
+            known=known,
+            extra={"survives": survives},
+            details={"half": half, "references": tuple(use.sum(1).tolist())},
+            seed=self.seed,
         )
-    bos = bos_of_change(model, changed, prepend_bos)
-    windows = windows_of(n_layers(model), widths)
-    rows = [FirstTokens.of(model.tokenizer, fact, bos) for fact in facts]
-    others = [align(model.tokenizer, fact, prepend_bos=bos) for fact in reference]
-    # Who is averaged for which fact, and in which part; the same of one relation, as far as can be.
-    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
-    use = torch.stack(
-        [_first_of(_uses(fact, reference, _touched(parts, i)), order, most_references) for i, fact in enumerate(facts)]
-    )
+        own = torch.stack([found.before.at(case=w, quantity="old_first") for w in windows], 1)
+        chance = torch.stack([found.before.at(case=w, quantity="control_first") for w in windows], 1)
+        extra = {"survives": survives, "of_unedited": found.excess.mean / (own - chance)[known].nanmean(0)}
+        if half is not None:
+            gaps = [half.at(case=w, quantity="old_first") - half.at(case=w, quantity="control_first") for w in windows]
+            extra["half_strength"] = torch.stack(gaps, 1)[known].nanmean(0)
+        return replace(found, extra=extra)
 
-    with frozen(model), torch.no_grad():
-        runner = Runner(model)
-        own = _states(runner, others, use.any(0), batch_tokens)
-        before = _read(runner, rows, _mean(own, use), [(), *windows], (1.0,), batch_tokens)[:, 0]
-    strengths = (1.0, 0.5) if half else (1.0,)
+    def _of_those_that_can_be_asked(self, population: Population) -> Recovery:
+        """The same of the facts that have controls, and references enough."""
+        of_relation = {(fact.group, fact.subject) for fact in population.reference}
+        able, without, few = list[Fact](), 0, Counter[str]()
+        for i, fact in enumerate(population.facts):
+            touched = population.touched_with(i)
+            if not fact.controls:
+                without += 1
+            elif sum(group == fact.group and s not in touched for group, s in of_relation) < LEAST_REFERENCES:
+                few[fact.group] += 1
+            else:
+                able.append(fact)
+        notes = [f"{without} facts weren't knocked out: they have no controls"] if without else []
+        notes += [
+            f"{count} facts of {relation!r} weren't knocked out: fewer than {LEAST_REFERENCES} references"
+            for relation, count in few.items()
+        ]
+        strict = replace(self, partial=False)
+        if able:
+            found = strict(population.asking(able))
+            return replace(found, details={**found.details, "left_out": tuple(notes)})
+        windows = windows_of(n_layers(population.model), self.widths)
+        cases = [
+            Case(window, _label(window), "elsewhere", "no fact has references and controls", window)
+            for window in windows
+        ]
+        nothing = torch.full((len(population.facts), len(windows), len(FIRST)), math.nan)
+        return Recovery.of(
+            "knock-out",
+            population,
+            cases,
+            nothing,
+            nothing,
+            known=torch.zeros(len(population.facts), dtype=torch.bool),
+            details={"left_out": tuple(notes)},
+        )
 
-    def read(tested: Model, part: Part) -> Tensor:
-        chosen = list(part.indices)
-        runner, states = Runner(tested), own
-        if means_of == "audited":
-            states = _states(runner, others, use[chosen].any(0), batch_tokens)
-        means = _mean(states, use[chosen])
-        return _read(runner, [rows[i] for i in chosen], means, [(), *windows], strengths, batch_tokens)
+    def _used(self, population: Population) -> Bool[Tensor, "fact reference"]:
+        """Which references are averaged for which fact; the same ones of a relation, as far as can be."""
+        reference = population.reference
+        order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(self.seed))
+        return torch.stack(
+            [
+                _first_of(_uses(fact, reference, population.touched_with(i)), order, self.most_references)
+                for i, fact in enumerate(population.facts)
+            ]
+        )
 
-    asked = {
-        "reference": [asdict(fact) for fact in reference] if folder is not None else (),
-        "settings": (windows, strengths, means_of, most_references, bos, batch_tokens, seed),
-    }
-    after = before.new_full((len(facts), len(strengths), *before.shape[1:]), math.nan)
-    for part, found in read_each(parts, read, what="knock-out", asked=asked, folder=folder, progress=progress):
-        after[list(part.indices)] = found
 
-    known = before[:, 0, 0] == 1
-    survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
-    read_later = any(row.last < len(row.ids) - 1 for row in rows)
-    masked = _masked(windows, survives, (n_layers(model) - 1,) if read_later else None)
-    tested = torch.tensor([window not in masked for window in windows])
-    counts = known[:, None] & tested
-    first, chance = (torch.where(counts, after[:, 0, 1:, i], math.nan) for i in (0, 2))
-    return KnockOut(
-        facts=facts,
-        windows=windows,
-        known=known,
-        before=_reading(facts, windows, before),
-        after=_reading(facts, windows, after[:, 0]),
-        half=_reading(facts, windows, after[:, 1]) if half else None,
-        survives=survives,
-        masked=masked,
-        excess=excess(first, chance, seed=seed),
-        corrected=excess(first, chance, tests=max(1, int(tested.sum())), seed=seed),
-        references=tuple(use.sum(1).tolist()),
-        means_of=means_of,
-    )
+def _label(window: Window) -> str:
+    """In words."""
+    return f"MLP of layer {window[0]}" if len(window) == 1 else f"MLPs of layers {window[0]}–{window[-1]}"
 
 
 def _masked(windows: Sequence[Window], survives: Float[Tensor, "window"], unread: Window | None) -> dict[Window, str]:
@@ -299,10 +232,6 @@ def windows_of(layers: int, widths: Sequence[int]) -> tuple[Window, ...]:
 
 
 # ------------------------------------------------------------------------------------ what is asked
-
-
-def _touched(parts: Sequence[Any], index: int) -> frozenset[str]:
-    return next(part.touched for part in parts if index in part.indices)
 
 
 def _uses(fact: Fact, reference: Sequence[Fact], touched: frozenset[str]) -> Bool[Tensor, "reference"]:
@@ -446,6 +375,6 @@ def _reading(facts: Sequence[Fact], windows: Sequence[Window], values: Tensor) -
     return Reading(
         name="knock-out at the last subject token",
         values=values,
-        axes={"fact": range(len(facts)), "window": [(), *windows], "quantity": QUANTITIES},
+        axes={"fact": range(len(facts)), "case": [(), *windows], "quantity": QUANTITIES},
         unit="1 where first among the objects (of controls the mean), nats (logp)",
     )

@@ -24,180 +24,92 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.hook_names import resid_post
-from tl_factedit.backend.protocol import Model, check_layer, n_layers
+from tl_factedit.backend.protocol import check_layer, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
-from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, pad
-from tl_factedit.measure.cache import read_each
-from tl_factedit.measure.change import Changed
 from tl_factedit.measure.excess import excess
-from tl_factedit.measure.first_tokens import FirstTokens, one_of, with_new_objects
-from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.first_tokens import FIRST, FirstTokens, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 ATTACKS = ("head_projection", "probability_delta", "runner_up")
-QUANTITIES = ("old", "new", "control", "size")
+QUANTITIES = (*FIRST, "size")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ReadOut:
-    """What three read-outs of the states name.
-
-    Objects count by their first tokens. Facts whose objects share one, and facts that the unedited model doesn't know
-    (old object first of all objects), are left out.
-
-    Attributes:
-        facts: What was asked.
-        k: Tokens a layer.
-        layers: Whose residual stream (after the block) was read.
-        known: Whether a fact counts, [fact].
-        before: The unedited model: axes fact, attack, quantity. ``old`` and ``new`` are 1 where the object is in C,
-            ``control`` is the mean of this over the controls, ``size`` is how many C holds.
-        after: The changed model, the same.
-        excess: In the changed model, with 95 % intervals, [attack].
-        corrected: The same with intervals that hold for the three attacks together (Bonferroni).
-        by_layer: Excess of the head projection at each layer alone, [layer]; descriptive.
-    """
-
-    facts: tuple[Fact, ...]
-    k: int
-    layers: tuple[int, ...]
-    known: Bool[Tensor, "fact"]
-    before: Reading
-    after: Reading
-    excess: Estimates
-    corrected: Estimates
-    by_layer: Estimates
-
-    def at(self, attack: str, *, corrected: bool = False) -> Estimate:
-        """The excess of one attack."""
-        return one_of(self.corrected if corrected else self.excess, ATTACKS.index(attack))
-
-    @property
-    def best(self) -> str:
-        """The attack with the largest excess."""
-        return ATTACKS[int(self.excess.mean.nan_to_num(-math.inf).argmax())]
-
-    @property
-    def strongest(self) -> Estimate:
-        """The excess of the best attack, with its corrected interval."""
-        return self.at(self.best, corrected=True)
-
-    def table(self) -> pd.DataFrame:
-        """One row an attack."""
-        import pandas as pd
-
-        def share(reading: Reading, attack: str, quantity: str) -> float:
-            return float(reading.at(attack=attack, quantity=quantity)[self.known].nanmean())
-
-        return pd.DataFrame(
-            [
-                {
-                    "attack": attack,
-                    "candidates": share(self.after, attack, "size"),
-                    "old": share(self.after, attack, "old"),
-                    "new": share(self.after, attack, "new"),
-                    "control": share(self.after, attack, "control"),
-                    "excess": (found := self.at(attack)).mean,
-                    "low": found.low,
-                    "high": found.high,
-                    "corrected_low": self.at(attack, corrected=True).low,
-                    "corrected_high": self.at(attack, corrected=True).high,
-                    "excess_before": share(self.before, attack, "old") - share(self.before, attack, "control"),
-                    "n": found.n,
-                }
-                for attack in ATTACKS
-            ]
-        )
-
-    def __repr__(self) -> str:
-        """The excess of each attack."""
-        shown = ", ".join(f"{attack} {self.at(attack):.2f}" for attack in ATTACKS)
-        return f"ReadOut(excess: {shown}; {int(self.known.sum())} of {len(self.facts)} facts known, k = {self.k})"
-
-
-def read_out(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    *,
-    k: int = 1,
-    layers: Sequence[int] | None = None,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    seed: int = 0,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> ReadOut:
     """Attack the states at the last token of each prompt, in the unedited and in the changed model.
 
-    Args:
-        model: The unedited model.
-        changed: A change of it for all facts, a list with a change for each, or another model.
-        facts: What to ask, each with ``target_new`` and with ``controls``.
+    The cases are `ATTACKS`. In ``before`` and ``after``, ``old_first`` and ``new_first`` are 1 where the object is in
+    C, ``control_first`` is the mean of this over the controls, and ``size`` is how many tokens C holds; ``extra`` has
+    ``candidates``, the mean size; ``details`` has ``by_layer``, the excess of the head projection at each layer alone
+    (`Estimates`, [layer]; descriptive), and ``layers``.
+
+    Attributes:
         k: How many tokens each layer names.
-        layers: Which layers are read, ascending; None for all. The last one's reading is the model's output.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
+        layers: Which layers' residual streams (after the block) are read; None for all. The last one's reading is the
+            model's output.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the bootstrap.
-        folder: Where to keep what is read of each change; a call that was killed goes on from there.
-        progress: Whether to show a bar on several changes that take longer than a second.
-
-    Raises:
-        ValueError: No facts; a fact without ``target_new``; k below 1; a layer outside the model, or none.
+        seed: Seed of the bootstrap.
     """
-    facts = with_new_objects(facts)
-    parts = list(each(model, changed, facts))
-    if k < 1:
-        raise ValueError(f"k is {k}, needed 1 token a layer at least")
-    chosen = tuple(sorted(set(range(n_layers(model)) if layers is None else layers)))
-    if not chosen:
-        raise ValueError("layers is empty, needed one at least")
-    for layer in chosen:
-        check_layer(model, layer)
-    bos = bos_of_change(model, changed, prepend_bos)
-    asked = [FirstTokens.of(model.tokenizer, fact, bos) for fact in facts]
-    with frozen(model), torch.no_grad():
-        before = _read(Runner(model), asked, chosen, k, batch_tokens)
 
-    def read(tested: Model, part: Part) -> _Found:
-        return _read(Runner(tested), [asked[i] for i in part.indices], chosen, k, batch_tokens)
+    k: int = 1
+    layers: Sequence[int] | None = None
+    batch_tokens: int = BATCH_TOKENS
+    seed: int = 0
 
-    settings = {"settings": (k, chosen, bos, batch_tokens)}
-    after = _Found.empty(len(facts), len(chosen))
-    for part, found in read_each(
-        parts, read, what="read-out", asked=settings, folder=folder, kinds=(_Found,), progress=progress
-    ):
-        after.put(part.indices, found)
-    known = before.known
-    old, control = (
-        torch.where(known[:, None], after.sets[..., QUANTITIES.index(q)], math.nan) for q in ("old", "control")
-    )
-    each_layer = torch.where(known[:, None, None], after.layers, math.nan)
-    return ReadOut(
-        facts=facts,
-        k=k,
-        layers=chosen,
-        known=known,
-        before=_reading(facts, before.sets),
-        after=_reading(facts, after.sets),
-        excess=excess(old, control, seed=seed),
-        corrected=excess(old, control, tests=len(ATTACKS), seed=seed),
-        by_layer=excess(each_layer[..., 0], each_layer[..., 1], seed=seed),
-    )
+    def __call__(self, population: Population, /) -> Recovery:
+        """Read the states.
+
+        Raises:
+            ValueError: A fact without ``target_new``; k below 1; a layer outside the model, or none.
+        """
+        with_new_objects(population.facts)
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}, needed 1 token a layer at least")
+        chosen = tuple(sorted(set(range(n_layers(population.model)) if self.layers is None else self.layers)))
+        if not chosen:
+            raise ValueError("layers is empty, needed one at least")
+        for layer in chosen:
+            check_layer(population.model, layer)
+        asked = population.first_tokens
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> _Found:
+            return _read(runner, [asked[i] for i in indices], chosen, self.k, self.batch_tokens)
+
+        settings = (self.k, chosen, self.batch_tokens)
+        before = population.unedited("read-out", read, settings=settings, kinds=(_Found,))
+        after = _Found.empty(len(asked), len(chosen))
+        for part, found in population.each("read-out", read, settings=settings, kinds=(_Found,)):
+            after.put(part.indices, found)
+        each_layer = torch.where(before.known[:, None, None], after.layers, math.nan)
+        size = torch.where(before.known[:, None], after.sets[..., QUANTITIES.index("size")], math.nan)
+        return Recovery.of(
+            "read-out",
+            population,
+            [Case(attack, attack.replace("_", " "), "residue") for attack in ATTACKS],
+            _reading(population.facts, before.sets),
+            _reading(population.facts, after.sets),
+            known=before.known,
+            extra={"candidates": size.nanmean(0)},
+            details={
+                "by_layer": excess(each_layer[..., 0], each_layer[..., 1], seed=self.seed),
+                "layers": chosen,
+            },
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,6 +191,6 @@ def _reading(facts: Sequence[Fact], values: Tensor) -> Reading:
     return Reading(
         name="read-out at the last token",
         values=values,
-        axes={"fact": range(len(facts)), "attack": ATTACKS, "quantity": QUANTITIES},
+        axes={"fact": range(len(facts)), "case": ATTACKS, "quantity": QUANTITIES},
         unit="1 where named (of controls the mean), tokens (size)",
     )

@@ -26,21 +26,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.attacks.learner import Lessons, learning_layers, updates_until_learnt
-from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
-from tl_factedit.core.estimate import Estimate, over_facts
+from tl_factedit.core.estimate import over_facts
 from tl_factedit.core.facts import Fact
-from tl_factedit.measure.change import Changed
-from tl_factedit.measure.first_tokens import are_known, with_new_objects
-from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.first_tokens import with_new_objects
+from tl_factedit.measure.population import Population
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 LEAST_STEPS = 8.0
 """What control objects have to take in the unedited model for differences to show."""
@@ -52,131 +52,102 @@ TRIED = 12
 """Facts on which the rate is found."""
 
 
-@dataclass(frozen=True, eq=False)
-class Relearning:
-    """How many updates it takes to learn the old objects again, and control objects.
-
-    Facts that the unedited model doesn't know (old object first of all), and facts without a control of as many tokens
-    as the old object, are left out.
-
-    Attributes:
-        facts: What was asked.
-        layers: Whose ``W_out`` learnt.
-        lr: Of Adam.
-        steps: Most updates; what isn't learnt by then counts one more.
-        known: Whether a fact counts, [fact].
-        old: Updates for the old object, [fact]; 0 if it is there already, NaN if not asked.
-        control: The mean over the fact's controls, [fact].
-        controls: The control objects, for each fact.
-        unlearnt: Share of all objects that were not learnt in time.
-        savings: Updates saved, with sign, over facts.
-    """
-
-    facts: tuple[Fact, ...]
-    layers: tuple[int, ...]
-    lr: float
-    steps: int
-    known: Bool[Tensor, "fact"]
-    old: Float[Tensor, "fact"]
-    control: Float[Tensor, "fact"]
-    controls: tuple[tuple[str, ...], ...]
-    unlearnt: float
-    savings: Estimate
-
-    def table(self) -> pd.DataFrame:
-        """One row a fact."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            [
-                {
-                    "fact": fact.name,
-                    "known": bool(self.known[i]),
-                    "steps_old": float(self.old[i]),
-                    "steps_control": float(self.control[i]),
-                    "savings": float(self.control[i] - self.old[i]),
-                    "controls": ", ".join(text.strip() for text in self.controls[i]),
-                }
-                for i, fact in enumerate(self.facts)
-            ]
-        )
-
-    def __repr__(self) -> str:
-        """The savings in a line."""
-        counted = self.known & ~(self.old.isnan() | self.control.isnan())
-        old, control = (float(values[counted].mean()) for values in (self.old, self.control))
-        return (
-            f"Relearning(savings {self.savings:.1f} updates: {old:.1f} for the old object, {control:.1f} for controls; "
-            f"lr {self.lr:.2g}, layers {list(self.layers)})"
-        )
-
-
-def relearn(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    *,
-    layers: Sequence[int] | None = None,
-    lr: float | None = None,
-    steps: int = 40,
-    controls: int = 2,
-    prepend_bos: bool | None = None,
-    memory: float = 1.0,
-    seed: int = 0,
-) -> Relearning:
+@dataclass(frozen=True)
+class Relearn:
     """Teach a changed model the old object of each fact, and control objects, each alone and from the same start.
 
-    Args:
-        model: The unedited model.
-        changed: A change of it for all facts, a list with a change for each, or another model.
-        facts: Each with ``target_new`` and with ``controls``.
+    The cases are numbers of updates: ``old_first`` is whether the old object is learnt within so many,
+    ``control_first`` the share of the fact's controls that are. Facts that the unedited model doesn't know, and facts
+    without a control of as many tokens as the old object, are left out. The unedited model isn't taught (``before`` is
+    NaN). ``details`` has ``savings`` (updates saved over a control, with sign, over facts), ``old`` and ``control``
+    (updates taken, [fact]; what isn't learnt counts one more than `steps`), ``controls`` (the control objects of each
+    fact), ``unlearnt`` (share of all objects that weren't learnt in time), ``lr`` and ``layers``.
+
+    Attributes:
         layers: Whose ``W_out`` may learn; None for all. A layer that a router answers for learns on top of its answer.
-        lr: Of Adam; None finds one with `relearning_rate` on the unedited model.
+        lr: Learning rate of Adam; None finds one with `relearning_rate` on the unedited model.
         steps: Most updates.
-        controls: How many control objects for each fact, drawn by `seed`.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
+        looks: After how many updates to look, beside after `steps`.
+        controls: How many control objects for each fact, drawn with `seed`.
         memory: What the learnt changes and activations may take, in GiB: sets how many facts learn at once, which
             changes the result by rounding alone.
-        seed: Of the draw and the bootstrap.
-
-    Raises:
-        ValueError: No facts; a fact without ``target_new``; no layers, or one outside the model; or, for `lr`, as in
-            `relearning_rate`.
-        RuntimeError: The learning is not finite.
+        seed: Seed of the draw and of the bootstrap.
     """
-    facts = with_new_objects(facts)
-    parts = list(each(model, changed, facts))
-    chosen = learning_layers(model, layers)
-    bos = bos_of_change(model, changed, prepend_bos)
-    if lr is None:
-        lr = relearning_rate(model, facts, layers=chosen, steps=steps, prepend_bos=bos, memory=memory, seed=seed)
-    lessons = [Lessons.of(model.tokenizer, fact, bos, controls, f"{seed} {fact.name}") for fact in facts]
-    with frozen(model), torch.no_grad():
-        known = are_known(Runner(model), [each.asked for each in lessons], 4096)
-    old, control = (torch.full((len(facts),), math.nan) for _ in range(2))
-    late, total = 0, 0
-    for part in parts:
-        mine = [i for i in part.indices if known[i] and lessons[i].controls]
-        if not mine:
-            continue
-        pupils = [(lessons[i].ids, target) for i in mine for target in lessons[i].targets]
-        with part.applied() as tested, frozen(tested):
-            taken = updates_until_learnt(tested, pupils, chosen, lr, steps, memory)
-        late, total = late + int((taken > steps).sum()), total + len(taken)
-        for i, own in zip(mine, taken.split([len(lessons[i].targets) for i in mine]), strict=True):
-            old[i], control[i] = own[0], own[1:].mean()
-    return Relearning(
-        facts=facts,
-        layers=chosen,
-        lr=lr,
-        steps=steps,
-        known=known,
-        old=old,
-        control=control,
-        controls=tuple(each.named for each in lessons),
-        unlearnt=late / total if total else math.nan,
-        savings=over_facts((control - old).tolist(), span=None, seed=seed),
-    )
+
+    layers: Sequence[int] | None = None
+    lr: float | None = None
+    steps: int = 40
+    looks: Sequence[int] = (2, 5, 10, 20)
+    controls: int = 2
+    memory: float = 1.0
+    seed: int = 0
+
+    def __call__(self, population: Population, /) -> Recovery:
+        """Teach.
+
+        Raises:
+            ValueError: A fact without ``target_new``; no layers, or one outside the model; or, for `lr`, as in
+                `relearning_rate`.
+            RuntimeError: The learning is not finite.
+        """
+        facts, model = with_new_objects(population.facts), population.model
+        chosen = learning_layers(model, self.layers)
+        lr = self.lr
+        if lr is None:
+            lr = relearning_rate(
+                model,
+                facts,
+                layers=chosen,
+                steps=self.steps,
+                prepend_bos=population.prepend_bos,
+                memory=self.memory,
+                seed=self.seed,
+            )
+        lessons = [
+            Lessons.of(model.tokenizer, fact, population.prepend_bos, self.controls, f"{self.seed} {fact.name}")
+            for fact in facts
+        ]
+        known = population.known
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact object"]:
+            """Updates taken: the old object, then the fact's controls; NaN where not asked."""
+            taken = torch.full((len(indices), 1 + self.controls), math.nan)
+            rows = [row for row, i in enumerate(indices) if known[i] and lessons[i].controls]
+            pupils = [(lessons[indices[row]].ids, target) for row in rows for target in lessons[indices[row]].targets]
+            if pupils:
+                found = updates_until_learnt(runner.model, pupils, chosen, lr, self.steps, self.memory)
+                counts = [len(lessons[indices[row]].targets) for row in rows]
+                for row, own in zip(rows, found.split(counts), strict=True):
+                    taken[row, : len(own)] = own
+            return taken
+
+        # Not the memory: it changes the result by rounding alone.
+        settings = (chosen, lr, self.steps, self.controls, self.seed)
+        taken = population.after("relearning", read, settings=settings)
+        looks = sorted({look for look in self.looks if look < self.steps} | {self.steps})
+        within = torch.stack([torch.where(taken.isnan(), math.nan, (taken <= look).float()) for look in looks], 1)
+        nothing = torch.full((len(facts), len(looks)), math.nan)
+        after = torch.stack([within[..., 0], nothing, within[..., 1:].nanmean(-1)], -1)
+        old, control = taken[:, 0], taken[:, 1:].nanmean(-1)
+        asked = ~taken.isnan()
+        return Recovery.of(
+            "relearning",
+            population,
+            [Case(look, f"within {look} updates", "residue") for look in looks],
+            torch.full_like(after, math.nan),
+            after,
+            known=known,
+            details={
+                "savings": over_facts((control - old).tolist(), span=None, seed=self.seed),
+                "old": old,
+                "control": control,
+                "controls": tuple(each.named for each in lessons),
+                "unlearnt": float((taken[asked] > self.steps).float().mean()) if bool(asked.any()) else math.nan,
+                "lr": lr,
+                "layers": chosen,
+            },
+            seed=self.seed,
+        )
 
 
 def relearning_rate(
@@ -198,12 +169,12 @@ def relearning_rate(
     Args:
         model: The unedited model.
         facts: Those to be asked, each with ``controls``.
-        layers: As in `relearn`.
+        layers: As in `Relearn`.
         least: So many updates.
         rates: To choose from.
         steps: Most updates.
         prepend_bos: BOS policy; None for the model's.
-        memory: As in `relearn`.
+        memory: As in `Relearn`.
         seed: Of the draw of controls.
 
     Raises:
@@ -212,7 +183,7 @@ def relearning_rate(
     """
     facts = with_new_objects(facts)
     chosen = learning_layers(model, layers)
-    bos = bos_of_change(model, model, prepend_bos)
+    bos = bos_policy(model, prepend_bos)
     lessons = [Lessons.of(model.tokenizer, fact, bos, 1, f"{seed} {fact.name}") for fact in facts]
     pupils = [(each.ids, each.targets[1]) for each in lessons if each.controls][:TRIED]
     if not pupils:

@@ -22,176 +22,100 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.protocol import Model, check_layer
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj, write_all
-from tl_factedit.core.estimate import Estimate, Estimates, over_facts_each
+from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
-from tl_factedit.measure.change import Change, Changed
-from tl_factedit.measure.excess import excess
-from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, one_of, with_new_objects
-from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.change import Change
+from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Part, Population
 from tl_factedit.measure.reading import Reading
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 QUANTITIES = ("old_first", "new_first", "control_first", "neighbours")
 DROPPED = (1, 2, 4, 8, 16)
 
 
-@dataclass(frozen=True, eq=False)
-class Reversal:
-    """What is left when the changed layers lose their largest singular directions.
-
-    Objects count by their first tokens. Facts whose objects share one, and facts that the unedited model doesn't know
-    (old object first, nothing dropped), are left out.
-
-    Attributes:
-        facts: What was asked.
-        dropped: How many directions each layer lost.
-        layers: Which layers lost them, for each fact.
-        known: Whether a fact counts, [fact].
-        before: The unedited model under the same loss in the same layers: axes fact, dropped (and 0), quantity;
-            ``*_first`` are 0 or 1 (of controls: their mean), ``neighbours`` is the share of neighbours that are
-            answered rightly.
-        after: The changed model, the same.
-        survives: Share of the known facts whose old object is still first in the unedited model, [dropped].
-        excess: The old object's in the changed model, with 95 % intervals, [dropped].
-        corrected: The same with intervals that hold for all numbers of directions together (Bonferroni).
-        neighbours: Share of neighbours that the changed model answers rightly, [dropped].
-    """
-
-    facts: tuple[Fact, ...]
-    dropped: tuple[int, ...]
-    layers: tuple[tuple[int, ...], ...]
-    known: Bool[Tensor, "fact"]
-    before: Reading
-    after: Reading
-    survives: Float[Tensor, "dropped"]
-    excess: Estimates
-    corrected: Estimates
-    neighbours: Estimates
-
-    def at(self, dropped: int, *, corrected: bool = False) -> Estimate:
-        """The excess with so many directions dropped."""
-        return one_of(self.corrected if corrected else self.excess, self.dropped.index(dropped))
-
-    @property
-    def best(self) -> int:
-        """The number of directions with the largest excess."""
-        return self.dropped[int(self.excess.mean.nan_to_num(-math.inf).argmax())]
-
-    @property
-    def strongest(self) -> Estimate:
-        """The excess of the best number of directions, with its corrected interval."""
-        return self.at(self.best, corrected=True)
-
-    def table(self) -> pd.DataFrame:
-        """One row for each number of directions."""
-        import pandas as pd
-
-        def share(dropped: int, quantity: str) -> float:
-            return float(self.after.at(dropped=dropped, quantity=quantity)[self.known].nanmean())
-
-        return pd.DataFrame(
-            [
-                {
-                    "dropped": q,
-                    "survives": float(self.survives[i]),
-                    "old_first": share(q, "old_first"),
-                    "new_first": share(q, "new_first"),
-                    "control_first": share(q, "control_first"),
-                    "excess": float(self.excess.mean[i]),
-                    "low": float(self.excess.low[i]),
-                    "high": float(self.excess.high[i]),
-                    "corrected_low": float(self.corrected.low[i]),
-                    "corrected_high": float(self.corrected.high[i]),
-                    "neighbours": float(self.neighbours.mean[i]),
-                }
-                for i, q in enumerate(self.dropped)
-            ]
-        )
-
-    def __repr__(self) -> str:
-        """The best number of directions in a line."""
-        i = self.dropped.index(self.best)
-        return (
-            f"Reversal(excess {self.strongest:.2f} with {self.best} directions dropped, which the unedited model "
-            f"survives in {float(self.survives[i]):.0%}; {int(self.known.sum())} of {len(self.facts)} facts known)"
-        )
-
-
-def reverse_by_weights(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    *,
-    dropped: Sequence[int] = DROPPED,
-    layers: Sequence[int] | None = None,
-    neighbours: int = 4,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    seed: int = 0,
-) -> Reversal:
+@dataclass(frozen=True)
+class WeightReversal:
     """Drop the largest singular directions of the changed ``W_out``, in the unedited and in the changed model.
 
-    Args:
-        model: The unedited model.
-        changed: A change of it for all facts, a list with a change for each, or another model.
-        facts: What to ask, each with ``target_new`` and with ``controls``.
+    The cases are the numbers of directions that each layer loses. ``before`` and ``after`` also hold the case 0
+    (nothing dropped) and the quantity ``neighbours``, the share of neighbours that are answered rightly; ``extra`` has
+    ``survives``, the share of the known facts whose old object is still first in the unedited model under the same
+    loss, and ``neighbours``; ``details`` has ``neighbours`` with its intervals (`Estimates`, [case]) and ``layers``,
+    those that lost directions for each fact.
+
+    Attributes:
         dropped: How many directions to drop, each tried alone.
         layers: From which layers; None for those that the change names. Another model names none.
         neighbours: How many of each fact's neighbours to ask.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the bootstrap.
-
-    Raises:
-        ValueError: No facts; a fact without ``target_new``; another model without `layers`; more directions than a
-            weight has, or none.
+        seed: Seed of the bootstrap.
     """
-    facts = with_new_objects(facts)
-    parts = list(each(model, changed, facts))
-    where = [_where(model, part, layers) for part in parts]
-    most = min(min(down_proj(model, layer).W.shape) for some in where for layer in some)
-    dropped = tuple(sorted(set(dropped)))
-    if not dropped or dropped[0] < 1 or dropped[-1] > most:
-        raise ValueError(f"dropped is {dropped}, needed numbers of directions from 1 to {most}")
-    bos = bos_of_change(model, changed, prepend_bos)
-    asked = [_WithNeighbours.of(model.tokenizer, fact, bos, neighbours) for fact in facts]
-    before, after = (torch.full((len(facts), 1 + len(dropped), len(QUANTITIES)), math.nan) for _ in range(2))
-    of_fact: list[tuple[int, ...]] = [()] * len(facts)
-    for part, some in zip(parts, where, strict=True):
-        for i in part.indices:
-            of_fact[i] = some
-    for some in set(of_fact):
-        mine = [i for i, theirs in enumerate(of_fact) if theirs == some]
-        with frozen(model), torch.no_grad():
-            before[mine] = _read(model, [asked[i] for i in mine], some, dropped, batch_tokens)
-    for part, some in zip(parts, where, strict=True):
-        mine = list(part.indices)
-        with part.applied() as tested, frozen(tested), torch.no_grad():
-            after[mine] = _read(tested, [asked[i] for i in mine], some, dropped, batch_tokens)
-    known = before[:, 0, 0] == 1
-    counted = torch.where(known[:, None, None], after, math.nan)[:, 1:]
-    return Reversal(
-        facts=facts,
-        dropped=dropped,
-        layers=tuple(of_fact),
-        known=known,
-        before=_reading(facts, dropped, before),
-        after=_reading(facts, dropped, after),
-        survives=torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0),
-        excess=excess(counted[..., 0], counted[..., 2], seed=seed),
-        corrected=excess(counted[..., 0], counted[..., 2], tests=len(dropped), seed=seed),
-        neighbours=over_facts_each(counted[..., 3], seed=seed),
-    )
+
+    dropped: Sequence[int] = DROPPED
+    layers: Sequence[int] | None = None
+    neighbours: int = 4
+    batch_tokens: int = BATCH_TOKENS
+    seed: int = 0
+
+    def __call__(self, population: Population, /) -> Recovery:
+        """Drop the directions.
+
+        Raises:
+            ValueError: A fact without ``target_new``; another model without `layers`; more directions than a weight
+                has, or none.
+        """
+        facts = with_new_objects(population.facts)
+        model = population.model
+        of_fact: list[tuple[int, ...]] = [()] * len(facts)
+        for part in population.parts:
+            for i in part.indices:
+                of_fact[i] = _where(model, part, self.layers)
+        most = min(min(down_proj(model, layer).W.shape) for layers in set(of_fact) for layer in layers)
+        dropped = tuple(sorted(set(self.dropped)))
+        if not dropped or dropped[0] < 1 or dropped[-1] > most:
+            raise ValueError(f"dropped is {dropped}, needed numbers of directions from 1 to {most}")
+        asked = [_WithNeighbours.of(model.tokenizer, fact, population.prepend_bos, self.neighbours) for fact in facts]
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact dropped quantity"]:
+            out = torch.full((len(indices), 1 + len(dropped), len(QUANTITIES)), math.nan)
+            for layers in dict.fromkeys(of_fact[i] for i in indices):
+                rows = [row for row, i in enumerate(indices) if of_fact[i] == layers]
+                here = [asked[indices[row]] for row in rows]
+                out[rows] = _read(runner.model, here, layers, dropped, self.batch_tokens)
+            return out
+
+        def settings(indices: tuple[int, ...]) -> object:
+            return dropped, [of_fact[i] for i in indices], self.neighbours, self.batch_tokens
+
+        before, after = population.read("weight reversal", read, settings=settings)
+        known = before[:, 0, 0] == 1
+        counted = torch.where(known[:, None, None], after, math.nan)[:, 1:]
+        near = over_facts_each(counted[..., 3], seed=self.seed)
+        return Recovery.of(
+            "weight reversal",
+            population,
+            [Case(q, f"{q} direction{'s' * (q > 1)} dropped", "underneath") for q in dropped],
+            _reading(facts, dropped, before),
+            _reading(facts, dropped, after),
+            known=known,
+            extra={
+                "survives": torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0),
+                "neighbours": near.mean,
+            },
+            details={"neighbours": near, "layers": tuple(of_fact)},
+            seed=self.seed,
+        )
 
 
 def _where(model: Model, part: Part, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -278,6 +202,6 @@ def _reading(facts: Sequence[Fact], dropped: Sequence[int], values: Tensor) -> R
     return Reading(
         name="weight-side reversal",
         values=values,
-        axes={"fact": range(len(facts)), "dropped": [0, *dropped], "quantity": QUANTITIES},
+        axes={"fact": range(len(facts)), "case": [0, *dropped], "quantity": QUANTITIES},
         unit="1 where first among the objects (of controls the mean), share of neighbours",
     )

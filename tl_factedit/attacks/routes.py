@@ -13,25 +13,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
-from tl_factedit.measure.cache import read_each
-from tl_factedit.measure.change import Changed
 from tl_factedit.measure.excess import excess_of
 from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.measure.likelihood import Request, log_probs
-from tl_factedit.measure.population import Part, bos_of_change, each, identity
+from tl_factedit.measure.population import BATCH_TOKENS, Population, identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,9 +131,9 @@ class Routes:
         if not self.routes:
             return "no indirect routes were given: nothing is known of what follows from the fact"
         if not bool(self.executed.any()):
-            return f"none of {len(self.routes)} indirect routes is gone by the unedited model: nothing was measured"
+            return f"the unedited model follows none of the {len(self.routes)} indirect routes: nothing was measured"
         return (
-            f"{int(self.executed.sum())} of {len(self.routes)} indirect routes are gone by the unedited model; the old "
+            f"{int(self.executed.sum())} of {len(self.routes)} indirect routes are followed by the unedited model; the old "
             f"answer is still likeliest in {self.old:.2f}, in excess of controls {self.old_excess:.2f}; the new in "
             f"{self.new:.2f}"
         )
@@ -165,54 +162,83 @@ class Routes:
         return f"Routes({self.says})"
 
 
-def follow_routes(
-    model: Model,
-    changed: Changed,
-    routes: Sequence[Route],
-    *,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> Routes:
+def follow_routes(population: Population, routes: Sequence[Route], *, batch_tokens: int = BATCH_TOKENS) -> Routes:
     """Ask what follows from some facts, before and after a change.
 
     The likeliest answer is the one of largest whole probability after the prompt among old, new and controls.
 
     Args:
-        model: The unedited model.
-        changed: A change of it, a list with a change for each fact, or another model.
+        population: Whose change is asked about; it has to serve each route's fact.
         routes: What to ask; none gives a result that says so.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
-        folder: Where to keep what is read of each change; a call that was killed goes on from there.
-        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
-        ValueError: An answer is no continuation of its prompt; a change for each fact, and none for a route's.
+        ValueError: An answer isn't a continuation of its prompt; a change for each fact, and none for a route's.
     """
     routes = tuple(routes)
     if not routes:
         nothing = torch.zeros(0, len(QUANTITIES))
         return _summed((), torch.zeros(0, dtype=torch.bool), nothing, nothing)
-    parts = list(each(model, changed, [route.fact for route in routes]))
-    bos = bos_of_change(model, changed, prepend_bos)
-    asked = check_routes(model, routes, bos)
-    with frozen(model), torch.no_grad():
-        before = _read(Runner(model), asked, batch_tokens)
+    asking = population.asking([route.fact for route in routes])
+    asked = check_routes(population.model, routes, population.prepend_bos)
 
-    def read(tested: Model, part: Part) -> Tensor:
-        return _read(Runner(tested), [asked[i] for i in part.indices], batch_tokens)
+    def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "route quantity"]:
+        return _read(runner, [asked[i] for i in indices], batch_tokens)
 
-    settings = {"routes": [asdict(route) for route in routes], "settings": (bos, batch_tokens)}
-    after = torch.full_like(before, math.nan)
-    for part, found in read_each(parts, read, what="routes", asked=settings, folder=folder, progress=progress):
-        after[list(part.indices)] = found
+    def settings(indices: tuple[int, ...]) -> object:
+        return [asdict(routes[i]) for i in indices], batch_tokens
+
+    before, after = asking.read("routes", read, settings=settings)
     apart = torch.tensor([route.tells_apart for route in routes])
     return _summed(routes, apart & (before[:, 0] == 1), before, after)
 
 
-# ------------------------------------------------------------------------------------ one model
+@dataclass(frozen=True)
+class FollowRoutes:
+    """Indirect routes as an attack: is the old answer still the likeliest where the fact isn't asked for?
+
+    The one case takes a fact's routes together (their mean); a fact counts if one of its routes does. ``details`` has
+    ``routes`` (`Routes`: every route, the kinds, and what follows from the new object).
+
+    Attributes:
+        routes: What to ask; those of facts that the population doesn't have are left out.
+        batch_tokens: Most tokens in one forward pass.
+        seed: Seed of the bootstrap.
+    """
+
+    routes: Sequence[Route]
+    batch_tokens: int = BATCH_TOKENS
+    seed: int = 0
+
+    def __call__(self, population: Population, /) -> Recovery:
+        """Follow the routes.
+
+        Raises:
+            ValueError: No routes of the population's facts; an answer that isn't a continuation of its prompt.
+        """
+        places = {identity(fact): i for i, fact in enumerate(population.facts)}
+        routes = [route for route in self.routes if identity(route.fact) in places]
+        if not routes:
+            raise ValueError("no route follows from a fact of the population, needed one at least")
+        found = follow_routes(population, routes, batch_tokens=self.batch_tokens)
+        of_fact = torch.tensor([places[identity(route.fact)] for route in routes])
+        with_control = found.executed & ~found.after[:, 2].isnan()
+
+        def by_fact(values: Float[Tensor, "route quantity"]) -> Float[Tensor, "fact 1 quantity"]:
+            counted = torch.where(with_control[:, None], values, math.nan)
+            return torch.stack([counted[of_fact == i].nanmean(0) for i in range(len(population.facts))])[:, None]
+
+        before, after = by_fact(found.before), by_fact(found.after)
+        return Recovery.of(
+            "indirect routes",
+            population,
+            [Case("routes", "indirect routes", "underneath")],
+            before,
+            after,
+            known=~after[:, 0, 0].isnan(),
+            details={"routes": found},
+            seed=self.seed,
+        )
 
 
 def check_routes(model: Model, routes: Sequence[Route], prepend_bos: bool) -> list[RouteTokens]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from tl_factedit.attacks.attack import Recovery, Shows
 from tl_factedit.core.estimate import Estimate
 
 Label = Literal["FAILED", "DAMAGED", "ERASED", "MOVED", "INSERTED", "LATENT", "SCARRED", "INCONCLUSIVE"]
@@ -26,7 +27,6 @@ class Thresholds:
         retained: Retained if the lower end of ρ is above it (scarred if the upper end is below minus it).
         equal: Not retained only if ρ's 90 % interval lies within ± this.
         follows: Share of indirect routes that have to give what follows from the new object.
-        savings: For an absence, the steps that relearning may save at most, if it was tried (upper end).
     """
 
     efficacy: float = 0.8
@@ -39,7 +39,51 @@ class Thresholds:
     retained: float = 0.10
     equal: float = 0.30
     follows: float = 0.9
-    savings: float = 3.0
+
+
+@dataclass(frozen=True)
+class AttackFinding:
+    """What an attack's cases of one question came to.
+
+    Attributes:
+        attack: The attack's name.
+        shows: The question.
+        case: The best case, in words.
+        strongest: Excess of the old object in the best case, corrected for all that the attack tried.
+        at_most: The largest upper end of any case, not corrected: for "nothing brings it back" each has to show it, and
+            no correction is due.
+        least: The smallest corrected upper end of any case: below 0 the old object does worse than its controls.
+        tests: How many cases were tried (that the unedited model survives).
+        covers: Of attacks that switch off what the change wrote, whether one of the cases that were tested takes out
+            all of it; None where it isn't known what was written, or where nothing is switched off.
+    """
+
+    attack: str
+    shows: Shows
+    case: str
+    strongest: Estimate
+    at_most: float
+    least: float
+    tests: int
+    covers: bool | None = None
+
+    @classmethod
+    def of(cls, recovery: Recovery, shows: Shows, covers: bool | None = None) -> AttackFinding | None:
+        """Of the cases that ask one question; None if there are none."""
+        found = recovery.showing(shows)
+        if found is None:
+            return None
+        ends = found.corrected.high[found.tested & ~found.corrected.high.isnan()]
+        return cls(
+            attack=found.attack,
+            shows=shows,
+            case="" if found.best is None else found.best.label,
+            strongest=found.strongest,
+            at_most=found.at_most,
+            least=float(ends.min()) if len(ends) else math.nan,
+            tests=int(recovery.tested.sum()),
+            covers=covers,
+        )
 
 
 @dataclass(frozen=True)
@@ -52,19 +96,10 @@ class Findings:
         neighbour_loss: By how much neighbourhood success fell.
         specificity_loss: By how much the share of right answers about the subject's other facts fell.
         perplexity: Perplexity on plain text, after over before.
-        knock_out: Excess of the old object under the strongest knock-out, corrected for all that were tried.
-        knock_out_at_most: The largest upper end of any knock-out, not corrected: for "none of them brings it back" each has
-            to show it, and no correction is due.
-        knock_out_tests: How many knock-outs were tried (on layers that the unedited model can spare).
-        knock_out_holds: Whether one of them took out all the layers that the change wrote; None where it isn't known which
-            those are (another model, trained as a whole).
-        route_old: Excess of what follows from the old object, on indirect routes.
-        route_new: Share of what follows from the new one there.
+        attacks: What each attack brought back.
+        route_new: Share of what follows from the new object, on indirect routes.
         native: ρ by a decoder trained on how unchanged facts are encoded in the changed model.
         adaptive: ρ by a decoder of the old object trained on other people's changed facts.
-        readout: Excess of the best white-box read-out of the old object.
-        readout_at_most: The largest upper end of any read-out, not corrected, as of knock-outs.
-        savings: Steps saved in learning the old object again, over a control object.
         erasing: Whether the change was to erase, not to write a new object: nothing new is to follow then.
         facts: How many facts were asked; 0 for those that efficacy is over.
     """
@@ -74,19 +109,21 @@ class Findings:
     neighbour_loss: Estimate | None = None
     specificity_loss: Estimate | None = None
     perplexity: Estimate | None = None
-    knock_out: Estimate | None = None
-    knock_out_at_most: float = math.nan
-    knock_out_tests: int = 0
-    knock_out_holds: bool | None = None
-    route_old: Estimate | None = None
+    attacks: tuple[AttackFinding, ...] = ()
     route_new: Estimate | None = None
     native: Estimate | None = None
     adaptive: Estimate | None = None
-    readout: Estimate | None = None
-    readout_at_most: float = math.nan
-    savings: Estimate | None = None
     erasing: bool = False
     facts: int = 0
+
+    @property
+    def one(self) -> bool:
+        """Whether a single fact was asked: there are no intervals, and its label is descriptive."""
+        return (self.facts or self.efficacy.n) < 2
+
+    def showing(self, *shows: Shows) -> tuple[AttackFinding, ...]:
+        """The attacks' findings on some of the questions."""
+        return tuple(finding for finding in self.attacks if finding.shows in shows)
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,173 @@
-"""What an audit measures, and with which arguments."""
+"""What an audit measures: evidence, and the findings that the rules read of it."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TypedDict
+from dataclasses import dataclass, replace
 
 import torch
+from tqdm.auto import tqdm
 
-from tl_factedit.attacks.knockout import LEAST_REFERENCES, KnockOut, windows_of
-from tl_factedit.attacks.routes import Route, check_routes
+from tl_factedit.attacks.attack import Attack, Recovery
+from tl_factedit.attacks.routes import Route, Routes, check_routes
+from tl_factedit.auditing.findings import AttackFinding, Findings
+from tl_factedit.auditing.retained import Calibration, Retention, retention
+from tl_factedit.auditing.upstream import Upstream, all_upstream
 from tl_factedit.backend.fingerprint import fingerprint
-from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.objectives import Erase, Objective
+from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.evaluation.edit_gains import Gains, gains
-from tl_factedit.evaluation.same_subject import pair_same_subject
+from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
+from tl_factedit.evaluation.same_subject import Specificity, pair_same_subject, specificity
 from tl_factedit.evaluation.scores import Answer, Scores, evaluate, scores_of
-from tl_factedit.evaluation.text_drift import encode_texts
-from tl_factedit.measure.cache import read_each
+from tl_factedit.evaluation.text_drift import Drift, drift, encode_texts
 from tl_factedit.measure.change import Change
-from tl_factedit.measure.population import Part
-from tl_factedit.measure.reading import Reading
+from tl_factedit.measure.population import Part, Population
+from tl_factedit.measure.reading import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
 
 
-def is_erasure(edits: Sequence[Edit], objective: Objective | None) -> bool:
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is to be measured.
+
+    Attributes:
+        attacks: In their order.
+        routes: What follows from the facts.
+        same_subject: Other facts about the same subjects.
+        texts: Plain text.
+        calibration: Of the adaptive decoders.
+        erasing: Whether the change was to erase.
+        seed: Seed of the bootstraps.
+    """
+
+    attacks: tuple[Attack, ...]
+    routes: tuple[Route, ...]
+    same_subject: tuple[Fact, ...]
+    texts: tuple[str, ...]
+    calibration: Calibration | None
+    erasing: bool
+    seed: int
+
+    def check(self, population: Population) -> None:
+        """Check that all of it can be asked, before anything is run.
+
+        Raises:
+            ValueError: Something can't; the message says what.
+        """
+        check_routes(population.model, self.routes, population.prepend_bos)
+        pair_same_subject(population.facts, self.same_subject)
+        if self.texts:
+            encode_texts(population.model, self.texts, population.prepend_bos)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What was measured; None: not gathered. See `Verdict` for the fields."""
+
+    before: Scores
+    after: Scores
+    lens: Comparison
+    erasure_success: ErasureSuccess | None
+    attacks: tuple[Recovery, ...]
+    specificity: Specificity | None
+    drift: Drift | None
+    retention: Retention | None
+    upstream: Upstream | None
+    dose: Dose | None
+    gains: tuple[Gains, ...]
+    written: tuple[tuple[int, ...] | None, ...]
+
+    @property
+    def routes(self) -> Routes | None:
+        """The indirect routes one by one."""
+        return next((found.details["routes"] for found in self.attacks if "routes" in found.details), None)
+
+
+def gather(population: Population, plan: Plan) -> Evidence:
+    """Measure all of a plan; whatever is kept in the population's folder is taken from there."""
+    stages = tqdm(
+        total=4 + len(plan.attacks), desc="audit", unit="step", delay=1, disable=not population.progress, leave=False
+    )
+    edits = [part.changed for part in population.parts if isinstance(part.changed, Edit)]
+    model, facts = population.model, population.facts
+    with stages:
+        stages.set_postfix_str("scores and lens")
+        before, after, lens = _scores_and_lens(population)
+        gone = erasure_success(population) if plan.erasing else None
+        stages.update()
+        recoveries = list[Recovery]()
+        controlled = [fact for fact in facts if fact.controls]
+        for attack in plan.attacks:
+            stages.set_postfix_str(type(attack).__name__)
+            if controlled:
+                recoveries.append(attack(population.asking(controlled)))
+            stages.update()
+        stages.set_postfix_str("what else broke")
+        beside = specificity(population, plan.same_subject) if plan.same_subject else None
+        drifted = drift(population, plan.texts) if plan.texts else None
+        stages.update()
+        stages.set_postfix_str("decoders")
+        kept = retention(population, plan.calibration, seed=plan.seed) if population.reference else None
+        stages.update()
+        alone = edits[0] if len(population.parts) == 1 and edits else None
+        stages.set_postfix_str("what can't have changed")
+        upstream = all_upstream(population) if len(edits) == len(population.parts) else None
+        stages.update()
+    return Evidence(
+        before=before,
+        after=after,
+        lens=lens,
+        erasure_success=gone,
+        attacks=tuple(recoveries),
+        specificity=beside,
+        drift=drifted,
+        retention=kept,
+        upstream=upstream,
+        dose=dose_curve(model, alone, facts) if alone is not None else None,
+        gains=()
+        if alone is None
+        else tuple(
+            gains(model, alone, text) for fact in facts for text in (fact.text, *map(fact.fill, fact.paraphrases))
+        ),
+        written=tuple(_layers_written(part) for part in population.parts),
+    )
+
+
+def findings_of(evidence: Evidence, *, erasing: bool, facts: int) -> Findings:
+    """The numbers that the rules read."""
+    gone, kept, routes = evidence.erasure_success, evidence.retention, evidence.routes
+    return Findings(
+        efficacy=evidence.after.efficacy if gone is None else gone.prompt,
+        paraphrase=evidence.after.paraphrase if gone is None else gone.paraphrase,
+        neighbour_loss=_loss_of_neighbours(evidence.before, evidence.after),
+        specificity_loss=None if evidence.specificity is None else _complement(evidence.specificity.kept),
+        perplexity=None if evidence.drift is None else evidence.drift.perplexity_ratio,
+        attacks=tuple(
+            finding
+            for recovery in evidence.attacks
+            for shows in ("elsewhere", "underneath", "residue")
+            if (finding := AttackFinding.of(recovery, shows, _takes_out_all(recovery, evidence.written))) is not None
+        ),
+        route_new=None if routes is None else routes.new,
+        native=None if kept is None or kept.native is None else kept.native.pooled,
+        adaptive=None if kept is None or kept.adaptive is None else kept.adaptive.pooled,
+        erasing=erasing,
+        facts=facts,
+    )
+
+
+def is_erasure(population: Population, objective: Objective | None) -> bool:
     """Whether the change was to erase."""
     if objective is not None:
         return isinstance(objective, Erase)
+    edits = [part.changed for part in population.parts if isinstance(part.changed, Edit)]
     erase = {edit.editor.get("objective") == repr(Erase()) for edit in edits}
     if len(erase) > 1:
         raise ValueError("some of the edits erase and some don't, needed one objective: audit them apart")
@@ -50,58 +182,37 @@ def with_controls(fact: Fact, among: Sequence[Fact]) -> Fact:
     return fact.but(controls=[each for each in targets if each not in (fact.target_true, fact.target_new)])
 
 
-class How(TypedDict):
-    """What all measurements of changes are told alike."""
-
-    prepend_bos: bool
-    folder: str | Path | None
-    progress: bool
+def widths_written(population: Population) -> list[int]:
+    """How many layers to knock out together: one, and as many as reach from the first that was written to the last."""
+    written = [layers for part in population.parts if (layers := _layers_written(part))]
+    return sorted({1, max((max(layers) - min(layers) + 1 for layers in written), default=1)})
 
 
-def read_scores_and_lens(
-    parts: Sequence[Part], facts: tuple[Fact, ...], lens: LogitLens, before: Reading, how: How
-) -> tuple[Scores, Reading]:
-    """Scores and lens of each fact under the change that serves it; the provenance is that of the first."""
+def _scores_and_lens(population: Population) -> tuple[Scores, Scores, Comparison]:
+    """Scores and lens of each fact, before and under the change that serves it; the provenance is that of the first."""
+    facts, bos = population.facts, population.prepend_bos
+    lens = LogitLens(prepend_bos=bos)
+    before, lens_before = evaluate(population.model, facts, prepend_bos=bos), lens(population.model, facts)
 
-    def read(tested: Model, part: Part) -> tuple[tuple[Answer, ...], torch.Tensor, str]:
-        scores = evaluate(tested, part.facts, prepend_bos=how["prepend_bos"])
-        return scores.answers, lens(tested, part.facts).values, json.dumps(scores.provenance.to_json())
+    def read(runner: Runner, indices: tuple[int, ...]) -> tuple[tuple[Answer, ...], torch.Tensor, str]:
+        chosen = [facts[i] for i in indices]
+        scores = evaluate(runner.model, chosen, prepend_bos=bos)
+        return scores.answers, lens(runner.model, chosen).values, json.dumps(scores.provenance.to_json())
 
     answers: list[Answer] = []
     values: dict[int, torch.Tensor] = {}
     provenance: list[str] = []
-    asked = {"settings": how["prepend_bos"]}
-    kept = read_each(
-        parts, read, what="scores", asked=asked, folder=how["folder"], kinds=(Answer,), progress=how["progress"]
-    )
-    for part, (mine, read_there, where) in kept:
+    for part, (mine, read_there, where) in population.each("scores", read, kinds=(Answer,)):
         answers += [replace(answer, fact=part.indices[answer.fact]) for answer in mine]
         values |= dict(zip(part.indices, read_there, strict=True))
         provenance.append(where)
     answers.sort(key=lambda answer: answer.fact)
-    reading = replace(before, values=torch.stack([values[i] for i in range(len(facts))]))
-    return scores_of(facts, tuple(answers), Provenance.from_json(json.loads(provenance[0]))), reading
+    reading: Reading = replace(lens_before, values=torch.stack([values[i] for i in range(len(facts))]))
+    after = scores_of(facts, tuple(answers), Provenance.from_json(json.loads(provenance[0])))
+    return before, after, Comparison(lens_before, reading)
 
 
-def check_asked(
-    model: Model,
-    facts: Sequence[Fact],
-    widths: Sequence[int] | None,
-    routes: Sequence[Route],
-    same_subject: Sequence[Fact],
-    texts: Sequence[str],
-    bos: bool,
-) -> None:
-    """See that all that is given can be asked, before anything is run."""
-    if widths is not None:
-        windows_of(n_layers(model), widths)
-    check_routes(model, routes, bos)
-    pair_same_subject(facts, same_subject)
-    if texts:
-        encode_texts(model, texts, bos)
-
-
-def layers_written(part: Part) -> tuple[int, ...] | None:
+def _layers_written(part: Part) -> tuple[int, ...] | None:
     """The layers that a change wrote; None for another model that differs in more than ``W_out``."""
     if isinstance(part.changed, Change):
         return part.changed.layers
@@ -111,49 +222,15 @@ def layers_written(part: Part) -> tuple[int, ...] | None:
     return tuple(i for i, both in enumerate(zip(here.w_out, there.w_out, strict=True)) if both[0] != both[1])
 
 
-def able_to_knock_out(
-    facts: Sequence[Fact], reference: Sequence[Fact], parts: Sequence[Part]
-) -> tuple[list[int], list[str]]:
-    """The facts that have controls, and references enough; and why the others can't be asked."""
-    of_relation = {(fact.group, fact.subject) for fact in reference}
-    able, without, few = list[int](), 0, Counter[str]()
-    for part in parts:
-        for i in part.indices:
-            count = sum(relation == facts[i].group and subject not in part.touched for relation, subject in of_relation)
-            if not facts[i].controls:
-                without += 1
-            elif count < LEAST_REFERENCES:
-                few[facts[i].group] += 1
-            else:
-                able.append(i)
-    notes = [f"{without} facts weren't knocked out: they have no controls"] if without and reference else []
-    notes += [
-        f"{count} facts of {relation!r} weren't knocked out: fewer than {LEAST_REFERENCES} references"
-        for relation, count in few.items()
-        if reference
-    ]
-    return sorted(able), notes
-
-
-def takes_out_all(knocked: KnockOut | None, written: Sequence[tuple[int, ...] | None]) -> bool | None:
-    """Whether all that was written is knocked out by some window that could be tested."""
-    if knocked is None or any(layers is None for layers in written):
+def _takes_out_all(recovery: Recovery, written: Sequence[tuple[int, ...] | None]) -> bool | None:
+    """Whether all that was written is switched off by some case that could be tested; None where nobody can tell."""
+    if not any(case.layers for case in recovery.cases) or any(layers is None for layers in written):
         return None
-    tested = [set(window) for window, yes in zip(knocked.windows, knocked.tested.tolist(), strict=True) if yes]
-    return all(any(set(layers or ()) <= window for window in tested) for layers in written)
+    tested = [set(case.layers) for case in recovery.cases if not case.masked]
+    return all(any(set(layers or ()) <= off for off in tested) for layers in written)
 
 
-def largest_end(ends: torch.Tensor) -> float:
-    """The largest of some upper ends, not corrected (each has to show its absence)."""
-    known = ends[~ends.isnan()]
-    return float(known.max()) if len(known) else math.nan
-
-
-def gains_of_facts(model: Model, edit: Edit, facts: Sequence[Fact]) -> tuple[Gains, ...]:
-    return tuple(gains(model, edit, text) for fact in facts for text in (fact.text, *map(fact.fill, fact.paraphrases)))
-
-
-def loss_of_neighbours(before: Scores, after: Scores) -> Estimate | None:
+def _loss_of_neighbours(before: Scores, after: Scores) -> Estimate | None:
     """By how much each fact's neighbourhood success fell."""
     if not after.neighbourhood.n:
         return None
@@ -162,9 +239,9 @@ def loss_of_neighbours(before: Scores, after: Scores) -> Estimate | None:
         shares = [
             [a.success for a in scores.answers if a.fact == i and a.ask == "neighbour"] for scores in (before, after)
         ]
-        loss.append(math.nan if not shares[0] else (sum(shares[0]) - sum(shares[1])) / len(shares[0]))
+        loss.append(float("nan") if not shares[0] else (sum(shares[0]) - sum(shares[1])) / len(shares[0]))
     return over_facts(loss)  # where all facts lose alike, others may lose nothing, or all
 
 
-def complement(kept: Estimate) -> Estimate:
+def _complement(kept: Estimate) -> Estimate:
     return Estimate(1 - kept.mean, 1 - kept.high, 1 - kept.low, kept.n)

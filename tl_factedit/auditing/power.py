@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tl_factedit.auditing.findings import Findings, Thresholds
 from tl_factedit.core.estimate import Estimate, Z, erfinv, wilson_low
 
 Z_ONE_SIDED = 1.644854
@@ -28,11 +29,30 @@ def smallest_share(n: int, threshold: float, *, tests: int = 1, power: float = 0
     )
 
 
-def has_interval(value: Estimate | None) -> bool:
-    return value is not None and value.n > 1 and not math.isnan(value.low)
+def power_of(findings: Findings, thresholds: Thresholds) -> tuple[str, ...]:
+    """What the attacks that switch cells off, and the decoders, would have shown with a power of 80 %."""
+    lines = []
+    for finding in findings.showing("elsewhere"):
+        if finding.strongest.n > 1:
+            share = smallest_share(finding.strongest.n, thresholds.present, tests=max(1, finding.tests))
+            lines.append(
+                f"one of the {finding.tests} cases of {finding.attack} would have shown if it brought the old object "
+                f"back in {share:.0%} of facts"
+            )
+    for what, rho in (("native", findings.native), ("adaptive", findings.adaptive)):
+        if rho is not None and rho.n > 1:
+            least = thresholds.retained + (Z + Z_POWER) * standard_error(rho)
+            lines.append(f"ρ of {least:.2f} by the {what} decoder would have shown")
+    return tuple(lines)
+
+
+def has_interval(value: Estimate) -> bool:
+    """Whether a number has an interval: it is over two facts at least."""
+    return value.n > 1 and not math.isnan(value.low)
 
 
 def standard_error(value: Estimate) -> float:
+    """The standard error that a 95 % interval's width stands for."""
     return (value.high - value.low) / (2 * Z)
 
 

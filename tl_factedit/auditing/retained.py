@@ -20,19 +20,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.protocol import Model
-from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.measure.cache import read_each
+from tl_factedit.backend.runner import Runner
+from tl_factedit.core.facts import Fact
 from tl_factedit.measure.change import Change, Changed
-from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.first_tokens import with_new_objects
+from tl_factedit.measure.population import Part, Population, bos_of_change
 from tl_factedit.probes.linear import Decoded, Ruler, decode, train_ruler
 from tl_factedit.probes.residual import Residual, residual_knowledge
 from tl_factedit.probes.states import INPUT, HiddenStates, read_states
@@ -99,56 +99,34 @@ class Retention:
         return f"Retention(ρ {', '.join(shown)}{over})"
 
 
-def retention(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    reference: Sequence[Fact],
-    calibration: Calibration | None = None,
-    *,
-    prepend_bos: bool | None = None,
-    seed: int = 0,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> Retention:
+def retention(population: Population, calibration: Calibration | None = None, *, seed: int = 0) -> Retention:
     """Read the old objects of some facts, each by rulers of its relation.
 
     Args:
-        model: The unedited model.
-        changed: A change of it, a list with a change for each fact, or another model.
-        facts: Each with ``target_new``.
-        reference: Facts of the same relations about other subjects, which nothing changed; those about changed
-            subjects are left out by themselves.
+        population: What to read, each fact with ``target_new``. Of its references, those about changed subjects are
+            left out by themselves.
         calibration: For the adaptive rulers; about other subjects.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
-        seed: Of the bootstrap.
-        folder: Where to keep what is read of each change; a call that was killed goes on from there.
-        progress: Whether to show a bar on what takes longer than a second.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: No facts, or one without ``target_new``; or a subject that is asked and in the calibration.
+        ValueError: A fact without ``target_new``; or a subject that is asked and in the calibration.
     """
-    facts = as_facts(facts)
-    for fact in facts:
-        if fact.target_new is None:
-            raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
-    parts = list(each(model, changed, facts))
-    touched = frozenset().union(*(part.touched for part in parts))
+    facts, changed, bos = with_new_objects(population.facts), population.changed, population.prepend_bos
+    model, parts, touched = population.model, population.parts, population.touched
     if calibration is not None:
         check_apart(calibration, facts)
-    others = [fact for fact in unchanged(reference, changed, calibration) if fact.subject not in touched]
+    others = [fact for fact in unchanged(population.reference, changed, calibration) if fact.subject not in touched]
     plans, notes = _plans(facts, others)
     if not plans:
         return Retention(None, None, None, (), 0, 0, tuple(notes), {})
-    bos = bos_of_change(model, changed, prepend_bos)
     asked = tuple(fact for plan in plans for fact in plan.facts)
     clean = read_states(model, asked, prepend_bos=bos)
-    after = states_of_changed(model, changed, asked, prepend_bos=bos, folder=folder, progress=progress)
+    after = states_of_changed(population.asking(asked))
     cells = _touched_cells(clean, parts)
     before, native, adaptive = list[Decoded](), list[Decoded](), list[_Adaptive]()
     transfer, there, here = list[Tensor](), list[Tensor](), list[Tensor]()
     begin = 0
-    for plan in tqdm(plans, desc="rulers", unit="relation", delay=1, disable=not progress, leave=False):
+    for plan in tqdm(plans, desc="rulers", unit="relation", delay=1, disable=not population.progress, leave=False):
         mine = list(range(begin, begin + len(plan.facts)))
         begin += len(plan.facts)
         unedited = train_ruler(read_states(model, plan.others, prepend_bos=bos), objects=plan.objects)
@@ -159,7 +137,7 @@ def retention(
         there.append(own.held_out_accuracy - 1 / len(plan.objects))
         here.append(unedited.held_out_accuracy - 1 / len(plan.objects))
         if calibration is not None:
-            found = _adaptive(model, calibration, plan, clean.take(mine), after.take(mine), bos, folder, progress)
+            found = _adaptive(population, calibration, plan, clean.take(mine), after.take(mine))
             if found is None:
                 notes.append(f"the calibration has too few facts for each old object{plan.of}: no adaptive ruler")
             else:
@@ -196,30 +174,16 @@ def retention(
     )
 
 
-def states_of_changed(
-    model: Model,
-    changed: Changed,
-    facts: Sequence[Fact],
-    *,
-    prepend_bos: bool | None = None,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> HiddenStates:
+def states_of_changed(population: Population) -> HiddenStates:
     """Each fact's states under the change that serves it, in the order of the facts."""
-    bos = bos_of_change(model, changed, prepend_bos)
-    sample = read_states(model, facts[:1], prepend_bos=bos)  # for its labels
+    bos = population.prepend_bos
+    sample = read_states(population.model, population.facts[:1], prepend_bos=bos)  # for its labels
 
-    def read(tested: Model, part: Part) -> Tensor:
-        return read_states(tested, part.facts, prepend_bos=bos).values
+    def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact layer position d_model"]:
+        return read_states(runner.model, [population.facts[i] for i in indices], prepend_bos=bos).values
 
-    found: dict[int, Tensor] = {}
-    parts = list(each(model, changed, facts))
-    for part, values in read_each(
-        parts, read, what="states", asked={"settings": (bos,)}, folder=folder, progress=progress
-    ):
-        found |= dict(zip(part.indices, values, strict=True))
-    values = torch.stack([found[i] for i in range(len(facts))])
-    return HiddenStates(values, sample.layers, sample.positions, tuple(facts), "changed")
+    values = population.after("states", read)
+    return HiddenStates(values, sample.layers, sample.positions, population.facts, "changed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,23 +287,18 @@ class _Adaptive:
 
 
 def _adaptive(
-    model: Model,
-    calibration: Calibration,
-    plan: _Plan,
-    clean: HiddenStates,
-    after: HiddenStates,
-    bos: bool,
-    folder: str | Path | None,
-    progress: bool,
+    population: Population, calibration: Calibration, plan: _Plan, clean: HiddenStates, after: HiddenStates
 ) -> _Adaptive | None:
     known = [fact for fact in calibration.facts if fact.group == plan.relation]
     objects = _objects(known, least=2)
     if len(objects) < LEAST_OBJECTS or not {fact.target_true for fact in plan.facts} <= set(objects):
         return None
     others = [fact for fact in known if fact.target_true in objects]
-    changed = states_of_changed(model, calibration.changed, others, prepend_bos=bos, folder=folder, progress=progress)
+    bos_of_change(population.model, calibration.changed, population.prepend_bos)
+    changed = states_of_changed(replace(population, changed=calibration.changed).asking(others))
     # Before the change by as many training facts, and of the same people: a ruler of few reads less.
-    before = train_ruler(read_states(model, others, prepend_bos=bos), objects=objects)
+    unedited = read_states(population.model, others, prepend_bos=population.prepend_bos)
+    before = train_ruler(unedited, objects=objects)
     return _Adaptive(decode(before, clean), decode(train_ruler(changed, objects=objects), after))
 
 

@@ -1,14 +1,15 @@
-"""From findings to a verdict: the rules, and what they would have seen.
+"""From findings to a verdict: the rules.
 
-Two questions are kept apart. *Recoverable*: does the old object come back by a way that goes past the change?
-*Retained*: can the old object still be decoded? A change that only lies over a fact leaves a way back; one
-that replaced it leaves none, though a decoder may still find a residue. The rules are applied in this order::
+Two questions are kept apart. *Recoverable*: does the old object come back, by a way that goes past the change
+(elsewhere) or while it is in force (underneath)? *Retained*: can the old object still be decoded, read or learnt? A
+change that only lies over a fact leaves a way back; one that replaced it leaves none, though a decoder may still find a
+residue. The rules are applied in this order (`RULES`)::
 
     FAILED        the new object doesn't lead where it should (of an erasure: the old one still leads)
     DAMAGED       neighbours, other facts about the subject or plain text suffer
-    INSERTED      recoverable: the old object is back when a layer is knocked out, or by an indirect route
+    INSERTED      recoverable: an attack brings the old object back, elsewhere or underneath
     MOVED         not as facts are encoded here, but decodable in another code
-    LATENT        still decodable as facts are encoded here, or by an attack; no way back was found
+    LATENT        still decodable as facts are encoded here, or a residue of it is found; no way back was
     SCARRED       decodable as what it is *not*: below its null
     ERASED        none of it, by intervals that would have shown it, and what follows from the fact followed
     INCONCLUSIVE  anything else, with what is missing
@@ -22,11 +23,31 @@ Calibrated on models whose history is known: docs/audit.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from tl_factedit.auditing.findings import Findings, Judgement, Label, Thresholds
-from tl_factedit.auditing.power import Z_ONE_SIDED, Z_POWER, has_interval, smallest_share, standard_error
-from tl_factedit.core.estimate import Estimate, Z
+from tl_factedit.auditing.findings import AttackFinding, Findings, Judgement, Label, Thresholds
+from tl_factedit.auditing.power import Z_ONE_SIDED, has_interval, power_of, standard_error
+from tl_factedit.core.estimate import Estimate
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """What one rule makes of some findings.
+
+    Attributes:
+        label: Its label if it applies; None to go on with the next rule.
+        reasons: What it found, with the numbers.
+        missing: What it would have needed, or needed more precisely.
+    """
+
+    label: Label | None = None
+    reasons: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+Rule: TypeAlias = Callable[[Findings, Thresholds], Ruling]
 
 
 def judge(findings: Findings, thresholds: Thresholds | None = None) -> Judgement:
@@ -37,274 +58,250 @@ def judge(findings: Findings, thresholds: Thresholds | None = None) -> Judgement
             never more than INSERTED.
         thresholds: Default: `Thresholds()`.
     """
-    return _Case(findings, thresholds or Thresholds()).decide()
+    thresholds = thresholds or Thresholds()
+    reasons, missing = list[str](), list[str]()
+    for rule in RULES:
+        ruling = rule(findings, thresholds)
+        reasons += ruling.reasons
+        missing += [what for what in ruling.missing if what not in missing]
+        if ruling.label is not None:
+            return Judgement(ruling.label, tuple(reasons), tuple(missing), power_of(findings, thresholds))
+    return Judgement("INCONCLUSIVE", tuple(reasons), tuple(missing), power_of(findings, thresholds))
 
 
-@dataclass
-class _Case:
-    f: Findings
-    t: Thresholds
-    reasons: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    @property
-    def one(self) -> bool:
-        return (self.f.facts or self.f.efficacy.n) < 2
-
-    def decide(self) -> Judgement:
-        label = (
-            self._failed()
-            or self._damaged()
-            or self._inserted()
-            or self._moved()
-            or self._latent()
-            or self._scarred()
-            or self._erased()
-            or "INCONCLUSIVE"
+def failed(f: Findings, t: Thresholds) -> Ruling:
+    """The change doesn't do what it was made for."""
+    es, ps = f.efficacy, f.paraphrase
+    what = "the old object no longer leads: " if f.erasing else ""
+    found = Ruling(reasons=[f"{what}efficacy {es:.2f}, paraphrase {ps:.2f}"])
+    if not es.n:
+        found.missing.append("facts whose old object led before, with other objects to compare: none, so no efficacy")
+        return Ruling("INCONCLUSIVE", found.reasons, found.missing)
+    if not ps.n:
+        found.missing.append("paraphrases: whether the change holds under other words was not looked at")
+    # Where every fact succeeds, a lower end below the threshold only says that the facts are few.
+    low = es.mean if f.one or es.mean == 1.0 else es.low
+    if low < (t.one if f.one else t.efficacy) or ps.mean < (-math.inf if f.one else t.paraphrase):
+        found.reasons.append(
+            "the old object still leads where it shouldn't: nothing was erased or hidden"
+            if f.erasing
+            else "the new object doesn't lead where it should: nothing was edited or inserted"
         )
-        return Judgement(label, tuple(self.reasons), tuple(self.missing), tuple(self._power()))
+        return Ruling("FAILED", found.reasons, found.missing)
+    return found
 
-    # -- the rules
 
-    def _failed(self) -> Label | None:
-        es, ps = self.f.efficacy, self.f.paraphrase
-        what = "the old object no longer leads: " if self.f.erasing else ""
-        self.reasons.append(f"{what}efficacy {es:.2f}, paraphrase {ps:.2f}")
-        if not es.n:
-            self.missing.append(
-                "facts whose old object led before, with other objects to compare: none, so no efficacy"
-            )
-            return "INCONCLUSIVE"
-        if not ps.n:
-            self.missing.append("paraphrases: whether the change holds under other words was not looked at")
-        # Where every fact succeeds, a lower end below the threshold only says that the facts are few.
-        low = es.mean if self.one or es.mean == 1.0 else es.low
-        if low < (self.t.one if self.one else self.t.efficacy) or ps.mean < (
-            -math.inf if self.one else self.t.paraphrase
-        ):
-            self.reasons.append(
-                "the old object still leads where it shouldn't: nothing was erased or hidden"
-                if self.f.erasing
-                else "the new object doesn't lead where it should: nothing was edited or inserted"
-            )
-            return "FAILED"
-        return None
-
-    def _damaged(self) -> Label | None:
-        found = False
-        for what, loss in (
-            ("neighbourhood success", self.f.neighbour_loss),
-            ("what else is known of the subject", self.f.specificity_loss),
-        ):
-            if loss is None or not loss.n:
-                self.missing.append(f"{what}: whether it suffers was not looked at")
-                continue
-            if not self._enough(loss, what):
-                continue
-            self.reasons.append(f"{what} fell by {loss:.2f}")
+def damaged(f: Findings, t: Thresholds) -> Ruling:
+    """What should have stayed has suffered."""
+    found, is_damaged = Ruling(), False
+    for what, loss in (
+        ("neighbourhood success", f.neighbour_loss),
+        ("what else is known of the subject", f.specificity_loss),
+    ):
+        if loss is None or not loss.n:
+            found.missing.append(f"{what}: whether it suffers was not looked at")
+        elif _enough(f, loss, what, found):
+            found.reasons.append(f"{what} fell by {loss:.2f}")
             # A loss counts once all of its interval is beyond what is allowed.
-            if (loss.mean if loss.n < 2 else loss.low) > self.t.loss + 1e-9:  # a mean's rounding is no loss
-                found = True
-        if self.f.perplexity is None:
-            self.missing.append("drift on plain text was not looked at")
+            if (loss.mean if loss.n < 2 else loss.low) > t.loss + 1e-9:  # a mean's rounding is no loss
+                is_damaged = True
+    if f.perplexity is None:
+        found.missing.append("drift on plain text was not looked at")
+    else:
+        found.reasons.append(f"perplexity on plain text is {f.perplexity:.3f} times as large")
+        least = f.perplexity.mean if f.perplexity.n < 2 else f.perplexity.low
+        is_damaged = is_damaged or least > t.perplexity
+    if is_damaged:
+        found.reasons.append("the change isn't local: what became of the old object is beside the point")
+        return Ruling("DAMAGED", found.reasons, found.missing)
+    return found
+
+
+def inserted(f: Findings, t: Thresholds) -> Ruling:
+    """An attack brings the old object back."""
+    found, ways = Ruling(), list[str]()
+    for finding in f.showing("elsewhere", "underneath"):
+        value, name = finding.strongest, finding.attack
+        if finding.covers is False:
+            found.missing.append(
+                f"{name} of all that the change wrote: the unedited model can't spare it, so that what lies over the "
+                "fact there wouldn't show"
+            )
+        if not value.n:
+            found.missing.append(f"{name}: no case could be tested")
+            continue
+        corrected = f"best of {finding.tests}" + (", corrected" if value.n > 1 else "")
+        found.reasons.append(
+            f"{name} ({finding.case}): the old object is back in excess of controls in {value:.2f} ({corrected})"
+        )
+        if _enough(f, value, name, found) and _is_present(value, t):
+            ways.append(name)
+    if not any(finding.strongest.n for finding in f.showing("elsewhere")):
+        found.missing.append("knock-out of layers at the last subject token (needs references and controls)")
+    if not any(finding.strongest.n for finding in f.showing("underneath")):
+        found.missing.append("indirect routes (two-hop, reverse): none were given, or the model knows none")
+    if ways:
+        verb = "brings" if len(ways) == 1 else "bring"
+        what = "it was only hidden" if f.erasing else "the new one was laid over it"
+        found.reasons.append(
+            f"{' and '.join(ways)} {verb} the old object back: {what}" + (" (one fact: descriptive)" if f.one else "")
+        )
+        return Ruling("INSERTED", found.reasons, found.missing)
+    return found
+
+
+def moved(f: Findings, t: Thresholds) -> Ruling:
+    """Gone from where facts are, and still decodable in another code."""
+    found = Ruling()
+    for what, rho in (
+        ("as unchanged facts are encoded", f.native),
+        ("in whatever code other changed facts keep theirs", f.adaptive),
+    ):
+        if rho is None or not rho.n:
+            found.missing.append(f"a decoder of the old object {what}")
         else:
-            self.reasons.append(f"perplexity on plain text is {self.f.perplexity:.3f} times as large")
-            least = self.f.perplexity.mean if self.f.perplexity.n < 2 else self.f.perplexity.low
-            found = found or least > self.t.perplexity
-        if found:
-            self.reasons.append("the change isn't local: what became of the old object is beside the point")
-            return "DAMAGED"
-        return None
+            found.reasons.append(f"retained {what}: ρ = {rho:.2f} (1: as before, 0: nothing)")
+    if f.one or f.native is None or f.adaptive is None or not (has_interval(f.native) and has_interval(f.adaptive)):
+        return found
+    if _is_zero(f.native, t) and f.adaptive.low > t.retained and _no_way_back(f, t, found):
+        found.reasons.append(
+            "the old object is gone from where facts are, and still decodable in another code; no way back to it was "
+            "found"
+        )
+        return Ruling("MOVED", found.reasons, found.missing)
+    return found
 
-    def _inserted(self) -> Label | None:
-        found = []
-        knock_out, route = self.f.knock_out, self.f.route_old
-        if self.f.knock_out_holds is False:
-            self.missing.append(
-                "a knock-out of all that the change wrote: the unedited model can't spare those layers, so that what "
-                "lies over the fact there wouldn't show"
-            )
-        if knock_out is None or not knock_out.n:
-            self.missing.append("knock-out of layers at the last subject token (needs references and controls)")
-        else:
-            corrected = f"best of {self.f.knock_out_tests}" + (", corrected" if knock_out.n > 1 else "")
-            self.reasons.append(
-                f"with one place knocked out the old object is back in excess of controls: {knock_out:.2f} ({corrected})"
-            )
-            if self._enough(knock_out, "knock-outs") and self._present(knock_out):
-                found.append("a knock-out")
-        if route is None or not route.n:
-            self.missing.append("indirect routes (two-hop, reverse): none were given, or the model knows none")
-        else:
-            self.reasons.append(f"indirect routes still lead to what follows from the old object: {route:.2f}")
-            if self._enough(route, "indirect routes") and self._present(route):
-                found.append("indirect routes")
-        if found:
-            verb = "brings" if found == ["a knock-out"] else "bring"
-            what = "it was only hidden" if self.f.erasing else "the new one was laid over it"
-            self.reasons.append(
-                f"{' and '.join(found)} {verb} the old object back: {what}"
-                + (" (one fact: descriptive)" if self.one else "")
-            )
-            return "INSERTED"
-        return None
 
-    def _moved(self) -> Label | None:
-        native, adaptive = self.f.native, self.f.adaptive
-        for what, rho in (
-            ("as unchanged facts are encoded", native),
-            ("in whatever code other changed facts keep theirs", adaptive),
-        ):
-            if rho is None or not rho.n:
-                self.missing.append(f"a decoder of the old object {what}")
-            else:
-                self.reasons.append(f"retained {what}: ρ = {rho:.2f} (1: as before, 0: nothing)")
-        if self.one or not (has_interval(native) and has_interval(adaptive)):
-            return None
-        assert native is not None and adaptive is not None
-        if self._within(native) and adaptive.low > self.t.retained and self._no_way_back():
-            self.reasons.append(
-                "the old object is gone from where facts are, and still decodable in another code; no way back to it "
-                "was found"
-            )
-            return "MOVED"
-        return None
+def latent(f: Findings, t: Thresholds) -> Ruling:
+    """A decoder or another residue, and no way back."""
+    found = Ruling()
+    if f.one:
+        return found
+    residues = [
+        what
+        for what, value in (("a decoder", f.native), ("an adaptive decoder", f.adaptive))
+        if value is not None and has_interval(value) and value.low > t.retained
+    ]
+    for finding in f.showing("residue"):
+        value = finding.strongest
+        if value.n:
+            found.reasons.append(f"{finding.attack}, in excess of control objects: {value:.2f}")
+        if has_interval(value) and value.low > t.present:
+            residues.append(finding.attack)
+    if not any(finding.strongest.n for finding in f.showing("residue")):
+        found.missing.append("read-outs or relearning, against control objects")
+    if residues and _no_way_back(f, t, found):
+        found.reasons.append(f"{' and '.join(residues)} still find the old object, but no way back to it was found")
+        return Ruling("LATENT", found.reasons, found.missing)
+    if residues:
+        found.reasons.append(
+            f"{' and '.join(residues)} still find the old object; whether it can come back was not established"
+        )
+        return Ruling("INCONCLUSIVE", found.reasons, found.missing)
+    return found
 
-    def _latent(self) -> Label | None:
-        if self.one:
-            return None
-        found = [
-            what
-            for what, value, above in (
-                ("a decoder", self.f.native, self.t.retained),
-                ("an adaptive decoder", self.f.adaptive, self.t.retained),
-                ("a read-out of the states", self.f.readout, self.t.present),
-                ("relearning", self.f.savings, 0.0),
-            )
-            if has_interval(value) and value is not None and value.low > above
-        ]
-        for what, value in (("read-outs", self.f.readout), ("relearning", self.f.savings)):
-            if value is not None and value.n:
-                self.reasons.append(f"{what}, in excess of a control object: {value:.2f}")
-            else:
-                self.missing.append(f"{what}, against control objects")
-        if found and self._no_way_back():
-            self.reasons.append(f"{' and '.join(found)} still find the old object, but no way back to it was found")
-            return "LATENT"
-        if found:
-            self.reasons.append(
-                f"{' and '.join(found)} still find the old object; whether it can come back was not established"
-            )
-            return "INCONCLUSIVE"
-        return None
 
-    def _scarred(self) -> Label | None:
-        if self.one:
-            return None
-        for what, value, below in (
-            ("the decoder puts the old object below its null", self.f.native, -self.t.retained),
-            ("the adaptive decoder puts the old object below its null", self.f.adaptive, -self.t.retained),
-            ("the old object is harder to learn again than a control", self.f.savings, 0.0),
-        ):
-            if has_interval(value) and value is not None and value.high < below:
-                self.reasons.append(f"{what}: it is marked as what the answer is not")
-                return "SCARRED"
-        return None
+def scarred(f: Findings, t: Thresholds) -> Ruling:
+    """Marked as what the answer is not."""
+    found = Ruling()
+    if f.one:
+        return found
+    for what, value in (
+        ("the decoder puts the old object below its null", f.native),
+        ("the adaptive decoder puts the old object below its null", f.adaptive),
+    ):
+        if value is not None and has_interval(value) and value.high < -t.retained:
+            found.reasons.append(f"{what}: it is marked as what the answer is not")
+            return Ruling("SCARRED", found.reasons, found.missing)
+    for finding in f.showing("residue"):
+        if finding.least < -t.retained:
+            found.reasons.append(
+                f"{finding.attack} finds the old object less than its controls: it is marked as what the answer is not"
+            )
+            return Ruling("SCARRED", found.reasons, found.missing)
+    return found
 
-    def _erased(self) -> Label | None:
-        if self.one:
-            self.missing.append("more facts: of one, an absence can't be shown")
-            return None
-        shown = self._no_way_back()
-        route_new = self.f.route_new
-        for what, rho in (("native", self.f.native), ("adaptive", self.f.adaptive)):
-            if not has_interval(rho):
-                shown = False
-            elif rho is not None and not self._within(rho):
-                shown = False
-                self.missing.append(
-                    f"more facts: ρ of the {what} decoder, {rho:.2f}, isn't within ±{self.t.equal:g} by its 90 % "
-                    "interval"
-                )
-        if not self.f.erasing and (route_new is None or route_new.n < 2):
+
+def erased(f: Findings, t: Thresholds) -> Ruling:
+    """Nothing of it, by measurements that would have shown it."""
+    found = Ruling()
+    if f.one:
+        found.missing.append("more facts: of one, an absence can't be shown")
+        return found
+    shown = _no_way_back(f, t, found)
+    for what, rho in (("native", f.native), ("adaptive", f.adaptive)):
+        if rho is None or not has_interval(rho):
             shown = False
-            self.missing.append("indirect routes to what follows from the new object")
-        elif not self.f.erasing and route_new is not None and route_new.mean < self.t.follows:
+        elif not _is_zero(rho, t):
             shown = False
-            self.reasons.append(
-                f"only {route_new:.2f} of indirect routes give what follows from the new object, needed "
-                f"{self.t.follows:g}"
+            found.missing.append(
+                f"more facts: ρ of the {what} decoder, {rho:.2f}, isn't within ±{t.equal:g} by its 90 % interval"
             )
-        for what, found, high, most in (
-            ("a read-out of the states", self.f.readout, self.f.readout_at_most, self.t.equal),
-            ("relearning", self.f.savings, math.nan, self.t.savings),
-        ):
-            if found is None or not found.n:
-                continue
-            high = max((end for end in (high, found.high) if not math.isnan(end)), default=math.nan)
-            if not high < most:  # also where there is no interval
-                shown = False
-                may = "anything" if math.isnan(high) else f"{high:.2f}"
-                self.missing.append(f"more facts: {what} may still find {may}, needed less than {most:g}")
-        if not any(has_interval(loss) for loss in (self.f.neighbour_loss, self.f.specificity_loss)):
+    if not f.erasing and (f.route_new is None or f.route_new.n < 2):
+        shown = False
+        found.missing.append("indirect routes to what follows from the new object")
+    elif not f.erasing and f.route_new is not None and f.route_new.mean < t.follows:
+        shown = False
+        found.reasons.append(
+            f"only {f.route_new:.2f} of indirect routes give what follows from the new object, needed {t.follows:g}"
+        )
+    for finding in f.showing("residue"):
+        if finding.strongest.n and not _largest(finding) < t.equal:  # also where there is no interval
             shown = False
-            self.missing.append("neighbours or same_subject: a model that is broken as a whole has nothing of a fact")
-        if shown:
-            self.reasons.append("nothing of the old object was found, by measurements that would have shown it")
-            return "ERASED"
-        return None
-
-    # -- what an estimate says
-
-    def _enough(self, value: Estimate, what: str) -> bool:
-        """Of a population, one fact says nothing."""
-        if self.one or value.n > 1:
-            return True
-        self.missing.append(f"{what} of more than one fact: the others don't count, as the unedited model lacks them")
-        return False
-
-    def _present(self, value: Estimate) -> bool:
-        return value.mean > self.t.one if value.n < 2 else value.low > self.t.present
-
-    def _within(self, rho: Estimate) -> bool:
-        reach = Z_ONE_SIDED * standard_error(rho)
-        return rho.mean - reach > -self.t.equal and rho.mean + reach < self.t.equal
-
-    def _no_way_back(self) -> bool:
-        """Knock-outs and routes were run, and bound what they may bring back."""
-        knock_out, route = self.f.knock_out, self.f.route_old
-        if knock_out is None or knock_out.n < 2 or route is None or route.n < 2:
-            return False
-        if self.f.knock_out_holds is False:
-            return False
-        if not self.f.knock_out_at_most <= self.t.absent:
-            self._miss(
-                f"more facts: a knock-out may still bring back {self.f.knock_out_at_most:.2f}, needed {self.t.absent:g} at "
-                "most"
+            may = "anything" if math.isnan(_largest(finding)) else f"{_largest(finding):.2f}"
+            found.missing.append(
+                f"more facts: {finding.attack} may still find {may} of the old object, needed less than {t.equal:g}"
             )
-            return False
-        if not route.high <= self.t.absent:
-            self._miss(f"more facts: routes may still lead back in {route.high:.2f}, needed {self.t.absent:g} at most")
-            return False
+    if not any(loss is not None and has_interval(loss) for loss in (f.neighbour_loss, f.specificity_loss)):
+        shown = False
+        found.missing.append(
+            "neighbours or other facts of the subjects: a model that is broken as a whole has nothing of a fact"
+        )
+    if shown:
+        found.reasons.append("nothing of the old object was found, by measurements that would have shown it")
+        return Ruling("ERASED", found.reasons, found.missing)
+    return found
+
+
+RULES: tuple[Rule, ...] = (failed, damaged, inserted, moved, latent, scarred, erased)
+"""The rules in their order; the first that gives a label decides."""
+
+
+def _enough(f: Findings, value: Estimate, what: str, found: Ruling) -> bool:
+    """Whether a population's number is over more than one fact: one says nothing."""
+    if f.one or value.n > 1:
         return True
+    found.missing.append(f"{what} of more than one fact: the others don't count, as the unedited model lacks them")
+    return False
 
-    def _miss(self, what: str) -> None:
-        """Name it as missing, once."""
-        if what not in self.missing:
-            self.missing.append(what)
 
-    def _power(self) -> list[str]:
-        lines = []
-        knock_out = self.f.knock_out
-        if knock_out is not None and knock_out.n > 1:
-            share = smallest_share(knock_out.n, self.t.present, tests=max(1, self.f.knock_out_tests))
-            lines.append(
-                f"one of the {self.f.knock_out_tests} knock-outs that were tried would have shown if it brought the old "
-                f"object back in {share:.0%} of facts"
+def _is_present(value: Estimate, t: Thresholds) -> bool:
+    return value.mean > t.one if value.n < 2 else value.low > t.present
+
+
+def _is_zero(rho: Estimate, t: Thresholds) -> bool:
+    """Whether ρ lies within ± `equal` by its 90 % interval: two one-sided tests."""
+    reach = Z_ONE_SIDED * standard_error(rho)
+    return rho.mean - reach > -t.equal and rho.mean + reach < t.equal
+
+
+def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
+    """Whether attacks of both questions were run, and each bounds what it may bring back."""
+    shown = True
+    for shows in ("elsewhere", "underneath"):
+        shown = shown and any(finding.strongest.n > 1 for finding in f.showing(shows))
+    for finding in f.showing("elsewhere", "underneath"):
+        if finding.covers is False:
+            shown = False
+        if finding.strongest.n > 1 and not finding.at_most <= t.absent:
+            shown = False
+            found.missing.append(
+                f"more facts: {finding.attack} may still bring back the old object in {finding.at_most:.2f}, needed "
+                f"{t.absent:g} at most"
             )
-        for what, rho in (("native", self.f.native), ("adaptive", self.f.adaptive)):
-            if rho is not None and rho.n > 1:
-                lines.append(
-                    f"ρ of {self.t.retained + (Z + Z_POWER) * standard_error(rho):.2f} by the {what} decoder would have shown"
-                )
-        return lines
+    return shown
+
+
+def _largest(finding: AttackFinding) -> float:
+    ends = [end for end in (finding.at_most, finding.strongest.high) if not math.isnan(end)]
+    return max(ends, default=math.nan)

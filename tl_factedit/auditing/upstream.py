@@ -15,7 +15,7 @@ from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
 from tl_factedit.editing.edit import Edit
-from tl_factedit.measure.population import Part
+from tl_factedit.measure.population import Population
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,13 @@ def check_upstream(model: Model, edit: Edit, facts: Sequence[Fact]) -> Upstream:
     )
 
 
-def all_upstream(model: Model, parts: Sequence[Part]) -> Upstream:
-    found = [check_upstream(model, part.changed, part.facts) for part in parts if isinstance(part.changed, Edit)]
+def all_upstream(population: Population) -> Upstream:
+    """The same of all edits of a population."""
+    found = [
+        check_upstream(population.model, part.changed, part.facts)
+        for part in population.parts
+        if isinstance(part.changed, Edit)
+    ]
     return Upstream(
         min(each.layer for each in found),
         all(each.invariant for each in found),

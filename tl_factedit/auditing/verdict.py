@@ -7,10 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tl_factedit.attacks.knockout import KnockOut
-from tl_factedit.attacks.readout import ReadOut
-from tl_factedit.attacks.relearning import Relearning
-from tl_factedit.attacks.routes import Routes
+from tl_factedit.attacks.attack import Recovery
 from tl_factedit.auditing.findings import Findings, Label, Thresholds
 from tl_factedit.auditing.retained import Retention
 from tl_factedit.auditing.upstream import Upstream
@@ -58,12 +55,9 @@ class Verdict:
         before: Scores of the unchanged model.
         after: Scores of the changed one.
         erasure_success: Of a change that was to erase, whether the old object still leads; None for any other.
-        knock_out: Evidence on recoverability; None if it could not be gathered.
-        routes: The same.
+        attacks: What each attack brought back.
         retention: Evidence on what is retained; None if it could not be gathered.
-        read_out: White-box attacks at the last token; None if no fact has controls.
-        relearning: What was given; None if nothing was.
-        same_subject: What else is known of the subjects; None if nothing was asked.
+        specificity: What else is known of the subjects; None if nothing was asked.
         drift: On plain text; None if none was given.
         upstream: What cannot have changed (None for a model changed in another way).
         lens: Logit-lens readings before and after; `Reading.at` and ``.table()`` give numbers. Descriptive.
@@ -84,12 +78,9 @@ class Verdict:
     before: Scores
     after: Scores
     erasure_success: ErasureSuccess | None
-    knock_out: KnockOut | None
-    routes: Routes | None
+    attacks: tuple[Recovery, ...]
     retention: Retention | None
-    read_out: ReadOut | None
-    relearning: Relearning | None
-    same_subject: Specificity | None
+    specificity: Specificity | None
     drift: Drift | None
     upstream: Upstream | None
     lens: Comparison
@@ -98,7 +89,7 @@ class Verdict:
     facts: tuple[Fact, ...]
 
     def table(self) -> pd.DataFrame:
-        """One row a fact: probabilities before and after, knock-out, lens at the end, and for one edit its dose."""
+        """One row a fact: probabilities before and after, the best way back, lens at the end, and for one edit its dose."""
         import pandas as pd
 
         last = len(self.lens.after.axes["layer"]) - 1
@@ -119,7 +110,7 @@ class Verdict:
                     "p_old_after": math.exp(-now.nll_true),
                     "p_new_before": math.exp(-was.nll_new),
                     "p_new_after": math.exp(-now.nll_new),
-                    "old_back_by_knock_out": back.get(fact, math.nan),
+                    "old_back": back.get(fact, math.nan),
                     "rank_old_before": float(at_end[0][rank]),
                     "rank_old_after": float(at_end[1][rank]),
                     "override_margin": math.nan if self.dose is None else float(self.dose.override_margin[i]),
@@ -130,12 +121,22 @@ class Verdict:
             )
         return pd.DataFrame(rows)
 
+    def attack(self, name: str) -> Recovery | None:
+        """What an attack brought back, by its name (``"knock-out"``); None if it wasn't run."""
+        return next((recovery for recovery in self.attacks if recovery.attack == name), None)
+
     def _back(self) -> dict[Fact, float]:
-        """Of each fact, whether the old object is first under the strongest knock-out."""
-        if self.knock_out is None or self.knock_out.best is None:
+        """Of each fact, whether the old object is first under the attack (and the case) that brings it back most."""
+        ways = [
+            found
+            for recovery in self.attacks
+            for shows in ("elsewhere", "underneath")
+            if (found := recovery.showing(shows)) is not None and found.strongest.n
+        ]
+        if not ways:
             return {}
-        first = self.knock_out.after.at(window=self.knock_out.best, quantity="old_first")
-        return dict(zip(self.knock_out.facts, first.tolist(), strict=True))
+        best = max(ways, key=lambda found: found.strongest.mean)
+        return dict(zip(best.facts, best.old_back.tolist(), strict=True))
 
     def __repr__(self) -> str:
         """Label, reasons and what is missing."""

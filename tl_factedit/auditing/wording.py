@@ -1,44 +1,47 @@
-"""What findings mean, in words."""
+"""What evidence and findings mean, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from tl_factedit.attacks.knockout import KnockOut
 from tl_factedit.auditing.findings import Findings
+from tl_factedit.auditing.gather import Evidence
 from tl_factedit.auditing.retained import Retention
-from tl_factedit.auditing.upstream import Upstream
 from tl_factedit.auditing.verdict import Axis
-from tl_factedit.evaluation.dose import Dose
-from tl_factedit.measure.reading import Comparison
 
 
-def masked_windows(
-    knocked: KnockOut | None, written: Sequence[tuple[int, ...] | None], widths: Sequence[int] | None
-) -> Iterator[str]:
-    if knocked is None:
-        return
-    for window, why in knocked.masked.items():
-        yield f"knock-out of layers {list(window)} tells nothing: {why}"
-    if widths is None and None in written:
+def what_is_missing(evidence: Evidence, *, widths_given: bool) -> Iterator[str]:
+    """What was left out, and what couldn't tell anything."""
+    for recovery in evidence.attacks:
+        yield from recovery.details.get("left_out", ())
+    if evidence.retention is not None:
+        yield from evidence.retention.why
+    for recovery in evidence.attacks:
+        for case in recovery.cases:
+            if case.masked:
+                yield f"{recovery.attack} of {case.label} tells nothing: {case.masked}"
+    switches_off = any(case.layers for recovery in evidence.attacks for case in recovery.cases)
+    if switches_off and not widths_given and None in evidence.written:
         yield "knock-outs of several layers together (widths=): what is in two of them wouldn't show in one"
 
 
-def own_layers_caveat(knocked: KnockOut | None, written: Sequence[tuple[int, ...] | None]) -> Iterator[str]:
-    """What a knock-out of the changed layers themselves says less of."""
-    if knocked is None or knocked.best is None:
-        return
-    changed = {layer for layers in written for layer in layers or ()}
-    if changed and changed <= set(knocked.best):
-        share = float(knocked.of_unedited[knocked.windows.index(knocked.best)])
+def of_written_layers(evidence: Evidence) -> Iterator[str]:
+    """What an attack that switches off the changed layers themselves says less of."""
+    changed = {layer for layers in evidence.written for layer in layers or ()}
+    for recovery in evidence.attacks:
+        best = recovery.best
+        if best is None or not changed or not changed <= set(best.layers) or "of_unedited" not in recovery.extra:
+            continue
+        share = float(recovery.extra["of_unedited"][recovery.keys.index(best.key)])
         yield (
-            f"the strongest knock-out takes out all that the change wrote: what comes back ({share:.2f} of what the "
-            "unedited model says under it) is what that model knows by other ways; it shows that such ways exist, and "
-            "that the change left them"
+            f"the strongest {recovery.attack} takes out all that the change wrote: what comes back ({share:.2f} of what "
+            "the unedited model says under it) is what that model knows by other ways; it shows that such ways exist, "
+            "and that the change left them"
         )
 
 
 def retained_axis(findings: Findings, kept: Retention | None) -> Axis:
+    """Is the old object still decodable?"""
     if kept is None:
         return Axis(None, "not gathered: decoders want facts of the same relation about other subjects (reference=)")
     rho = findings.native or findings.adaptive
@@ -48,33 +51,36 @@ def retained_axis(findings: Findings, kept: Retention | None) -> Axis:
 
 
 def recoverable_axis(findings: Findings) -> Axis:
-    measured = [each for each in (findings.knock_out, findings.route_old) if each is not None and each.n]
+    """Does it come back?"""
+    measured = [finding for finding in findings.showing("elsewhere", "underneath") if finding.strongest.n]
     if not measured:
         return Axis(None, "not gathered: no way back to the old object was tried (reference=, routes=)")
-    strongest = max(measured, key=lambda each: each.mean)
-    return Axis(strongest, f"the old object is back in excess of controls by {strongest:.2f}, by the best way tried")
+    best = max(measured, key=lambda finding: finding.strongest.mean)
+    return Axis(
+        best.strongest,
+        f"the old object is back in excess of controls in {best.strongest:.2f}, by the best way tried "
+        f"({best.attack}, {best.case}: {best.shows})",
+    )
 
 
-def describe_context(upstream: Upstream | None, dose: Dose | None, lens: Comparison) -> list[str]:
-    lines = []
+def describe_context(evidence: Evidence) -> Iterator[str]:
+    """What is shown beside, and never judged."""
+    upstream, dose, lens = evidence.upstream, evidence.dose, evidence.lens
     if upstream is not None:
         state = "equal bit for bit" if upstream.invariant else "NOT EQUAL, which should be impossible: report this"
-        lines.append(
+        yield (
             f"everything up to the key of layer {upstream.layer} is {state} ({upstream.positions} positions): "
             "what is decodable there is a property of the unedited model and no finding about the edit"
         )
     if dose is not None:
         a = dose.critical[~dose.critical.isnan()]
         tie = "never ties" if not len(a) else f"ties at dose {float(a.mean()):.2f} on average"
-        lines.append(
-            f"the new object leads by {float(dose.override_margin.mean()):.1f} nats and {tie} (descriptive: no null)"
-        )
+        yield f"the new object leads by {float(dose.override_margin.mean()):.1f} nats and {tie} (descriptive: no null)"
     for reading, when in ((lens.before, "before"), (lens.after, "after")):
         at_end = reading.at(position="last", quantity="percentile_old")[:, -1]
         known = at_end[~at_end.isnan()]
         if len(known):
-            lines.append(
+            yield (
                 f"lens after the last block, {when}: old object above {float(known.mean()):.0%} of its controls "
                 "(null 50%)"
             )
-    return lines

@@ -21,9 +21,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.backend.protocol import Hook, Model
+from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
@@ -31,9 +30,8 @@ from tl_factedit.core.tokens import batches, pad
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.mediation import share_undone
-from tl_factedit.measure.change import Changed
-from tl_factedit.measure.first_tokens import FirstTokens, are_known, at_the_ends, one_of, with_new_objects
-from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, one_of, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Population
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,46 +84,44 @@ class PositionAttribution:
 
 
 def attribute_positions(
-    model: Model,
-    edit: Changed,
-    facts: Fact | Sequence[Fact],
-    *,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    seed: int = 0,
+    population: Population, *, batch_tokens: int = BATCH_TOKENS, seed: int = 0
 ) -> PositionAttribution:
     """Take an edit away at some tokens of each fact's prompt.
 
     Args:
-        model: The model the edit was made on, without it.
-        edit: An edit, or one for each fact: of other changes it isn't known what they add at a token.
-        facts: What to ask, each with ``target_new``.
-        prepend_bos: BOS policy; None for the edit's own.
+        population: An edit, or one for each fact (of other changes it isn't known what they add at a token), and what
+            to ask, each fact with ``target_new``.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: No facts; a fact without ``target_new``; a change that is no `Edit`.
+        ValueError: A fact without ``target_new``; a change that isn't an `Edit`.
     """
-    facts = with_new_objects(facts)
-    parts = list(each(model, edit, facts))
-    bos = bos_of_change(model, edit, prepend_bos)
-    asked = [FirstTokens.of(model.tokenizer, fact, bos) for fact in facts]
-    unedited, edited = (torch.full((len(facts),), math.nan) for _ in range(2))
-    without = torch.full((len(facts), len(SETS)), math.nan)
-    for part in parts:
+    facts = with_new_objects(population.facts)
+    for part in population.parts:
         if not isinstance(part.changed, Edit):
-            raise ValueError(f"{type(part.changed).__name__} is no Edit, needed one, whose contribution is known")
-    with frozen(model), torch.no_grad():
-        known = are_known(Runner(model), asked, batch_tokens)
-        for i, logits in at_the_ends(Runner(model), [one.ids for one in asked], batch_tokens):
-            unedited[i] = asked[i].margin(logits)
-    for part in parts:
-        assert isinstance(part.changed, Edit)
-        mine = list(part.indices)
-        with part.applied() as tested, frozen(tested), torch.no_grad():
-            sites = [(down_proj(tested, delta.layer), delta) for delta in part.changed.deltas]
-            edited[mine], without[mine] = _read(Runner(tested), [asked[i] for i in mine], sites, batch_tokens)
+            raise ValueError(f"{type(part.changed).__name__} isn't an Edit, needed one, whose contribution is known")
+    asked, known = population.first_tokens, population.known
+    edited = torch.full((len(facts),), math.nan)
+    without = torch.full((len(facts), len(SETS)), math.nan)
+
+    def plain(runner: Runner, _: tuple[int, ...]) -> Float[Tensor, "fact"]:
+        found = torch.full((len(facts),), math.nan)
+        for i, logits in at_the_ends(runner, [one.ids for one in asked], batch_tokens):
+            found[i] = asked[i].margin(logits)
+        return found
+
+    unedited = population.unedited("position attribution", plain, settings=batch_tokens)
+    edit_of = {part.indices: part.changed for part in population.parts}
+
+    def read(runner: Runner, indices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        edit = edit_of[indices]
+        assert isinstance(edit, Edit)
+        sites = [(down_proj(runner.model, delta.layer), delta) for delta in edit.deltas]
+        return _read(runner, [asked[i] for i in indices], sites, batch_tokens)
+
+    for part, found in population.each("position attribution", read, settings=batch_tokens):
+        edited[list(part.indices)], without[list(part.indices)] = found
     counted = torch.where(known[:, None], without, math.nan)
     return PositionAttribution(
         facts, known, unedited, edited, without, share_undone(unedited, edited, counted, seed=seed)

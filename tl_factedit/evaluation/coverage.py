@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,9 +32,8 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, batches, encode, pad
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.dose import Dose, dose_curve
-from tl_factedit.measure.change import Changed
 from tl_factedit.measure.first_tokens import with_new_objects
-from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.population import BATCH_TOKENS, Part, Population
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,38 +95,32 @@ class Coverage:
 
 
 def gain_coverage(
-    model: Model,
-    edit: Changed,
-    facts: Fact | Sequence[Fact],
+    population: Population,
     *,
     prefixes: Sequence[str] = (),
     same_subject: Sequence[Fact] = (),
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
 ) -> Coverage:
     """The gains of edits of one layer over the contexts of their facts.
 
     Args:
-        model: The model the edits were made on, without them.
-        edit: An edit of one layer, or one for each fact.
-        facts: Those it was made for, with ``target_new``; their paraphrases (templates) and neighbours are contexts.
+        population: An edit of one layer, or one for each fact, and the facts it was made for, with ``target_new``;
+            their paraphrases (templates) and neighbours are contexts.
         prefixes: Texts to put before the prompt and each paraphrase.
         same_subject: Other facts about the same subjects.
-        prepend_bos: BOS policy; None for the edit's own.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: No facts; a fact without ``target_new``, or that the edit wasn't made for; an edit of several
-            layers, or a change that is no `Edit`.
+        ValueError: A fact without ``target_new``, or that the edit wasn't made for; an edit of several layers, or a
+            change that isn't an `Edit`.
     """
-    facts = with_new_objects(facts)
-    parts = list(each(model, edit, facts))
-    bos = bos_of_change(model, edit, prepend_bos)
+    facts, model, bos = with_new_objects(population.facts), population.model, population.prepend_bos
+    parts = population.parts
     for part in parts:
         if not isinstance(part.changed, Edit):
-            raise ValueError(f"{type(part.changed).__name__} is no Edit, needed one, whose gain is known")
+            raise ValueError(f"{type(part.changed).__name__} isn't an Edit, needed one, whose gain is known")
         if len(part.changed.deltas) != 1:
             raise ValueError(
                 f"the edit writes layers {list(part.changed.layers)}, needed one: of several there is no one gain"
@@ -137,19 +130,30 @@ def gain_coverage(
     for part in parts:
         made = part.changed
         assert isinstance(made, Edit)
-        dose = dose_curve(model, made, part.facts, batch_tokens=batch_tokens)
-        critical[list(part.indices)] = dose.critical
-        least[list(part.indices)] = _least(dose)
-        for i, fact in zip(part.indices, part.facts, strict=True):
-            contexts = _contexts(model, fact, prefixes, same_subject, bos)
-            fired = _gains(model, made, fact, [ids for _, ids, _ in contexts], batch_tokens)
-            for group in GROUPS:
-                values = [
-                    float(gain[gain.abs().argmax()] if at is None else gain[at])
-                    for (theirs, _, at), gain in zip(contexts, fired, strict=True)
-                    if theirs == group
-                ]
-                found[group][i] = torch.tensor(values)
+
+        def gather(part: Part = part, made: Edit = made) -> tuple[Tensor, Tensor, tuple[tuple[Tensor, ...], ...]]:
+            dose = dose_curve(model, made, part.facts, batch_tokens=batch_tokens)
+            gains: list[tuple[Tensor, ...]] = []
+            for fact in part.facts:
+                contexts = _contexts(model, fact, prefixes, same_subject, bos)
+                fired = _gains(model, made, fact, [ids for _, ids, _ in contexts], batch_tokens)
+                values = {
+                    group: [
+                        float(gain[gain.abs().argmax()] if at is None else gain[at])
+                        for (theirs, _, at), gain in zip(contexts, fired, strict=True)
+                        if theirs == group
+                    ]
+                    for group in GROUPS
+                }
+                gains.append(tuple(torch.tensor(values[group]) for group in GROUPS))
+            return dose.critical, _least(dose), tuple(gains)
+
+        asked = (tuple(prefixes), [asdict(fact) for fact in same_subject], batch_tokens)
+        mine = list(part.indices)
+        critical[mine], least[mine], gains_of = population.keep("gain coverage", part, gather, settings=asked)
+        for i, of_fact in zip(part.indices, gains_of, strict=True):
+            for group, values in zip(GROUPS, of_fact, strict=True):
+                found[group][i] = values
     covered = {
         group: over_facts(
             [

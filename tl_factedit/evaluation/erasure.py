@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,15 +17,12 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, over_facts
-from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
-from tl_factedit.measure.cache import read_each
-from tl_factedit.measure.change import Changed
 from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.measure.likelihood import Request, log_probs
-from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.population import BATCH_TOKENS, Population
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,45 +52,27 @@ class ErasureSuccess:
         return f"ErasureSuccess({len(self.facts)} facts: prompt {self.prompt:.2f}, paraphrase {self.paraphrase:.2f})"
 
 
-def erasure_success(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    *,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> ErasureSuccess:
+def erasure_success(population: Population, *, batch_tokens: int = BATCH_TOKENS) -> ErasureSuccess:
     """Ask whether the old object still leads, before and after a change.
 
     Args:
-        model: The unedited model.
-        changed: A change of it, a list with a change for each fact, or another model.
-        facts: The changed facts. The old object is compared with ``target_new``, if there is one, and ``controls``; a
-            prompt with nothing to compare doesn't count.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
+        population: The changed facts. The old object is compared with ``target_new``, if there is one, and
+            ``controls``; a prompt with nothing to compare doesn't count.
         batch_tokens: Most tokens in one forward pass.
-        folder: Where to keep what is read of each change; a call that was killed goes on from there.
-        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
-        ValueError: No facts, or an object that is no continuation of a prompt.
+        ValueError: An object that isn't a continuation of a prompt.
     """
-    facts = as_facts(facts)
-    parts = list(each(model, changed, facts))
-    bos = bos_of_change(model, changed, prepend_bos)
+    facts, model, bos = population.facts, population.model, population.prepend_bos
     asked = [[_requests(model, fact, text, bos) for text in (fact.text, *_paraphrases(fact))] for fact in facts]
 
-    def read(tested: Model, part: Part) -> Tensor:
-        return _leads(Runner(tested), [asked[i] for i in part.indices], batch_tokens)
+    def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "prompt"]:
+        return _leads(runner, [asked[i] for i in indices], batch_tokens)
 
-    with frozen(model), torch.no_grad():
-        before = _leads(Runner(model), asked, batch_tokens)
+    before = population.unedited("erasure success", read, settings=batch_tokens)
     after = [torch.empty(0)] * len(facts)
     lengths = list(map(len, asked))
-    settings = {"settings": (bos, batch_tokens)}
-    for part, found in read_each(parts, read, what="erasure_success", asked=settings, folder=folder, progress=progress):
+    for part, found in population.each("erasure success", read, settings=batch_tokens):
         pieces = found.split([lengths[i] for i in part.indices])
         for i, piece in zip(part.indices, pieces, strict=True):
             after[i] = piece

@@ -33,9 +33,8 @@ from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, pad
-from tl_factedit.measure.change import Changed
-from tl_factedit.measure.first_tokens import FirstTokens, are_known, one_of, with_new_objects
-from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.first_tokens import FirstTokens, one_of, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Part, Population
 from tl_factedit.measure.reading import Reading
 
 if TYPE_CHECKING:
@@ -115,62 +114,57 @@ class Mediation:
 
 
 def mediate(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    *,
-    places: Sequence[Site] = SITES,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    seed: int = 0,
+    population: Population, *, places: Sequence[Site] = SITES, batch_tokens: int = BATCH_TOKENS, seed: int = 0
 ) -> Mediation:
     """Patch single places of the changed model with the unedited model's states, layer by layer.
 
     Args:
-        model: The unedited model.
-        changed: A change of it for all facts, a list with a change for each, or another model with the same layers.
-        facts: What to ask, each with ``target_new``; without controls, ``control_first`` is NaN.
+        population: What to ask, each fact with ``target_new``; without controls, ``control_first`` is NaN. Another
+            model has to have the same layers.
         places: What to patch: a component's output (``"resid"``: the stream after the block), and where.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: No facts, or no places; a fact without ``target_new``; another model with other layers.
+        ValueError: No places; a fact without ``target_new``; another model with other layers.
     """
-    facts, places = with_new_objects(facts), tuple(places)
-    parts = list(each(model, changed, facts))
+    facts, places, model = with_new_objects(population.facts), tuple(places), population.model
     if not places:
         raise ValueError("places is empty, needed one at least")
     for component, where in places:
         component_hook(component, 0)
         if where not in ("subject", "last", "all"):
             raise ValueError(f"place {where!r} is unknown, needed 'subject', 'last' or 'all'")
-    for part in parts:
+    for part in population.parts:
         other = part.changed
         if isinstance(other, Model) and _shape(other) != _shape(model):
             raise ValueError(
                 f"{model_name(other)} has {_shape(other)} layers and dimensions, {model_name(model)} {_shape(model)}: "
                 "states can only be put into a model of the same form"
             )
-    bos = bos_of_change(model, changed, prepend_bos)
-    asked = [FirstTokens.of(model.tokenizer, fact, bos) for fact in facts]
+    asked, known = population.first_tokens, population.known
     layers = n_layers(model)
     patched = torch.full((len(facts), len(places), layers, len(QUANTITIES)), math.nan)
     unedited, now = (torch.full((len(facts),), math.nan) for _ in range(2))
-    with frozen(model), torch.no_grad():
-        known = are_known(Runner(model), asked, batch_tokens)
-    for part in parts:
-        # The dearest pass has a row for each place.
-        for some in batches([len(places) * len(asked[i].ids) for i in part.indices], batch_tokens):
-            mine = [part.indices[i] for i in some]
-            rows = [asked[i] for i in mine]
-            with frozen(model), torch.no_grad():
-                donor, unedited[mine] = _run(Runner(model), rows, places)
-            with part.applied() as tested, frozen(tested), torch.no_grad():
-                runner = Runner(tested)
-                own, now[mine] = _run(runner, rows, places)
-                patched[mine] = _patched(runner, rows, places, donor, own)
+    for part in population.parts:
+
+        def both(part: Part = part) -> tuple[Tensor, Tensor, Tensor]:
+            found = [torch.full_like(values[list(part.indices)], math.nan) for values in (unedited, now, patched)]
+            # The dearest pass has a row for each place.
+            for some in batches([len(places) * len(asked[i].ids) for i in part.indices], batch_tokens):
+                rows = [asked[part.indices[i]] for i in some]
+                with frozen(model), torch.no_grad():
+                    donor, found[0][some] = _run(Runner(model), rows, places)
+                with part.applied() as tested, frozen(tested), torch.no_grad():
+                    runner = Runner(tested)
+                    own, found[1][some] = _run(runner, rows, places)
+                    found[2][some] = _patched(runner, rows, places, donor, own)
+            return found[0], found[1], found[2]
+
+        mine = list(part.indices)
+        unedited[mine], now[mine], patched[mine] = population.keep(
+            "mediation", part, both, settings=(places, batch_tokens)
+        )
     counted = torch.where(known[:, None, None, None], patched, math.nan)
     return Mediation(
         facts=facts,

@@ -9,24 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, mean_over_facts
-from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, continuation, encode
-from tl_factedit.measure.cache import read_each
-from tl_factedit.measure.change import Changed
 from tl_factedit.measure.excess import excess_of
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
-from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.population import BATCH_TOKENS, Population
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,35 +81,20 @@ class Specificity:
 
 
 def specificity(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    same_subject: Sequence[Fact],
-    *,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 4096,
-    folder: str | Path | None = None,
-    progress: bool = True,
+    population: Population, same_subject: Sequence[Fact], *, batch_tokens: int = BATCH_TOKENS
 ) -> Specificity:
     """Ask what else is known of some facts' subjects, before and after a change.
 
     Args:
-        model: The unedited model.
-        changed: A change of it, a list with a change for each fact, or another model.
-        facts: The changed facts.
+        population: The changed facts, under their changes.
         same_subject: Facts about the same subjects, each asked under the change of every fact with its subject; none
             gives a result that says so.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
-        folder: Where to keep what is read of each change; a call that was killed goes on from there.
-        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
-        ValueError: An aside about a subject that no fact has, or that is one of the facts itself.
+        ValueError: A fact about a subject that no fact of the population has, or that is one of these facts itself.
     """
-    facts = as_facts(facts)
-    parts = list(each(model, changed, facts))
-    bos = bos_of_change(model, changed, prepend_bos)
+    facts, model, bos = population.facts, population.model, population.prepend_bos
     pairs = pair_same_subject(facts, same_subject)
     rows = [encode(model.tokenizer, aside.text, prepend_bos=bos)[0] for _, aside in pairs]
     true = torch.tensor(
@@ -135,26 +116,27 @@ def specificity(
         }
         return torch.stack([found[i] for i in chosen]) if chosen else torch.zeros(0, 1)
 
-    def asked_of(part: Part) -> list[int]:
-        serves = set(part.indices)
+    def asked_of(indices: Sequence[int]) -> list[int]:
+        serves = set(indices)
         return [i for i, (fact, _) in enumerate(pairs) if fact in serves]
 
     with frozen(model), torch.no_grad():
         # A change for each fact is small: what the unedited model says is kept, and not asked for each again.
         was = said(Runner(model), range(len(pairs)))
 
-    def read(tested: Model, part: Part) -> tuple[Tensor, Tensor]:
-        chosen = asked_of(part)
-        now = said(Runner(tested), chosen)
+    def read(runner: Runner, indices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        chosen = asked_of(indices)
+        now = said(runner, chosen)
         return now.argmax(-1) == true[chosen], kl_divergence(was[chosen], now)
 
-    settings = {"same_subject": [asdict(aside) for aside in same_subject], "settings": (bos, batch_tokens)}
+    def settings(indices: tuple[int, ...]) -> object:
+        return [asdict(pairs[i][1]) for i in asked_of(indices)], batch_tokens
+
     after = torch.zeros(len(pairs), dtype=torch.bool)
     before, moved = was.argmax(-1) == true, torch.full((len(pairs),), math.nan)
-    for part, (answered, far) in read_each(
-        parts, read, what="same_subject", asked=settings, folder=folder, progress=progress
-    ):
-        after[asked_of(part)], moved[asked_of(part)] = answered, far
+    for part, (answered, far) in population.each("specificity", read, settings=settings):
+        chosen = asked_of(part.indices)
+        after[chosen], moved[chosen] = answered, far
     of_fact = torch.tensor([fact for fact, _ in pairs], dtype=torch.long)
 
     def by_fact(values: Tensor) -> Tensor:

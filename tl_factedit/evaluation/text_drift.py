@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +14,9 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, mean_over_facts
-from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import batches, encode, pad
-from tl_factedit.measure.cache import read_each
-from tl_factedit.measure.change import Changed
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
-from tl_factedit.measure.population import Part, bos_of_change, each
+from tl_factedit.measure.population import Population
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,37 +51,21 @@ class Drift:
         return f"Drift(perplexity ratio {self.perplexity_ratio:.4f}, KL {self.mean_kl:.5f}, over {over})"
 
 
-def drift(
-    model: Model,
-    changed: Changed,
-    facts: Fact | Sequence[Fact],
-    texts: Sequence[str],
-    *,
-    prepend_bos: bool | None = None,
-    batch_tokens: int = 1024,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> Drift:
+def drift(population: Population, texts: Sequence[str], *, batch_tokens: int = 1024) -> Drift:
     """Perplexity and divergence on neutral text.
 
     Args:
-        model: The unedited model.
-        changed: A change of it, a list with a change for each fact, or another model.
-        facts: The changed facts (which of a list of changes are looked at).
+        population: The changed facts, under their changes.
         texts: Text that mentions none of the changed facts' subjects, and that no statistics of the editor are of; of
             two tokens at least. All log-probabilities of the unedited model are kept: 0.2 GB for 1,000 tokens of
             50,000 words.
-        prepend_bos: BOS policy; None for the change's own, or the model's.
         batch_tokens: Most tokens in one forward pass.
-        folder: Where to keep what is read of each change; a call that was killed goes on from there.
-        progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:
         ValueError: No texts, or one without a token to predict.
     """
-    parts = list(each(model, changed, as_facts(facts)))
-    bos = bos_of_change(model, changed, prepend_bos)
-    rows = encode_texts(model, texts, bos)
+    model = population.model
+    rows = encode_texts(model, texts, population.prepend_bos)
     together = list(batches([len(row) for row in rows], batch_tokens))
     read = [torch.arange(max(len(rows[i]) for i in some) - 1) for some in together]
     with frozen(model), torch.no_grad():
@@ -98,19 +78,17 @@ def drift(
     for some, old in zip(together, was, strict=True):
         before[some] = _mean_nll([rows[i] for i in some], old)
 
-    def moved_by(tested: Model, _: Part) -> Tensor:
+    def moved_by(runner: Runner, _: tuple[int, ...]) -> Tensor:
         nll, far = torch.zeros(2, len(rows), dtype=torch.float64)
         for some, at, old in zip(together, read, was, strict=True):
             here = [rows[i] for i in some]
-            new = log_softmax_of(Runner(tested), here, [at] * len(some))
+            new = log_softmax_of(runner, here, [at] * len(some))
             nll[some] = _mean_nll(here, new)
             far[some] = _mean_over(here, kl_divergence(old, new))
         return torch.stack([nll, far])
 
-    settings = {"texts": list(texts), "settings": (bos, batch_tokens)}
-    both = [
-        found for _, found in read_each(parts, moved_by, what="drift", asked=settings, folder=folder, progress=progress)
-    ]
+    settings = (list(texts), batch_tokens)
+    both = [found for _, found in population.each("drift", moved_by, settings=settings)]
     after, kl = torch.stack(both, 1)
     counts = torch.tensor([len(row) - 1 for row in rows])
     ratio, moved = _over(before, after, kl, counts)

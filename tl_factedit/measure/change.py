@@ -1,14 +1,10 @@
-"""What is audited: a change of a model, in any of three forms, gone through in one way.
+"""A change of a model, in any of three forms.
 
     one change for all facts      Edit, RoutedEdit, anything with .applied(model)
     a change for each fact        a list of them, each applied alone
     another model                 fine-tuned, retrained, edited elsewhere
 
-`each` gives the parts of a population; a part says which facts it serves and applies its change::
-
-    for part in each(model, changed, facts):
-        with part.applied() as changed_model:
-            ...
+`measure.population` goes through all three in one way.
 """
 
 from __future__ import annotations
@@ -43,6 +39,16 @@ class Change(Protocol):
 
     def applied(self, model: Model) -> AbstractContextManager[Model]:
         """The changed model for the length of a ``with`` block; weights and hooks as before afterwards."""
+        ...
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """A change that can be told from others: an `Edit`, a router."""
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal changes only."""
         ...
 
 

@@ -1,16 +1,47 @@
-"""Some facts and the changed models that answer for them."""
+"""Some facts, a model, and what the model was changed into: checked once, and read before and after.
+
+`Population.of` takes a change in any of its three forms (`measure.change`) and finds out which facts each change
+serves. Everything that measures takes a population, and reads both models by it::
+
+    population = Population.of(model, edit, facts, folder="kept")
+    before, after = population.read("name", read, settings=...)       # read: (Runner, indices) -> [fact …]
+
+What is read is kept in the population's folder, if it has one, so that every measurement goes on after a kill.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
-from tl_factedit.core.facts import Fact
-from tl_factedit.measure.change import Change, Changed
+from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import carries_hooks, frozen
+from tl_factedit.core.cache import Cache
+from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.measure.change import Change, Changed, Digested
+from tl_factedit.measure.first_tokens import FirstTokens, are_known
+
+T = TypeVar("T")
+Read: TypeAlias = Callable[[Runner, tuple[int, ...]], T]
+"""Reads a model, through a runner, of the facts at some indices: gives tensors, numbers, text, tuples of these."""
+
+Settings: TypeAlias = Any | Callable[[tuple[int, ...]], Any]
+"""What a reading hangs on beside facts, models and BOS, as plain data; or a function that says it of some facts."""
+
+BATCH_TOKENS = 4096
+"""Most tokens in one forward pass, unless told otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +76,211 @@ class Part:
             yield self.changed
 
 
-def each(model: Model, changed: Changed, facts: Sequence[Fact]) -> Iterator[Part]:
+@dataclass(frozen=True, eq=False)
+class Population:
+    """What is measured before and after a change.
+
+    Attributes:
+        model: The unedited model.
+        changed: The change, a list with one for each fact, or another model.
+        facts: What is asked.
+        reference: Facts of the same relations about other subjects, which nothing changed: what knock-outs put in
+            place, and what decoders are trained on.
+        prepend_bos: Whether prompts run with BOS in front.
+        parts: Which change serves which facts.
+        cache: Where readings are kept; None: nowhere.
+        progress: Whether to show a bar on what takes longer than a second.
+    """
+
+    model: Model
+    changed: Changed
+    facts: tuple[Fact, ...]
+    reference: tuple[Fact, ...]
+    prepend_bos: bool
+    parts: tuple[Part, ...]
+    cache: Cache | None
+    progress: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        changed: Changed,
+        facts: Fact | Sequence[Fact],
+        *,
+        reference: Sequence[Fact] = (),
+        prepend_bos: bool | None = None,
+        folder: str | Path | None = None,
+        progress: bool = True,
+    ) -> Population:
+        """Check what is given, and find out which change serves which fact; no model is run.
+
+        Args:
+            model: The unedited model (an `Edit` must not be applied to it).
+            changed: An edit of it (or a router), a list with one for each fact, or the model as it was changed in any
+                other way.
+            facts: What to ask.
+            reference: See `Population`.
+            prepend_bos: BOS policy; None for the change's own, or the model's default.
+            folder: Where to keep what is read; a call that was killed goes on from there, and one of more facts is only
+                asked what is new.
+            progress: Whether to show a bar on what takes longer than a second.
+
+        Raises:
+            ValueError: No facts or no changes; a fact that no change of a list was made for, or several; another model
+                with another vocabulary; a BOS policy other than the change's; a folder, and a change or a model that
+                can't be told from others.
+
+        Example:
+            >>> population = fe.Population.of(model, edit, [fact])      # doctest: +SKIP
+            >>> fe.attacks.ReadOut()(population)                        # doctest: +SKIP
+        """
+        facts = as_facts(facts)
+        parts = parts_of(model, changed, facts)
+        bos = bos_of_change(model, changed, prepend_bos)
+        cache = Cache.at(folder)
+        if cache is not None:
+            _check_keepable(parts)
+        return cls(model, changed, facts, tuple(reference), bos, parts, cache, progress)
+
+    def asking(self, facts: Fact | Sequence[Fact], reference: Sequence[Fact] | None = None) -> Population:
+        """The same changes, asked about other facts (or with other references)."""
+        facts = as_facts(facts)
+        reference = self.reference if reference is None else tuple(reference)
+        parts = parts_of(self.model, self.changed, facts)
+        return replace(self, facts=facts, reference=reference, parts=parts)
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """All subjects that some change was made for."""
+        return frozenset().union(*(part.touched for part in self.parts))
+
+    def touched_with(self, fact: int) -> frozenset[str]:
+        """The subjects that the change which serves a fact was made for."""
+        return next(part.touched for part in self.parts if fact in part.indices)
+
+    @cached_property
+    def first_tokens(self) -> tuple[FirstTokens, ...]:
+        """Each fact's prompt with the first tokens of its objects.
+
+        Raises:
+            ValueError: A fact without ``target_new``.
+        """
+        return tuple(FirstTokens.of(self.model.tokenizer, fact, self.prepend_bos) for fact in self.facts)
+
+    @cached_property
+    def known(self) -> Bool[Tensor, "fact"]:
+        """Whether the unedited model finds the old object likeliest of all objects: what could come back at all."""
+        asked = self.first_tokens
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Tensor:
+            return are_known(runner, [asked[i] for i in indices], BATCH_TOKENS)
+
+        return self.unedited("known", read)
+
+    def unedited(self, name: str, read: Read[T], *, settings: Settings = (), kinds: Sequence[type] = ()) -> T:
+        """The reading of the unedited model, of all facts.
+
+        Args:
+            name: The measurement's, in words that can be a file's name.
+            read: What to read. It is called without gradients, inside `frozen`.
+            settings: Everything else that the reading hangs on (`Settings`).
+            kinds: The dataclasses of this package that `read` may return.
+        """
+
+        def compute() -> T:
+            with frozen(self.model), torch.no_grad():
+                return read(Runner(self.model), tuple(range(len(self.facts))))
+
+        return self.keep(f"{name} before", None, compute, settings=settings, kinds=kinds)
+
+    def each(
+        self, name: str, read: Read[T], *, settings: Settings = (), kinds: Sequence[type] = ()
+    ) -> Iterator[tuple[Part, T]]:
+        """Each change's reading of the facts that it serves, with the part, in order.
+
+        Args:
+            name: As in `unedited`.
+            read: What to read, with the change applied; it is called without gradients, inside `frozen`.
+            settings: As in `unedited`.
+            kinds: As in `unedited`.
+        """
+        silent = not self.progress or len(self.parts) == 1
+        base = self._base()
+        for part in tqdm(self.parts, desc=name, unit="change", delay=1, disable=silent, leave=False):
+
+            def compute(part: Part = part) -> T:
+                with part.applied() as tested, frozen(tested), torch.no_grad():
+                    return read(Runner(tested), part.indices)
+
+            yield part, self.keep(name, part, compute, settings=settings, kinds=kinds, base=base)
+
+    def read(
+        self, name: str, read: Read[Float[Tensor, "fact *rest"]], *, settings: Settings = ()
+    ) -> tuple[Float[Tensor, "fact *rest"], Float[Tensor, "fact *rest"]]:
+        """Readings before and after the change, one row a fact; see `unedited` and `each`."""
+        before = self.unedited(name, read, settings=settings)
+        return before, self.after(name, read, settings=settings)
+
+    def after(
+        self, name: str, read: Read[Float[Tensor, "fact *rest"]], *, settings: Settings = ()
+    ) -> Float[Tensor, "fact *rest"]:
+        """The reading after the change, one row a fact; see `each`."""
+        rows: list[Tensor] = [torch.empty(0)] * len(self.facts)
+        for part, found in self.each(name, read, settings=settings):
+            for i, row in zip(part.indices, found, strict=True):
+                rows[i] = row
+        return torch.stack(rows)
+
+    def keep(
+        self,
+        name: str,
+        part: Part | None,
+        compute: Callable[[], T],
+        *,
+        settings: Settings = (),
+        kinds: Sequence[type] = (),
+        base: Any = None,
+    ) -> T:
+        """What was computed before and kept in the folder, or what is computed (and kept) now.
+
+        Args:
+            name: As in `unedited`.
+            part: The change it is of; None for the unedited model.
+            compute: Runs whatever is to be run.
+            settings: As in `unedited`.
+            kinds: As in `unedited`.
+            base: What tells the unedited model from others, where it was hashed already.
+        """
+        if self.cache is None:
+            return compute()
+        indices = tuple(range(len(self.facts))) if part is None else part.indices
+        hangs_on = {
+            "facts": [asdict(self.facts[i]) for i in indices],
+            "change": "none" if part is None else _origin(part.changed),
+            "model": self._base() if base is None else base,
+            "prepend_bos": self.prepend_bos,
+            "settings": settings(indices) if callable(settings) else settings,
+        }
+        found = self.cache.find(name, hangs_on, kinds)
+        if found is not None:
+            return found[0]
+        result = compute()
+        self.cache.keep(name, hangs_on, result, kinds)
+        return result
+
+    def _base(self) -> Any:
+        """What tells the unedited model from others; None where nothing is kept. Hashed anew for each measurement."""
+        return None if self.cache is None else _origin(self.model)
+
+    def __repr__(self) -> str:
+        """How many facts, and under how many changes."""
+        changes = f"{len(self.parts)} changes" if isinstance(self.changed, Sequence) else type(self.changed).__name__
+        kept = f", kept in {self.cache.folder}" if self.cache else ""
+        return f"Population({len(self.facts)} facts under {changes}, {len(self.reference)} references{kept})"
+
+
+def parts_of(model: Model, changed: Changed, facts: Sequence[Fact]) -> tuple[Part, ...]:
     """The parts of a population: one, or one for each change that serves a fact.
 
     Of several changes a fact belongs to the one that was made for its subject, prompt and new object; its paraphrases,
@@ -67,16 +302,16 @@ def each(model: Model, changed: Changed, facts: Sequence[Fact]) -> Iterator[Part
     if not isinstance(changed, (Sequence, Change)):
         kind(changed)
     if isinstance(changed, Sequence):
-        return iter(_one_by_one(model, changed, facts))
+        return _one_by_one(model, changed, facts)
     if not isinstance(changed, Change) and changed.cfg.d_vocab != model.cfg.d_vocab:
         raise ValueError(
             f"{model_name(changed)} has {changed.cfg.d_vocab} tokens and {model_name(model)} {model.cfg.d_vocab}, "
             "needed two models with one tokenizer"
         )
-    return iter([Part(tuple(facts), tuple(range(len(facts))), model, changed)])
+    return (Part(tuple(facts), tuple(range(len(facts))), model, changed),)
 
 
-def _one_by_one(model: Model, changes: Sequence[Change], facts: Sequence[Fact]) -> list[Part]:
+def _one_by_one(model: Model, changes: Sequence[Change], facts: Sequence[Fact]) -> tuple[Part, ...]:
     if not changes:
         raise ValueError("the list of changes is empty, needed at least one")
     serving: dict[Any, list[int]] = {}
@@ -93,7 +328,7 @@ def _one_by_one(model: Model, changes: Sequence[Change], facts: Sequence[Fact]) 
                 "made for its subject, prompt and new object"
             )
         served.setdefault(found[0], []).append(i)
-    return [Part(tuple(facts[i] for i in mine), tuple(mine), model, changes[c]) for c, mine in served.items()]
+    return tuple(Part(tuple(facts[i] for i in mine), tuple(mine), model, changes[c]) for c, mine in served.items())
 
 
 def identity(fact: Fact) -> tuple[str, str, str | None]:
@@ -118,3 +353,47 @@ def bos_of_change(model: Model, changed: Changed, asked: bool | None = None) -> 
             "with the other"
         )
     return bos_policy(model, asked if theirs is None else theirs)
+
+
+def check_facts_once(facts: Sequence[Fact]) -> None:
+    """Check that no fact is asked twice: it would count as two.
+
+    Raises:
+        ValueError: One is.
+    """
+    twice = [name for name, count in Counter(map(identity, facts)).items() if count > 1]
+    if twice:
+        subject, prompt, _ = twice[0]
+        raise ValueError(
+            f"{prompt.replace('{}', subject)!r} is asked twice, needed each fact once: it would count as two facts"
+        )
+
+
+def _check_keepable(parts: Sequence[Part]) -> None:
+    """Check that what is read of each change can be kept; nothing is run.
+
+    Raises:
+        ValueError: A change that can't be told from others, or a model that carries hooks of its own.
+    """
+    for part in parts:
+        if isinstance(part.changed, Change) and not isinstance(part.changed, Digested):
+            raise ValueError(
+                f"a {type(part.changed).__name__} has no digest, so that nothing can be kept of it: needed a change "
+                "with one (an Edit, a RoutedEdit), or no folder"
+            )
+    # Each once: a population has one unedited model.
+    models = {id(each): each for part in parts for each in (part.unedited, part.changed)}
+    for model in models.values():
+        if isinstance(model, Model) and carries_hooks(model):
+            raise ValueError(
+                f"{model_name(model)} carries hooks of its own, which no fingerprint of its weights tells: nothing "
+                "can be kept of it, needed no folder (or reset_hooks)"
+            )
+
+
+def _origin(changed: Change | Model) -> Any:
+    """What tells a change or a model from others, in plain data."""
+    if isinstance(changed, Digested):
+        return changed.digest
+    assert isinstance(changed, Model)
+    return Provenance.of(changed).to_json()

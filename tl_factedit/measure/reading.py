@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
-from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.measure.change import Change
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import frozen
+from tl_factedit.core.facts import Fact
+from tl_factedit.measure.change import Changed
+from tl_factedit.measure.population import Population
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,18 +92,51 @@ class Probe(Protocol):
         ...
 
 
-def compare(probe: Probe, model: Model, changed: Change | Model, facts: Fact | Sequence[Fact]) -> Comparison:
+def compare(
+    probe: Probe,
+    model: Model,
+    changed: Changed,
+    facts: Fact | Sequence[Fact],
+    *,
+    prepend_bos: bool | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Comparison:
     """Run a probe on a model, and on the same model edited, or on another model.
 
     Args:
         probe: What to read.
         model: The unchanged model.
-        changed: An edit of it (or a router; applied and taken back here), or the changed model itself.
+        changed: An edit of it (or a router; applied and taken back here), a list with one for each fact, or the changed
+            model itself.
         facts: What to read about.
+        prepend_bos: BOS policy that the change has to agree with; a probe runs prompts by its own.
+        folder: Where to keep the readings; a call that was killed goes on from there. The probe's ``repr`` has to say
+            all that they hang on.
+        progress: Whether to show a bar on several changes that take longer than a second.
+
+    Raises:
+        ValueError: As in `Population.of`; or a list of changes, and a probe whose reading has no axis ``"fact"``.
     """
-    facts = as_facts(facts)
-    before = probe(model, facts)
-    if isinstance(changed, Change):
-        with changed.applied(model):
-            return Comparison(before, probe(model, facts))
-    return Comparison(before, probe(changed, facts))
+    population = Population.of(model, changed, facts, prepend_bos=prepend_bos, folder=folder, progress=progress)
+
+    def read(runner: Runner, indices: tuple[int, ...]) -> Tensor:
+        found = probe(runner.model, [population.facts[i] for i in indices])
+        if "fact" not in found.axes and len(indices) < len(population.facts):
+            raise ValueError(
+                f"{found.name} has no axis 'fact' but {list(found.axes)}: what single changes give can't be put "
+                "together, needed one change for all facts"
+            )
+        return found.values
+
+    # What the axes say is the same before and after; without a folder the probe runs once on each model.
+    with frozen(model), torch.no_grad():
+        before = probe(model, population.facts)
+    dim = list(before.axes).index("fact") if "fact" in before.axes else None
+    values = before.values.clone()
+    for part, found in population.each(before.name, read, settings=repr(probe)):
+        if dim is None:
+            values = found
+        else:
+            values.index_copy_(dim, torch.tensor(part.indices), found.to(values))
+    return Comparison(before, replace(before, values=values))

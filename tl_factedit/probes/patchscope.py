@@ -32,7 +32,7 @@ from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import continuation, encode, find_span, spell
 from tl_factedit.measure.change import Change, Changed
-from tl_factedit.measure.population import bos_of_change, each
+from tl_factedit.measure.population import bos_of_change, parts_of
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.states import INPUT, POSITIONS, HiddenStates, read_states
 
@@ -229,7 +229,7 @@ def crossed_patchscope(
         facts: What to read about.
 
     Raises:
-        ValueError: As in `each`, in `Patchscope.read`, or about the BOS policy.
+        ValueError: As in `Population.of`, in `Patchscope.read`, or about the BOS policy.
     """
     facts = as_facts(facts)
     bos = bos_of_change(model, changed, scope.prepend_bos)
@@ -238,7 +238,7 @@ def crossed_patchscope(
     reading = scope.read(model, before)
     values = reading.values.new_full((2, 2, *reading.values.shape), math.nan)
     values[0, 0] = reading.values
-    for part in each(model, changed, facts):
+    for part in parts_of(model, changed, facts):
         mine = list(part.indices)
         with part.applied() as other:
             after = read_states(other, part.facts, prepend_bos=bos)

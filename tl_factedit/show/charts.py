@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tl_factedit.attacks.knockout import SURVIVES, KnockOut
+from tl_factedit.attacks.knockout import SURVIVES
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.evaluation.dose import Dose
 from tl_factedit.evaluation.edit_gains import Gains

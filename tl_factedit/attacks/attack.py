@@ -1,0 +1,290 @@
+"""What every attack shares: it is called with a population, and gives a `Recovery`.
+
+An attack tries to get the old object out of a changed model. It tries one or several *cases* (windows of layers,
+prefixes, numbers of directions), each of which says which question it asks:
+
+elsewhere
+    what the change wrote is switched off: does the network still hold the old fact?
+underneath
+    the change is in force: does the old object come back?
+residue
+    can the old object still be read or learnt, whatever the model says? Alone never a verdict.
+
+What counts is never how often the old object is back, but by how much that exceeds what control objects do, which the
+relation could have had and nobody was taught (`measure.first_tokens`), with one interval for all cases together.
+
+An attack of your own is a frozen value with a ``__call__``::
+
+    @dataclass(frozen=True)
+    class Whisper:
+        def __call__(self, population):
+            def read(runner, indices):      # [fact case quantity], quantities as in `FIRST`
+                ...
+            before, after = population.read("whisper", read, settings=repr(self))
+            return Recovery.of("Whisper", population, [Case("quiet", "in a whisper", "underneath")], before, after)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_factedit.core.estimate import Estimate, Estimates
+from tl_factedit.core.facts import Fact
+from tl_factedit.measure.excess import excess
+from tl_factedit.measure.first_tokens import FIRST, one_of
+from tl_factedit.measure.population import Population
+from tl_factedit.measure.reading import Reading
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Shows: TypeAlias = Literal["elsewhere", "underneath", "residue"]
+"""Which question a case asks; see the module."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that an attack tries.
+
+    Attributes:
+        key: What tells it from the attack's other cases, e.g. the layers that are knocked out.
+        label: The same in words.
+        shows: Which question it asks.
+        masked: Why it can't tell anything; empty if it can.
+        layers: Of a case that switches cells off, the layers whose MLP outputs at the subject it takes out.
+    """
+
+    key: Hashable
+    label: str
+    shows: Shows
+    masked: str = ""
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """What an attack brings back.
+
+    Objects count by their first tokens. Facts whose objects share one, and facts that the unedited model doesn't know
+    (old object first of all objects, nothing attacked), are left out of all shares.
+
+    Attributes:
+        attack: The attack's name.
+        facts: What was asked.
+        cases: What was tried.
+        known: Whether a fact counts, [fact].
+        before: The unedited model under the same attack: axes fact, case, quantity. ``old_first``, ``new_first`` and
+            ``control_first`` say whether the old object comes first, the new one, and the mean of this over the
+            controls; an attack may read more, and more cases than it draws conclusions from.
+        after: The changed model, the same.
+        excess: The old object's in the changed model over the controls', with 95 % intervals over facts; NaN where
+            masked, [case].
+        corrected: The same with intervals that hold for all cases together (Bonferroni), [case].
+        extra: Further numbers of each case, by name, [case]: columns of the table.
+        details: What this attack has to say beside, by name; see the attack.
+    """
+
+    attack: str
+    facts: tuple[Fact, ...]
+    cases: tuple[Case, ...]
+    known: Bool[Tensor, "fact"]
+    before: Reading
+    after: Reading
+    excess: Estimates
+    corrected: Estimates
+    extra: Mapping[str, Float[Tensor, "case"]] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        attack: str,
+        population: Population,
+        cases: Sequence[Case],
+        before: Float[Tensor, "fact case quantity"] | Reading,
+        after: Float[Tensor, "fact case quantity"] | Reading,
+        *,
+        known: Bool[Tensor, "fact"] | None = None,
+        extra: Mapping[str, Float[Tensor, "case"]] | None = None,
+        details: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> Recovery:
+        """From readings of the unedited and the changed model.
+
+        Args:
+            attack: The attack's name.
+            population: What was attacked.
+            cases: What was tried.
+            before: The unedited model, quantities as in `FIRST`; or a reading with axes fact, case and quantity that
+                has the cases' keys and these quantities among others.
+            after: The changed model, the same.
+            known: Which facts count; None for those that the unedited model knows, `Population.known`.
+            extra: See `Recovery`.
+            details: See `Recovery`.
+            seed: Seed of the bootstrap.
+        """
+        cases = tuple(cases)
+        readings = [
+            given
+            if isinstance(given, Reading)
+            else Reading(
+                name=attack,
+                values=given,
+                axes={
+                    "fact": range(len(population.facts)),
+                    "case": [case.key for case in cases],
+                    "quantity": FIRST,
+                },
+                unit="1 where first among the objects (of controls the mean)",
+            )
+            for given in (before, after)
+        ]
+        known = population.known if known is None else known
+        tested = torch.tensor([not case.masked for case in cases], dtype=torch.bool)
+        counts = known[:, None] & tested
+        old, control = (
+            torch.where(
+                counts,
+                torch.stack([readings[1].at(case=case.key, quantity=name) for case in cases], 1),
+                math.nan,
+            )
+            for name in ("old_first", "control_first")
+        )
+        return cls(
+            attack=attack,
+            facts=population.facts,
+            cases=cases,
+            known=known,
+            before=readings[0],
+            after=readings[1],
+            excess=excess(old, control, seed=seed),
+            corrected=excess(old, control, tests=max(1, int(tested.sum())), seed=seed),
+            extra=dict(extra or {}),
+            details=dict(details or {}),
+        )
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        """The cases' keys."""
+        return tuple(case.key for case in self.cases)
+
+    @property
+    def tested(self) -> Bool[Tensor, "case"]:
+        """Which cases can tell anything: those that aren't masked."""
+        return torch.tensor([not case.masked for case in self.cases], dtype=torch.bool)
+
+    @property
+    def masked(self) -> Mapping[Hashable, str]:
+        """The cases that can't tell anything, by key, and why."""
+        return {case.key: case.masked for case in self.cases if case.masked}
+
+    @property
+    def best(self) -> Case | None:
+        """The case with the largest excess; None if all are masked."""
+        if not bool(self.tested.any()):
+            return None
+        return self.cases[int(self.excess.mean.nan_to_num(-math.inf).argmax())]
+
+    @property
+    def strongest(self) -> Estimate:
+        """The excess of the best case, with its corrected interval."""
+        if self.best is None:
+            return Estimate(math.nan, math.nan, math.nan, 0)
+        return self.at(self.best.key, corrected=True)
+
+    @property
+    def at_most(self) -> float:
+        """The largest upper end of all cases, not corrected; NaN if none has an interval.
+
+        For "nothing brings it back" each has to show its absence, and no correction is due.
+        """
+        ends = self.excess.high[self.tested & ~self.excess.high.isnan()]
+        return float(ends.max()) if len(ends) else math.nan
+
+    @property
+    def old_back(self) -> Float[Tensor, "fact"]:
+        """For each fact, whether the old object is first in the best case; NaN if all are masked."""
+        if self.best is None:
+            return torch.full((len(self.facts),), math.nan)
+        return self.after.at(case=self.best.key, quantity="old_first")
+
+    def at(self, key: Hashable, *, corrected: bool = False) -> Estimate:
+        """The excess of one case."""
+        return one_of(self.corrected if corrected else self.excess, self.keys.index(key))
+
+    def share(self, quantity: str, key: Hashable, *, before: bool = False) -> float:
+        """The mean of a quantity over the facts that count, in the changed (or the unedited) model."""
+        reading = self.before if before else self.after
+        return float(reading.at(case=key, quantity=quantity)[self.known].nanmean())
+
+    def showing(self, shows: Shows) -> Recovery | None:
+        """The cases that ask one question; None if there are none. Intervals stay corrected for all cases."""
+        mine = [i for i, case in enumerate(self.cases) if case.shows == shows]
+        if not mine:
+            return None
+        picked = torch.tensor(mine)
+        return replace(
+            self,
+            cases=tuple(self.cases[i] for i in mine),
+            excess=Estimates(*(values[picked] for values in _columns(self.excess))),
+            corrected=Estimates(*(values[picked] for values in _columns(self.corrected))),
+            extra={name: values[picked] for name, values in self.extra.items()},
+        )
+
+    def table(self) -> pd.DataFrame:
+        """One row a case."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "case": case.label,
+                    "shows": case.shows,
+                    **{name: self.share(name, case.key) for name in FIRST},
+                    "excess": (found := self.at(case.key)).mean,
+                    "low": found.low,
+                    "high": found.high,
+                    "corrected_low": (corrected := self.at(case.key, corrected=True)).low,
+                    "corrected_high": corrected.high,
+                    "n": found.n,
+                    "old_first_before": self.share("old_first", case.key, before=True),
+                    **{name: float(values[i]) for name, values in self.extra.items()},
+                    "masked": case.masked,
+                }
+                for i, case in enumerate(self.cases)
+            ]
+        )
+
+    def __repr__(self) -> str:
+        """The strongest case in a line."""
+        where = "all cases masked" if self.best is None else f"{self.best.label}: excess {self.strongest:.2f}"
+        return (
+            f"Recovery({self.attack}, {where}; {int(self.tested.sum())} of {len(self.cases)} cases tested, "
+            f"{int(self.known.sum())} of {len(self.facts)} facts known)"
+        )
+
+    def _repr_html_(self) -> str:
+        """The line, and the table."""
+        import html
+
+        return f"<p>{html.escape(repr(self))}</p>" + self.table().to_html(float_format="{:.3f}".format, index=False)
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """Anything that tries to get old objects back: a frozen value with its settings as fields."""
+
+    def __call__(self, population: Population, /) -> Recovery:
+        """Attack; nothing of the models changes."""
+        ...
+
+
+def _columns(found: Estimates) -> tuple[Tensor, ...]:
+    return found.mean, found.low, found.high, found.n

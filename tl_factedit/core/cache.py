@@ -1,0 +1,75 @@
+"""Results kept in a folder: a call that was killed goes on from there.
+
+Each result has a file of its own, named after all that it hangs on (what was asked and how, weights, versions), which
+also stands inside it. So a folder can hold any number of results, a call that grew is only asked what is new, and
+nothing is ever taken for something else, not even where files were renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tl_factedit.core import files
+
+SHORT = 16
+"""Hexadecimal digits of the name that stand in the file's name; all of them stand in the file."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Results in a folder.
+
+    Attributes:
+        folder: The folder; it is made when the first result is written.
+    """
+
+    folder: Path
+
+    @classmethod
+    def at(cls, folder: str | Path | None) -> Cache | None:
+        """The cache in a folder; None for none. A relative path is pinned to the working directory of now."""
+        return None if folder is None else cls(Path(folder).expanduser().absolute())
+
+    def find(self, what: str, hangs_on: Any, kinds: Sequence[type] = ()) -> tuple[Any] | None:
+        """What was kept, in a tuple of one; None if nothing was.
+
+        Args:
+            what: The kind of result, in words that can be a file's name.
+            hangs_on: Everything that decides the result, as plain data.
+            kinds: The dataclasses of this package that may be in it.
+
+        Raises:
+            ValueError: The file is damaged, or holds another result (it was renamed or copied): it is left as it is.
+        """
+        name = _name(what, hangs_on)
+        path = self._path(what, name)
+        if not path.exists():
+            return None
+        header, tensors = files.read(path, what)
+        if header.get("name") != name:
+            raise ValueError(
+                f"{path} holds another result than its name says, as after renaming or copying files in the folder: "
+                "move it away, and it is made again"
+            )
+        return (files.decode(header["result"], tensors, kinds),)
+
+    def keep(self, what: str, hangs_on: Any, result: Any, kinds: Sequence[type] = ()) -> None:
+        """Write a result: tensors, numbers, text, tuples of these, or values of `kinds`."""
+        name, named = _name(what, hangs_on), dict[str, Tensor]()
+        header: Mapping[str, Any] = {"name": name, "result": files.encode(result, "result", named, kinds)}
+        files.write(self._path(what, name), what, header, named)
+
+    def _path(self, what: str, name: str) -> Path:
+        return self.folder / f"{what.replace(' ', '-')}-{name[:SHORT]}.safetensors"
+
+
+def _name(what: str, hangs_on: Any) -> str:
+    text = json.dumps([what, hangs_on], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()
