@@ -66,7 +66,7 @@ def test_its_verdict_says_nothing(pair):
 def test_one_fact_needs_no_list_and_a_generator_will_do(pair, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # this suite's types are stricter than a user's
     model, broken, (fact, *_) = pair
-    for ask in (fe.attacks.read_out, fe.attacks.attack_by_context, fe.evaluation.mediate, erasure_success):
+    for ask in (measured.read_out, measured.attack_by_context, measured.mediate, erasure_success):
         for facts in (fact, iter([fact])):
             assert ask(model, broken, facts).facts == (fact,)
     read = read_states(model, iter([fact]))

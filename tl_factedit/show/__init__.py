@@ -7,6 +7,7 @@ imports this file. Colours stand for numbers that are there to read as well (in 
 
 from __future__ import annotations
 
+from tl_factedit.show.attacks import attack
 from tl_factedit.show.edits import edit
 from tl_factedit.show.page import Picture
 from tl_factedit.show.reports import report
@@ -14,4 +15,4 @@ from tl_factedit.show.score_tables import scores
 from tl_factedit.show.traces import average, trace
 from tl_factedit.show.verdicts import verdict
 
-__all__ = ["Picture", "average", "edit", "report", "scores", "trace", "verdict"]
+__all__ = ["Picture", "attack", "average", "edit", "report", "scores", "trace", "verdict"]

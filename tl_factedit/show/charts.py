@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tl_factedit.attacks.attack import Recovery
 from tl_factedit.attacks.knockout import SURVIVES
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.evaluation.dose import Dose
@@ -90,14 +91,14 @@ def lens_charts(verdict: Verdict) -> Html:
     )
 
 
-def knock_out_chart(knocked: KnockOut) -> Html:
+def knock_out_chart(knocked: Recovery) -> Html:
     """Which object comes first when a layer is knocked out, by layer, beside how the unedited model fares."""
-    single = [(i, window[0]) for i, window in enumerate(knocked.windows) if len(window) == 1]
-    layers = [float(layer) for _, layer in single]
+    single = [case for case in knocked.cases if len(case.layers) == 1]
+    layers = [float(case.layers[0]) for case in single]
 
     def share(reading: Reading, quantity: str, label: str, colour: str, *, dashed: bool = False) -> Line:
-        values = reading.at(quantity=quantity)[knocked.known, 1:].nanmean(0)
-        return Line(label, layers, [float(values[i]) for i, _ in single], colour, dashed, 1.6 if dashed else 2.2)
+        values = [float(reading.at(case=case.key, quantity=quantity)[knocked.known].nanmean()) for case in single]
+        return Line(label, layers, values, colour, dashed, 1.6 if dashed else 2.2)
 
     chart = line_chart(
         [
@@ -120,12 +121,11 @@ def knock_out_chart(knocked: KnockOut) -> Html:
         (line_swatch(NEW, dashed=False), "new object, changed model"),
         (line_swatch("#9a9aa5", dashed=False), "a control object, changed model"),
     ]
-    best = "" if knocked.best is None else f" Strongest: layers {list(knocked.best)}, excess {knocked.strongest:.2f}."
     caption = (
         "The MLP's output at the last subject token is replaced by its mean over other subjects. Layers that the "
-        f"unedited model can't spare tell nothing.{best}"
+        "unedited model can't spare tell nothing."
     )
-    return join(tag("h4", "Knock-out"), tag("figure", legend(keys), chart, tag("figcaption", caption)))
+    return tag("figure", legend(keys), chart, tag("figcaption", caption))
 
 
 def dose_chart(dose: Dose) -> Html:

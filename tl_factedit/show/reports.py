@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tl_factedit.attacks.attack import Recovery
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.scores import Scores
 from tl_factedit.locate.trace_result import Trace
+from tl_factedit.show.attacks import attack
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture, document
 from tl_factedit.show.score_tables import scores
 from tl_factedit.show.traces import average, trace
 from tl_factedit.show.verdicts import verdict
 
-_Item = Picture | Trace | Verdict | Scores | str
+_Item = Picture | Trace | Verdict | Scores | Recovery | str
 
 
 def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fact editing report") -> Path:
@@ -71,9 +73,11 @@ def _drawn(what: object) -> Picture:
         return verdict(what)
     if isinstance(what, Scores):
         return scores(what)
+    if isinstance(what, Recovery):
+        return attack(what)
     hint = ": draw it with fe.show.edit(model, edit, text)" if isinstance(what, Edit) else ""
     raise TypeError(
-        f"a report can't hold a {type(what).__name__}, needed a Picture, Trace, Verdict, Scores or text{hint}"
+        f"a report can't hold a {type(what).__name__}, needed a Picture, Trace, Verdict, Scores, Recovery or text{hint}"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tl_factedit.attacks.attack import Recovery
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.core.estimate import Estimate
+from tl_factedit.show.attacks import attack_chart
 from tl_factedit.show.charts import dose_chart, fired_strips, knock_out_chart, lens_charts
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture
@@ -51,12 +53,18 @@ def verdict(verdict: Verdict) -> Picture:
         tag("h4", "Before and after"),
         score_table([verdict.before, verdict.after]),
         fact_table(verdict),
-        knock_out_chart(verdict.knock_out) if verdict.knock_out is not None else None,
+        *(_pictured(recovery, verdict.thresholds.present) for recovery in verdict.attacks),
         lens_charts(verdict),
         dose_chart(verdict.dose) if verdict.dose is not None else None,
         fired_strips(verdict.gains) if verdict.gains else None,
     )
     return Picture("Verdict of the audit", body, (verdict.before.provenance, verdict.after.provenance))
+
+
+def _pictured(recovery: Recovery, present: float) -> Html:
+    """What an attack brought back; where single layers were knocked out, by layer too."""
+    by_layer = any(len(case.layers) == 1 for case in recovery.cases)
+    return join(attack_chart(recovery, present=present), knock_out_chart(recovery) if by_layer else None)
 
 
 def _axis(estimate: Estimate | None, says: str) -> list[Html | str]:

@@ -1,0 +1,50 @@
+"""A picture of what an attack brings back."""
+
+from __future__ import annotations
+
+import math
+
+from tl_factedit.attacks.attack import Recovery
+from tl_factedit.show.interval_chart import Interval, interval_chart
+from tl_factedit.show.markup import Html, join, tag
+from tl_factedit.show.page import Picture
+
+COLOURS = {"elsewhere": "#b34b00", "underneath": "#0072b2", "residue": "#6a51a3"}
+QUESTIONS = {
+    "elsewhere": "what the change wrote is switched off",
+    "underneath": "the change is in force",
+    "residue": "what is left of the old object is read or learnt",
+}
+
+
+def attack(recovery: Recovery) -> Picture:
+    """What an attack brings back, case by case: the excess of the old object over its controls, with its interval.
+
+    Args:
+        recovery: From an attack.
+    """
+    return Picture(f"Attack: {recovery.attack}", attack_chart(recovery), ())
+
+
+def attack_chart(recovery: Recovery, *, present: float | None = None) -> Html:
+    """The same as a figure, with what counts as present marked."""
+    rows = []
+    for case in recovery.cases:
+        found = recovery.at(case.key, corrected=True)
+        best = recovery.best is not None and case.key == recovery.best.key
+        mean, low, high = (math.nan,) * 3 if case.masked else (found.mean, found.low, found.high)
+        rows.append(Interval(case.label, mean, low, high, COLOURS[case.shows], case.masked, best))
+    chart = interval_chart(
+        rows,
+        title=f"{recovery.attack}: excess of the old object over its controls",
+        x_label="excess of the old object over control objects, share of facts (corrected 95 % intervals)",
+        rule=present,
+        rule_label="" if present is None else "counts as present",
+    )
+    asked = [QUESTIONS[shows] for shows in COLOURS if any(case.shows == shows for case in recovery.cases)]
+    best = "no case could be tested"
+    if recovery.best is not None:
+        best = f"strongest: {recovery.best.label}, {recovery.strongest:.2f}"
+    count = f"{int(recovery.known.sum())} of {len(recovery.facts)} facts count"
+    caption = f"{'; '.join(asked).capitalize()}. {count}; {best}."
+    return join(tag("h4", recovery.attack.capitalize()), tag("figure", chart, tag("figcaption", caption)))
