@@ -180,7 +180,7 @@ def test_an_edit_that_is_on_already_is_refused_before_anything_is_run(edited, mo
     what = {"gains": TEXT, "dose_curve": [laws.FACT]}[call]
     on = (edit.applied(model), laws.untouched(model), laws.no_forward(monkeypatch, model))
     with on[0], on[1], on[2], pytest.raises(ValueError, match="already"):
-        getattr(fe, call)(model, edit, what)
+        getattr(fe.evaluation, call)(model, edit, what)
 
 
 def test_a_dose_needs_two_objects(edited):

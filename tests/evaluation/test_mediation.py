@@ -159,9 +159,9 @@ def test_attribution_and_coverage_want_edits(setting, monkeypatch):
     model, facts, edits = setting
     routed = [fe.editors.RoutedEdit.of(edit) for edit in edits]
     with laws.untouched(model), laws.no_forward(monkeypatch, model):
-        with pytest.raises(ValueError, match="RoutedEdit isn.t an Edit"):
+        with pytest.raises(ValueError, match="RoutedEdit isn't an Edit"):
             measured.attribute_positions(model, routed, facts)
-        with pytest.raises(ValueError, match="RoutedEdit isn.t an Edit"):
+        with pytest.raises(ValueError, match="RoutedEdit isn't an Edit"):
             measured.gain_coverage(model, routed, facts)
 
 

@@ -13,12 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.backend.hook_names import resid_pre
+from tl_factedit.backend.memory import GIB, check_memory
 from tl_factedit.backend.protocol import Hook, Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import GIB, align, batches, continuation, pad
+from tl_factedit.core.tokens import align, batches, continuation, pad
+from tl_factedit.editing.adam import Adam
 from tl_factedit.measure.first_tokens import FirstTokens
 
 LEARNT = 0.5
@@ -41,6 +43,7 @@ class Lessons:
 
     @classmethod
     def of(cls, tokenizer: Any, fact: Fact, bos: bool, controls: int, seed: str) -> Lessons:
+        """The lessons of a fact, with some of its controls drawn."""
         if controls < 1:
             raise ValueError(f"controls is {controls}, needed 1 at least for each fact")
         asked = FirstTokens.of(tokenizer, fact, bos)
@@ -52,6 +55,7 @@ class Lessons:
 
     @property
     def ids(self) -> Int[Tensor, "pos"]:
+        """The prompt's token ids."""
         return self.asked.ids
 
     @property
@@ -92,16 +96,14 @@ class Learner:
     """
 
     def __init__(self, runner: Runner, sites: Sequence[DownProj], changes: int, lr: float) -> None:
-        self.runner, self.sites, self.lr = runner, sites, lr
+        self.runner, self.sites = runner, sites
         # Steps of Adam are smaller than what half precision resolves.
         kinds = [torch.promote_types(site.W.dtype, torch.float32) for site in sites]
         self.learnt = [
             torch.zeros(changes, *site.W.shape, dtype=kind, device=site.W.device)
             for site, kind in zip(sites, kinds, strict=True)
         ]
-        self.mean = [torch.zeros_like(each) for each in self.learnt]
-        self.square = [torch.zeros_like(each) for each in self.learnt]
-        self.updates = 0
+        self.adam = Adam(self.learnt, lr)
 
     def update(self, groups: Sequence[Group]) -> Float[Tensor, "pupil"]:
         """One update towards all targets; log p of each from before it, group after group."""
@@ -118,13 +120,8 @@ class Learner:
             found.append(log_p.detach().cpu())
         log_p = torch.cat(found)
         if not bool(log_p.isfinite().all()):
-            raise RuntimeError(f"a log-probability is not finite after {self.updates} updates: lower lr")
-        self.updates += 1
-        correct_mean, correct_square = 1 - 0.9**self.updates, 1 - 0.999**self.updates
-        for learnt, gradient, mean, square in zip(self.learnt, total, self.mean, self.square, strict=True):
-            mean.lerp_(gradient, 0.1)
-            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            learnt -= self.lr * (mean / correct_mean) / ((square / correct_square).sqrt() + 1e-8)
+            raise RuntimeError(f"a log-probability is not finite after {self.adam.updates} updates: lower lr")
+        self.adam.step(total)
         return log_p
 
 
@@ -132,16 +129,8 @@ def adding_hooks(sites: Sequence[DownProj], learnt: Sequence[Tensor]) -> list[Ho
     """Hooks that add what was learnt to what ``W_out`` (and whatever else is laid over it) answers."""
 
     def of(site: DownProj, change: Tensor) -> list[Hook]:
-        seen: list[Tensor] = []
-
-        def read(key: Tensor, hook: Any = None) -> None:
-            seen[:] = [key]
-
-        def add(value: Tensor, hook: Any = None) -> Tensor:
-            key = seen.pop().to(change.dtype)
-            return value + (key @ (change if len(change) > 1 else change[0])).to(value.dtype)
-
-        return [(site.key_hook, read), (site.value_at, add)]
+        whole = change if len(change) > 1 else change[0]
+        return site.hooks(lambda key, value: value + (key.to(change.dtype) @ whole).to(value.dtype))
 
     return [hook for site, change in zip(sites, learnt, strict=True) for hook in of(site, change)]
 
@@ -150,6 +139,7 @@ def updates_until_learnt(
     model: Model, pupils: Sequence[Pupil], layers: Sequence[int], lr: float, steps: int, memory: float
 ) -> Float[Tensor, "pupil"]:
     """For each pupil, learning alone, the updates until its target is likelier than ½; ``steps + 1`` if it isn't."""
+    check_memory(memory)
     sites = [down_proj(model, layer) for layer in layers]
     runner = Runner(model)
     numbers = sum(site.W.numel() for site in sites)
@@ -188,6 +178,7 @@ def _learn(
 
 
 def learning_layers(model: Model, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers whose ``W_out`` may learn: those named, or all."""
     chosen = tuple(range(n_layers(model)) if layers is None else sorted(set(layers)))
     if not chosen:
         raise ValueError("layers is empty, needed one at least")

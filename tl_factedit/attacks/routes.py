@@ -133,7 +133,7 @@ class Routes:
         if not bool(self.executed.any()):
             return f"the unedited model follows none of the {len(self.routes)} indirect routes: nothing was measured"
         return (
-            f"{int(self.executed.sum())} of {len(self.routes)} indirect routes are followed by the unedited model; the old "
+            f"the unedited model follows {int(self.executed.sum())} of {len(self.routes)} indirect routes; the old "
             f"answer is still likeliest in {self.old:.2f}, in excess of controls {self.old_excess:.2f}; the new in "
             f"{self.new:.2f}"
         )
@@ -259,6 +259,7 @@ class RouteTokens:
 
     @classmethod
     def of(cls, tokenizer: Any, route: Route, bos: bool) -> RouteTokens:
+        """Tokenise a route."""
         offered = [route.old_answer, *([] if route.new_answer is None else [route.new_answer])]
         offered += [text for text in dict.fromkeys(route.controls) if text not in offered]
         ids, _ = encode(tokenizer, route.prompt, prepend_bos=bos)

@@ -43,7 +43,8 @@ class Verdict:
     """The result of `audit`.
 
     Attributes:
-        label: FAILED, DAMAGED, INSERTED, MOVED, LATENT, SCARRED, ERASED or INCONCLUSIVE (see `tl_factedit.auditing.rules`).
+        label: FAILED, DAMAGED, INSERTED, MOVED, LATENT, SCARRED, ERASED or INCONCLUSIVE; see
+            `tl_factedit.auditing.rules`.
         level: ``"per edit"`` (one fact: descriptive) or ``"population"``.
         retained: Is the old object still decodable, at places that the change can have touched?
         recoverable: Does it come back by a way that goes past the change?
@@ -89,7 +90,7 @@ class Verdict:
     facts: tuple[Fact, ...]
 
     def table(self) -> pd.DataFrame:
-        """One row a fact: probabilities before and after, the best way back, lens at the end, and for one edit its dose."""
+        """One row a fact: probabilities before and after, the best way back, the lens at the end, an edit's dose."""
         import pandas as pd
 
         last = len(self.lens.after.axes["layer"]) - 1

@@ -55,6 +55,7 @@ def log_probs(
 
 
 def log_softmax_of(runner: Runner, rows: Sequence[Tensor], at: Sequence[Tensor]) -> Float[Tensor, "row k vocab"]:
+    """Log-probabilities at some positions of each of some token rows."""
     return runner.logits(pad(rows, 0), at=torch.stack(list(at))).float().log_softmax(-1).cpu()
 
 

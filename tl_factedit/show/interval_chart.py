@@ -80,8 +80,8 @@ def interval_chart(
         parts.append(text_label(x(rule) + 4.0, top - 8.0, rule_label, "start"))
     for i, row in enumerate(rows):
         y = top + ROW * (i + 0.5)
-        weight = {"font_weight": "600"} if row.strong else {}
-        parts.append(text_label(left - 8.0, y + 4.0, _short(row.label, left), "end", fill=INK, **weight))
+        weight = "600" if row.strong else "400"
+        parts.append(text_label(left - 8.0, y + 4.0, _short(row.label, left), "end", fill=INK, font_weight=weight))
         if not math.isfinite(row.mean):
             parts.append(text_label(x(0.0) + 6.0, y + 4.0, row.note or "not measured", "start"))
             continue
