@@ -35,8 +35,8 @@ def of_written_layers(evidence: Evidence) -> Iterator[str]:
         share = float(recovery.extra["of_unedited"][recovery.keys.index(best.key)])
         yield (
             f"the strongest {recovery.attack} takes out all that the change wrote: what comes back ({share:.2f} of "
-            "what the unedited model says under it) is what that model knows by other ways; it shows that such ways exist, "
-            "and that the change left them"
+            "what the unedited model says under it) is what that model knows by other ways; it shows that such ways "
+            "exist, and that the change left them"
         )
 
 
