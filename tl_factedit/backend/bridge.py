@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_factedit.backend.causal import check_causal
 from tl_factedit.backend.hook_names import resid_post
 from tl_factedit.backend.hooking import hooked
 from tl_factedit.backend.packing import FIRST, Packing, Past, gather
-from tl_factedit.backend.protocol import At, Model, UnsupportedModelError, device, model_name
+from tl_factedit.backend.protocol import At, Model, UnsupportedModelError, blocks, model_name
 from tl_factedit.backend.state import finish_despite_interrupt, unhooked
 
-PACKED_INPUTS = ("attention_mask", "position_ids", "past_key_values")
-"""What a transformers model has to take, beside the tokens, for its rows to be packed."""
+PACKED_INPUTS = ("attention_mask", "position_ids")
+"""What a transformers model has to take, beside the tokens and a cache, for its rows to be packed."""
+
+CACHES = ("cache", "past_key_values")
+"""What the cache is called in a model's forward: the newer name first, as the older one is going away."""
 
 
 class BridgeBackend:
@@ -39,7 +43,7 @@ class BridgeBackend:
     def __init__(self, model: Model, points: Mapping[str, Any]) -> None:
         self._model: Any = model
         self._points = points
-        self._blocks: list[Any] = list(self._model.blocks)
+        self._blocks = blocks(model)
         self._arity = self._probe_arity()
 
     def resid(self, tokens: Tensor, start: tuple[int, Tensor] | None, stop: int) -> Tensor:
@@ -82,8 +86,8 @@ class BridgeBackend:
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=packing.positions.to(tokens.device),
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_name(): cache},
             )
         return out.logits, self._own_past(cache, packing)
 
@@ -92,7 +96,12 @@ class BridgeBackend:
         wrapped = self._model.original_model
         takes = inspect.signature(wrapped.forward).parameters
         missing = [name for name in PACKED_INPUTS if name not in takes]
+        missing += [] if self._cache_name() in takes else ["cache"]
         return f"{type(wrapped).__name__} takes no {' and no '.join(missing)}" if missing else ""
+
+    def _cache_name(self) -> str:
+        takes = inspect.signature(self._model.original_model.forward).parameters
+        return next((name for name in CACHES if name in takes), CACHES[-1])
 
     def most_keys(self) -> int | None:
         """Most keys that a packed row may have; None for any number.
@@ -193,8 +202,8 @@ class BridgeBackend:
             lambda _m, _a, out: seen.append(len(out) if isinstance(out, tuple) else 0)
         )
         try:
-            with torch.no_grad(), unhooked(self._model.modules()):  # a user's hooks may want more tokens than one
-                self._model(torch.zeros(1, 1, dtype=torch.long, device=device(self._model)), stop_at_layer=1)
+            with unhooked(self._model.modules()):  # a user's hooks may want other tokens
+                check_causal(self._model)
         finally:
             handle.remove()
         return seen[0]

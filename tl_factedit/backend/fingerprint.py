@@ -58,7 +58,7 @@ def fingerprint(model: Model) -> Fingerprint:
         seen.add(id(site.param))
         w_out.append(hash_weight(site.W))
     rest = xxhash.xxh3_64()
-    for param in model.parameters():  # type: ignore[attr-defined]
+    for param in model.parameters():
         if id(param) in seen or param.is_meta:
             continue
         # Zeros (biases that one release of TransformerLens adds and the next does not) say nothing.

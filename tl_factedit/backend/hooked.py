@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_factedit.backend.causal import check_causal
 from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.packing import Packing, Past, gather
-from tl_factedit.backend.protocol import At, Model
+from tl_factedit.backend.protocol import At, Model, blocks
+from tl_factedit.backend.state import unhooked
 
 
 class HookedBackend:
@@ -27,7 +29,9 @@ class HookedBackend:
 
     def __init__(self, model: Model) -> None:
         self._model: Any = model
-        self._blocks: list[Any] = list(self._model.blocks)
+        self._blocks = blocks(model)
+        with unhooked(self._model.modules()):  # a user's hooks may want other tokens
+            check_causal(model)
 
     def resid(self, tokens: Tensor, start: tuple[int, Tensor] | None, stop: int) -> Tensor:
         """The residual stream before a block, or after the last one."""

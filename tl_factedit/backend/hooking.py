@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_factedit.backend.protocol import Hook, HookFn, Model, UnsupportedModelError, model_name
+from tl_factedit.backend.protocol import Hook, HookFn, Model, UnsupportedModelError, hook_points, model_name
 from tl_factedit.backend.state import finish_despite_interrupt
 
 
@@ -29,7 +29,7 @@ def hooked(model: Model, hooks: Sequence[Hook], points: Mapping[str, Any] | None
         UnsupportedModelError: The model has no hook of such a name; nothing is put up.
     """
     if points is None:
-        points = model.hook_dict if any(isinstance(place, str) for place, _ in hooks) else {}  # type: ignore[attr-defined]
+        points = hook_points(model) if any(isinstance(place, str) for place, _ in hooks) else {}
     named = [(_point(model, points, place), fn) for place, fn in hooks if isinstance(place, str)]
     own: Any = object()  # a level that is nobody else's: theirs are numbers
     with ExitStack() as stack:
@@ -62,7 +62,16 @@ def keepers(places: Sequence[str], kept: dict[str, Tensor]) -> list[Hook]:
     return [(name, keep(name)) for name in places]
 
 
+def way_out(places: Sequence[str]) -> str:
+    """What to do where hooks are missing, for the end of a message."""
+    if any(place.endswith("hook_mlp_out") for place in places):
+        return ": blocks of attention alone have no MLP (trace component='attn' or 'resid')"
+    if any(place.endswith("hook_resid_mid") for place in places):
+        return ": where attention and MLP run side by side nothing lies between them (trace component='resid')"
+    return ""
+
+
 def _point(model: Model, points: Mapping[str, Any], place: str) -> Any:
     if place not in points:
-        raise UnsupportedModelError(f"{model_name(model)} has no hook {place!r}")
+        raise UnsupportedModelError(f"{model_name(model)} has no hook {place!r}{way_out([place])}")
     return points[place]

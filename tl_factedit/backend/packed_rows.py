@@ -105,7 +105,7 @@ class PackedRows:
         Args:
             past: What is behind them, at `behind` and `behind_places`, [row past head d_head] for each layer (where
                 `behind` is −1 nobody looks, and any values do).
-            device: Of the model.
+            device: Where the model's inputs go.
         """
         return Packing(self.places.to(device), self.visible.to(device), past)
 

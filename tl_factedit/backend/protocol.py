@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -27,17 +27,33 @@ At: TypeAlias = Tensor | tuple[Tensor, Tensor]  # positions [row k], or a list o
 
 @runtime_checkable
 class Model(Protocol):
-    """What is asked of a model: a HookedTransformer or a TransformerBridge."""
+    """What is asked of a model: a HookedTransformer or a TransformerBridge.
+
+    Also its blocks, in `blocks`, and its hook points by name, in `hook_points`: a check at run time
+    (``isinstance(model, Model)``) doesn't see a submodule, and would build a bridge's table of hooks each time.
+
+    Attributes:
+        cfg: Its configuration: ``d_model``, ``n_ctx``, ``model_name`` …
+        tokenizer: Its fast tokenizer.
+    """
 
     cfg: Any
     tokenizer: Any
 
-    def hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """Add hooks for the length of a ``with`` block."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run token ids: logits, or the residual stream with ``stop_at_layer``."""
         ...
 
-    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Tokenise text."""
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules, hook points among them."""
+        ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Go on from token ids."""
         ...
 
 
@@ -57,7 +73,7 @@ def kind(model: Model) -> Kind:
 
 
 def kind_of(model: object) -> Kind | None:
-    """`kind` of anything; None for what is no model of TransformerLens."""
+    """`kind` of anything; None for what isn't a model of TransformerLens."""
     if hasattr(model, "original_model") and hasattr(model, "adapter"):
         return "bridge"
     if hasattr(model, "blocks") and hasattr(model, "unembed"):
@@ -65,10 +81,30 @@ def kind_of(model: object) -> Kind | None:
     return None
 
 
+def blocks(model: Model) -> list[Any]:
+    """The model's blocks, from the first.
+
+    Raises:
+        UnsupportedModelError: It has no one row of them.
+    """
+    kind(model)
+    found = getattr(model, "blocks", None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{model_name(model)} ({type(getattr(model, 'original_model', model)).__name__}) has no blocks: needed a "
+            "causal language model with one row of them, not an encoder-decoder"
+        )
+    return list(found)
+
+
+def hook_points(model: Model) -> dict[str, Any]:
+    """The model's hook points by name."""
+    return dict(getattr(model, "hook_dict"))  # noqa: B009 (see `Model`)
+
+
 def n_layers(model: Model) -> int:
     """How many blocks the model has."""
-    kind(model)
-    return len(model.blocks)  # type: ignore[attr-defined]
+    return len(blocks(model))
 
 
 def check_layer(model: Model, layer: int) -> int:
@@ -86,8 +122,17 @@ def model_name(model: Model) -> str:
 
 
 def bos_policy(model: Model, prepend_bos: bool | None = None) -> bool:
-    """Whether to put BOS in front: as asked, or (None) as the model does by default."""
+    """Whether to put BOS in front: as asked, or (None) as the model does by default.
+
+    Raises:
+        UnsupportedModelError: The model has no tokenizer.
+    """
     kind(model)
+    if getattr(model, "tokenizer", None) is None:
+        raise UnsupportedModelError(
+            f"{model_name(model)} has no tokenizer, needed its own fast one to find a subject in a prompt: load the "
+            "model with it, or set model.tokenizer"
+        )
     return bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
 
 

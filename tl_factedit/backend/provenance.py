@@ -9,6 +9,7 @@ from typing import Any
 
 from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
 from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
+from tl_factedit.backend.state import users_hooks
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Provenance:
         dtype: The weights' type, e.g. ``"float32"``.
         versions: Of torch, transformers, transformer-lens and tl-factedit.
         revision: The commit of the hub that the weights were taken from, if the model's config says so.
+        hooks: Names of the places where hooks were on the model, a user's or those of a change by hooks (a router).
         edits: Of an edit, the digests of those that were on the model when it was made; `weights` are those below them.
 
     Example:
@@ -35,6 +37,7 @@ class Provenance:
     versions: Mapping[str, str]
     revision: str | None = None
     edits: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -47,7 +50,7 @@ class Provenance:
     ) -> Provenance:
         """The provenance of what is run on this model now."""
         kind(model)
-        dtype = next(iter(model.parameters())).dtype  # type: ignore[attr-defined]
+        dtype = next(iter(model.parameters())).dtype
         return cls(
             model=model_name(model),
             weights=weights or fingerprint(model),
@@ -56,6 +59,7 @@ class Provenance:
             versions=versions(),
             revision=_revision(model),
             edits=edits,
+            hooks=users_hooks(model),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +73,7 @@ class Provenance:
             "versions": dict(self.versions),
             "revision": self.revision,
             "edits": list(self.edits),
+            "hooks": list(self.hooks),
         }
 
     @classmethod
@@ -83,6 +88,7 @@ class Provenance:
             versions=data["versions"],
             revision=data.get("revision"),
             edits=tuple(data.get("edits", ())),
+            hooks=tuple(data.get("hooks", ())),
         )
 
 
@@ -110,6 +116,8 @@ def difference(then: Provenance, now: Provenance) -> str | None:
         return f"prepend_bos={then.prepend_bos} (not {now.prepend_bos})"
     if then.dtype != now.dtype:
         return f"dtype {then.dtype} (not {now.dtype})"
+    if then.hooks != now.hooks:
+        return f"hooks of a user at {list(then.hooks)} (not at {list(now.hooks)})"
     if None not in (then.revision, now.revision) and then.revision != now.revision:
         return f"revision {then.revision} of the model (not {now.revision})"
     changed = [name for name in {**then.versions, **now.versions} if then.versions.get(name) != now.versions.get(name)]

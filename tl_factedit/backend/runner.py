@@ -13,9 +13,19 @@ from torch import Tensor
 from tl_factedit.backend.bridge import BridgeBackend
 from tl_factedit.backend.hook_names import resid_pre
 from tl_factedit.backend.hooked import HookedBackend
-from tl_factedit.backend.hooking import hooked, keepers
+from tl_factedit.backend.hooking import hooked, keepers, way_out
 from tl_factedit.backend.packing import FIRST, Packing, Past, past_at
-from tl_factedit.backend.protocol import At, Hook, Model, UnsupportedModelError, device, kind, model_name, n_layers
+from tl_factedit.backend.protocol import (
+    At,
+    Hook,
+    Model,
+    UnsupportedModelError,
+    device,
+    hook_points,
+    kind,
+    model_name,
+    n_layers,
+)
 from tl_factedit.backend.state import carries_hooks
 
 
@@ -69,7 +79,7 @@ class Runner:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.n_layers = n_layers(model)
-        self._points: dict[str, Any] = dict(model.hook_dict)  # type: ignore[attr-defined]
+        self._points: dict[str, Any] = hook_points(model)
         self._backend: Backend = BridgeBackend(model, self._points) if kind(model) == "bridge" else HookedBackend(model)
         self.mixes_pasts = self._backend.mixes_pasts
         self.most_keys = self._backend.most_keys()
@@ -251,7 +261,7 @@ class Runner:
     def _all_kept(self, places: Sequence[str], kept: dict[str, Tensor]) -> dict[str, Tensor]:
         missing = [name for name in places if name not in kept]
         if missing:
-            raise UnsupportedModelError(f"hooks {missing} never fired in {model_name(self.model)}")
+            raise UnsupportedModelError(f"hooks {missing} never fired in {model_name(self.model)}{way_out(missing)}")
         return kept
 
 

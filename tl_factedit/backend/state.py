@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_factedit.backend.protocol import Model, kind
+from tl_factedit.backend.protocol import Model, kind, model_name
 
 
 def finish_despite_interrupt(finish: Callable[[], None]) -> None:
@@ -25,53 +27,130 @@ def finish_despite_interrupt(finish: Callable[[], None]) -> None:
         raise
 
 
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """PyTorch with its own defaults for the length of a block, then as it was; also a decorator, ``@plain_torch()``.
+
+    A caller's ``torch.inference_mode()`` becomes ``torch.no_grad()``, in which an optimisation can enable gradients and
+    whose tensors can be written to later; ``torch.autocast`` is left, which would round what a model is run with; and
+    what is made without saying of which type or where is float32 and on the CPU, whatever
+    ``torch.set_default_dtype`` and ``torch.set_default_device`` say.
+    """
+    default = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        for where in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(where):
+                stack.enter_context(torch.autocast(where, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if default != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, default)
+        yield
+
+
+@dataclass(frozen=True)
+class _Hold:
+    """Who is at work on a model: a thread, and the model itself (a copy of the model holds a copy of this)."""
+
+    thread: int
+    model: int
+
+
+_HOLD = "_tl_factedit_hold"
+
+
+@contextmanager
+def one_thread(model: Model) -> Iterator[None]:
+    """A model for this thread alone, for the length of a block; blocks of one thread may lie in one another.
+
+    Modes, flags and hooks are of the model and not of a thread: two at once would read each other's.
+
+    Raises:
+        RuntimeError: Another thread is at work on the model (or on another bridge of the same transformers model);
+            nothing is changed.
+    """
+    root: Any = getattr(model, "original_model", model)
+    mine = _Hold(threading.get_ident(), id(root))
+    held: _Hold = vars(root).setdefault(_HOLD, mine)
+    if held.model != id(root):  # the hold of the model that this one is a copy of
+        vars(root)[_HOLD] = held = mine
+    if held.thread != mine.thread:
+        raise RuntimeError(
+            f"another thread is at work on {model_name(model)}: run one call at a time, or give each thread a model of "
+            "its own (copy.deepcopy)"
+        )
+    try:
+        yield
+    finally:
+        if held is mine:
+            vars(root).pop(_HOLD, None)
+
+
+def users_hooks(model: Model) -> tuple[str, ...]:
+    """The names of the places where a user, or another tool, has hooked something into the model."""
+    found: list[str] = []
+    for name, module in ((n, m) for root in _roots(model) for n, m in root.named_modules()):
+        handles = getattr(module, "fwd_hooks", None)  # a HookPoint's
+        if handles:
+            users = not all(handle.is_permanent and _is_theirs(handle.user_hook) for handle in handles)
+        else:
+            fns = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            users = not all(map(_is_theirs, fns))  # transformers gets hidden states out with hooks of torch
+        # A bridge wires some of its own modules together with permanent hooks, once it has run.
+        if users:
+            found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def _is_theirs(fn: Any) -> bool:
+    return (getattr(fn, "__module__", None) or "").startswith(("transformer_lens", "transformers"))
+
+
 def carries_hooks(model: Model) -> bool:
     """Whether anything is hooked into the model, a user's or another tool's: it isn't what its weights make it."""
-    roots: list[Any] = [model, *([model.original_model] if kind(model) == "bridge" else [])]  # type: ignore[attr-defined]
-    for module in (m for root in roots for m in root.modules()):
-        if getattr(module, "fwd_hooks", None):  # a HookPoint's
-            return True
-        # A bridge wires some of its own modules together with hooks of torch once it has run, and transformers gets
-        # hidden states out in that way.
-        fns = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not getattr(fn, "__module__", "").startswith(("transformer_lens", "transformers")) for fn in fns):
-            return True
-    return False
+    return bool(users_hooks(model))
+
+
+def _roots(model: Model) -> list[Any]:
+    # A bridge's own modules() leaves out what it didn't wrap, such as GPT-2's dropout of the embeddings.
+    return [model, *([model.original_model] if kind(model) == "bridge" else [])]  # type: ignore[attr-defined]
 
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Evaluation mode and frozen parameters for the length of a block, then everything as it was.
+    """The door to a model: evaluation mode, frozen parameters and `plain_torch` for the length of a block.
 
     Dropout would make a trace random and gradients would be kept for weights nobody asks for;
-    a user's training mode and ``requires_grad`` flags are put back, module by module. A caller's
-    ``torch.inference_mode()`` becomes ``torch.no_grad()``, in which an optimisation can enable gradients.
+    a user's training mode and ``requires_grad`` flags are put back, module by module.
+
+    Raises:
+        RuntimeError: Another thread is at work on the model (`one_thread`).
     """
-    # A bridge's own modules() leaves out what it didn't wrap, such as GPT-2's dropout of the embeddings.
-    roots: list[Any] = [model, *([model.original_model] if kind(model) == "bridge" else [])]  # type: ignore[attr-defined]
-    modules: list[nn.Module] = list(dict.fromkeys(m for root in roots for m in root.modules()))
-    params: list[nn.Parameter] = list({id(p): p for root in roots for p in root.parameters()}.values())
-    training = [m.training for m in modules]
-    wanted = [p.requires_grad for p in params]
-    try:
-        for m in modules:
-            m.training = False
-        for p in params:
-            p.requires_grad_(False)
-        with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
+    with one_thread(model), plain_torch():
+        roots = _roots(model)
+        modules: list[nn.Module] = list(dict.fromkeys(m for root in roots for m in root.modules()))
+        params: list[nn.Parameter] = list({id(p): p for root in roots for p in root.parameters()}.values())
+        training = [m.training for m in modules]
+        wanted = [p.requires_grad for p in params]
+        try:
+            for m in modules:
+                m.training = False
+            for p in params:
+                p.requires_grad_(False)
             yield
-    finally:
+        finally:
 
-        def put_back() -> None:
-            for m, flag in zip(modules, training, strict=True):
-                m.training = flag
-            for p, flag in zip(params, wanted, strict=True):
-                p.requires_grad_(flag)
+            def put_back() -> None:
+                for m, flag in zip(modules, training, strict=True):
+                    m.training = flag
+                for p, flag in zip(params, wanted, strict=True):
+                    p.requires_grad_(flag)
 
-        finish_despite_interrupt(put_back)
+            finish_despite_interrupt(put_back)
 
 
 def detach_caches(model: Model) -> None:
@@ -80,7 +159,7 @@ def detach_caches(model: Model) -> None:
     The attention of a TransformerBridge keeps its last pattern, with the whole graph behind it: memory
     that is never freed, and a model that ``copy.deepcopy`` refuses.
     """
-    for module in model.modules():  # type: ignore[attr-defined]
+    for module in model.modules():
         for name, kept in list(vars(module).items()):
             if isinstance(kept, Tensor) and kept.grad_fn is not None:
                 vars(module)[name] = kept.detach()

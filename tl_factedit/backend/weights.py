@@ -12,7 +12,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_factedit.backend.hook_names import component_hook
-from tl_factedit.backend.protocol import Hook, Model, Place, Unit, UnsupportedModelError, check_layer, kind, n_layers
+from tl_factedit.backend.protocol import (
+    Hook,
+    Model,
+    Place,
+    Unit,
+    UnsupportedModelError,
+    blocks,
+    check_layer,
+    kind,
+    n_layers,
+)
 from tl_factedit.backend.state import finish_despite_interrupt
 
 
@@ -100,7 +110,7 @@ def down_proj(model: Model, layer: int) -> DownProj:
             parameter made inside ``torch.inference_mode``.
     """
     check_layer(model, layer)
-    block = model.blocks[layer]  # type: ignore[attr-defined]
+    block = blocks(model)[layer]
     where = f"blocks.{layer}.mlp"
     mlp = getattr(block, "mlp", None)
     if mlp is None:
@@ -112,12 +122,14 @@ def down_proj(model: Model, layer: int) -> DownProj:
             inner = deeper  # of a second bridge over one transformers model
         if inner is None:
             raise UnsupportedModelError(_no_single_w_out(where, mlp))
-        param, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
-        transposed = type(inner).__name__ != "Conv1D"  # GPT-2 stores Conv1D weights as [d_mlp, d_model]
+        transposed = _is_transposed(inner, int(model.cfg.d_model), f"{where}.out")
+        param, bias = inner.weight, getattr(inner, "bias", None)
         value_at: Place = f"{where}.out.hook_out"
         owner = inner
     else:
         param, bias = mlp._parameters.get("W_out"), mlp._parameters.get("b_out")
+        if hasattr(mlp, "parametrizations"):
+            raise UnsupportedModelError(_more_than_w_out(where, mlp))
         if param is None:
             raise UnsupportedModelError(_no_single_w_out(where, mlp))
         transposed = False
@@ -139,7 +151,7 @@ def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp 
 
 
 def check_own(model: Model, layers: Iterable[int]) -> None:
-    """See that each of some blocks has a ``W_out`` to itself.
+    """Check that each of some blocks has a ``W_out`` to itself.
 
     Raises:
         UnsupportedModelError: Another block uses the same one (shared layers), so that writing one writes both.
@@ -155,6 +167,54 @@ def check_own(model: Model, layers: Iterable[int]) -> None:
                 f"layers {shared} share one W_out, needed one for layer {layer} alone: what is written in one would be "
                 "written in all of them"
             )
+
+
+def _is_transposed(inner: nn.Module, d_model: int, where: str) -> bool:
+    """Whether a layer stores its weight as [d_model, d_mlp]; that it answers ``key @ W + b`` and no more is tried out.
+
+    Raises:
+        UnsupportedModelError: It answers something else: an adapter lies over it, or its weight is made from others.
+    """
+    param, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
+    if param is None or (type(param) is Tensor and param.is_floating_point()):
+        raise UnsupportedModelError(_more_than_w_out(where, inner))
+    name = type(inner).__name__
+    if type(inner) is nn.Linear or name == "Conv1D":  # these answer so by their definition
+        return name != "Conv1D"  # GPT-2 stores Conv1D weights as [d_mlp, d_model]
+    if not isinstance(param, nn.Parameter) or not param.is_floating_point() or param.ndim != 2 or param.is_meta:
+        return True  # refused by what it is
+    possible = [transposed for transposed in (True, False) if param.shape[0 if transposed else 1] == d_model]
+    for transposed in possible:
+        weight = param.detach().T if transposed else param.detach()
+        key = torch.randn(1, 2, len(weight), generator=torch.Generator().manual_seed(0)).to(param)
+        wanted = key @ weight + (0 if bias is None else bias.detach())
+        tolerance = 16 * torch.finfo(param.dtype).eps * len(weight) ** 0.5
+        if bool((_answer(inner, key) - wanted).norm() <= tolerance * wanted.norm()):
+            return transposed
+    if possible:
+        raise UnsupportedModelError(_more_than_w_out(where, inner))
+    return True
+
+
+def _answer(layer: nn.Module, key: Tensor) -> Tensor:
+    """What a layer says to a key, without the dropout that an adapter may have."""
+    modes = [(module, module.training) for module in layer.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            return layer(key)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _more_than_w_out(where: str, layer: nn.Module) -> str:
+    return (
+        f"{where} ({type(layer).__module__}.{type(layer).__name__}) answers something else than key @ W + b, so that "
+        "its weight isn't what the model computes with: merge the adapter first (merge_and_unload), or take the "
+        "parametrization off (torch.nn.utils.parametrize.remove_parametrizations)"
+    )
 
 
 def _no_single_w_out(where: str, mlp: nn.Module) -> str:

@@ -136,8 +136,8 @@ class CorruptionComparison:
             for trace, peak in zip((self.first, self.second), self.peaks(), strict=True)
         )
         return (
-            f"CorruptionComparison({count} of {len(self.usable)} facts usable; {peaks} of the total effect at the last subject "
-            f"token; profiles over layers correlate {self.profile():.2f})"
+            f"CorruptionComparison({count} of {len(self.usable)} facts usable; {peaks} of the total effect at the "
+            f"last subject token; profiles over layers correlate {self.profile():.2f})"
         )
 
 
@@ -160,16 +160,17 @@ def compare_corruptions(
         model: Either class.
         facts: Several facts of a relation, or of several: replacement needs others of the same prompt.
         corruptions: Two others to compare; None for `GaussianNoise` and `TokenReplacement`.
-        component: Of `causal_trace`.
-        window: Of `causal_trace`.
-        metric: Of `causal_trace`.
+        component: As in `causal_trace`.
+        window: As in `causal_trace`.
+        metric: As in `causal_trace`.
         min_effect: Facts with a smaller total effect under either are left out.
-        prepend_bos: Of `causal_trace`.
-        memory: Of `causal_trace`.
-        progress: Of `causal_trace`.
+        prepend_bos: As in `causal_trace`.
+        memory: As in `causal_trace`.
+        progress: As in `causal_trace`.
 
     Returns:
-        Both traces, with `CorruptionComparison.table`, `CorruptionComparison.agreement`, `CorruptionComparison.profile` and `CorruptionComparison.peaks`.
+        Both traces, with what compares them: `CorruptionComparison.table`, `CorruptionComparison.agreement`,
+        `CorruptionComparison.profile` and `CorruptionComparison.peaks`.
 
     Raises:
         ValueError: As `causal_trace`, and where no fact has a donor.

@@ -15,7 +15,7 @@ import torch
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import bos_policy
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.locate.corruption import GaussianNoise, MultivariateNoise, UniformNoise
 from tl_factedit.locate.inputs import TraceInputs, align_all, ask
@@ -26,6 +26,7 @@ MOST_SCALE = 1000
 """Larger noise isn't tried."""
 
 
+@plain_torch()
 def calibrate_noise(
     model: Model,
     facts: Fact | Sequence[Fact],

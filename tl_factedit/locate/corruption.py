@@ -34,7 +34,7 @@ class Subject:
         ids: The subject's token ids, [position].
         around: The token ids before and after it in the prompt.
         answer: The first token of ``target_true``.
-        embeddings: Of these tokens at ``hook_embed``, [position d_model].
+        embeddings: What these tokens are at ``hook_embed``, [position d_model].
         top: Asks the clean model which token it puts first after the prompt.
     """
 
@@ -88,7 +88,7 @@ class GaussianNoise:
     Attributes:
         scale: In standard deviations of the embeddings; absolute with ``sigma=1``.
         samples: How many corrupted runs are averaged.
-        seed: Of the draw.
+        seed: Seed of the draw.
         sigma: The standard deviation; None to measure it on the facts that are traced.
         replace: Whether the noise stands in place of the embeddings instead of being added.
     """
@@ -128,7 +128,7 @@ class UniformNoise:
     Attributes:
         scale: Half the width, in standard deviations of the embeddings; absolute with ``sigma=1``.
         samples: How many corrupted runs are averaged.
-        seed: Of the draw.
+        seed: Seed of the draw.
         sigma: The standard deviation; None to measure it on the facts that are traced.
         replace: Whether the noise stands in place of the embeddings instead of being added.
     """
@@ -164,9 +164,9 @@ class MultivariateNoise:
     """Noise with the mean and covariance of embeddings: normal, or Student's t with heavier tails.
 
     Attributes:
-        scale: Of the deviations from the mean; 1 for the embeddings' own spread.
+        scale: Factor of the deviations from the mean; 1 for the embeddings' own spread.
         samples: How many corrupted runs are averaged.
-        seed: Of the draw.
+        seed: Seed of the draw.
         df: Degrees of freedom of the multivariate t distribution; None for the normal one.
         embeddings: What mean and covariance are taken of, [token d_model], such as ``model.W_E``; None for the
             tokens of the subjects that are traced, of which there are often fewer than dimensions: the noise then
@@ -224,7 +224,7 @@ class MultivariateNoise:
         return isinstance(other, MultivariateNoise) and _same(self, other)
 
     def __hash__(self) -> int:
-        """Of what isn't a tensor."""
+        """A hash of what isn't a tensor."""
         return hash((self.scale, self.samples, self.seed, self.df, self.replace))
 
 
@@ -277,7 +277,7 @@ class GivenNoise:
         return isinstance(other, GivenNoise) and _same(self, other)
 
     def __hash__(self) -> int:
-        """Of the shape."""
+        """A hash of the shape."""
         return hash(tuple(self.noise.shape))
 
 

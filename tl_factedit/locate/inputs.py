@@ -28,11 +28,11 @@ class TraceInputs:
     """What `ask` made of some facts.
 
     Attributes:
-        runner: Of the model.
+        runner: Runs the model.
         corruption: Calibrated on the facts' subjects.
         subjects: One for each fact.
         each: The same facts, ready to be run; without samples where the corruption has none.
-        unpacked: Why cells have to be run as whole sequences; ``""`` if they don't.
+        unpacked: Why cells have to be run as whole sequences; ``""`` if they don't have to.
     """
 
     runner: Runner
@@ -62,7 +62,7 @@ class TraceInputs:
             places: What cells take from the donor runs (see `Patching`).
             held: What they take from the base runs.
             metric: What is measured.
-            direction: Of `Patching`.
+            direction: As in `Patching`.
             memory: What activations may take, in GiB.
             skip: Facts that are left out.
         """
@@ -131,7 +131,7 @@ def ask(model: Model, facts: Sequence[Fact], rows: Sequence[Aligned], corruption
 
 
 def check_contrasts(facts: Sequence[Fact], rows: Sequence[Aligned], metric: Metric, corruption: Corruption) -> None:
-    """See that ``logit_diff`` has an answer to set against each fact's: another first token than its own."""
+    """Check that ``logit_diff`` has an answer to set against each fact's: another first token than its own."""
     if metric is not logit_diff or isinstance(corruption, TokenReplacement):
         return
     for fact, row in zip(facts, rows, strict=True):
@@ -169,6 +169,7 @@ def _width(cfg: object, place: str) -> int:
 
 
 def donor_texts(questions: TraceInputs) -> tuple[tuple[str, ...], ...]:
+    """For each fact, whose tokens replace its subject's; empty with noise."""
     if not isinstance(questions.corruption, TokenReplacement):
         return ((),) * len(questions.each)
     donors = questions.corruption.donors

@@ -29,7 +29,7 @@ class Patching:
     """The clean and the corrupted runs of some questions, and cells between them.
 
     Args:
-        runner: Of the model.
+        runner: Runs the model.
         questions: What to run; each has at least one sample.
         donor_places: Hook names whose values the cells take from the donor runs.
         frozen_places: Hook names whose values they take from the base runs.

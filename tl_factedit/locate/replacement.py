@@ -32,7 +32,7 @@ class TokenReplacement:
 
     Attributes:
         samples: How many donors a fact has at most, drawn at random.
-        seed: Of the draw.
+        seed: Seed of the draw.
         known: Whether the model has to put a donor's answer first.
         donors: What was found for each fact: filled in by `causal_trace`, and of the model that was traced.
     """

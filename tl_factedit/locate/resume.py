@@ -20,6 +20,15 @@ from tl_factedit.locate.replacement import CORRUPTIONS
 
 @dataclass(frozen=True, eq=False)
 class TracePart:
+    """What is kept of one fact that is traced.
+
+    Attributes:
+        effect: IE of each sample, NaN-free.
+        clean: The metric of its clean run, for each sample.
+        corrupted: Of its corrupted runs.
+        top: The token that the clean model puts first.
+    """
+
     effect: Float[Tensor, "layer pos sample"]
     clean: Float[Tensor, "sample"]
     corrupted: Float[Tensor, "sample"]

@@ -16,6 +16,7 @@ Positions before the subject can't have an effect in a causal model: theirs is e
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Component, Model, n_layers
 from tl_factedit.backend.provenance import Provenance
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.tokens import Aligned
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
@@ -38,9 +39,10 @@ from tl_factedit.locate.inputs import align_all, ask, check_contrasts, donor_tex
 from tl_factedit.locate.metrics import Metric, identity, metric_of
 from tl_factedit.locate.patching import Patching
 from tl_factedit.locate.resume import TraceFolder, TracePart
-from tl_factedit.locate.trace_result import Trace, role_means, window_layers
+from tl_factedit.locate.trace_result import Trace, sample_means, window_layers
 
 
+@plain_torch()
 def causal_trace(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -102,7 +104,7 @@ def causal_trace(
     count = n_layers(model)
     with frozen(model), torch.no_grad():
         questions = ask(model, facts, rows, corruption)
-        settings = {
+        settings: dict[str, Any] = {
             "component": component,
             "window": window,
             "severed": severed,
@@ -135,6 +137,7 @@ def causal_trace(
                 ]
                 parts.add(chunk, found)
         top = [parts.done[i].top if i in parts.done else subject.top() for i, subject in enumerate(questions.subjects)]
+    warn_of_unknown(facts, rows, top, model)
     samples = max(question.samples for question in questions.each)
     effect = torch.full((len(rows), count, max(len(row.ids) for row in rows), samples), torch.nan)
     corrupted = torch.full((len(rows), samples), torch.nan)
@@ -143,7 +146,7 @@ def causal_trace(
         _, length, own = part.effect.shape
         effect[i, :, :length, :own], corrupted[i, :own], clean[i] = part.effect, part.corrupted, part.clean.mean()
     return Trace(
-        **role_means(effect, corrupted),
+        **sample_means(effect, corrupted),
         clean=clean,
         tokens=tuple(row.pieces for row in rows),
         subject=tuple(row.subject for row in rows),
@@ -156,6 +159,18 @@ def causal_trace(
         provenance=provenance,
         **settings,
     )
+
+
+def warn_of_unknown(facts: Sequence[Fact], rows: Sequence[Aligned], top: Sequence[int], model: Model) -> None:
+    """Say once which facts the model doesn't know: there is little to trace, and what is found is noise."""
+    wrong = [i for i, (token, row) in enumerate(zip(top, rows, strict=True)) if token != int(row.true_ids[0])]
+    if wrong:
+        said = model.tokenizer.decode([top[wrong[0]]])
+        warnings.warn(
+            f"the model doesn't know {len(wrong)} of {len(facts)} facts, such as {facts[wrong[0]].name!r}: it says "
+            f"{said!r} and not {facts[wrong[0]].target_true!r}; a trace of what isn't known shows noise (Trace.known)",
+            stacklevel=4,  # this, causal_trace, and what it is decorated with
+        )
 
 
 def _effects(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,18 @@ ROLES = ("before", "first subject", "middle subject", "last subject", "first aft
 """What a token is in its prompt, each one thing; the last token is ``last`` unless it is of the subject."""
 
 
+LEAST_SHARE = 0.05
+"""A token whose largest effect is a smaller share of the total effect than this carries nothing."""
+
+
+class BestCell(NamedTuple):
+    """A cell of a trace: what its token is in the prompt (of `ROLES`), its layer, and its mean effect."""
+
+    role: str
+    layer: int
+    effect: float
+
+
 @dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
 class Trace:
     """The result of `causal_trace`.
@@ -36,7 +48,7 @@ class Trace:
             token, and for facts that couldn't be corrupted.
         sample_effect: The same for each sample of the corruption, [fact layer pos sample]; NaN where a fact has fewer.
         clean: The metric of the clean run, [fact] (mean over samples where it depends on them).
-        corrupted: Of the corrupted runs, mean over samples, [fact].
+        corrupted: The metric of the corrupted runs, mean over samples, [fact].
         sample_corrupted: For each sample, [fact sample].
         tokens: Token strings of each fact's prompt.
         subject: (start, stop) of the subject in each fact's tokens.
@@ -93,8 +105,33 @@ class Trace:
 
     @property
     def peak_layer(self) -> int:
-        """The layer of the largest mean effect at the last subject token."""
+        """The layer of the largest mean effect at the last subject token.
+
+        Where that token carries nothing (`carries_subject`) this is a largest among noise: look at `best_cell`.
+        """
         return int(self.at_last_subject_token.nanmean(0).argmax())
+
+    @property
+    def carries_subject(self) -> bool:
+        """Whether the largest mean effect at the last subject token is a twentieth of the total effect or more."""
+        peak = float(self.at_last_subject_token.nanmean(0).max())
+        return peak >= LEAST_SHARE * abs(float(self.total_effect.nanmean())) and peak > 0
+
+    @property
+    def best_cell(self) -> BestCell:
+        """The cell of the largest mean effect anywhere but at the prompt's last token.
+
+        The residual stream after the last block at the last token has all of the effect, whatever the fact. Of several
+        facts, cells are those of `by_role`; a prompt that ends with its subject has that token's cell all the same.
+
+        Raises:
+            ValueError: No fact could be corrupted.
+        """
+        mean = self.by_role().nanmean(0)[:-1].nan_to_num(-torch.inf)
+        if not bool((mean > -torch.inf).any()):
+            raise ValueError("no fact of this trace could be corrupted, so that no cell has an effect")
+        role, layer = divmod(int(mean.argmax()), mean.shape[1])
+        return BestCell(ROLES[role], layer, float(mean[role, layer]))
 
     @property
     def partial_window(self) -> tuple[int, ...]:
@@ -136,7 +173,7 @@ class Trace:
 
         Args:
             normalised: Give shares of the total effect instead (`fraction`).
-            min_effect: Of `fraction`.
+            min_effect: As in `fraction`.
         """
         effect = self.fraction(min_effect) if normalised else self.effect
         found = torch.full((len(self.facts), len(ROLES), effect.shape[1]), torch.nan)
@@ -223,7 +260,7 @@ class Trace:
         header, tensors = files.read(Path(path), "trace")
         plain = {name: _frozen(header[name]) for name in _PLAIN}
         return cls(
-            **role_means(tensors["sample_effect"], tensors["sample_corrupted"]),
+            **sample_means(tensors["sample_effect"], tensors["sample_corrupted"]),
             clean=tensors["clean"],
             facts=tuple(Fact(**fact) for fact in header["facts"]),
             corruption=decode(header["corruption"], tensors, (*CORRUPTIONS, Unknown)),
@@ -238,11 +275,31 @@ class Trace:
         missing = f", {without} without a donor" if without else ""
         severed = f" with severed {self.severed}" if self.severed else ""
         window = f"window {self.window}" + (", noising" if self.direction == "noise" else "")
+        peak = float(self.at_last_subject_token.nanmean(0).max())
         return (
-            f"Trace({what!r}{missing}, {self.component}{severed}, {window}: clean {float(self.clean.nanmean()):.3f}, "
-            f"corrupted {float(self.corrupted.nanmean()):.3f}; last subject token peaks at layer {self.peak_layer} "
-            f"with {float(self.at_last_subject_token.nanmean(0).max()):.3f})"
+            f"Trace({what!r}{missing}{self._unknown()}, {self.component}{severed}, {window}: "
+            f"clean {float(self.clean.nanmean()):.3f}, corrupted {float(self.corrupted.nanmean()):.3f}; "
+            f"last subject token {'peaks' if self.carries_subject else 'carries nothing: its largest is'} at layer "
+            f"{self.peak_layer} with {peak:.3f}{self._elsewhere(peak)}"
+            f"{f'; cells run as whole sequences: {self.unpacked}' if self.unpacked else ''})"
         )
+
+    def _unknown(self) -> str:
+        """What the model doesn't know, in a few words."""
+        if all(self.known):
+            return ""
+        if len(self.facts) == 1:
+            return f", not known: it says {self.top[0]!r}"
+        return f", {self.known.count(False)} not known"
+
+    def _elsewhere(self, peak: float) -> str:
+        """The best cell, where it isn't the one at the last subject token."""
+        if not any(self.corruptible):
+            return ""
+        best = self.best_cell
+        if best.role == "last subject" or not best.effect > peak:
+            return ""
+        return f"; largest before the last token: {best.role} token, layer {best.layer}, {best.effect:.3f}"
 
 
 _PLAIN = tuple(
@@ -268,7 +325,8 @@ def roles(length: int, subject: tuple[int, int]) -> list[str]:
     return found
 
 
-def role_means(effect: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+def sample_means(effect: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+    """The fields of a trace that hold samples, and those that hold their means."""
     return {
         "effect": effect.nanmean(-1),
         "sample_effect": effect,

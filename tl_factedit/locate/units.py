@@ -20,7 +20,7 @@ from tl_factedit.backend.hook_names import unit_hook
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model, Unit, as_layers, check_layer, n_layers
 from tl_factedit.backend.provenance import Provenance
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import n_units
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
@@ -44,14 +44,14 @@ class UnitTrace:
         effect: IE of each unit, mean over samples, [fact layer unit]; NaN for facts that couldn't be corrupted.
         sample_effect: The same for each sample, [fact layer unit sample].
         clean: The metric of the clean run, [fact].
-        corrupted: Of the corrupted runs, mean over samples, [fact].
+        corrupted: The metric of the corrupted runs, mean over samples, [fact].
         facts: What was traced.
         unit: ``"head"`` or ``"neuron"``.
         layers: The layers of the second axis, ascending.
         units: The heads or neurons of the third axis.
         at: Which token.
         positions: Where that is in each fact.
-        direction: Of `causal_trace`.
+        direction: As in `causal_trace`.
         metric: Its name.
         corruption: With its scale as it was used.
         provenance: Model, weights, BOS policy, versions.
@@ -111,6 +111,7 @@ class UnitTrace:
         )
 
 
+@plain_torch()
 def trace_units(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -135,12 +136,12 @@ def trace_units(
         at: ``"last subject"``, ``"first subject"``, ``"last"`` (the prompt's), or a position.
         layers: Which layer or layers, in whatever order; None for all.
         units: Which heads or neurons; None for all, which takes long for neurons: choose layers then.
-        corruption: Of `causal_trace`.
-        metric: Of `causal_trace`.
-        direction: Of `causal_trace`.
-        prepend_bos: Of `causal_trace`.
-        memory: Of `causal_trace`.
-        progress: Of `causal_trace`.
+        corruption: As in `causal_trace`.
+        metric: As in `causal_trace`.
+        direction: As in `causal_trace`.
+        prepend_bos: As in `causal_trace`.
+        memory: As in `causal_trace`.
+        progress: As in `causal_trace`.
 
     Raises:
         ValueError: No such layer, unit or position; as `causal_trace`.

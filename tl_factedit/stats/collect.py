@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -12,7 +14,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.protocol import Model, as_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.stats.key_stats import KeyStats, write_stats_file
 from tl_factedit.stats.resume import Draft, places_for, reuse_file, unfinished_path
@@ -20,6 +22,7 @@ from tl_factedit.stats.streaming import Reader, check_amounts, stream_keys
 from tl_factedit.stats.sums import Sums, mirror_, where
 
 
+@plain_torch()
 def key_stats(
     model: Model,
     layers: int | Sequence[int],
@@ -47,7 +50,7 @@ def key_stats(
         model: Either class; its weights as they are now.
         layers: The blocks; the forward stops at the last of them.
         texts: Any iterable of texts, read only as far as needed.
-        n_tokens: How many tokens to count (fewer if the texts end before).
+        n_tokens: How many tokens to count (fewer, with a warning, if the texts end before).
         path: Where to keep them: a ``.safetensors`` file for all layers, or a folder for one file
             a layer. What is there already is read instead, if it is the same collection.
         prepend_bos: Whether each piece begins with BOS; None for the model's default.
@@ -117,7 +120,7 @@ def _collect(
     batch_tokens: int,
     draft: Draft | None,
     save_every: int,
-    bar: tqdm,
+    bar: Any,
 ) -> Sums:
     """The sums over the texts, beginning with those in the draft; kept there on the way."""
     with frozen(model), torch.no_grad():
@@ -136,5 +139,10 @@ def _collect(
                 draft.write(sums)
     if sums.counted == 0:
         raise ValueError("the texts hold no tokens: give some text")
+    if sums.counted < n_tokens:
+        warnings.warn(
+            f"the texts ended after {sums.counted:,} of the {n_tokens:,} tokens that were asked for: give more text",
+            stacklevel=4,  # this, key_stats, and what it is decorated with
+        )
     sums.check_finite()
     return sums

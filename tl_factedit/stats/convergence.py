@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact, as_facts
@@ -141,6 +141,7 @@ class Convergence:
         return self.table().to_html(float_format="{:.3g}".format, index=False)
 
 
+@plain_torch()
 def stats_convergence(
     model: Model,
     layer: int,
@@ -296,7 +297,7 @@ def _keys(runner: Runner, site: DownProj, prompts: Sequence[Aligned], batch_toke
     return torch.cat(found)
 
 
-def _shown(stream: Iterable[KeyBatch], bar: tqdm) -> Iterator[KeyBatch]:
+def _shown(stream: Iterable[KeyBatch], bar: Any) -> Iterator[KeyBatch]:
     for batch in stream:
         yield batch
         bar.update(batch.n_tokens)

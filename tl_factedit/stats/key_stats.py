@@ -87,7 +87,7 @@ class KeyStats:
         return TOKENS_PER_DIMENSION * len(self.moment)
 
     def check(self, model: Model, weights: Fingerprint) -> None:
-        """See that these statistics are of this model.
+        """Check that these statistics are of this model.
 
         Args:
             model: The model to be edited.
@@ -181,6 +181,7 @@ class KeyStats:
 
 
 def write_stats_file(stats: Sequence[KeyStats], path: Path, asked: dict[str, Any]) -> None:
+    """Write statistics of several layers into one file, with what they were asked with."""
     header = {
         "asked": asked,
         "layers": [
@@ -198,6 +199,7 @@ def write_stats_file(stats: Sequence[KeyStats], path: Path, asked: dict[str, Any
 
 
 def read_stats_file(path: Path) -> tuple[dict[str, Any], list[KeyStats]]:
+    """What a file of `write_stats_file` was asked with, and its statistics."""
     header, tensors = files.read(path, "key statistics")
     return header["asked"], [
         KeyStats(

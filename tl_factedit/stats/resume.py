@@ -28,7 +28,7 @@ class Draft:
         file: Where it is.
         asked: What was asked for, as plain data.
         layers: All layers asked for.
-        provenance: Of the model now.
+        provenance: Provenance of the model now.
     """
 
     file: Path
@@ -129,7 +129,7 @@ def reuse_file(
 
 
 def _check_origin(path: Path, then: Provenance | None, now: Provenance) -> None:
-    """See that what is in a file was collected as it would be now."""
+    """Check that what is in a file was collected as it would be now."""
     if then is None or not then.weights.matches(now.weights):
         raise ValueError(f"{path} is of other weights than the model's ({now.weights}): name another path")
     if differs := difference(then, now):

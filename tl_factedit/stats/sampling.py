@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_factedit.backend.protocol import Model, device, model_name
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.tokens import encode
 
 
@@ -27,7 +27,7 @@ class SampledContexts:
     Attributes:
         lengths: (how many, how many tokens each), as drawn one after another.
         top_k: Sample among this many likeliest tokens.
-        seed: Of the draw; nothing else is random.
+        seed: Seed of the draw; nothing else is random.
         starts: Words to begin the samples with, in turn, which count among their tokens (Meng et al. 2023 take ``The``,
             ``Therefore``, ``Because``, ``I``, ``You``); none: samples begin after BOS.
     """
@@ -75,6 +75,7 @@ class SampledContexts:
         return [torch.stack(rows) for rows in together.values()]
 
 
+@plain_torch()
 def sample_texts(
     model: Model,
     n_tokens: int,
@@ -91,8 +92,8 @@ def sample_texts(
         model: Either class.
         n_tokens: About how many tokens to draw in all.
         length: Tokens a text.
-        temperature: Of the draw; 1 is the model's own distribution.
-        seed: Of the draw; torch's global generator is left as it was.
+        temperature: Temperature of the draw; 1 is the model's own distribution.
+        seed: Seed of the draw; torch's global generator is left as it was.
         batch: Texts drawn at once.
         progress: Whether to show a bar on what takes longer than a second.
 

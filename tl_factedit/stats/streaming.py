@@ -23,7 +23,7 @@ from tl_factedit.core.tokens import encode, pad
 
 
 def check_amounts(texts: Iterable[str], n_tokens: int, context: int) -> None:
-    """See that there is something to read, and how much.
+    """Check that there is something to read, and how much.
 
     Raises:
         ValueError: One string in place of several, no tokens asked for, or pieces too short to hold text.
@@ -43,7 +43,7 @@ class Place:
     Attributes:
         texts: So many texts whole,
         parts: and so many pieces of the next one.
-        digest: Of the texts up to and with that next one.
+        digest: A hash of the texts up to and with that next one.
     """
 
     texts: int
@@ -74,7 +74,7 @@ class Reader:
             yield text, 0
 
     def skip_to(self, place: Place, file: Path) -> None:
-        """Read what was counted already, and see that it is what was counted.
+        """Read what was counted already, and check that it is what was counted.
 
         Raises:
             ValueError: These are other texts.
@@ -90,7 +90,7 @@ class Reader:
 
     @property
     def digest(self) -> str:
-        """Of all texts read so far."""
+        """A hash of all texts read so far."""
         return self._hash.hexdigest()[:16]
 
 
@@ -108,7 +108,7 @@ class Piece:
 
 
 def pieces(model: Model, reader: Reader, bos: bool, context: int) -> Iterator[Piece]:
-    """Texts cut to the length of the context; white space alone is no text."""
+    """Texts cut to the length of the context; white space alone doesn't count as text."""
     room = min(context, int(getattr(model.cfg, "n_ctx", None) or context))
     for text, done in reader:
         if not text.strip():

@@ -60,6 +60,7 @@ def pack_sums(moment: Float[Tensor, "d_mlp d_mlp"]) -> Float[Tensor, "packed"]:
 
 
 def unpack_sums(packed: Float[Tensor, "packed"], size: int) -> Float[Tensor, "size size"]:
+    """The symmetric matrix of `pack_sums`."""
     moment = torch.zeros(size, size, dtype=packed.dtype)
     for i, row in enumerate(packed.split(list(range(size, 0, -1)))):
         moment[i, i:] = row

@@ -1,0 +1,201 @@
+"""Models that aren't what the rest takes them for: refused by what they do, with a way out."""
+
+import inspect
+
+import laws
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+import tl_factedit as fe
+from tl_factedit.backend.causal import check_causal
+from tl_factedit.backend.protocol import UnsupportedModelError, blocks, bos_policy, kind
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.weights import down_proj
+
+
+class Lora(nn.Module):
+    """A layer under an adapter, as peft makes it: `weight` and `bias` are those of the layer below."""
+
+    def __init__(self, base: nn.Module, strength: float, transposed: bool) -> None:
+        super().__init__()
+        self.base_layer = base
+        wide, narrow = base.weight.shape if transposed else base.weight.shape[::-1]
+        generator = torch.Generator().manual_seed(0)
+        self.A = nn.Parameter(torch.randn(wide, 2, generator=generator))
+        self.B = nn.Parameter(strength * torch.randn(2, narrow, generator=generator))
+        self.dropout = nn.Dropout(0.5)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base_layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.dropout(x) @ self.A @ self.B
+
+
+def adapted(arch: str, strength: float, **sizes) -> fe.Model:
+    """A bridge whose W_out of layer 1 lies under an adapter."""
+    model = tiny.bridge(arch, **sizes)
+    out = model.blocks[1].mlp.out
+    out.set_original_component(Lora(out.original_component, strength, transposed=arch == "gpt2"))
+    return model.train()
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_an_adapter_over_w_out_is_refused_by_name(arch):
+    model = adapted(arch, 0.1)
+    with laws.untouched(model), pytest.raises(UnsupportedModelError, match=r"blocks\.1\.mlp\.out.*Lora.*merge"):
+        down_proj(model, 1)
+    with pytest.raises(UnsupportedModelError, match="merge the adapter first"):
+        fe.key_stats(model, [1], ["Paris is the capital of France ."], n_tokens=4, progress=False)
+    down_proj(model, 0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes"), [("gpt2", {}), ("llama", {}), ("gpt2", {"d_mlp": 32}), ("llama", {"d_mlp": 32})]
+)
+def test_an_adapter_that_adds_nothing_is_what_it_lies_over_in_its_orientation(arch, sizes):
+    plain, under = tiny.bridge(arch, **sizes), adapted(arch, 0.0, **sizes)
+    assert torch.equal(down_proj(under, 1).W, down_proj(plain, 1).W)
+    assert down_proj(under, 1).transposed == down_proj(plain, 1).transposed
+
+
+@pytest.mark.parametrize("how", ["parametrized", "weight_norm", "wrapped"])
+def test_a_weight_that_is_made_from_others_is_refused_by_name(how):
+    model = tiny.bridge("llama")
+    out = model.blocks[2].mlp.out
+    inner = out.original_component
+    if how == "parametrized":
+        nn.utils.parametrizations.weight_norm(inner)
+    elif how == "weight_norm":
+        inner.weight = nn.Parameter(inner.weight.detach())
+        g = inner.weight.norm()
+        raw = nn.Parameter(inner.weight.detach().clone())
+        del inner._parameters["weight"]
+        inner.register_parameter("weight_v", raw)
+        inner.weight = raw.detach() / raw.detach().norm() * g.detach()
+    else:
+        out.set_original_component(nn.Sequential(inner))
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.2\.mlp\.out.*answers something else"):
+        down_proj(model, 2)
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_parametrized_w_out_of_a_hooked_transformer_is_refused():
+    model = tiny.hooked("gpt2")
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    nn.utils.parametrize.register_parametrization(model.blocks[0].mlp, "W_out", Doubled())
+    with pytest.raises(UnsupportedModelError, match=r"remove_parametrizations"):
+        down_proj(model, 0)
+
+
+# ---------------------------------------------------------------------------------------- which models
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+def test_a_model_that_reads_backwards_too_is_refused(which):
+    model = tiny.model(which, "gpt2" if which == "hooked" else "llama")
+    check_causal(model)
+    if which == "hooked":
+        for block in model.blocks:
+            block.attn.apply_causal_mask = lambda scores, *_, **__: scores
+    else:
+        for layer in model.original_model.model.layers:
+            layer.self_attn.is_causal = False
+        attend = type(model.blocks[0].attn).forward
+
+        def both_ways(self, *args, **kwargs):
+            mask = kwargs.get("attention_mask")
+            return attend(self, *args, **{**kwargs, "attention_mask": None if mask is None else 0 * mask})
+
+        for block in model.blocks:
+            object.__setattr__(block.attn, "forward", both_ways.__get__(block.attn))
+    with pytest.raises(UnsupportedModelError, match=r"isn't causal.*left to right"):
+        Runner(model)
+    with pytest.raises(UnsupportedModelError, match="isn't causal"):
+        fe.causal_trace(model, laws.FACT, progress=False)
+
+
+def test_a_model_without_blocks_is_refused():
+    model = tiny.bridge("gpt2")
+    del model._modules["blocks"]
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel.*has no blocks.*encoder-decoder"):
+        blocks(model)
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+def test_a_model_without_a_tokenizer_is_refused(which):
+    model = tiny.model(which, "gpt2")
+    model.tokenizer = None
+    with pytest.raises(UnsupportedModelError, match="has no tokenizer"):
+        bos_policy(model)
+    with pytest.raises(UnsupportedModelError, match="has no tokenizer"):
+        fe.causal_trace(model, laws.FACT, progress=False)
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_model_of_attention_alone_is_traced_but_has_no_mlp():
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    tok = tiny.tokenizer()
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=16,
+            n_ctx=64,
+            d_head=8,
+            n_heads=2,
+            d_vocab=len(tok),
+            attn_only=True,
+            seed=0,
+            device="cpu",
+        ),
+        tok,
+        move_to_device=False,
+    ).eval()
+    found = fe.causal_trace(model, laws.FACT, component="attn", corruption=fe.GaussianNoise(samples=2), progress=False)
+    assert found.effect.isfinite().all()
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.hook_mlp_out.*component='attn'"):
+        fe.causal_trace(model, laws.FACT, component="mlp", progress=False)
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp.*no MLP"):
+        fe.key_stats(model, [0], ["Paris is"], n_tokens=2, progress=False)
+
+
+# ---------------------------------------------------------------------------------------- GPT-Neo's masks
+
+
+@pytest.mark.parametrize("room", [64, 24])
+def test_rows_stay_within_the_masks_of_gpt_neo(room):
+    """21 tokens and a mask of 64: the pieces of all cells of a row, and what is behind them, would be longer."""
+    model = tiny.bridge("neo")
+    for module in model.original_model.modules():
+        if module._buffers.get("bias") is not None and module.bias.ndim == 4:
+            module.bias = module.bias[:, :, :room, :room]
+    long = laws.FACT.but(prompt=laws.FACT.prompt.replace("{}", "{} " + "is of the " * 4, 1))
+    noise = fe.GaussianNoise(samples=2)
+    found = fe.causal_trace(model, long, component="attn", corruption=noise, progress=False)
+    assert bool(found.unpacked) == (2 * len(found.tokens[0]) > room)
+    Plain = type(Runner(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plain, "why_not_packed", lambda *_: "said so by a test")
+        whole = fe.causal_trace(model, long, component="attn", corruption=noise, progress=False)
+    torch.testing.assert_close(found.effect, whole.effect, atol=1e-5, rtol=0, equal_nan=True)
+
+
+def test_a_transformers_model_of_masked_words_has_no_way_in():
+    config = transformers.BertConfig(
+        vocab_size=70, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(UnsupportedModelError, match="neither"):
+        inspect.unwrap(kind)(transformers.BertForMaskedLM(config))
