@@ -196,6 +196,3 @@ def batches(costs: Sequence[int], most: int) -> Iterator[list[int]]:
 def pad(rows: Sequence[Int[Tensor, "_"]], fill: int) -> Int[Tensor, "row pos"]:
     """Rows of unequal length as one tensor, padded on the right (exact for causal models)."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
-
-
-GIB = 1 << 30
