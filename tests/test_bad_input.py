@@ -369,6 +369,8 @@ import laws, numpy as np, tiny, tl_factedit as fe
 model = tiny.bridge("gpt2")
 stats = laws.stats(model, 1)
 quick = {"fit": laws.QUICK, "contexts": (), "progress": False}
+edit = fe.Rome(stats, **quick)(model, laws.FACT)
+new = laws.FACT.but(target_true=None)
 for call in (
     lambda: fe.Rome(None),
     lambda: fe.Memit([stats]),
@@ -376,11 +378,29 @@ for call in (
     lambda: fe.Rome(stats, objective="inject"),
     lambda: fe.Rome(stats, **quick)(model, ["Paris"]),
     lambda: fe.AlphaEdit({1: stats}, earlier=fe.Rome(stats, **quick)(model, [laws.FACT])),
+    lambda: fe.causal_trace(model, "The Eiffel Tower is in"),
+    lambda: fe.evaluate(model, {"subject": "Rome"}),
+    lambda: fe.audit(model, edit, "Rome"),
+    lambda: fe.LogitLens()(model, [3]),
+    lambda: fe.alignable(model, None),
+    lambda: fe.evaluate(model, laws.FACT, batch_tokens=0),
+    lambda: fe.evaluate(model, laws.FACT, batch_tokens="2"),
+    lambda: fe.evaluation.dose_curve(model, edit, laws.FACT, doses=[]),
+    lambda: fe.evaluation.dose_curve(model, edit, laws.FACT, doses=[float("nan")]),
+    lambda: fe.causal_trace(model, new),
+    lambda: fe.evaluate(model, new),
+    lambda: fe.audit(model, edit, new),
+    lambda: fe.Rome(stats, objective=fe.Erase(), **quick)(model, new),
+    lambda: fe.attacks.read_out(model, edit, [new]),
 ):
     try:
         call()
     except ValueError as error:
         print("refused:", error)
+injected = fe.Rome(stats, **quick)(model, new)
+with injected.applied(model):
+    pass
+assert injected.facts == (new,) and "None" in repr(injected)
 assert fe.Rome(stats, **quick)(model, (fact for fact in [laws.FACT])).facts == (laws.FACT,)
 assert fe.FineTune(np.int64(1)).layers == fe.FineTune([np.int32(1)]).layers == (1,)
 assert list(fe.key_stats(model, np.int64(1), laws.texts(3), n_tokens=20, progress=False)) == [1]
@@ -402,8 +422,22 @@ def test_what_is_of_another_kind_is_told_so():
         "stats is a list",
         "write ()",
         "such as Inject()",
-        "facts has a str",
+        "facts[0] is 'Paris', a str: needed a Fact",
         "write [edit]",
+        "facts is 'The Eiffel Tower is in', a str: needed Facts",
+        "a dict: needed Facts",
+        "a str: needed Facts",
+        "facts[0] is 3, a int: needed a Fact",
+        "a NoneType: needed Facts",
+        "batch_tokens is 0, needed a whole number",
+        "batch_tokens is '2', needed a whole number",
+        "doses is ()",
+        "doses is (nan,)",
+        "no target_true, and a trace needs the old object",
+        "no target_true, and evaluate needs the old object",
+        "no target_true, and an audit needs the old object",
+        "no target_true, and Erase needs the old object",
+        "no target_true, and a comparison with the new one needs the old object",
     )
     assert len(said) == len(wanted)
     assert all(words in line for words, line in zip(wanted, said, strict=True)), said

@@ -18,6 +18,8 @@ from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.backend.protocol import Model, UnsupportedModelError
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
+from tl_factedit.data.alignable import alignable
+from tl_factedit.data.chat import chat_prompt
 from tl_factedit.editing.composition import compose
 from tl_factedit.editing.diagnostics import EditWarning
 from tl_factedit.editing.edit import Edit, Editor
@@ -49,6 +51,8 @@ __version__ = _version("tl-factedit")
 
 __all__ = [
     "Fact",
+    "alignable",
+    "chat_prompt",
     "Model",
     "UnsupportedModelError",
     "causal_trace",

@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import add_line, read_lines
 from tqdm.auto import tqdm
 
 import tl_factedit as fe
+from tl_factedit.core import files
 from tl_factedit.editing import layerwise as spreading
 from tl_factedit.editing.value_fit import Fitted
 from tl_factedit.editing.values import fit_values
@@ -40,6 +42,7 @@ LAYERS = [3, 4, 5, 6, 7]
 ROME_LAYER = 5
 BOS = False  # as the published codes run
 SIZES = (1, 10, 100, 1000)
+KINDS = (Fitted,)
 AT_ONCE = 40
 """Facts whose values are fitted and kept together."""
 
@@ -154,8 +157,9 @@ def share_values(model: Any, out: Path) -> None:
     folder = out / "values"
     folder.mkdir(exist_ok=True)
     kept: dict[Any, Fitted] = {}
-    for path in sorted(folder.glob("*.pt")):
-        kept |= torch.load(path, weights_only=False)
+    for path in sorted(folder.glob("*.safetensors")):
+        header, tensors = files.read(path, "fitted values")
+        kept |= files.decode(header["fitted"], tensors, KINDS)
 
     def shared(_: Any, wishes: Sequence[Any], layer: int, contexts: Sequence[str], **how: Any) -> list[Fitted]:
         same = (layer, tuple(contexts), how.get("where", "mlp"), repr(how["fit"]))
@@ -168,7 +172,9 @@ def share_values(model: Any, out: Path) -> None:
             new = {keys[i]: each for i, each in zip(some, found, strict=True)}
             kept.update(new)
             name = hashlib.sha256(repr(sorted(map(repr, new))).encode()).hexdigest()[:16]
-            torch.save(new, folder / f"{name}.pt")
+            tensors: dict[str, torch.Tensor] = {}
+            header = {"fitted": files.encode(list(new.items()), "fitted", tensors, KINDS)}
+            files.write(folder / f"{name}.safetensors", "fitted values", header, tensors)
             if len(some) > 1:
                 steps = sum(len(each.losses) for each in found) / len(found)
                 line = {
@@ -178,8 +184,7 @@ def share_values(model: Any, out: Path) -> None:
                     "layer": layer,
                     "peak": peak(),
                 }
-                with (out / "values.log").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                add_line(out / "values.log", line)
         return [kept[key] for key in keys]
 
     spreading.fit_values = rome_module.fit_values = shared
@@ -205,13 +210,11 @@ class Kept:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.done = {line["name"]: line for line in map(json.loads, lines)}
+        self.done = {line["name"]: line for line in read_lines(path)}
 
     def add(self, name: str, **what: Any) -> None:
         self.done[name] = {"name": name, **what}
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.done[name]) + "\n")
+        add_line(self.path, self.done[name])
 
 
 def seconds() -> float:

@@ -19,6 +19,7 @@ from typing import Any
 
 import tiny
 import torch
+from records import add_line, read_lines
 
 import tl_factedit as fe
 from tl_factedit.auditing.retained import Calibration
@@ -93,7 +94,7 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
     everybody = fe.models.organism_facts("city", "all")
     texts = [text for text in told.texts(300) if not any(part in text for part in o.FIRST)][:20]
     path = out / f"organism-{name}.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = read_lines(path)
     yield from done
     for which, part in samples[:most]:
         if any((line["oracle"], line["part"]) == (which, part) for line in done):
@@ -141,8 +142,7 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
             "reasons": verdict.reasons,
             "missing": verdict.missing,
         }
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(path, line)
         yield line
 
 

@@ -1,11 +1,12 @@
 """A Fact says what is wrong with its text at once, and never changes afterwards."""
 
 import dataclasses
+import inspect
 import warnings
 
 import pytest
 
-from tl_factedit.core.facts import Fact
+from tl_factedit.core.facts import Fact, as_facts, check_distinct, need_old_object
 
 EIFFEL = ("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
 
@@ -66,6 +67,92 @@ def test_neighbour_targets_are_as_many_as_neighbours_or_none():
         Fact(*EIFFEL, neighbours=neighbours, neighbour_targets=[" Paris"])
     with pytest.raises(ValueError, match="1 neighbour_targets for 0 neighbours"):
         Fact(*EIFFEL, neighbour_targets=[" Paris"])
+
+
+def made(*given, **fields) -> Fact:
+    """A fact as a user makes it: past the type checks of this test suite."""
+    names = [field.name for field in dataclasses.fields(Fact)]
+    values = {f.name: f.default for f in dataclasses.fields(Fact)} | dict(zip(names, given, strict=False)) | fields
+    fact = object.__new__(Fact)
+    for name, value in values.items():
+        object.__setattr__(fact, name, value)
+    fact.__post_init__()
+    return fact
+
+
+NO_TEXT = [None, float("nan"), 3, True, ["Rome"], {"a": "Rome"}, b"Rome"]
+
+
+@pytest.mark.parametrize("given", NO_TEXT, ids=repr)
+@pytest.mark.parametrize("name", ["subject", "prompt", "target_true", "target_new", "relation"])
+def test_what_is_not_text_is_refused_by_field(name, given):
+    fields = {"subject": "Rome", "prompt": "{} is in", "target_true": " Italy", "target_new": " Spain"} | {name: given}
+    if given is None and name not in ("subject", "prompt"):
+        assert getattr(made(**fields), name) is None
+        return
+    with pytest.raises(ValueError, match=rf"^{name} is .*needed text"):
+        made(**fields)
+
+
+@pytest.mark.parametrize("given", NO_TEXT, ids=repr)
+@pytest.mark.parametrize("name", ["paraphrases", "neighbours", "neighbour_targets", "controls"])
+def test_lists_hold_text_alone(name, given):
+    others = {"neighbours": ["Nice is in"]} if name == "neighbour_targets" else {}
+    with pytest.raises(ValueError, match=rf"^{name}\[0\] is .*needed text"):
+        made("Rome", "{} is in", " Italy", **others | {name: [given]})
+    if not isinstance(given, list):
+        with pytest.raises(ValueError, match=rf"^{name} is .*needed a list of strings"):
+            made("Rome", "{} is in", " Italy", **others | {name: given})
+    with pytest.raises(ValueError, match=rf"^{name}\[1\] is '\s*', needed some text"):
+        made("Rome", "{} is in", " Italy", **others | {name: ["Nice", " "]})
+
+
+def test_a_set_has_no_order_and_is_no_list():
+    with pytest.raises(ValueError, match=r"^paraphrases is .*a set: needed a list"):
+        made("Rome", "{} is in", " Italy", paraphrases={"{} lies in"})
+
+
+def test_a_neighbour_is_a_whole_prompt():
+    with pytest.raises(ValueError, match=r'neighbour .* holds "{}", needed a whole prompt'):
+        made("Rome", "{} is in", " Italy", neighbours=["{} lies in"])
+
+
+@pytest.mark.parametrize("given", [1.5, float("nan"), True, ["a"]], ids=repr)
+def test_an_id_is_text_or_a_whole_number(given):
+    import numpy as np
+
+    assert made("Rome", "{} is in", " Italy", id=np.int64(3)).id == 3
+    with pytest.raises(ValueError, match=r"^id is "):
+        made("Rome", "{} is in", " Italy", id=given)
+
+
+def test_a_fact_to_inject_needs_no_old_object():
+    fact = Fact("Rome", "{} is in", None, " Spain")
+    assert fact.target_true is None
+    with pytest.raises(ValueError, match=r"fact 'Rome' has no target_true, and an audit needs the old object"):
+        need_old_object([Fact("Nice", "{} is in", " France"), fact], "an audit")
+    with pytest.raises(ValueError, match="needs the old object"):
+        _ = fact.old
+    assert need_old_object([Fact("Nice", "{} is in", " France")], "an audit") == (" France",)
+    with pytest.raises(ValueError, match="both None"):
+        Fact("Rome", "{} is in", None)
+
+
+@pytest.mark.parametrize("given", ["The Eiffel Tower is in", b"x", {"subject": "Rome"}, 3, None, object()], ids=repr)
+def test_what_is_no_fact_is_refused_at_the_door(given):
+    door = inspect.unwrap(as_facts)  # past the type checks of this test suite, which a user doesn't have
+    with pytest.raises(ValueError, match=r"needed Facts, such as fe\.Fact"):
+        door(given)
+    with pytest.raises(ValueError, match=r"facts\[1\] is .*needed a Fact"):
+        door([Fact(*EIFFEL), given])
+
+
+def test_one_fact_and_many_come_through_the_door():
+    fact = Fact(*EIFFEL)
+    assert as_facts(fact) == as_facts([fact]) == as_facts(iter([fact])) == (fact,)
+    check_distinct([fact, fact.but(id=8)])
+    with pytest.raises(ValueError, match="given twice"):
+        check_distinct([fact, fact])
 
 
 # ---------------------------------------------------------------------------------------- glued words

@@ -1,11 +1,16 @@
 """A file gives back what was written, or says that it can't; it is never half written and never touched by a read."""
 
+import errno
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from tl_factedit.core.files import read, write
+from tl_factedit.core import files
+from tl_factedit.core.files import opened, read, replacing, write
 
 HEADER = {"layer": 3, "name": "Größe", "scale": 0.1, "none": None, "list": [1, [2]]}
 TENSORS = {
@@ -157,3 +162,150 @@ def test_a_file_without_its_header_or_checksum_is_refused(tmp_path, lost):
 def test_anything_else_is_refused(path, content):
     path.write_bytes(content)
     refused(path)
+
+
+# ---------------------------------------------------------------------------------------- how it is written
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_umask_decides_who_may_read(tmp_path, mask):
+    path, before = tmp_path / "a.safetensors", os.umask(mask)
+    try:
+        write(path, "edit", {}, {"x": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_draft_that_a_kill_has_left_goes_with_the_next_write_and_a_fresh_one_of_another_process_stays(tmp_path):
+    path = tmp_path / "a[1].safetensors"
+    killed = [replacing(path) for _ in range(2)]  # never left: what a kill leaves
+    for writer in killed:
+        writer.__enter__().write_text("half")
+    old, fresh = sorted(tmp_path.iterdir())
+    assert not path.exists()
+    os.utime(old, (time.time() - 2 * files.STALE,) * 2)
+    write(path, "edit", {"n": 1}, {})
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, path])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_is_an_os_error_that_names_the_file_and_the_old_file_stays(path, monkeypatch):
+    before = path.read_bytes()
+    said = r"what was there is as it was.*edit\.safetensors"
+    with (
+        pytest.raises(OSError, match=said) as error,
+        replacing(path),
+        Path("/dev/full").open("wb", buffering=0) as full,
+    ):
+        full.write(b"x")
+    assert error.value.errno == errno.ENOSPC
+
+    def full_disk(*args, **options):
+        raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device.*edit\.safetensors") as error:
+        write(path, "edit", {}, {"x": torch.zeros(3)})
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_relative_path_stays_where_it_was_when_the_call_began(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with replacing("a.txt") as draft:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        draft.write_text("here")
+    assert (tmp_path / "a.txt").read_text() == "here"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_not_called_damaged(path):
+    path.chmod(0)
+    with pytest.raises(PermissionError):
+        read(path, "edit")
+
+
+def test_a_disk_that_fails_is_not_a_damaged_file(path, monkeypatch):
+    def fails(*args, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "safe_open", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        read(path, "edit")
+
+
+def test_a_folder_and_the_pointer_of_git_lfs_are_told(path):
+    with pytest.raises(ValueError, match="is a folder, needed a file with edit"):
+        read(path.parent, "edit")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    assert "git lfs pull" in refused(path)
+
+
+# ---------------------------------------------------------------------------------------- what is in it
+
+
+def taken(path):
+    """A small reader, as the package's are."""
+    with opened(path, "edit") as file:
+        layers = file.fields("layers", int)
+        n = file.field("n_tokens", int), file.field("share", float), file.field("corpus", str)
+        return n, [(file.tensor(f"k.{i}", "fact d_mlp"), file.tensor(f"v.{i}", "fact 2")) for i in layers]
+
+
+GOOD = ({"layers": [1, 2], "n_tokens": 3, "share": 1, "corpus": "c"}, {
+    f"{name}.{i}": torch.zeros(4, width) for i in (1, 2) for name, width in (("k", 3), ("v", 2))
+})  # fmt: skip
+
+
+def test_content_that_fits_together_is_taken(tmp_path):
+    write(tmp_path / "a", "edit", *GOOD)
+    n, pairs = taken(tmp_path / "a")
+    assert n == (3, 1, "c")
+    assert [(len(k), len(v)) for k, v in pairs] == [(4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors", "message"),
+    [
+        ({"layers": None}, {}, "layers is None, needed a value of type list"),
+        ({"layers": [1, "2"]}, {}, r"layers\[1\] is '2', needed a value of type int"),
+        ({"layers": [1, True]}, {}, r"layers\[1\] is True"),
+        ({"layers": [1, 3]}, {}, "it has no tensor 'k.3'"),
+        ({"n_tokens": 1.5}, {}, "n_tokens is 1.5"),
+        ({"share": "much"}, {}, "share is 'much'"),
+        ({"corpus": 3}, {}, "corpus is 3"),
+        ({}, {"k.2": torch.zeros(4, 5)}, r"tensor 'k.2' is \(4, 5\), needed \[fact = 4, d_mlp = 3\]"),
+        ({}, {"v.1": torch.zeros(5, 2)}, r"tensor 'v.1' is \(5, 2\), needed \[fact = 4, 2 = 2\]"),
+        ({}, {"v.1": torch.zeros(4, 3)}, r"tensor 'v.1' is \(4, 3\)"),
+        ({}, {"v.1": torch.zeros(4)}, r"tensor 'v.1' is \(4,\)"),
+        ({}, {"k.1": torch.zeros(4, 3, dtype=torch.long)}, "tensor 'k.1' is of torch.int64, needed a floating type"),
+        ({}, {"k.1": torch.full((4, 3), float("nan"))}, "tensor 'k.1' holds numbers that are not finite"),
+        ({}, {"k.1": torch.full((4, 3), float("inf"))}, "tensor 'k.1' holds numbers that are not finite"),
+    ],
+)
+def test_content_with_a_right_checksum_that_does_not_fit_is_refused_by_file(tmp_path, header, tensors, message):
+    write(tmp_path / "edit.safetensors", "edit", GOOD[0] | header, GOOD[1] | tensors)
+    with pytest.raises(ValueError, match=rf"edit\.safetensors doesn't hold a valid edit \({message}"):
+        taken(tmp_path / "edit.safetensors")
+
+
+@pytest.mark.parametrize("lost", list(GOOD[0]))
+def test_content_that_lacks_a_field_is_refused_by_file_and_field(tmp_path, lost):
+    write(tmp_path / "edit.safetensors", "edit", {k: v for k, v in GOOD[0].items() if k != lost}, GOOD[1])
+    with pytest.raises(ValueError, match=rf"edit\.safetensors doesn't hold a valid edit \(it has no '{lost}'"):
+        taken(tmp_path / "edit.safetensors")
+
+
+def test_missing_values_may_be_nan_where_they_are_meant_and_never_infinite(tmp_path):
+    for value, fine in ((float("nan"), True), (float("-inf"), False)):
+        write(tmp_path / "a", "trace", {}, {"x": torch.tensor([1.0, value])})
+        with opened(tmp_path / "a", "trace") as file:
+            if fine:
+                assert file.tensor("x", "pos", missing=True).isnan().any()
+                continue
+            with pytest.raises(ValueError, match="infinite"):
+                file.tensor("x", "pos", missing=True)

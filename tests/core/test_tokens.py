@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align, continuation, encode, find_span, pad, spell
+from tl_factedit.core.tokens import align, align_all, check_all, continuation, encode, find_span, pad, spell
 
 SUBWORD = ("bytebpe", "spm", "spm-always")  # those that spell every text back
 MODELS = [(kind, name) for kind in tiny.KINDS for name in tiny.TOKENIZERS]
@@ -296,9 +296,16 @@ def test_a_target_that_merges_with_the_prompts_last_token_is_refused(name):
 
 
 @pytest.mark.parametrize("name", SUBWORD)
-def test_a_prompt_that_ends_with_a_space_is_told_to_move_it_to_the_target(name):
+def test_a_prompt_that_ends_with_a_space_gives_it_to_the_target_and_a_template_is_told_to(name):
+    fact = Fact("The Tower", "{} is in ", "Paris")
+    assert torch.equal(
+        align(tokenizer(name), fact, prepend_bos=True).true_ids,
+        align(tokenizer(name), Fact("The Tower", "{} is in", " Paris"), prepend_bos=True).true_ids,
+    )
     with pytest.raises(ValueError, match="ends with a space: move it to the front of the target"):
-        align(tokenizer(name), Fact("The Tower", "{} is in ", "Paris"), prepend_bos=True)
+        continuation(tokenizer(name), "The Tower is in ", "Paris")
+    with pytest.raises(ValueError, match=r"ends with a space and target ' Paris' begins with one"):
+        align(tokenizer(name), fact, prepend_bos=True, template="{} lies in ")
 
 
 def test_a_merging_new_target_is_refused_too():
@@ -328,3 +335,102 @@ def test_pieces_spell_the_text(name):
 def test_pad_fills_on_the_right():
     rows = [torch.tensor([3, 4, 5]), torch.tensor([6])]
     assert pad(rows, 9).tolist() == [[3, 4, 5], [6, 9, 9]]
+
+
+# ---------------------------------------------------------------------------------------- control tokens
+
+CHAT = "<bos>user\nWhere is {}?<eos>assistant\n"
+
+
+@ADDS_BOS
+@TOKENIZER
+def test_a_prompt_that_begins_with_bos_gets_no_second_one_and_that_is_said(name, adds_bos):
+    tok, fact = tokenizer(name, adds_bos), Fact("The Tower", "<bos> {} is", " Paris", " Rome")
+    with pytest.warns(UserWarning, match="begins with the BOS token '<bos>' itself"):
+        row = align(tok, fact, prepend_bos=True)
+    assert row.ids.tolist().count(tok.bos_token_id) == 1
+    assert row.ids[0] == tok.bos_token_id
+    assert torch.equal(row.ids, align(tok, fact, prepend_bos=False).ids)
+    assert encode(tok, "The Tower is", prepend_bos=True)[0].tolist().count(tok.bos_token_id) == 1
+
+
+@TOKENIZER
+def test_a_control_token_inside_a_subject_is_told(name):
+    with pytest.raises(ValueError, match=r"subject 'The <eos> Tower' holds '<eos>'.*control token"):
+        align(tokenizer(name), Fact("The <eos> Tower", "{} is", " Paris"), prepend_bos=True)
+
+
+@pytest.mark.parametrize("name", SUBWORD)
+def test_a_context_goes_behind_the_chat_header_that_the_subject_stands_under(name):
+    fact = Fact("The Tower", CHAT, "Paris")
+    row = align(tokenizer(name), fact, prepend_bos=False, prefix="Rome is old. ")
+    assert row.text == "<bos>user\nRome is old. Where is The Tower?<eos>assistant\n"
+    start, stop = row.subject
+    assert "".join(row.pieces[start:stop]).replace(" ", "") == "TheTower"
+    plain = align(
+        tokenizer(name), fact.but(prompt="Where is {}?", target_true=" Paris"), prepend_bos=False, prefix="Rome. "
+    )
+    assert plain.text == "Rome. Where is The Tower?"
+
+
+# ---------------------------------------------------------------------------------------- tokens that spell the text
+
+
+def without_bytes(*lost: str):
+    """A byte-level tokenizer that lacks some bytes, as SmolLM2's does, and drops them without a word."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    tok = tiny.tokenizer("bytebpe")
+    state = json.loads(tok.backend_tokenizer.to_str())
+    table = {token: i for token, i in state["model"]["vocab"].items() if token not in lost}
+    state["model"]["vocab"] = {token: i for i, token in enumerate(table)}
+    state["model"]["unk_token"] = None
+    merges = [m if isinstance(m, list) else m.split(" ") for m in state["model"]["merges"]]
+    state["model"]["merges"] = [m for m in merges if not set("".join(m)) & set(lost)]
+    state["added_tokens"] = [{**t, "id": state["model"]["vocab"][t["content"]]} for t in state["added_tokens"]]
+    tok._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tok
+
+
+def test_a_text_that_its_tokens_do_not_spell_is_refused_and_its_neighbour_is_not():
+    tok = without_bytes("ñ")  # stands for byte 0xF1, the first of code points from U+40000 on
+    align(tok, Fact("A\U000e0fff", "{} is", " Paris"), prepend_bos=True)
+    with pytest.raises(ValueError, match=r"the tokens of .* spell .*no token for some byte"):
+        align(tok, Fact("A\U00040fff", "{} is", " Paris"), prepend_bos=True)
+    align(tiny.tokenizer("bytebpe"), Fact("A\U00040fff", "{} is", " Paris"), prepend_bos=True)
+
+
+# ---------------------------------------------------------------------------------------- many facts at once
+
+
+def test_a_batch_names_all_facts_that_cannot_be_aligned_and_one_alone_keeps_its_reason():
+    tok = tokenizer("bytebpe")
+    good = Fact("The Tower", "{} is in", " Paris")
+    bad = [Fact("The Eif", "{}fel is in", " Paris", id=7), Fact("fel", "The Eif{} is in", " Paris", id=8)]
+    assert [row.text for row in align_all(tok, [good, good], prepend_bos=True)] == [good.text] * 2
+    with pytest.raises(ValueError, match="2 of 3 facts can't be asked") as error:
+        align_all(tok, [bad[0], good, bad[1]], prepend_bos=True)
+    assert all(said in str(error.value) for said in ("'7': subject", "ends inside", "'8': subject", "begins inside"))
+    with pytest.raises(ValueError, match=r"^subject 'The Eif' ends inside token .*fact '7'"):
+        align_all(tok, [good, bad[0]], prepend_bos=True)
+
+
+def test_a_text_that_is_too_long_is_named_before_anything_is_run():
+    tok, fact = tokenizer("bytebpe"), Fact("The Tower", "{} is in", " Paris", " Rome", id=9)
+    n = len(align(tok, fact, prepend_bos=True).ids)
+    align_all(tok, [fact], prepend_bos=True, room=n)
+    with pytest.raises(ValueError, match=rf"has {n} tokens .*room for {n - 1} .*fact '9'"):
+        align_all(tok, [fact], prepend_bos=True, room=n - 1)
+    long = fact.but(neighbours=["Rome " * 30 + "is in"])
+    check_all(tok, [fact, long], prepend_bos=True, room=100)
+    with pytest.raises(ValueError, match=r"^'Rome Rome .*fact '9'"):
+        check_all(tok, [fact, long], prepend_bos=True, room=n + 5)
+
+
+def test_a_fact_without_an_old_object_is_aligned_and_what_needs_one_says_so():
+    row = align(tokenizer("bytebpe"), Fact("The Tower", "{} is in", None, " Rome"), prepend_bos=True)
+    assert row.old_ids is None and row.new_ids is not None and not row.same_first_token
+    with pytest.raises(ValueError, match="has no target_true, and this call needs the old object"):
+        _ = row.true_ids

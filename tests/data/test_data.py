@@ -195,6 +195,108 @@ def test_the_last_mention_of_a_subject_is_its_place(file):
     assert data.known_facts(file(twice))[0].prompt == "Rome, yes {} is in"
 
 
+@pytest.mark.parametrize(
+    ("subject", "prompt", "template"),
+    [
+        ("Ann", "Ann was born in Annapolis, and", "{} was born in Annapolis, and"),
+        ("Roman", "The Roman and the Romans speak", "The {} and the Romans speak"),
+        ("Rome", "The mayor of Rome's twin", "The mayor of {}'s twin"),
+        ("中国", "北京是中国的", "北京是{}的"),
+        ("C++", "The maker of C++11 and C++ is", "The maker of C++11 and {} is"),
+    ],
+)
+def test_a_mention_inside_a_longer_word_is_none(subject, prompt, template, file):
+    records = [{**KNOWN[0], "subject": subject, "prompt": prompt}]
+    assert data.known_facts(file(records))[0].prompt == template
+
+
+def test_a_subject_that_stands_only_inside_a_word_is_refused_with_the_word(file):
+    records = [{**KNOWN[0], "subject": "Roman", "prompt": "The Romans speak"}]
+    with pytest.raises(ValueError, match=r"record 3 of .*only inside the longer word 'Romans'"):
+        data.known_facts(file(records))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "attribute", "target"),
+    [
+        ("中国 is 中国的首都是", "纽约", "纽约"),
+        ("Rome in 中国 speaks", "\nEnglish", "\nEnglish"),
+        ("中国 is", "'s English", "'s English"),
+        ("中国 is", " English \n", " English"),
+        ("中国 is", "English", " English"),
+    ],
+)
+def test_objects_continue_their_prompts_as_the_script_wants_it(prompt, attribute, target, file):
+    fact = data.known_facts(file([{**KNOWN[0], "subject": "中国", "prompt": prompt, "attribute": attribute}]))[0]
+    assert fact.target_true == target
+
+
+def test_spaces_at_the_end_of_prompts_and_other_code_points_are_mended_and_said_once_a_file(file):
+    records = [
+        {**KNOWN[0], "subject": "Besançon", "prompt": "Besanc\u0327on is in "},
+        {**KNOWN[0], "subject": "Vinson", "prompt": "Vinson is in "},
+    ]
+    with pytest.warns(UserWarning, match=r"records\.json were changed: .*left out \(2 times\); .*\(1 times\)") as said:
+        first, second = data.known_facts(file(records))
+    assert len(said) == 1
+    assert (first.subject, first.text) == ("Besançon", "Besançon is in")
+    assert (second.prompt, second.target_true) == ("{} is in", " Antarctica")
+
+
+def test_a_record_a_line_and_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in [KNOWN[0], KNOWN[0]]), encoding="utf-8-sig")
+    assert len(data.known_facts(path)) == 2
+    path.write_text(json.dumps(KNOWN), encoding="utf-8-sig")
+    assert len(data.known_facts(path)) == len(KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested too deep"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "git lfs pull"),
+        ('{"a": 1}\n{"b": ', "isn't JSON"),
+        ('{"a": 1}\nx', "isn't JSON"),
+    ],
+    ids=["deep", "lfs", "cut JSONL", "text"],
+)
+def test_what_is_no_json_of_records_is_said(content, message, tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"records\.json .*{message}"):
+        data.counterfact(path)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, needed a file"):
+        data.counterfact(tmp_path)
+
+
+@pytest.mark.parametrize("given", [None, 3, float("nan"), ["Rome"], {"str": "Rome"}], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *(("known_facts", field) for field in ("subject", "prompt", "attribute")),
+        *(("zsre", field) for field in ("src", "loc", "rephrase")),
+        *(("counterfact_brief", field) for field in ("ground_truth", "locality_ground_truth")),
+    ],
+)
+def test_what_is_no_text_is_refused_by_record_and_field(name, field, given, file):
+    records = copy.deepcopy(LAYOUTS[name])
+    records[0][field] = given
+    with pytest.raises(ValueError, match=r"record \S+ of .*records\.json: .*needed text") as error:
+        READERS[name](file(records))
+    assert field in str(error.value) or field == "rephrase"
+
+
+def test_answers_are_a_list_and_a_string_is_not_its_first_letter(file):
+    records = copy.deepcopy(LAYOUTS["zsre"])
+    records[0]["answers"] = "Illinois"
+    with pytest.raises(ValueError, match="answers is 'Illinois', a str: needed a list"):
+        data.zsre(file(records))
+
+
 def test_no_records_are_no_facts(file):
     assert data.counterfact(file([])) == []
 
@@ -242,7 +344,7 @@ def test_a_record_without_a_field_is_refused_by_file_and_field(name, lost, file)
 def test_a_file_that_is_no_json_is_refused_by_name(tmp_path):
     path = tmp_path / "records.json"
     path.write_text('[{"case_id": 0, "requested', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"records\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"records\.json isn't JSON"):
         data.counterfact(path)
 
 

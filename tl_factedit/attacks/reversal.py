@@ -139,7 +139,7 @@ class _WithNeighbours:
 
     @classmethod
     def of(cls, tokenizer: Any, fact: Fact, bos: bool, count: int) -> _WithNeighbours:
-        answers = fact.neighbour_targets or [fact.target_true] * len(fact.neighbours)
+        answers = fact.neighbour_targets or [fact.old] * len(fact.neighbours)
         near = [
             (
                 encode(tokenizer, text, prepend_bos=bos)[0],

@@ -33,8 +33,8 @@ from tl_factedit.auditing.wording import (
     what_is_missing,
 )
 from tl_factedit.backend.protocol import Model, as_layers, n_layers
-from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.tokens import align
+from tl_factedit.core.facts import Fact, as_facts, need_old_object
+from tl_factedit.core.tokens import check_all
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.objectives import Objective
 from tl_factedit.measure.change import Changed
@@ -162,6 +162,7 @@ def _population(
 ) -> Population:
     """What is audited: each fact once, with controls, and with the references that the change left alone."""
     facts = as_facts(facts)
+    need_old_object(facts, "an audit")
     check_facts_once(facts)
     others = tuple(facts if reference is None and isinstance(changed, Sequence) else reference or ())
     population = Population.of(
@@ -170,8 +171,8 @@ def _population(
     for part in population.parts:
         if isinstance(part.changed, Edit):
             part.changed.check(model)
-    for fact in facts:
-        align(model.tokenizer, fact, prepend_bos=population.prepend_bos)
+    room = getattr(model.cfg, "n_ctx", None)
+    check_all(model.tokenizer, facts, prepend_bos=population.prepend_bos, room=room)
     if calibration is not None:
         check_apart(calibration, facts)
         others = tuple(unchanged(others, changed, calibration))

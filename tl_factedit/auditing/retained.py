@@ -262,7 +262,7 @@ def check_apart(calibration: Calibration, facts: Sequence[Fact]) -> None:
 
 def _objects(facts: Sequence[Fact], *, least: int = LEAST_FOR_AN_OBJECT) -> list[str]:
     """The objects that enough different subjects have, in order of their names."""
-    counts = Counter(target for target in {fact.subject: fact.target_true for fact in facts}.values())
+    counts = Counter(target for target in {fact.subject: fact.old for fact in facts}.values())
     return sorted(target for target, count in counts.items() if count >= least)
 
 

@@ -35,7 +35,7 @@ class Cache:
     @classmethod
     def at(cls, folder: str | Path | None) -> Cache | None:
         """The cache in a folder; None for none. A relative path is pinned to the working directory of now."""
-        return None if folder is None else cls(Path(folder).expanduser().absolute())
+        return None if folder is None else cls(files.pinned(folder))
 
     def find(self, what: str, hangs_on: Any, kinds: Sequence[type] = ()) -> tuple[Any] | None:
         """What was kept, in a tuple of one; None if nothing was.
@@ -52,13 +52,14 @@ class Cache:
         path = self._path(what, name)
         if not path.exists():
             return None
-        header, tensors = files.read(path, what)
-        if header.get("name") != name:
+        with files.opened(path, what) as file:
+            theirs, found = file.field("name", str), files.decode(file.header["result"], file.tensors, kinds)
+        if theirs != name:
             raise ValueError(
                 f"{path} holds another result than its name says, as after renaming or copying files in the folder: "
                 "move it away, and it is made again"
             )
-        return (files.decode(header["result"], tensors, kinds),)
+        return (found,)
 
     def keep(self, what: str, hangs_on: Any, result: Any, kinds: Sequence[type] = ()) -> None:
         """Write a result: tensors, numbers, text, tuples of these, or values of `kinds`."""

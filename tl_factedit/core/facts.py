@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
+
+from tl_factedit.core.spacing import mended, trimmed
 
 
 @dataclass(frozen=True)
 class Fact:
     """One fact that a model may know, and what it is to be changed into.
 
-    Targets are *continuations* of the prompt and are used letter for letter: after
-    ``"{} is located in the city of"`` the target is ``" Paris"``, with its space.
+    Targets are *continuations* of the prompt: after ``"{} is located in the city of"`` the target is ``" Paris"``, with
+    its space. They are used letter for letter, but for white space that can't have been meant: a space at the end of a
+    prompt goes to the front of its targets, a doubled one and white space at the end of a target go, and one that is
+    missing after "?" or ":" is put in. A change of the text is said in a warning; the fact holds the text that is run.
 
     Attributes:
         subject: The subject as it stands in the text, e.g. ``"The Eiffel Tower"``.
         prompt: A template that holds exactly one ``"{}"``, where the subject goes.
-        target_true: The object the model is asked for before any edit (o_old).
+        target_true: The object the model is asked for before any edit (o_old). None where something new is injected and
+            there is no old object; what needs one (a trace, an audit) says so.
         target_new: The object an edit is to write (o_new); editors need it, tracing does not.
         paraphrases: Other ways to ask for the same object: templates with one ``"{}"``, or whole texts.
         neighbours: Whole prompts about *other* subjects, whose answers an edit must leave alone.
@@ -30,7 +36,11 @@ class Fact:
         id: A name for the fact in tables.
 
     Raises:
-        ValueError: The prompt has no ``"{}"`` or more than one; subject or a target is empty.
+        ValueError: The prompt has no ``"{}"`` or more than one; the subject, a target or another text is empty or isn't
+            text (None, NaN, a number, a list …): the message names the field.
+
+    Warns:
+        UserWarning: White space was mended, or a target goes on inside the prompt's last word.
 
     Example:
         >>> fact = fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
@@ -40,7 +50,7 @@ class Fact:
 
     subject: str
     prompt: str
-    target_true: str
+    target_true: str | None
     target_new: str | None = None
     _: KW_ONLY
     paraphrases: Sequence[str] = ()
@@ -51,7 +61,9 @@ class Fact:
     id: str | int | None = None
 
     def __post_init__(self) -> None:
-        """Check the text, and freeze the sequences."""
+        """Check the text, mend its white space, and freeze the sequences."""
+        for name in ("subject", "prompt", "target_true", "target_new", "relation"):
+            _check_text(getattr(self, name), name, optional=name in ("target_true", "target_new", "relation"))
         _one_slot(self.prompt, "prompt")
         if not self.subject.strip():
             raise ValueError(f"subject is {self.subject!r}, needed some text: give the subject's name")
@@ -62,19 +74,25 @@ class Fact:
                     f"{name} is {target!r}, needed some text: give the object as the continuation "
                     'of the prompt, such as " Paris"'
                 )
+        if self.target_true is None and self.target_new is None:
+            raise ValueError("target_true and target_new are both None, needed one at least")
         for name in ("paraphrases", "neighbours", "neighbour_targets", "controls"):
-            given = getattr(self, name)
-            if isinstance(given, str):
-                raise ValueError(f"{name} is the string {given!r}, needed a list of strings: write [{given!r}]")
-            object.__setattr__(self, name, tuple(given))
+            object.__setattr__(self, name, _texts(getattr(self, name), name))
         for paraphrase in self.paraphrases:
             if paraphrase.count("{}") > 1:
                 _one_slot(paraphrase, "paraphrase")
+        for neighbour in self.neighbours:
+            if "{}" in neighbour:
+                raise ValueError(
+                    f'neighbour {neighbour!r} holds "{{}}", needed a whole prompt: put another subject in its place'
+                )
         if self.neighbour_targets and len(self.neighbour_targets) != len(self.neighbours):
             raise ValueError(
                 f"{len(self.neighbour_targets)} neighbour_targets for {len(self.neighbours)} neighbours, "
                 "needed one each (or none, when target_true answers all of them)"
             )
+        object.__setattr__(self, "id", _name(self.id))
+        _mend_spaces(self)
         _warn_of_glued_words(self)
 
     @property
@@ -86,6 +104,15 @@ class Fact:
     def group(self) -> str:
         """Which facts it can be compared with: those of its relation or, where none is named, of its prompt."""
         return self.prompt if self.relation is None else self.relation
+
+    @property
+    def old(self) -> str:
+        """The old object, ``target_true``.
+
+        Raises:
+            ValueError: There is none.
+        """
+        return need_old_object([self], "this call")[0]
 
     def fill(self, template: str) -> str:
         """`template` with the subject in the place of ``"{}"``, or as it is if it has none."""
@@ -101,6 +128,36 @@ class Fact:
         return str(self.subject if self.id is None else self.id)
 
 
+def _check_text(value: Any, what: str, *, optional: bool = False) -> None:
+    if isinstance(value, str) or (optional and value is None):
+        return
+    given = f"{value!r}, a {type(value).__name__}" if value is not None else "None"
+    raise ValueError(f"{what} is {given}: needed text{' or None' if optional else ''}")
+
+
+def _texts(given: Any, what: str) -> tuple[str, ...]:
+    """Several texts as a tuple, none of them empty."""
+    if isinstance(given, str):
+        raise ValueError(f"{what} is the string {given!r}, needed a list of strings: write [{given!r}]")
+    if not isinstance(given, Iterable) or isinstance(given, (bytes, Mapping, set, frozenset)):
+        raise ValueError(f"{what} is {given!r}, a {type(given).__name__}: needed a list of strings, () for none")
+    texts = tuple(given)
+    for i, text in enumerate(texts):
+        _check_text(text, f"{what}[{i}]")
+        if not text.strip():
+            raise ValueError(f"{what}[{i}] is {text!r}, needed some text: leave it out")
+    return texts
+
+
+def _name(given: Any) -> str | int | None:
+    """A fact's id: text or a whole number (of numpy too)."""
+    if given is None or isinstance(given, str):
+        return given
+    if not isinstance(given, bool) and hasattr(given, "__index__"):
+        return operator.index(given)
+    raise ValueError(f"id is {given!r}, a {type(given).__name__}: needed text, a whole number or None")
+
+
 def _one_slot(template: str, what: str) -> None:
     slots = template.count("{}")
     if slots != 1:
@@ -109,10 +166,51 @@ def _one_slot(template: str, what: str) -> None:
         )
 
 
+def _mend_spaces(fact: Fact) -> None:
+    """Mend the white space around the targets (see `spacing`), and say where that changes the text that is run."""
+    said: list[str] = []
+
+    def trim(template: str, targets: Iterable[str | None]) -> str:
+        found = trimmed(template)
+        if found != template and any((target or "").startswith(" ") for target in targets):
+            said.append(f"the space at the end of {template!r} is left out, as the target has its own")
+        return found
+
+    def mend(target: str, after: str, was: str) -> str:
+        given = " " + target if after != was and not target[:1].isspace() else target  # the space goes over to it
+        found = mended(after, given)
+        if found != given:
+            said.append(f"{target!r} after {after[-20:]!r} became {found!r}")
+        return found
+
+    objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
+    prompt = trim(fact.prompt, [*objects, *fact.controls])
+    text, was = (each.replace("{}", fact.subject, 1) for each in (prompt, fact.prompt))
+    changes: dict[str, Any] = {"prompt": prompt}
+    for name in ("target_true", "target_new"):
+        target = getattr(fact, name)
+        changes[name] = None if target is None else mend(target, text, was)
+    changes["controls"] = tuple(mend(target, text, was) for target in fact.controls)
+    # What is asked after paraphrases, and after neighbours without answers of their own, are the objects as mended.
+    objects = [changes[name] for name in ("target_true", "target_new")]
+    spaced = any((target or "").startswith(" ") for target in objects)
+    changes["paraphrases"] = tuple(trim(each, objects) if spaced else each for each in fact.paraphrases)
+    if fact.neighbour_targets:
+        pairs = list(zip(fact.neighbours, fact.neighbour_targets, strict=True))
+        changes["neighbours"] = tuple(trim(each, [target]) for each, target in pairs)
+        changes["neighbour_targets"] = tuple(mend(target, trimmed(each), each) for each, target in pairs)
+    else:
+        changes["neighbours"] = tuple(trim(each, objects) if spaced else each for each in fact.neighbours)
+    for name, value in changes.items():
+        object.__setattr__(fact, name, value)
+    if said:
+        warnings.warn(f"white space of fact {fact.name!r} was mended: {'; '.join(said)}", stacklevel=4)
+
+
 def _warn_of_glued_words(fact: Fact) -> None:
     """Warn of ``"… city of" + "Paris"``: the model would be asked to go on as "ofParis"."""
     end = fact.text[-1]
-    for target in (fact.target_true, fact.target_new or " "):
+    for target in (fact.target_true or " ", fact.target_new or " "):
         if end.isascii() and end.isalnum() and target[0].isascii() and target[0].isalnum():
             warnings.warn(
                 f"target {target!r} goes on inside the prompt's last word "
@@ -122,12 +220,52 @@ def _warn_of_glued_words(fact: Fact) -> None:
 
 
 def as_facts(facts: Fact | Iterable[Fact]) -> tuple[Fact, ...]:
-    """Some facts, or a single one, as a tuple."""
-    return (facts,) if isinstance(facts, Fact) else tuple(facts)
+    """Some facts, or a single one, as a tuple: the door through which every public call takes its facts.
+
+    Raises:
+        ValueError: Something else is given, or is among them.
+    """
+    if isinstance(facts, Fact):
+        return (facts,)
+    if isinstance(facts, (str, bytes, Mapping)) or not isinstance(facts, Iterable):
+        raise ValueError(
+            f"facts is {_short(facts)}, a {type(facts).__name__}: needed Facts, such as "
+            'fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")'
+        )
+    given = tuple(facts)
+    for i, fact in enumerate(given):
+        if not isinstance(fact, Fact):
+            raise ValueError(f"facts[{i}] is {_short(fact)}, a {type(fact).__name__}: needed a Fact")
+    return given
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "…"
+
+
+def need_old_object(facts: Iterable[Fact], what: str) -> tuple[str, ...]:
+    """The old object of each fact, ``target_true``.
+
+    Args:
+        facts: Some facts.
+        what: What needs it, for the message, e.g. ``"an audit"``.
+
+    Raises:
+        ValueError: A fact has none.
+    """
+    found = []
+    for fact in facts:
+        if fact.target_true is None:
+            raise ValueError(
+                f"fact {fact.name!r} has no target_true, and {what} needs the old object: fact.but(target_true=...)"
+            )
+        found.append(fact.target_true)
+    return tuple(found)
 
 
 def check_distinct(facts: Sequence[Fact]) -> None:
-    """See that there are facts, each once: an interval over facts takes them for different ones.
+    """Check that there are facts, each once: an interval over facts takes them for different ones.
 
     Raises:
         ValueError: None is given, or one twice.

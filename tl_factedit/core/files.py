@@ -1,14 +1,23 @@
-"""Tensors with a JSON header in one safetensors file, whose damage is noticed."""
+"""Tensors with a JSON header in one safetensors file, whose damage is noticed.
+
+A file is written beside its place and moved there, so that a kill leaves the old one or the new one. What is read is
+checked against its checksum, and then against what the reader expects: `opened` names the file in every error.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +25,65 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = "1"
+
+STALE = 3600.0
+"""Seconds after which a draft is taken to be left by a process that was killed."""
+
+T = TypeVar("T")
+
+
+def pinned(path: str | Path) -> Path:
+    """The absolute path, to be taken at the start of a call: a change of folder in mid-run doesn't move it."""
+    return Path(path).expanduser().absolute()
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A draft that takes the place of a file in one move, once it is written and on the disk.
+
+    Its mode is the umask's. A draft that a killed process has left is removed by the next write to the same file.
+
+    Args:
+        path: The file; its folder is made.
+
+    Yields:
+        The draft's path, in the same folder.
+
+    Raises:
+        OSError: It can't be written (a full disk, a folder without permission); the message names the file, and what
+            was there is as it was.
+    """
+    path = pinned(path)
+    draft = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale_drafts(path)
+        draft.touch(exist_ok=False)
+        mode = draft.stat().st_mode
+        yield draft
+        draft.chmod(mode)  # safetensors makes files that only their owner can read
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno, f"it can't be written ({why}); what was there is as it was", str(path)) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _remove_stale_drafts(path: Path) -> None:
+    for draft in path.parent.glob(f".{_literal(path.name[:200])}.{'[0-9a-f]' * 16}.draft"):
+        try:
+            if time.time() - draft.stat().st_mtime > STALE:
+                draft.unlink()
+        except FileNotFoundError:  # another process was faster
+            continue
+
+
+def _literal(name: str) -> str:
+    """A name in which no character is special to ``glob``."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -26,21 +94,19 @@ def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str
         what: The kind of content, checked again by `read`.
         header: Plain data; scalars of numpy and torch will do.
         tensors: Named tensors.
+
+    Raises:
+        OSError: It can't be written, e.g. as the disk is full; the old file is as it was.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, default=plain_number)
-    path = path.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(
-            kept,
-            draft,
-            metadata={"format": FORMAT, "what": what, "header": text, "sha256": digest(what, text, kept)},
-        )
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    metadata = {"format": FORMAT, "what": what, "header": text, "sha256": digest(what, text, kept)}
+    with replacing(path) as draft:
+        try:
+            save_file(kept, draft, metadata=metadata)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -48,22 +114,121 @@ def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: No such file.
+        OSError: It can't be read (no permission, a broken disk): it may be whole.
         ValueError: The file is cut short, changed, or of another kind. It is left as it is.
     """
-    path = path.expanduser()
+    path = pinned(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} doesn't exist")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, needed a file with {what}")
+    with path.open("rb") as file:  # unreadable isn't damaged
+        begin = file.read(64)
+    if begin.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is the pointer that git-lfs leaves for a file, needed the file: run git lfs pull")
+    if len(begin) < 8:
+        raise ValueError(f"{path} is cut short or no safetensors file ({len(begin)} bytes): make it again")
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is cut short or no safetensors file ({error}): make it again") from error
     if meta.get("format") != FORMAT or meta.get("what") != what:
         raise ValueError(f"{path} holds {meta.get('what', 'something else')!r}, needed {what!r} of format {FORMAT}")
     if meta.get("sha256") != digest(what, meta.get("header", ""), tensors):
         raise ValueError(f"{path} was changed since it was written (its checksum differs): make it again")
     return json.loads(meta["header"]), tensors
+
+
+class Content:
+    """Header and tensors of a file, each taken with what it has to be.
+
+    Attributes:
+        path: The file.
+        header: Plain data.
+        tensors: By name.
+        sizes: Lengths of the axes that are known so far, by name.
+    """
+
+    def __init__(self, path: Path, header: Any, tensors: Mapping[str, Tensor]) -> None:
+        self.path, self.header, self.tensors = path, header, tensors
+        self.sizes: dict[str, int] = {}
+
+    def field(self, name: str, kind: type[T]) -> T:
+        """A value of the header, if it is of this type (a whole number is a float, a bool isn't a number)."""
+        return of_kind(self.header[name], kind, name)
+
+    def fields(self, name: str, kind: type[T]) -> list[T]:
+        """A list of the header whose values are all of this type."""
+        return [of_kind(value, kind, f"{name}[{i}]") for i, value in enumerate(self.field(name, list))]
+
+    def tensor(self, name: str, axes: str, *, dtype: torch.dtype | None = None, missing: bool = False) -> Tensor:
+        """A tensor, if its axes are as long as they are elsewhere in the file.
+
+        Args:
+            name: Its name.
+            axes: Names of its axes, such as ``"fact d_mlp"``, or numbers; ``"…"`` for any further ones.
+            dtype: Its type; None for any floating one.
+            missing: Whether NaN stands for a missing value in it. Otherwise all has to be finite.
+
+        Raises:
+            ValueError: There is no such tensor, or it has other axes, another type, or is not finite.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"it has no tensor {name!r}")
+        found = self.tensors[name]
+        names = axes.split()
+        shape = tuple(found.shape)
+        if names[-1:] == ["…"]:
+            names, shape = names[:-1], shape[: len(names) - 1]
+        wanted = [int(axis) if axis.isdigit() else self.sizes.get(axis) for axis in names]
+        if len(shape) != len(names) or any(w not in (None, n) for w, n in zip(wanted, shape, strict=True)):
+            said = ", ".join(
+                axis if size is None else f"{axis} = {size}" for axis, size in zip(names, wanted, strict=True)
+            )
+            raise ValueError(f"tensor {name!r} is {tuple(found.shape)}, needed [{said}]")
+        self.sizes |= {axis: size for axis, size in zip(names, shape, strict=True) if not axis.isdigit()}
+        if found.dtype != dtype if dtype is not None else not found.is_floating_point():
+            raise ValueError(f"tensor {name!r} is of {found.dtype}, needed {dtype or 'a floating type'}")
+        if found.is_floating_point() and bool((found.isinf() if missing else ~found.isfinite()).any()):
+            raise ValueError(
+                f"tensor {name!r} holds {'infinite numbers' if missing else 'numbers that are not finite'}"
+            )
+        return found
+
+
+def of_kind(value: Any, kind: type[T], what: str) -> T:
+    """The value itself, if it is of a type.
+
+    Raises:
+        ValueError: It isn't; `what` names it.
+    """
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{what} is {value!r}, needed a value of type {kind.__name__}")
+    return value  # type: ignore[return-value]
+
+
+@contextmanager
+def opened(path: str | Path, what: str) -> Iterator[Content]:
+    """The content of a file made by `write`, for as long as a value is made of it.
+
+    Raises:
+        FileNotFoundError: No such file.
+        OSError: It can't be read.
+        ValueError: As `read`; or its content isn't what is made of it, though its checksum is right. The message names
+            the file and what is wrong.
+    """
+    path = pinned(path)
+    header, tensors = read(path, what)
+    try:
+        yield Content(path, header, tensors)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path} doesn't hold a valid {what} ({why}): another version or program may have written it; make it again"
+        ) from error
 
 
 def plain_number(value: Any) -> Any:

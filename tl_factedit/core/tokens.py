@@ -7,15 +7,20 @@ the tokenizer makes of it *after its prompt*, never of the target alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tl_factedit.core.facts import Fact
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Aligned:
         pieces: The same tokens as strings, for showing.
         subject: (start, stop) of the subject in `ids`; ``stop - 1`` is the last subject token.
         prepend_bos: Whether a BOS token stands in front.
-        true_ids: The ids of ``target_true`` after this prompt.
+        old_ids: The ids of ``target_true`` after this prompt, or None.
         new_ids: The ids of ``target_new`` after this prompt, or None.
     """
 
@@ -37,8 +42,22 @@ class Aligned:
     pieces: tuple[str, ...]
     subject: tuple[int, int]
     prepend_bos: bool
-    true_ids: Int[Tensor, "true"]
+    old_ids: Int[Tensor, "true"] | None
     new_ids: Int[Tensor, "new"] | None = None
+
+    @property
+    def true_ids(self) -> Int[Tensor, "true"]:
+        """The ids of ``target_true``.
+
+        Raises:
+            ValueError: The fact has no old object.
+        """
+        if self.old_ids is None:
+            raise ValueError(
+                f"the fact of {self.text!r} has no target_true, and this call needs the old object: "
+                "fact.but(target_true=...)"
+            )
+        return self.old_ids
 
     @property
     def last(self) -> int:
@@ -48,7 +67,7 @@ class Aligned:
     @property
     def same_first_token(self) -> bool:
         """Whether both objects begin with the same token: comparisons of first tokens are void then."""
-        return self.new_ids is not None and bool(self.true_ids[0] == self.new_ids[0])
+        return self.old_ids is not None and self.new_ids is not None and bool(self.old_ids[0] == self.new_ids[0])
 
 
 def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None = None, prefix: str = "") -> Aligned:
@@ -59,14 +78,14 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
         fact: The fact.
         prepend_bos: Whether to put BOS in front.
         template: Another template with one ``"{}"`` to ask with; None for the fact's prompt.
-        prefix: Text to put before the prompt (a context).
+        prefix: Text to put before the prompt (a context); of a chat prompt, before what the user says.
 
     Returns:
         The aligned prompt.
 
     Raises:
-        ValueError: The subject doesn't begin or end on a token boundary here, or an object is not
-            a continuation of the prompt's tokens.
+        ValueError: The subject doesn't begin or end on a token boundary here or holds a control token, the tokens don't
+            spell the text, or an object isn't a continuation of the prompt's tokens.
     """
     template = fact.prompt if template is None else template
     if template.count("{}") != 1:
@@ -74,25 +93,183 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
             f'template {template!r} holds {template.count("{}")} "{{}}", needed exactly one: '
             'put "{}" where the subject goes'
         )
-    begin = len(prefix) + template.index("{}")
-    text = prefix + fact.fill(template)
+    control = [token for token in special_tokens(tokenizer) if token in fact.subject]
+    if control:
+        raise ValueError(
+            f"subject {fact.subject!r} holds {control[0]!r}, which the tokenizer reads as a control token and not as "
+            "text: leave it out"
+        )
+    before, after = template.split("{}")
+    if prefix:
+        header = _header(tokenizer, before)
+        before = before[:header] + prefix + before[header:]
+    text, begin = before + fact.subject + after, len(before)
     ids, offsets = encode(tokenizer, text, prepend_bos=prepend_bos)
+    check_spelling(tokenizer, ids, text)
     pieces = spell(tokenizer, ids)
+
+    def target(given: str | None) -> Int[Tensor, "target"] | None:
+        return None if given is None else continuation(tokenizer, text, given, prepend_bos=prepend_bos)
+
     return Aligned(
         text=text,
         ids=ids,
         pieces=pieces,
         subject=find_span(text, offsets, begin, begin + len(fact.subject), pieces, fact.subject),
         prepend_bos=prepend_bos,
-        true_ids=continuation(tokenizer, text, fact.target_true, prepend_bos=prepend_bos),
-        new_ids=(
-            None if fact.target_new is None else continuation(tokenizer, text, fact.target_new, prepend_bos=prepend_bos)
-        ),
+        old_ids=target(fact.target_true),
+        new_ids=target(fact.target_new),
     )
 
 
+def align_all(
+    tokenizer: Any,
+    facts: Iterable[Fact],
+    *,
+    prepend_bos: bool,
+    template: str | None = None,
+    room: int | None = None,
+) -> list[Aligned]:
+    """`align` of each of some facts.
+
+    Args:
+        tokenizer: The model's own.
+        facts: The facts.
+        prepend_bos: Whether to put BOS in front.
+        template: As for `align`.
+        room: Tokens that the model has room for (``cfg.n_ctx``); None for no limit.
+
+    Raises:
+        ValueError: Some can't be aligned, or are longer than the model's context: the message names each of them.
+    """
+
+    def aligned(fact: Fact) -> Aligned:
+        row = align(tokenizer, fact, prepend_bos=prepend_bos, template=template)
+        check_room(row.ids, [row.old_ids, row.new_ids], room, row.text)
+        return row
+
+    return _of_all(facts, aligned)
+
+
+def check_all(tokenizer: Any, facts: Iterable[Fact], *, prepend_bos: bool, room: int | None = None) -> None:
+    """`check_texts` of each of some facts, before anything is run.
+
+    Raises:
+        ValueError: Some can't be asked: the message names each of them.
+    """
+    _of_all(facts, lambda fact: check_texts(tokenizer, fact, prepend_bos=prepend_bos, room=room))
+
+
+def _of_all(facts: Iterable[Fact], call: Callable[[Fact], T]) -> list[T]:
+    """What a function says of each fact, or one error that names all facts that it refuses."""
+    found: list[T] = []
+    bad: list[tuple[Fact, ValueError]] = []
+    for fact in facts:
+        try:
+            found.append(call(fact))
+        except ValueError as error:
+            bad.append((fact, error))
+    if len(bad) == 1:
+        fact, error = bad[0]
+        raise ValueError(f"{error} (fact {fact.name!r})") from error
+    if bad:
+        said = "; ".join(f"{fact.name!r}: {error}" for fact, error in bad)
+        raise ValueError(
+            f"{len(bad)} of {len(bad) + len(found)} facts can't be asked of this model (fe.alignable sorts them out): "
+            f"{said}"
+        )
+    return found
+
+
+def check_room(
+    ids: Int[Tensor, "pos"], targets: Iterable[Int[Tensor, "target"] | None], room: int | None, text: str
+) -> None:
+    """Check that a text with its longest target fits into the model's context.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    longest = max((len(target) for target in targets if target is not None), default=1)
+    if room is not None and len(ids) + longest - 1 > room:
+        begin = text if len(text) < 80 else text[:77] + "…"
+        raise ValueError(
+            f"{begin!r} has {len(ids)} tokens and its longest target {longest}, and the model has room for {room} "
+            "(cfg.n_ctx): shorten the prompt"
+        )
+
+
+def check_texts(tokenizer: Any, fact: Fact, *, prepend_bos: bool, room: int | None = None) -> None:
+    """Check that everything that can be asked of a fact can be tokenised: prompt, paraphrases, neighbours, objects.
+
+    Args:
+        tokenizer: The model's own.
+        fact: The fact.
+        prepend_bos: Whether to put BOS in front.
+        room: Tokens that the model has room for (``cfg.n_ctx``); None for no limit.
+
+    Raises:
+        ValueError: As `align`; or a text is longer than the model's context.
+    """
+    objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
+    row = align(tokenizer, fact, prepend_bos=prepend_bos)
+    asked = [(row.text, [*objects, *fact.controls]), *((fact.fill(text), objects) for text in fact.paraphrases)]
+    own = fact.neighbour_targets or (None,) * len(fact.neighbours)
+    asked += [
+        (text, objects if target is None else [*objects, target])
+        for text, target in zip(fact.neighbours, own, strict=True)
+    ]
+    for text, targets in asked:
+        ids = encode(tokenizer, text, prepend_bos=prepend_bos)[0]
+        check_spelling(tokenizer, ids, text)
+        spelt = [continuation(tokenizer, text, target, prepend_bos=prepend_bos) for target in targets]
+        check_room(ids, spelt, room, text)
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The control tokens that a tokenizer reads in a text: BOS, EOS, those of chat templates."""
+    return [str(token) for token in getattr(tokenizer, "all_special_tokens", ()) if str(token)]
+
+
+def _header(tokenizer: Any, before: str) -> int:
+    r"""Where a context goes in what stands before a subject: in front, or behind the chat header that it stands under.
+
+    A header is a control token with the name of a role behind it and a line break, such as "<|im_start|>user\n".
+    """
+    ends = [before.rfind(token) + len(token) for token in special_tokens(tokenizer) if token in before]
+    if not ends:
+        return 0
+    role = re.match(r"\s*\w*\n+|\s*", before[max(ends) :])
+    return max(ends) + (role.end() if role else 0)
+
+
+def check_spelling(tokenizer: Any, ids: Int[Tensor, "pos"], text: str) -> None:
+    """Check that the tokens of a byte-level tokenizer spell their text: some lack bytes, and drop them without a word.
+
+    Raises:
+        ValueError: They spell something else.
+    """
+    if type(getattr(tokenizer.backend_tokenizer, "decoder", None)).__name__ != "ByteLevel":
+        return  # others change spaces, and have an unknown token
+    spelt = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+    if not _same_text(spelt, text) and not _same_text(spelt.removeprefix(tokenizer.bos_token or ""), text):
+        lost = next((c for c in text if c not in spelt and c not in unicodedata.normalize("NFC", spelt)), "")
+        raise ValueError(
+            f"the tokens of {text!r} spell {spelt!r}: the tokenizer has no token for some byte of "
+            f"{lost!r} ({unicodedata.name(lost, 'unnamed') if lost else 'the text'}), and drops it; leave it out"
+        )
+
+
+def _same_text(one: str, other: str) -> bool:
+    """Whether texts are equal up to composed or decomposed characters, and a space that a tokenizer puts in front."""
+    one, other = (unicodedata.normalize("NFC", text) for text in (one, other))
+    return one in (other, " " + other)
+
+
 def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor, "pos"], list[tuple[int, int]]]:
-    """Token ids of a text as run, and the characters that each of them covers ((0, 0) for BOS)."""
+    """Token ids of a text as run, and the characters that each of them covers ((0, 0) for BOS).
+
+    Where the text begins with the BOS token itself, as chat templates do, no second one is put in front.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} gives no character offsets, needed to find the subject: "
@@ -101,6 +278,13 @@ def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor,
     bos = tokenizer.bos_token_id
     if prepend_bos and bos is None:
         raise ValueError("prepend_bos=True, but the tokenizer has no BOS token: pass prepend_bos=False")
+    if prepend_bos and text.startswith(str(tokenizer.bos_token)):
+        warnings.warn(
+            f"a prompt begins with the BOS token {str(tokenizer.bos_token)!r} itself (a chat template?): no second one "
+            "is put in front of it",
+            stacklevel=1,  # one place in the code: Python says it once
+        )
+        prepend_bos = False
     # To a tokenizer that adds no BOS of its own TransformerLens gives the BOS as text, and a word after it is
     # not always spelt as one at the very beginning ("▁The" becomes "T", "he").
     spelt = tokenizer.bos_token if prepend_bos and tokenizer("a")["input_ids"][:1] != [bos] else ""
@@ -162,6 +346,11 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
         ValueError: The text's own tokens change when the target follows (the two merge into one
             token), so that a model that has read `text` could not go on with `target`.
     """
+    if text[-1:] == " " and target[:1] == " ":
+        raise ValueError(
+            f"{text!r} ends with a space and target {target!r} begins with one, needed one of them: take it off the "
+            "text"
+        )
     before = encode(tokenizer, text, prepend_bos=prepend_bos)[0].tolist()
     whole = encode(tokenizer, text + target, prepend_bos=prepend_bos)[0].tolist()
     if whole[: len(before)] != before or len(whole) == len(before):
@@ -180,9 +369,18 @@ def batches(costs: Sequence[int], most: int) -> Iterator[list[int]]:
     """Indices in order of their cost, as many together as the dearest of them allows (one always goes).
 
     Args:
-        costs: Of each, such as its length in tokens: rows of like length go together, so that little is padded.
-        most: What a batch may cost, each counted as its dearest.
+        costs: What each costs, such as its length in tokens: rows of like length go together, so that little is padded.
+        most: What a batch may cost, each counted as its dearest (the ``batch_tokens`` of public calls).
+
+    Raises:
+        ValueError: `most` isn't a whole number above 0.
     """
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError(f"batch_tokens is {most!r}, needed a whole number of tokens, 1 at least")
+    return _batches(costs, most)
+
+
+def _batches(costs: Sequence[int], most: int) -> Iterator[list[int]]:
     batch: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: costs[i]):
         if batch and costs[i] * (len(batch) + 1) > most:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.spacing import continued, in_one_word, trimmed
 
 
 def counterfact(path: str | Path) -> list[Fact]:
@@ -29,17 +34,21 @@ def counterfact(path: str | Path) -> list[Fact]:
                 f"requested_rewrite is a {type(rewrite).__name__}, needed one rewrite: is it of another layout "
                 "(MQuAKE)?"
             )
-        return _continue(rewrite["target_true"]["str"]), _continue(rewrite["target_new"]["str"])
+        text = _text(rewrite, "prompt").replace("{}", _text(rewrite, "subject"))
+        return (
+            _continue(text, _text(rewrite["target_true"], "str")),
+            _continue(text, _text(rewrite["target_new"], "str")),
+        )
 
-    def fact(_: int, record: Mapping[str, Any]) -> Fact:
+    def fact(_: int, record: Mapping[str, Any], changes: Changes) -> Fact:
         rewrite, (true, new) = record["requested_rewrite"], targets(record)
         return Fact(
             rewrite["subject"],
-            rewrite["prompt"],
+            changes.trimmed(rewrite["prompt"]),
             true,
             new,
-            paraphrases=record["paraphrase_prompts"] or (),
-            neighbours=record["neighborhood_prompts"] or (),
+            paraphrases=changes.each_trimmed(record["paraphrase_prompts"] or ()),
+            neighbours=changes.each_trimmed(record["neighborhood_prompts"] or ()),
             controls=[o for o in objects[rewrite["relation_id"]] if o not in (true, new)],
             relation=rewrite["relation_id"],
             id=record.get("case_id"),
@@ -55,15 +64,17 @@ def counterfact(path: str | Path) -> list[Fact]:
 def counterfact_brief(path: str | Path) -> list[Fact]:
     """CounterFact in EasyEdit's layout: one paraphrase and one neighbour a fact."""
 
-    def fact(_: int, record: Mapping[str, Any]) -> Fact:
+    def fact(_: int, record: Mapping[str, Any], changes: Changes) -> Fact:
+        subject, prompt, text = _template(record, "prompt", changes)
+        neighbour = changes.trimmed(_text(record, "locality_prompt"))
         return Fact(
-            record["subject"],
-            _template(record["prompt"], record["subject"]),
-            _continue(record["ground_truth"]),
-            _continue(record["target_new"]),
-            paraphrases=[record["rephrase_prompt"]],
-            neighbours=[record["locality_prompt"]],
-            neighbour_targets=[_continue(record["locality_ground_truth"])],
+            subject,
+            prompt,
+            _continue(text, _text(record, "ground_truth")),
+            _continue(text, _text(record, "target_new")),
+            paraphrases=[changes.trimmed(_text(record, "rephrase_prompt"))],
+            neighbours=[neighbour],
+            neighbour_targets=[_continue(neighbour, _text(record, "locality_ground_truth"))],
             id=record.get("case_id"),
         )
 
@@ -74,11 +85,12 @@ def counterfact_brief(path: str | Path) -> list[Fact]:
 def known_facts(path: str | Path) -> list[Fact]:
     """ROME's "knowns": facts that GPT-2 XL was found to know, without new objects."""
 
-    def fact(_: int, record: Mapping[str, Any]) -> Fact:
+    def fact(_: int, record: Mapping[str, Any], changes: Changes) -> Fact:
+        subject, prompt, text = _template(record, "prompt", changes)
         return Fact(
-            record["subject"],
-            _template(record["prompt"], record["subject"]),
-            _continue(record["attribute"]),
+            subject,
+            prompt,
+            _continue(text, _text(record, "attribute")),
             relation=record.get("relation_id"),
             id=record.get("known_id"),
         )
@@ -93,30 +105,63 @@ def zsre(path: str | Path) -> list[Fact]:
     empty have no ``target_new``.
     """
 
-    def fact(i: int, record: Mapping[str, Any]) -> Fact:
-        if not record["answers"]:
+    def fact(i: int, record: Mapping[str, Any], changes: Changes) -> Fact:
+        answers = record["answers"]
+        if not isinstance(answers, list):
+            raise ValueError(f"answers is {answers!r}, a {type(answers).__name__}: needed a list of texts")
+        if not answers:
             raise ValueError("answers is empty, needed one at least")
+        if not isinstance(answers[0], str):
+            raise ValueError(f"answers[0] is {answers[0]!r}, a {type(answers[0]).__name__}: needed text")
+        subject, prompt, text = _template(record, "src", changes)
+        alt = "" if record["alt"] is None else _text(record, "alt")
+        neighbour = _text(record, "loc") + "?"
         return Fact(
-            record["subject"],
-            _template(record["src"], record["subject"]),
-            _continue(record["answers"][0]),
-            _continue(record["alt"]) if (record["alt"] or "").strip() else None,
-            paraphrases=[record["rephrase"]],
-            neighbours=[record["loc"] + "?"],
-            neighbour_targets=[_continue(record["loc_ans"])],
+            subject,
+            prompt,
+            _continue(text, answers[0]),
+            _continue(text, alt) if alt.strip() else None,
+            paraphrases=[changes.trimmed(_text(record, "rephrase"))],
+            neighbours=[neighbour],
+            neighbour_targets=[_continue(neighbour, _text(record, "loc_ans"))],
             id=i,
         )
 
     return _facts(path, _records(path, "loc_ans", "src", "rephrase", "answers", "alt", "loc"), fact)
 
 
+class Changes:
+    """What was changed in the texts of a file, to be said once."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def trimmed(self, template: Any) -> Any:
+        """A template without the spaces at its end; what isn't text is left to `Fact`, which refuses it."""
+        if not isinstance(template, str) or trimmed(template) == template:
+            return template
+        self.counts["a space at the end of a prompt was left out"] += 1
+        return trimmed(template)
+
+    def each_trimmed(self, templates: Any) -> Any:
+        """Several templates."""
+        return [self.trimmed(each) for each in templates] if isinstance(templates, list) else templates
+
+    def say(self, path: str | Path) -> None:
+        """Warn of all changes."""
+        if self.counts:
+            said = "; ".join(f"{what} ({n} times)" for what, n in self.counts.items())
+            warnings.warn(f"texts of {path} were changed: {said}", stacklevel=4)
+
+
 def _facts(
-    path: str | Path, records: Sequence[Mapping[str, Any]], make: Callable[[int, Mapping[str, Any]], Fact]
+    path: str | Path, records: Sequence[Mapping[str, Any]], make: Callable[[int, Mapping[str, Any], Changes], Fact]
 ) -> list[Fact]:
-    facts = []
+    facts, changes = [], Changes()
     for i, record in enumerate(records):
         with _naming(path, i, record):
-            facts.append(make(i, record))
+            facts.append(make(i, record, changes))
+    changes.say(path)
     return facts
 
 
@@ -132,23 +177,78 @@ def _naming(path: str | Path, i: int, record: Mapping[str, Any]) -> Iterator[Non
 
 
 def _records(path: str | Path, *fields: str) -> list[Mapping[str, Any]]:
-    try:
-        records = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    records = read_json(path)
     for field in fields:
         if not isinstance(records, list) or not all(isinstance(record, dict) and field in record for record in records):
             raise ValueError(f"{path} holds no list of records with {field!r}: is it of another layout?")
     return records
 
 
-def _continue(target: str) -> str:
-    return target if target.startswith(" ") else f" {target}"
+def read_json(path: str | Path) -> Any:
+    """What a file of JSON holds; of JSONL (one record a line), the list of its records.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is a folder, the pointer that git-lfs leaves, or isn't JSON.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"{path} is a folder, needed a file of JSON")
+    raw = file.read_bytes()
+    if raw.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is the pointer that git-lfs leaves for a file, needed the file: run git lfs pull")
+    try:
+        text = raw.decode("utf-8-sig")  # Windows puts a byte-order mark in front
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            lines = [line for line in text.split("\n") if line.strip()]
+            if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):
+                raise
+            return [json.loads(line) for line in lines]
+    except RecursionError as error:
+        raise ValueError(f"{path} isn't JSON of records: it is nested too deep") from error
+    except ValueError as error:
+        raise ValueError(f"{path} isn't JSON: {error}") from error
 
 
-def _template(prompt: str, subject: str) -> str:
-    """The prompt with its last mention of the subject as the slot; braces it holds itself don't count."""
-    place = prompt.rfind(subject)
-    if place < 0:
+def _text(record: Mapping[str, Any], field: str) -> str:
+    value = record[field]
+    if not isinstance(value, str):
+        raise ValueError(f"{field} is {value!r}, a {type(value).__name__}: needed text")
+    return value
+
+
+def _continue(text: str, target: str) -> str:
+    """An object as the continuation of a prompt whose end was trimmed."""
+    return continued(trimmed(text), target)
+
+
+def _template(record: Mapping[str, Any], field: str, changes: Changes) -> tuple[str, str, str]:
+    """The subject, the prompt with the last mention of it as the slot, and the prompt's text.
+
+    A mention inside a longer word doesn't count ("Ann" in "Annapolis"), nor do braces that the prompt holds itself.
+    """
+    subject, prompt = _text(record, "subject"), changes.trimmed(_text(record, field))
+    if subject not in prompt:
+        composed = [unicodedata.normalize("NFC", text) for text in (subject, prompt)]
+        if composed[0] in composed[1] and composed[0].strip():
+            changes.counts["subject and prompt were spelt with other code points, and are composed (NFC) now"] += 1
+            subject, prompt = composed
+    mentions = [found.span() for found in re.finditer(re.escape(subject), prompt)] if subject else []
+    if not mentions:
         raise ValueError(f"subject {subject!r} isn't in its prompt {prompt!r}")
-    return prompt[:place] + "{}" + prompt[place + len(subject) :]
+    whole = [(a, b) for a, b in mentions if not _inside_a_word(prompt, a, b)]
+    if not whole:
+        a, b = mentions[-1]
+        word = [*re.findall(r"\w+$", prompt[:a])[-1:], subject, *re.findall(r"^\w+", prompt[b:])[:1]]
+        raise ValueError(
+            f"subject {subject!r} stands only inside the longer word {''.join(word)!r} of its prompt {prompt!r}"
+        )
+    a, b = whole[-1]
+    return subject, prompt[:a] + "{}" + prompt[b:], prompt
+
+
+def _inside_a_word(text: str, a: int, b: int) -> bool:
+    left = a > 0 and in_one_word(text[a - 1], text[a])
+    return left or (b < len(text) and in_one_word(text[b - 1], text[b]))

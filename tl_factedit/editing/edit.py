@@ -286,21 +286,24 @@ class Edit:
         """Read a file of `save`.
 
         Raises:
-            ValueError: The file is cut short, changed, or no edit.
+            ValueError: The file is cut short or changed, isn't an edit, or what it holds doesn't fit together.
         """
-        header, tensors = files.read(Path(path), "edit")
-        layers = header["layers"]
-        return cls(
-            facts=tuple(Fact(**fact) for fact in header["facts"]),
-            deltas=tuple(Delta(layer, tensors[f"left.{layer}"], tensors[f"right.{layer}"]) for layer in layers),
-            keys={layer: tensors[f"keys.{layer}"] for layer in layers},
-            values={layer: tensors[f"values.{layer}"] for layer in layers},
-            editor=header["editor"],
-            contexts=tuple(header["contexts"]),
-            diagnostics=tuple(Diagnostics.from_json(d) for d in header["diagnostics"]),
-            fits=tuple(header["fits"]),
-            provenance=Provenance.from_json(header["provenance"]),
-        )
+        with files.opened(path, "edit") as file:
+            layers, take = file.fields("layers", int), file.tensor
+            return cls(
+                facts=tuple(Fact(**fact) for fact in file.fields("facts", dict)),
+                deltas=tuple(
+                    Delta(n, take(f"left.{n}", f"d_mlp rank.{n}"), take(f"right.{n}", f"rank.{n} d_model"))
+                    for n in layers
+                ),
+                keys={n: take(f"keys.{n}", "fact d_mlp") for n in layers},
+                values={n: take(f"values.{n}", "fact d_model") for n in layers},
+                editor=file.field("editor", dict),
+                contexts=tuple(file.fields("contexts", str)),
+                diagnostics=tuple(Diagnostics.from_json(d) for d in file.fields("diagnostics", dict)),
+                fits=tuple(file.fields("fits", dict)),
+                provenance=Provenance.from_json(file.field("provenance", dict)),
+            )
 
     def table(self) -> pd.DataFrame:
         """Its diagnostics, a row a layer (of a composed edit: a row for each edit and layer).
@@ -359,6 +362,6 @@ class Edit:
 class Editor(Protocol):
     """Anything that makes an `Edit`: a frozen value with its hyperparameters as fields."""
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; the model's weights are bit-identical after the call."""
         ...

@@ -12,9 +12,9 @@ from torch import Tensor
 from tl_factedit.backend.fingerprint import Fingerprint
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.weights import check_own, down_proj
-from tl_factedit.core.facts import Fact
+from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
-from tl_factedit.core.tokens import Aligned, align
+from tl_factedit.core.tokens import Aligned, align_all
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import EditTarget, Inject, Objective
 from tl_factedit.editing.value_fit import Fitted, ValueFit
@@ -44,7 +44,7 @@ class EditInputs:
     def of(
         cls,
         model: Model,
-        facts: Sequence[Fact],
+        facts: Fact | Sequence[Fact],
         layers: Iterable[int],
         *,
         objective: Objective | None = None,
@@ -79,10 +79,10 @@ class EditInputs:
         base = base_fingerprint(model)
         check_stats(stats, model, base, ridge)
         bos = bos_of(stats, prepend_bos, model)
-        for fact in facts:
-            for template in fit.kl_prompts if fit else ():
-                align(model.tokenizer, fact, prepend_bos=bos, template=template)
-        prompts = tuple(align(model.tokenizer, fact, prepend_bos=bos) for fact in facts)
+        room = getattr(model.cfg, "n_ctx", None)
+        for template in fit.kl_prompts if fit else ():
+            align_all(model.tokenizer, facts, prepend_bos=bos, template=template, room=room)
+        prompts = tuple(align_all(model.tokenizer, facts, prepend_bos=bos, room=room))
         return cls(model, facts, prompts, bos, base)
 
     def only(self, index: int) -> EditInputs:
@@ -90,23 +90,18 @@ class EditInputs:
         return replace(self, facts=(self.facts[index],), prompts=(self.prompts[index],))
 
 
-def check_facts(facts: Sequence[Fact], objective: Objective | None = None) -> tuple[Fact, ...]:
-    """The facts, if there is one at least and each has what the objective needs.
+def check_facts(facts: Fact | Iterable[Fact], objective: Objective | None = None) -> tuple[Fact, ...]:
+    """The facts (or the only one), if each has what the objective needs.
 
     Args:
         facts: What to edit.
         objective: What for; None for `Inject`, which needs a ``target_new``.
 
     Raises:
-        ValueError: One fact instead of a list, none, a fact that lacks what the objective needs (``target_new``), or
-            one subject and prompt twice.
+        ValueError: Something else than facts, none, a fact that lacks what the objective needs (``target_new``), or one
+            subject and prompt twice.
     """
-    if isinstance(facts, Fact):
-        raise ValueError("facts is one Fact, needed a list of them: write [fact]")
-    facts = tuple(facts)
-    for fact in facts:
-        if not isinstance(fact, Fact):
-            raise ValueError(f"facts has a {type(fact).__name__}, {fact!r}: needed Facts")
+    facts = as_facts(facts)
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     (objective or Inject()).check(facts)

@@ -131,7 +131,7 @@ def by_layer(stats: KeyStats | Mapping[int, KeyStats]) -> dict[int, KeyStats]:
 def layerwise_edit(
     editor: LayerwiseEditor,
     model: Model,
-    facts: Sequence[Fact],
+    facts: Fact | Sequence[Fact],
     *,
     ridge: float | None,
     where: Where = "resid",

@@ -24,7 +24,7 @@ from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
-from tl_factedit.core.facts import Fact
+from tl_factedit.core.facts import Fact, need_old_object
 from tl_factedit.core.tokens import align, continuation
 from tl_factedit.locate.corruption import Corruption, GaussianNoise, subject_of
 
@@ -89,7 +89,8 @@ class Erase:
     """Make ``target_true`` unlikely, whatever comes instead."""
 
     def check(self, facts: Sequence[Fact]) -> None:
-        """Every fact will do."""
+        """Each fact needs a ``target_true``."""
+        need_old_object(facts, "Erase")
 
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The old object, to become unlikely."""
@@ -101,7 +102,8 @@ class Amplify:
     """Make ``target_true`` still likelier."""
 
     def check(self, facts: Sequence[Fact]) -> None:
-        """Every fact will do."""
+        """Each fact needs a ``target_true``."""
+        need_old_object(facts, "Amplify")
 
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The old object."""
@@ -120,7 +122,8 @@ class Force:
     corruption: Corruption = field(default_factory=lambda: GaussianNoise(samples=1))
 
     def check(self, facts: Sequence[Fact]) -> None:
-        """Every fact will do."""
+        """Each fact needs a ``target_true``."""
+        need_old_object(facts, "Force")
 
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """The old object, under noise."""

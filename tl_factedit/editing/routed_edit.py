@@ -195,20 +195,22 @@ class RoutedEdit:
         """Read a file of `save`.
 
         Raises:
-            ValueError: The file is cut short, changed, or isn't a router.
+            ValueError: The file is cut short or changed, isn't a router, or what it holds doesn't fit together.
         """
-        header, tensors = files.read(Path(path), "routed edit")
-        return cls(
-            facts=tuple(Fact(**fact) for fact in header["facts"]),
-            layer=header["layer"],
-            keys=tensors["keys"],
-            values=tensors["values"],
-            radius=header["radius"],
-            editor=header["editor"],
-            contexts=tuple(header["contexts"]),
-            fits=tuple(header["fits"]),
-            provenance=Provenance.from_json(header["provenance"]),
-        )
+        with files.opened(path, "routed edit") as file:
+            facts = tuple(Fact(**fact) for fact in file.fields("facts", dict))
+            file.sizes["fact"] = len(facts)
+            return cls(
+                facts=facts,
+                layer=file.field("layer", int),
+                keys=file.tensor("keys", "fact d_mlp"),
+                values=file.tensor("values", "fact d_model"),
+                radius=file.field("radius", float),
+                editor=file.field("editor", dict),
+                contexts=tuple(file.fields("contexts", str)),
+                fits=tuple(file.fields("fits", dict)),
+                provenance=Provenance.from_json(file.field("provenance", dict)),
+            )
 
     def __repr__(self) -> str:
         """What it answers for, and where."""

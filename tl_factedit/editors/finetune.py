@@ -96,7 +96,7 @@ class FineTune:
             raise ValueError(f"width is {width}, needed at least 1")
         return tuple(window_layers(layer, width, n_layers(model)))
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; no weight of the model is written.
 
         Raises:

@@ -96,7 +96,7 @@ class KnowledgeNeurons:
             if not self.layers:
                 raise ValueError("layers is empty, needed one at least, or None for all")
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; no weight of the model is written.
 
         Raises:
@@ -211,7 +211,7 @@ def _prompts(model: Model, fact: Fact, prepend_bos: bool) -> list[Prompt]:
     return [
         Prompt(
             encode(model.tokenizer, text, prepend_bos=prepend_bos)[0],
-            continuation(model.tokenizer, text, fact.target_true, prepend_bos=prepend_bos),
+            continuation(model.tokenizer, text, fact.old, prepend_bos=prepend_bos),
         )
         for text in texts
     ]

@@ -67,7 +67,7 @@ class Memit:
         check_objective(self.objective)
         check_contexts(self.contexts)
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; the weights are as before when it returns.
 
         Raises:

@@ -106,7 +106,7 @@ class Rome:
         check_objective(self.objective)
         check_contexts(self.contexts)
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> Edit:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit of one fact; the weights are as before when it returns.
 
         Raises:

@@ -61,7 +61,7 @@ class Router:
             raise ValueError(f"radius is {self.radius}, needed more than 0 (a share of a stored key's norm)")
         check_contexts(self.contexts)
 
-    def __call__(self, model: Model, facts: Sequence[Fact]) -> RoutedEdit:
+    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> RoutedEdit:
         """Find keys and values as ROME does; the model is as before when it returns.
 
         Raises:

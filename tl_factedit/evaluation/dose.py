@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,14 @@ def dose_curve(
         facts: Each with a ``target_new``.
         doses: The a's; 1 is the edit as it is.
         batch_tokens: Most tokens in one forward pass.
+
+    Raises:
+        ValueError: No doses, or one that is not finite; a fact without one of its objects.
     """
     facts = with_new_objects(facts)
+    doses = tuple(doses)
+    if not doses or not all(math.isfinite(dose) for dose in doses):
+        raise ValueError(f"doses is {doses}, needed some finite numbers, such as (0.0, 0.5, 1.0)")
     sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
     rows = []
     with frozen(model), torch.no_grad(), edit.applied(model):

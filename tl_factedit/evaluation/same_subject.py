@@ -98,7 +98,7 @@ def specificity(
     pairs = pair_same_subject(facts, same_subject)
     rows = [encode(model.tokenizer, aside.text, prepend_bos=bos)[0] for _, aside in pairs]
     true = torch.tensor(
-        [int(continuation(model.tokenizer, aside.text, aside.target_true, prepend_bos=bos)[0]) for _, aside in pairs],
+        [int(continuation(model.tokenizer, aside.text, aside.old, prepend_bos=bos)[0]) for _, aside in pairs],
         dtype=torch.long,
     )
     ends = [torch.tensor([len(row) - 1]) for row in rows]

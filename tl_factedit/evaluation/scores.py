@@ -28,8 +28,8 @@ from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
-from tl_factedit.core.facts import Fact, as_facts, check_distinct
-from tl_factedit.core.tokens import continuation, encode
+from tl_factedit.core.facts import Fact, as_facts, check_distinct, need_old_object
+from tl_factedit.core.tokens import check_room, continuation, encode
 from tl_factedit.measure.likelihood import log_probs
 
 if TYPE_CHECKING:
@@ -165,7 +165,9 @@ def evaluate(
     for _, _, prompt, true, new in asked:
         bos = provenance.prepend_bos
         ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
-        requests += [(ids, continuation(model.tokenizer, prompt, target, prepend_bos=bos)) for target in (true, new)]
+        targets = [continuation(model.tokenizer, prompt, target, prepend_bos=bos) for target in (true, new)]
+        check_room(ids, targets, getattr(model.cfg, "n_ctx", None), prompt)
+        requests += [(ids, target) for target in targets]
     with frozen(model), torch.no_grad():
         found = log_probs(Runner(model), requests, batch_tokens=batch_tokens)
     answers = tuple(
@@ -183,6 +185,7 @@ def evaluate(
 def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
     facts = as_facts(facts)
     check_distinct(facts)
+    need_old_object(facts, "evaluate")
     for fact in facts:
         if fact.target_new is None:
             raise ValueError(
@@ -193,10 +196,10 @@ def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
 
 def _prompts(fact: Fact) -> list[tuple[Ask, str, str]]:
     """(kind, prompt, right object before the edit) of everything a fact is asked."""
-    theirs = fact.neighbour_targets or (fact.target_true,) * len(fact.neighbours)
+    theirs = fact.neighbour_targets or (fact.old,) * len(fact.neighbours)
     return [
-        ("rewrite", fact.text, fact.target_true),
-        *(("paraphrase", fact.fill(text), fact.target_true) for text in fact.paraphrases),
+        ("rewrite", fact.text, fact.old),
+        *(("paraphrase", fact.fill(text), fact.old) for text in fact.paraphrases),
         *(("neighbour", text, true) for text, true in zip(fact.neighbours, theirs, strict=True)),
     ]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from tl_factedit.backend.memory import GIB, pass_tokens
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import Aligned, align
+from tl_factedit.core import tokens
+from tl_factedit.core.facts import Fact, need_old_object
+from tl_factedit.core.tokens import Aligned
 from tl_factedit.locate.cells import Direction, Question
 from tl_factedit.locate.corruption import Corruption, Subject, subject_of
 from tl_factedit.locate.metrics import Metric, logit_diff
@@ -149,7 +150,8 @@ def check_contrasts(facts: Sequence[Fact], rows: Sequence[Aligned], metric: Metr
 
 def align_all(model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> list[Aligned]:
     """The facts' prompts as the model runs them."""
-    return [align(model.tokenizer, fact, prepend_bos=prepend_bos) for fact in facts]
+    need_old_object(facts, "a trace")
+    return tokens.align_all(model.tokenizer, facts, prepend_bos=prepend_bos, room=getattr(model.cfg, "n_ctx", None))
 
 
 def _contrast(corruption: Corruption, subject: Subject, row: Aligned, samples: int) -> Tensor | None:

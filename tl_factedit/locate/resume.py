@@ -60,17 +60,25 @@ class TraceFolder:
                 f"corruption is {questions.corruption!r}, of which a file can't tell one from another: needed a repr "
                 "that says what it is (a dataclass has one), or no folder"
             )
-        where = Path(folder).expanduser()
+        where = files.pinned(folder)
         parts = cls(where, files.digest("trace", json.dumps(asked, default=files.plain_number), tensors))
         for path in sorted(where.glob("part-*.safetensors")):
-            header, found = files.read(path, "part of a trace")
-            if header["digest"] != parts.digest:
+            with files.opened(path, "part of a trace") as file:
+                digest = file.field("digest", str)
+                found = {
+                    i: TracePart(
+                        file.tensor(f"effect.{i}", f"layer pos.{i} sample", missing=True),
+                        file.tensor(f"clean.{i}", "clean", missing=True),
+                        file.tensor(f"corrupted.{i}", "sample", missing=True),
+                        top=files.of_kind(top, int, "top"),
+                    )
+                    for i, top in file.fields("top", list)
+                }
+            if digest != parts.digest:
                 raise ValueError(
                     f"{path} belongs to another trace (other facts, settings, weights or versions): give another folder"
                 )
-            for i, top in header["top"]:
-                kept = (found[f"{name}.{i}"] for name in ("effect", "clean", "corrupted"))
-                parts.done[i] = TracePart(*kept, top=top)
+            parts.done |= found
         return parts
 
     def add(self, which: Sequence[int], found: Iterable[TracePart]) -> None:

@@ -255,18 +255,21 @@ class Trace:
         """Read a file of `save`.
 
         Raises:
-            ValueError: The file is cut short, changed, or no trace.
+            ValueError: The file is cut short or changed, isn't a trace, or what it holds doesn't fit together.
         """
-        header, tensors = files.read(Path(path), "trace")
-        plain = {name: _frozen(header[name]) for name in _PLAIN}
-        return cls(
-            **sample_means(tensors["sample_effect"], tensors["sample_corrupted"]),
-            clean=tensors["clean"],
-            facts=tuple(Fact(**fact) for fact in header["facts"]),
-            corruption=decode(header["corruption"], tensors, (*CORRUPTIONS, Unknown)),
-            provenance=Provenance.from_json(header["provenance"]),
-            **plain,
-        )
+        with files.opened(path, "trace") as file:
+            plain = {name: _frozen(file.header[name]) for name in _PLAIN}
+            facts = tuple(Fact(**fact) for fact in file.fields("facts", dict))
+            file.sizes["fact"] = len(facts)
+            effect = file.tensor("sample_effect", "fact layer pos sample", missing=True)
+            return cls(
+                **sample_means(effect, file.tensor("sample_corrupted", "fact sample", missing=True)),
+                clean=file.tensor("clean", "fact", missing=True),
+                facts=facts,
+                corruption=decode(file.header["corruption"], file.tensors, (*CORRUPTIONS, Unknown)),
+                provenance=Provenance.from_json(file.field("provenance", dict)),
+                **plain,
+            )
 
     def __repr__(self) -> str:
         """Size, effects and peak in a line."""

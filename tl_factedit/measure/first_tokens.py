@@ -23,7 +23,7 @@ from torch import Tensor
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, Estimates
-from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.facts import Fact, as_facts, need_old_object
 from tl_factedit.core.tokens import align, batches, continuation, pad
 
 FIRST = ("old_first", "new_first", "control_first")
@@ -107,6 +107,7 @@ def with_new_objects(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
     for fact in facts:
         if fact.target_new is None:
             raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
+    need_old_object(facts, "a comparison with the new one")
     return facts
 
 

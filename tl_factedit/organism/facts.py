@@ -112,7 +112,7 @@ def _implications(world: o.World, fact: Fact) -> tuple[tuple[str, str, str | Non
     for name, (source, phrasings, _) in o.IMPLIED.items():
         if source == fact.relation:
             follows = world.country_of if name == "country" else world.seat_of
-            old = " " + follows[fact.target_true.strip()]
+            old = " " + follows[fact.old.strip()]
             new = None if fact.target_new is None else " " + follows[fact.target_new.strip()]
             return tuple((fact.fill(phrasing), old, new) for phrasing in phrasings)
     return ()

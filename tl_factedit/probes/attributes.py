@@ -75,7 +75,7 @@ def attributes_by_object(facts: Sequence[Fact], words: Mapping[str, Sequence[str
                 raise ValueError(f"object {target!r} of fact {fact.name!r} has no attributes, needed some in words")
     return {
         fact.name: Attributes(
-            tuple(words[fact.target_true]),
+            tuple(words[fact.old]),
             () if fact.target_new is None else tuple(words[fact.target_new]),
             tuple(tuple(words[text]) for text in fact.controls if text in words),
         )

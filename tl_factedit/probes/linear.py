@@ -369,7 +369,7 @@ class OwnLinearProbe:
 
 
 def _named(facts: Sequence[Fact], given: Sequence[str] | None) -> list[str]:
-    named = [fact.target_true for fact in facts] if given is None else list(given)
+    named = [fact.old for fact in facts] if given is None else list(given)
     if len(named) != len(facts):
         raise ValueError(f"{len(named)} objects for {len(facts)} facts, needed one each")
     return named

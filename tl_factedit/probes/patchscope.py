@@ -280,7 +280,7 @@ class _Objects:
         def spelt(text: str) -> tuple[int, ...]:
             return tuple(continuation(model.tokenizer, prompt.text, text, prepend_bos=prompt.bos).tolist())
 
-        both = [spelt(fact.target_true)] + ([] if fact.target_new is None else [spelt(fact.target_new)])
+        both = [spelt(fact.old)] + ([] if fact.target_new is None else [spelt(fact.target_new)])
         controls = dict.fromkeys(spelt(text) for text in fact.controls)
         return cls((*both, *(ids for ids in controls if ids not in both)), fact.target_new is not None)
 

@@ -57,8 +57,8 @@ def control_task(
         seed: Of the shuffle.
     """
     draw = torch.Generator().manual_seed(seed)
-    own = [f.target_true for f in train.facts] if train_objects is None else list(train_objects)
-    true = [f.target_true for f in test.facts] if test_objects is None else list(test_objects)
+    own = [f.old for f in train.facts] if train_objects is None else list(train_objects)
+    true = [f.old for f in test.facts] if test_objects is None else list(test_objects)
     # One label a subject, with the marginal of the objects over subjects.
     of_subject = {fact.subject: name for fact, name in zip(train.facts, own, strict=True)}
     names = list(of_subject.values())

@@ -206,19 +206,22 @@ class TunedLens:
             FileNotFoundError: No such file.
             ValueError: The file is damaged, or holds something else.
         """
-        header, tensors = files.read(Path(path), "tuned lens")
-        return cls(
-            layers=tuple(header["layers"]),
-            matrix=tensors["matrix"],
-            inner=tensors.get("inner"),
-            bias=tensors["bias"],
-            kl_logit=tensors["kl_logit"],
-            kl=tensors["kl"],
-            training=LensTraining(**header["training"]),
-            n_tokens=header["n_tokens"],
-            corpus=header["corpus"],
-            provenance=Provenance.from_json(header["provenance"]),
-        )
+        with files.opened(path, "tuned lens") as file:
+            layers = tuple(file.fields("layers", int))
+            file.sizes["layer"] = len(layers)
+            low_rank = "inner" in file.tensors
+            return cls(
+                layers=layers,
+                bias=file.tensor("bias", "layer d_model"),
+                matrix=file.tensor("matrix", "layer d_model rank" if low_rank else "layer d_model d_model"),
+                inner=file.tensor("inner", "layer rank d_model") if low_rank else None,
+                kl_logit=file.tensor("kl_logit", "layer"),
+                kl=file.tensor("kl", "layer"),
+                training=LensTraining(**file.field("training", dict)),
+                n_tokens=file.field("n_tokens", int),
+                corpus=file.field("corpus", str),
+                provenance=Provenance.from_json(file.field("provenance", dict)),
+            )
 
     def __repr__(self) -> str:
         """Layers, tokens and the mean held-out KL."""

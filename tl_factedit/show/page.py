@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.core import files
 from tl_factedit.show.markup import Html, join, number, rows, tag, text, to_json
 
 POSITIVE, NEGATIVE = "#0072b2", "#d55e00"
@@ -49,8 +50,9 @@ class Picture:
 
     def save(self, path: str | Path) -> Path:
         """Write `html` to a file; returns its path."""
-        path = Path(path)
-        path.write_text(self.html, encoding="utf-8")
+        path = files.pinned(path)
+        with files.replacing(path) as draft:
+            draft.write_text(self.html, encoding="utf-8")
         return path
 
     def _repr_html_(self) -> str:

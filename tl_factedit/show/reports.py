@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tl_factedit.attacks.attack import Recovery
 from tl_factedit.auditing.verdict import Verdict
+from tl_factedit.core import files
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.scores import Scores
 from tl_factedit.locate.trace_result import Trace
@@ -56,11 +57,11 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
                 picture.body,
             )
         )
-    path = Path(path).expanduser()
+    path = files.pinned(path)
     provenance = [one for picture in pictures for one in picture.provenance]
     page = document(title, join(*sections, between="\n"), provenance, live=any(p.live for p in pictures))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with files.replacing(path) as draft:
+        draft.write_text(page, encoding="utf-8")
     return path
 
 

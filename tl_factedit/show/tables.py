@@ -89,7 +89,7 @@ def fact_table(verdict: Verdict) -> Html:
         cells.append(
             [
                 fact.name,
-                f"{fact.target_true.strip()} → {(fact.target_new or '').strip()}",
+                f"{(fact.target_true or '').strip()} → {(fact.target_new or '').strip()}",
                 _change(math.exp(-was.nll_true), math.exp(-now.nll_true)),
                 _change(math.exp(-was.nll_new), math.exp(-now.nll_new)),
                 _change(float(ranks[0][i]), float(ranks[1][i]), 0),

@@ -16,6 +16,7 @@ from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
+from tl_factedit.core import files
 from tl_factedit.stats.key_stats import KeyStats, write_stats_file
 from tl_factedit.stats.resume import Draft, places_for, reuse_file, unfinished_path
 from tl_factedit.stats.streaming import Reader, check_amounts, stream_keys
@@ -82,7 +83,7 @@ def key_stats(
         raise ValueError(f"save_every is {save_every}, needed at least 1 token")
     provenance = Provenance.of(model, prepend_bos)
     asked = {"n_asked": n_tokens, "context": context}
-    path = None if path is None else Path(path).expanduser()
+    path = None if path is None else files.pinned(path)
     places = places_for(path, wanted)
     there = {file: held for file, held in places.items() if file.exists()}
     # A one-way iterator would be used up by checking what is there; a list or a corpus is simply read twice.

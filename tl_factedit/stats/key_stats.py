@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tl_factedit.backend.protocol import Model, check_layer
 from tl_factedit.backend.provenance import Provenance, difference
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
+from tl_factedit.stats.published import read_npz
 from tl_factedit.stats.sums import pack_sums, unpack_sums
 
 TOKENS_PER_DIMENSION = 10
@@ -65,6 +66,32 @@ class KeyStats:
         layer = operator.index(layer)
         size = down_proj(model, layer).W.shape[0]
         return cls(layer, torch.eye(size, dtype=torch.float64), 0, "identity", None)
+
+    @classmethod
+    def from_npz(cls, path: str | Path, model: Model, layer: int, *, prepend_bos: bool | None = None) -> KeyStats:
+        """Statistics as the codes of ROME, MEMIT and EasyEdit publish them (``mom2.mom2``, ``mom2.count``).
+
+        Args:
+            path: The ``.npz`` file.
+            model: The model that they are of, unedited. The file doesn't say which it is: only its size is checked.
+            layer: The block that they are of.
+            prepend_bos: Whether they were collected with BOS; None: as the tokenizer does by itself, to which those
+                codes leave it (GPT-2's doesn't, Llama's does).
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: It isn't such a file, or its moment can't be one of this layer.
+
+        Example:
+            >>> stats = fe.KeyStats.from_npz("h.17.mlp.c_proj_mom2.npz", model, 17)   # doctest: +SKIP
+        """
+        layer, file = operator.index(layer), files.pinned(path)
+        moment, n_tokens = read_npz(file, down_proj(model, layer).W.shape[0])
+        if prepend_bos is None:
+            bos = model.tokenizer.bos_token_id
+            prepend_bos = bos is not None and model.tokenizer("a")["input_ids"][:1] == [bos]
+        origin = replace(Provenance.of(model, prepend_bos), versions={"file": file.name})
+        return cls(layer, moment, n_tokens, f"npz {hash_weight(moment)[:16]}", origin)
 
     @property
     def is_identity(self) -> bool:
@@ -199,15 +226,23 @@ def write_stats_file(stats: Sequence[KeyStats], path: Path, asked: dict[str, Any
 
 
 def read_stats_file(path: Path) -> tuple[dict[str, Any], list[KeyStats]]:
-    """What a file of `write_stats_file` was asked with, and its statistics."""
-    header, tensors = files.read(path, "key statistics")
-    return header["asked"], [
-        KeyStats(
-            layer=entry["layer"],
-            moment=unpack_sums(tensors[f"layer.{entry['layer']}"], entry["size"]),
-            n_tokens=entry["n_tokens"],
-            corpus=entry["corpus"],
-            provenance=None if entry["provenance"] is None else Provenance.from_json(entry["provenance"]),
-        )
-        for entry in header["layers"]
-    ]
+    """What was asked for, and the statistics of each layer.
+
+    Raises:
+        ValueError: The file is cut short or changed, or what it holds doesn't fit together.
+    """
+    with files.opened(path, "key statistics") as file:
+        found = []
+        for entry in file.fields("layers", dict):
+            layer, size = (files.of_kind(entry[name], int, name) for name in ("layer", "size"))
+            packed = file.tensor(f"layer.{layer}", str(size * (size + 1) // 2), dtype=torch.float64)
+            found.append(
+                KeyStats(
+                    layer=layer,
+                    moment=unpack_sums(packed, size),
+                    n_tokens=files.of_kind(entry["n_tokens"], int, "n_tokens"),
+                    corpus=files.of_kind(entry["corpus"], str, "corpus"),
+                    provenance=None if entry["provenance"] is None else Provenance.from_json(entry["provenance"]),
+                )
+            )
+        return file.field("asked", dict), found

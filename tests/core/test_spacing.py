@@ -1,0 +1,125 @@
+"""White space between a prompt and its target: one rule, for files and for facts written by hand."""
+
+import warnings
+
+import pytest
+
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.spacing import continued, gap, in_one_word
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "space"),
+    [
+        ("The capital of France is", "Paris", " "),
+        ("Where is it?", "Paris", " "),
+        ("A:", "Paris", " "),
+        ("In", "1889", " "),
+        ("中国的首都是", "北京", ""),
+        ("中国的首都是", "New York", ""),
+        ("日本の首都は", "東京", ""),
+        ("เมืองหลวงคือ", "กรุงเทพ", ""),
+        ("한국의 수도는", "서울", " "),
+        ("The capital of China is", "北京", " "),
+        ("user\n", "Paris", ""),
+        ("It is in ", "Paris", ""),
+        ("He said (", "Paris", ""),
+        ('He said "', "Paris", ""),
+        ('He said "Rome"', "Paris", " "),
+        ("It is Rome", "'s best", ""),
+        ("It is Rome", "’s best", ""),
+        ("It is Rome", ", Italy", ""),
+        ("It is Rome", ".", ""),
+        ("It costs $", "5", ""),
+        ("It is Rome", "", ""),
+        ("", "Paris", ""),
+    ],
+)
+def test_the_gap_hangs_on_script_and_on_what_the_text_ends_with(text, target, space):
+    assert gap(text, target) == space
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        ("English", " English"),
+        (" English", " English"),
+        ("  English", " English"),
+        (" English \n", " English"),
+        ("\nEnglish", "\nEnglish"),
+        ("'s English", "'s English"),
+        ("New  York", " New  York"),
+    ],
+)
+def test_objects_of_files_become_continuations(target, found):
+    assert continued("The mother tongue of Danielle Darrieux is", target) == found
+    assert continued("The mother tongue of Danielle Darrieux is", found) == found
+
+
+def test_one_word_ends_where_a_letter_stops_or_a_script_has_no_spaces():
+    assert in_one_word("n", "a")
+    assert in_one_word("é", "1")
+    assert not in_one_word("n", "'")
+    assert not in_one_word("国", "的")
+    assert not in_one_word("国", "a")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "prompt_now", "target_now"),
+    [
+        ("{} is in ", " Paris", "{} is in", " Paris"),
+        ("{} is in", "  Paris", "{} is in", " Paris"),
+        ("{} is in", " Paris \n", "{} is in", " Paris"),
+        ("Where is {}?", "Paris", "Where is {}?", " Paris"),
+        ("Q: Where is {}? A:", "Paris", "Q: Where is {}? A:", " Paris"),
+        ("This is {}.", "It is in", "This is {}.", " It is in"),
+    ],
+)
+def test_what_cannot_be_meant_is_mended_and_said(prompt, target, prompt_now, target_now):
+    with pytest.warns(UserWarning, match="white space of fact 'Eiffel' was mended"):
+        fact = Fact("Eiffel", prompt, target, target)
+    assert (fact.prompt, fact.target_true, fact.target_new) == (prompt_now, target_now, target_now)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fact.but(relation="city").target_true == target_now  # said once
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        ("{} opens at 12:", "30"),
+        ("{} is 3.", "14"),
+        ("See {} at www.", "example.org"),
+        ("See {} at https://x.org/?", "page"),
+        ("中国的{}是什么?", "北京"),
+        ("<user>{}?\n", "Paris"),
+        ("{} said:", "\nParis"),
+        ("{} is (in", ")"),
+        ("{}", "'s"),
+    ],
+)
+def test_what_can_be_meant_is_left_as_it_is(prompt, target):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fact = Fact("Eiffel", prompt, target)
+    assert (fact.prompt, fact.target_true) == (prompt, target)
+
+
+def test_a_space_that_only_goes_over_to_the_targets_changes_no_text_and_is_not_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fact = Fact("Eiffel", "{} is in ", "Paris", "Rome", controls=["Berlin"])
+    assert (fact.prompt, fact.target_true, fact.target_new, fact.controls) == (
+        "{} is in",
+        " Paris",
+        " Rome",
+        (" Berlin",),
+    )
+
+
+def test_paraphrases_and_neighbours_lose_the_space_that_their_targets_have():
+    with pytest.warns(UserWarning, match="left out, as the target has its own"):
+        fact = Fact("Eiffel", "{} is in", " Paris", paraphrases=["Where is {}? In "], neighbours=["Rome is in "])
+    assert (fact.paraphrases, fact.neighbours) == (("Where is {}? In",), ("Rome is in",))
+    own = Fact("Eiffel", "{} is in", " Paris", neighbours=["Rome is in "], neighbour_targets=["Italy"])
+    assert (own.neighbours, own.neighbour_targets) == (("Rome is in",), (" Italy",))

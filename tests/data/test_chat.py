@@ -1,0 +1,77 @@
+"""Chat prompts, and the facts that a model can be asked."""
+
+import inspect
+
+import pytest
+import tiny
+import torch
+
+import tl_factedit as fe
+from tl_factedit.core.tokens import align
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(kind):
+    model = tiny.model(kind, "llama", n_layers=1, tok=tiny.tokenizer("bytebpe"))
+    model.tokenizer.chat_template = TEMPLATE
+    return model
+
+
+def test_a_chat_prompt_keeps_its_slot_and_ends_where_the_answer_begins(chatty):
+    asked = fe.chat_prompt(chatty, "What is the capital of {}?")
+    assert asked == "<bos>user\nWhat is the capital of {}?<eos>assistant\n"
+    told = fe.chat_prompt(chatty, "Where is {}?", system="Answer in one word.")
+    assert told == "<bos>system\nAnswer in one word.<eos>user\nWhere is {}?<eos>assistant\n"
+
+
+def test_a_fact_of_a_chat_prompt_runs_with_one_bos(chatty):
+    fact = fe.Fact("France", fe.chat_prompt(chatty, "What is the capital of {}?"), "Paris", "Rome")
+    with pytest.warns(UserWarning, match="BOS token"):
+        row = align(chatty.tokenizer, fact, prepend_bos=True)
+    assert row.ids.tolist().count(chatty.tokenizer.bos_token_id) == 1
+    plain = chatty.tokenizer(row.text, add_special_tokens=False)["input_ids"]
+    assert torch.equal(row.ids, torch.tensor(plain))
+
+
+@pytest.mark.parametrize("text", ["", "  ", None, 3, ["What?"]], ids=repr)
+def test_what_a_user_says_is_text(chatty, text):
+    # Past the type checks of this test suite, which a user doesn't have.
+    with pytest.raises(ValueError, match=r"text is .*needed what the user says"):
+        inspect.unwrap(fe.chat_prompt)(chatty, text)
+
+
+def test_a_tokenizer_without_a_template_is_refused(kind):
+    with pytest.raises(ValueError, match="has no chat template"):
+        fe.chat_prompt(tiny.model(kind, "llama", n_layers=1), "Where is {}?")
+
+
+def test_a_template_that_drops_or_adds_something_is_refused(chatty):
+    chatty.tokenizer.chat_template = "{{ messages[-1]['content'] }}!"
+    with pytest.raises(ValueError, match="doesn't keep what the system says"):
+        fe.chat_prompt(chatty, "Where is {}?", system="Be kind.")
+    with pytest.raises(ValueError, match=r'holds 2 "{}" and the text 1'):
+        chatty.tokenizer.chat_template = "{} {{ messages[-1]['content'] }}"
+        fe.chat_prompt(chatty, "Where is {}?")
+
+
+def test_facts_are_sorted_into_those_that_can_be_asked_and_those_that_cannot(kind):
+    model = tiny.model(kind, "llama", n_layers=1, tok=tiny.tokenizer("bytebpe"))
+    good = fe.Fact("The Eiffel Tower", "{} is in", " Paris", " Rome", paraphrases=["Where is {}? In"])
+    inside = fe.Fact("The Eif", "{}fel is in", " Paris")
+    long = good.but(neighbours=["Rome " * tiny.N_CTX + "is in"])
+    with pytest.warns(UserWarning, match="last word"):
+        merges = good.but(paraphrases=["Where is {}? It is in th"], target_true="e")
+    found, bad = fe.alignable(model, [good, inside, long, merges])
+    assert found == [good]
+    assert [fact for fact, _ in bad] == [inside, long, merges]
+    assert [word in why for (_, why), word in zip(bad, ("inside token", "room for", "merges"), strict=True)] == [
+        True
+    ] * 3
+    assert fe.alignable(model, good) == ([good], [])
+    with pytest.raises(ValueError, match="2 of 3 facts can't be asked"):
+        fe.causal_trace(model, [good, inside, inside.but(id=2)])

@@ -1,0 +1,41 @@
+"""Which facts a model's tokenizer can align: before hundreds of records stop at one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tl_factedit.backend.protocol import Model, bos_policy
+from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.tokens import check_texts
+
+
+def alignable(
+    model: Model, facts: Fact | Iterable[Fact], *, prepend_bos: bool | None = None
+) -> tuple[list[Fact], list[tuple[Fact, str]]]:
+    """Sort facts into those that the model can be asked, and those that it can't, with the reason.
+
+    A fact is alignable if its subject begins and ends on token boundaries, its objects are continuations of every text
+    that they are asked after (prompt, paraphrases, neighbours), the tokens spell these texts, and all fits into the
+    model's context. Nothing is run.
+
+    Args:
+        model: Its tokenizer and context decide.
+        facts: The facts.
+        prepend_bos: BOS policy; None for the model's default.
+
+    Returns:
+        The good facts, and the others as pairs (fact, reason), both in their order.
+
+    Example:
+        >>> good, bad = fe.alignable(model, fe.data.counterfact("counterfact.json"))     # doctest: +SKIP
+    """
+    bos = bos_policy(model, prepend_bos)
+    good: list[Fact] = []
+    bad: list[tuple[Fact, str]] = []
+    for fact in as_facts(facts):
+        try:
+            check_texts(model.tokenizer, fact, prepend_bos=bos, room=getattr(model.cfg, "n_ctx", None))
+            good.append(fact)
+        except ValueError as error:
+            bad.append((fact, str(error)))
+    return good, bad
