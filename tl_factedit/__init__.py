@@ -12,8 +12,8 @@ from importlib.metadata import version as _version
 from tl_factedit import attacks, auditing, data, editing, editors, evaluation, locate, models, probes, show, stats
 from tl_factedit.attacks.routes import Route
 from tl_factedit.auditing.audit import audit
+from tl_factedit.auditing.calibration import Calibration
 from tl_factedit.auditing.findings import Thresholds
-from tl_factedit.auditing.retained import Calibration
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.backend.protocol import Model, UnsupportedModelError
 from tl_factedit.core.estimate import Estimate
