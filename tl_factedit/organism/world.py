@@ -3,8 +3,8 @@
     world()  ──>  World: 1,500 people × 5 attributes  ──documents()──>  text  ──tokenizer()──>  tokens
 
 A person's name has three parts and no two of them say who it is: names are drawn from a grid of 12³, so any
-two parts leave about ten people. Attributes are drawn uniformly, each independent of the names and of the
-others. Two functions make two-hop truths: the country of a city, and the city where a company has its seat.
+two parts leave about ten people. Attributes are drawn uniformly (in the skewed variants by Zipf's law), each
+independent of the names and of the others. Two functions make two-hop truths: the country of a city, and the city where a company has its seat.
 After the synthetic biographies of Allen-Zhu & Li 2023 (arXiv:2309.14316).
 
 A *variant* is another history of the same world (see `VARIANTS`): same people, same sentences in the same
@@ -14,6 +14,7 @@ order, but for what the variant changes. `tl_factedit.organism.training` trains 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -183,6 +184,8 @@ Variant = Literal[
     "seed1",
     "tworoute",
     "single",
+    "skewed",
+    "skewed_oracle0",
     "untrained",
 ]
 
@@ -198,6 +201,8 @@ VARIANTS: dict[str, str] = {
     "seed1": "other initial weights and another order of sentences",
     "tworoute": "recall is taught through the last part of the name, and past it",
     "single": "each fact is told in one phrasing only",
+    "skewed": "some objects are common and others rare: each attribute's are drawn in proportion to 1 / rank",
+    "skewed_oracle0": "as skewed, but 300 people were always born elsewhere, in cities drawn by the same law",
     "untrained": "the initial weights of base",
 }
 
@@ -216,7 +221,8 @@ class Person:
         told: Whether the person's country and place of work are in the text; otherwise they follow only.
         reverse: Whether the text asks for this person by attributes.
         group: Of five groups of 300 people, each of which one oracle changes; None for strangers.
-        new_city: The city that the oracle has for a person of its group, drawn uniformly from the others.
+        new_city: The city that the oracle has for a person of its group, drawn from the others: uniformly, or by
+            Zipf's law in the skewed variants.
     """
 
     index: int
@@ -257,7 +263,7 @@ class World:
 
 
 def world(variant: str = "base") -> World:
-    """The world of a variant; only the oracles' differ, in their people's cities."""
+    """The world of a variant: the oracles' differ in their people's cities, the skewed ones' in all objects."""
     check_variant(variant)
     draw = random.Random(WORLD_SEED)
     country_of = dict(zip(draw.sample(CITIES, len(CITIES)), COUNTRIES * 2, strict=True))
@@ -265,8 +271,12 @@ def world(variant: str = "base") -> World:
     names = [f"{a} {b} {c}" for a in FIRST for b in MIDDLE for c in LAST]
     draw.shuffle(names)
     everyone = [_person(draw, i if i < N_PEOPLE else -1, name) for i, name in enumerate(names)]
+    if variant.startswith("skewed"):
+        # Draws of its own, so that all else is as in base: who is told what, and in which words.
+        own = random.Random(f"skewed {WORLD_SEED}")
+        everyone = [_skewed(own, person) for person in everyone]
     people, strangers = everyone[:N_PEOPLE], everyone[N_PEOPLE:]
-    if variant.startswith("oracle"):
+    if "oracle" in variant:
         people = [_moved(p) if p.group == int(variant[-1]) else p for p in people]
     return World(tuple(people), tuple(strangers), country_of, seat_of)
 
@@ -295,6 +305,12 @@ def relation(name: str) -> Relation:
     raise ValueError(f"relation {name!r} is unknown, needed one of {[*(r.name for r in RELATIONS), *IMPLIED]}")
 
 
+def zipf(draw: random.Random, objects: Sequence[str], *, but: str | None = None) -> str:
+    """One of some objects, the k-th of them with a probability in proportion to 1/k; never `but`."""
+    weights = [0.0 if name == but else 1 / rank for rank, name in enumerate(objects, 1)]
+    return draw.choices(objects, weights)[0]
+
+
 def _person(draw: random.Random, index: int, name: str) -> Person:
     objects = {r.name: draw.choice(r.objects) for r in RELATIONS}
     held_out = {r.name: tuple(sorted(draw.sample(range(1, len(r.phrasings)), HELD_OUT))) for r in RELATIONS}
@@ -314,6 +330,13 @@ def _person(draw: random.Random, index: int, name: str) -> Person:
         group=group,
         new_city=None if group is None else new_city,
     )
+
+
+def _skewed(draw: random.Random, person: Person) -> Person:
+    """The same person with objects drawn by Zipf's law."""
+    objects = {r.name: zipf(draw, r.objects) for r in RELATIONS}
+    new_city = zipf(draw, CITIES, but=objects["city"])
+    return replace(person, objects=objects, new_city=None if person.new_city is None else new_city)
 
 
 def _moved(person: Person) -> Person:
