@@ -1,4 +1,4 @@
-"""A picture of where an edit acts."""
+"""A picture of where an edit acts in a text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def edit(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = None
     """The tokens of a text, coloured by how much of an edit fires at each.
 
     Args:
-        model: The model the edit was made on, without it.
+        model: The model that the edit was made on, without it.
         edit: The edit; it is applied and taken back here.
         text: Any text.
-        prepend_bos: Whether BOS goes in front; None for the edit's own policy.
+        prepend_bos: BOS policy; None for the edit's own.
     """
     fired = gains(model, edit, text, prepend_bos=prepend_bos)
     names = ", ".join(f"{f.subject}:{f.target_true} → {f.target_new}" for f in edit.facts[:3])

@@ -1,4 +1,4 @@
-"""Tables of scores."""
+"""A picture of scores, of one model or before and after a change."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tl_factedit.show.tables import prompt_table, score_table
 
 
 def scores(before: Scores, after: Scores | None = None) -> Picture:
-    """Scores as a table, of one model or before and after a change, and every prompt's own numbers.
+    """Scores of one model, or before and after a change, as a table, and every prompt's own numbers.
 
     Args:
-        before: From `evaluate`.
-        after: Of the same facts, on the changed model.
+        before: Scores from `evaluate`.
+        after: Scores of the same facts on the changed model.
 
     Raises:
-        ValueError: The two were not asked the same prompts and objects.
+        ValueError: The two are of different prompts or objects.
     """
     both = [before] if after is None else [before, after]
     for a, b in pairwise(both):

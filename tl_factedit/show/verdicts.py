@@ -27,7 +27,7 @@ def verdict(verdict: Verdict) -> Picture:
     """An audit's verdict on a page: label, axes, reasons, what is missing, and the evidence.
 
     Args:
-        verdict: From `audit`.
+        verdict: A verdict from `audit`.
     """
     n = len(verdict.facts)
     level = "one fact: descriptive" if verdict.level == "per edit" else f"population of {n} facts"
