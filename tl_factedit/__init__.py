@@ -33,6 +33,7 @@ from tl_factedit.editors.memit import Memit
 from tl_factedit.editors.pmet import Pmet
 from tl_factedit.editors.rome import Rome
 from tl_factedit.editors.router import Router
+from tl_factedit.evaluation.knowledge import known
 from tl_factedit.evaluation.scores import Scores, evaluate
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise
 from tl_factedit.locate.hooks import noise_hook, restore_hook
@@ -49,6 +50,7 @@ __version__ = _version("tl-factedit")
 
 __all__ = [
     "Fact",
+    "known",
     "Model",
     "UnsupportedModelError",
     "causal_trace",
