@@ -178,7 +178,7 @@ def test_new_objects_that_follow_from_the_old_ones_are_flagged(chosen):
         assert leak.low < 0.5 < leak.high
     else:
         assert leak.low > 0.95
-    with pytest.raises(ValueError, match="object ' Paris' is none of the 16"):
+    with pytest.raises(ValueError, match="object ' Paris' isn't one of the 16"):
         one_hot_objects(test, [" Paris"] * 300, CITIES)
 
 

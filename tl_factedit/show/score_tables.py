@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from tl_factedit.evaluation.scores import Scores
+from tl_factedit.show.kinds import check_kind
 from tl_factedit.show.markup import join
 from tl_factedit.show.page import Picture
 from tl_factedit.show.tables import prompt_table, score_table
@@ -18,9 +19,12 @@ def scores(before: Scores, after: Scores | None = None) -> Picture:
         after: Scores of the same facts on the changed model.
 
     Raises:
+        TypeError: What is given aren't `Scores`.
         ValueError: The two are of different prompts or objects.
     """
     both = [before] if after is None else [before, after]
+    for given in both:
+        check_kind(given, Scores, "fe.evaluate(model, facts) gives them")
     for a, b in pairwise(both):
         asked = [[(x.fact, x.ask, x.prompt, x.true, x.new) for x in scores.answers] for scores in (a, b)]
         if asked[0] != asked[1]:

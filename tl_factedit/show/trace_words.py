@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise
 from tl_factedit.locate.trace_result import Trace
+from tl_factedit.show.markup import number
+
+HOW = "trace = fe.causal_trace(model, facts), and then fe.show.trace(trace)"
+"""How to get what pictures of traces show."""
 
 HUES = {"resid": "purple", "resid_pre": "purple", "resid_mid": "purple", "mlp": "green", "attn": "red"}
 """The hue of each component, as in Meng et al. 2022."""
@@ -20,8 +24,28 @@ COMPONENTS = {
 UNITS = {"prob": "probability", "logprob": "nats", "logit_diff": "logits", "kl": "nats"}
 """The unit of each metric."""
 
+NEGLIGIBLE = 0.05
+"""A share of the total effect below which the last subject token is said to carry next to nothing."""
+
 VERBS = {"denoise": ("restored", "restored − corrupted"), "noise": ("corrupted", "clean − corrupted there")}
 """What is done to a cell in each direction, and which difference is shown."""
+
+
+def at_last_subject_token(effect: float, layer: int, total: float, *, best: bool) -> str:
+    """What the last subject token carries, as the end of a sentence.
+
+    Args:
+        effect: Its largest effect.
+        layer: The layer of that.
+        total: The total effect, with which it is compared.
+        best: Whether it is the largest effect of all tokens.
+    """
+    if best:
+        return "that is the last subject token. "
+    found = f"{number(effect)}, in layer {layer}"
+    if effect < NEGLIGIBLE * total:
+        return f"the last subject token carries next to nothing (at most {found}) and can't say where to edit. "
+    return f"the last subject token's largest is {found}. "
 
 
 def quantity_of(trace: Trace, fact: int) -> str:

@@ -6,15 +6,18 @@ import math
 
 from tl_factedit.locate.trace_result import Trace
 from tl_factedit.show.heat_map import Scale, heat_map
+from tl_factedit.show.kinds import check_kind
 from tl_factedit.show.markup import join, number, tag, token
 from tl_factedit.show.page import Picture
 from tl_factedit.show.svg import NEUTRAL, box_swatch
 from tl_factedit.show.tables import legend
 from tl_factedit.show.trace_words import (
     COMPONENTS,
+    HOW,
     HUES,
     UNITS,
     VERBS,
+    at_last_subject_token,
     corruption_of,
     quantity_of,
     severed_of,
@@ -26,15 +29,18 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
     """A layer × token heat map of one fact's trace, as in Meng et al. 2022 (arXiv:2202.05262), fig. 1.
 
     White is no effect; positions before the subject, 0 by construction, are grey. One unit has the same depth of colour
-    on both sides of 0.
+    on both sides of 0. The box marks the largest effect of all; what the last subject token carries stands below the
+    drawing, also if that is next to nothing.
 
     Args:
         trace: A trace from `causal_trace`.
         fact: Index of one of its facts.
 
     Raises:
+        TypeError: What is given isn't a `Trace`.
         ValueError: The trace has no such fact, or couldn't corrupt it.
     """
+    check_kind(trace, Trace, HOW)
     if not 0 <= fact < len(trace.facts):
         raise ValueError(f"fact is {fact}, but the trace has {len(trace.facts)}: give 0 … {len(trace.facts) - 1}")
     if not trace.corruptible[fact]:
@@ -48,6 +54,7 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
     layers = effect.shape[0]
     at_subject = effect[:, stop - 1]
     peak = int(at_subject.nan_to_num(-math.inf).argmax())
+    best_layer, best_position = divmod(int(effect.nan_to_num(-math.inf).argmax()), len(pieces))
     digits = 4 if trace.metric == "prob" else 3
 
     def tooltip(layer: int, position: int) -> str:
@@ -69,32 +76,32 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
         neutral=[p < start for p in range(len(pieces))],
         strong=[start <= p < stop for p in range(len(pieces))],
         hatched=trace.partial_window,
-        outlined=(stop - 1, peak),
+        outlined=(best_position, best_layer),
         x_label=("layer" if trace.window == 1 else "middle layer of the window")
         + f" at which the {COMPONENTS[trace.component]} is {restored}",
         unit=f"{difference}, {UNITS.get(trace.metric, trace.metric)}",
-        name=f"{title} of {asked.text!r}: largest effect at the last subject token in layer {peak}",
+        name=f"{title} of {asked.text!r}: largest effect at {token(pieces[best_position])} in layer {best_layer}",
     )
     keys = [
         (tag("b", "*"), "token of the subject, which is corrupted"),
-        (box_swatch("#fff", outlined=True), "largest effect at the last subject token"),
+        (box_swatch("#fff", outlined=True), "largest effect"),
         (box_swatch(NEUTRAL), "before the subject: 0 exactly") if start else None,
         (box_swatch("#fff", hatched=True), "window cut by the model's end: fewer layers restored")
         if trace.partial_window
         else None,
     ]
     total = float(trace.total_effect[fact])
-    highest, where = effect.nan_to_num(-math.inf).flatten().max(0)
-    top_layer, top_position = divmod(int(where), len(pieces))
     caption = join(
         f"Colour: {quantity}, with one token's {COMPONENTS[trace.component]}{window_of(trace)} {restored}: "
         f"{difference}.{severed_of(trace)} ",
         tag("b", f"Clean {number(float(trace.clean[fact]))}"),
         f", corrupted {number(float(trace.corrupted[fact]))}: total effect {number(total)}. ",
-        f"The last subject token peaks in layer {peak} with {number(float(at_subject[peak]))}",
-        f" ± {number(float(spread[peak, stop - 1]))} (sd over samples)" if samples > 1 else "",
-        f"; the largest of all is {number(float(highest))}, ",
-        f"at {token(pieces[top_position])} in layer {top_layer}. ",
+        f"The largest effect is {number(float(effect[best_layer, best_position]))}",
+        f" ± {number(float(spread[best_layer, best_position]))} (sd over samples)" if samples > 1 else "",
+        f", at {token(pieces[best_position])} in layer {best_layer}; ",
+        at_last_subject_token(
+            float(at_subject[peak]), peak, total, best=(best_layer, best_position) == (peak, stop - 1)
+        ),
         corruption_of(trace, fact, samples),
     )
     warning = None
