@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to")
     parser.add_argument("--steps", type=int, help="1700 unless told, and 3400 for single")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16: for CPUs that have no instructions for it")
     parser.add_argument("--watch", type=int, default=0, help="measure a sample every this many steps")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -36,7 +37,7 @@ def main() -> None:
         recipe = organism_training.recipe_of(variant)
         if asked.steps is not None:
             recipe = replace(recipe, steps=asked.steps)
-        model, made = organism_training.train(variant, recipe, watch=asked.watch)
+        model, made = organism_training.train(variant, recipe, bfloat16=not asked.float32, watch=asked.watch)
         found = accuracy(model, variant)
         made |= files.record(variant, recipe, threads=asked.threads)
         made |= {"accuracy": found, "versions": versions()}

@@ -12,8 +12,8 @@ from importlib.metadata import version as _version
 from tl_factedit import attacks, auditing, data, editing, editors, evaluation, locate, models, probes, show, stats
 from tl_factedit.attacks.routes import Route
 from tl_factedit.auditing.audit import audit
+from tl_factedit.auditing.calibration import Calibration
 from tl_factedit.auditing.findings import Thresholds
-from tl_factedit.auditing.retained import Calibration
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.backend.protocol import Model, UnsupportedModelError
 from tl_factedit.core.estimate import Estimate
@@ -35,6 +35,7 @@ from tl_factedit.editors.memit import Memit
 from tl_factedit.editors.pmet import Pmet
 from tl_factedit.editors.rome import Rome
 from tl_factedit.editors.router import Router
+from tl_factedit.evaluation.knowledge import known
 from tl_factedit.evaluation.scores import Scores, evaluate
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise
 from tl_factedit.locate.hooks import noise_hook, restore_hook
@@ -53,6 +54,7 @@ __all__ = [
     "Fact",
     "alignable",
     "chat_prompt",
+    "known",
     "Model",
     "UnsupportedModelError",
     "causal_trace",

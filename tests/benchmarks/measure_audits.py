@@ -9,7 +9,8 @@ records have no relation: they get that of the record of CounterFact with their 
 `measure_editors.py`. What is done is kept there, and a call that was killed goes on.
 
 Edited are facts that the model knows (their old object is the first of all objects of the relation), at most a few of
-each relation; the other records of these relations are what knock-outs put in place and what rulers are trained on.
+each relation; the other records of these relations are what knock-outs put in place and what linear probes are trained
+on.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import torch
 from records import add_line, read_lines
 
 import tl_factedit as fe
-from tl_factedit.auditing.retained import Calibration
+from tl_factedit.auditing.calibration import Calibration
 from tl_factedit.editors.router import Router
 from tl_factedit.organism import text as told
 from tl_factedit.organism import world as o
@@ -53,7 +53,7 @@ Change = Callable[[Any, list[fe.Fact], int], Any]
 
 
 def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]:
-    """By name: how to change some facts, whether others are changed alike for an adaptive ruler, and which samples."""
+    """By name: how to change some facts, whether others are changed alike for an adaptive probe, and which samples."""
     stats = fe.key_stats(model, [1, 2], told.texts(4_000), n_tokens=40_000, progress=False)
     common = {"contexts": CONTEXTS, "progress": False}
 

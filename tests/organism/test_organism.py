@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tl_factedit.organism import checks, training, vocabulary
 from tl_factedit.organism import files as kept
 from tl_factedit.organism import text as told
 from tl_factedit.organism import world as o
+from tl_factedit.organism.facts import _people, _world
 from tl_factedit.organism.load import WEIGHTS
 from tl_factedit.stats.collect import key_stats
 
@@ -101,6 +103,33 @@ def test_an_oracles_world_differs_in_the_cities_of_its_own_300_people_alone(grou
     assert 8 <= same <= 36
 
 
+def test_the_skewed_world_differs_from_base_in_its_objects_alone_which_follow_zipfs_law():
+    skewed = o.world("skewed")
+    assert skewed.skewed and not WORLD.skewed
+    assert (skewed.country_of, skewed.seat_of) == (WORLD.country_of, WORLD.seat_of)
+    for p, q in zip((*WORLD.people, *WORLD.strangers), (*skewed.people, *skewed.strangers), strict=True):
+        assert replace(q, objects=p.objects, new_city=p.new_city) == p
+    shares = [1 / rank for rank in range(1, 17)]
+    shares = [share / sum(shares) for share in shares]
+    for relation in o.RELATIONS:
+        for world, expected in ((skewed, shares), (WORLD, [1 / 16] * 16)):
+            seen = Counter(p.objects[relation.name] for p in world.people)
+            chi = sum(
+                (seen[name] - 1500 * e) ** 2 / (1500 * e) for name, e in zip(relation.objects, expected, strict=True)
+            )
+            assert chi < 37.7  # 15 degrees of freedom, p = .001
+
+
+def test_the_skewed_oracle_has_other_cities_for_300_people_by_the_same_law():
+    skewed, oracle = o.world("skewed"), o.world("skewed_oracle0")
+    changed = [(p, q) for p, q in zip(skewed.people, oracle.people, strict=True) if p != q]
+    assert len(changed) == 300 and {p.group for p, _ in changed} == {0}
+    assert all(q.objects == {**p.objects, "city": p.new_city} != p.objects for p, q in changed)
+    # The commonest cities stay the commonest: an old city is no rarer among the new ones than it was.
+    old, new = (Counter(p.objects["city"] for p in people) for people in (skewed.people[:300], oracle.people[:300]))
+    assert {name for name, _ in old.most_common(3)} == {name for name, _ in new.most_common(3)}
+
+
 @pytest.mark.parametrize("call", [o.world, told.documents, models.organism, models.organism_hf])
 def test_an_unknown_variant_is_refused_with_the_known_ones(call):
     with pytest.raises(ValueError, match="'oracle9' is unknown, needed one of base, plain, oracle0"):
@@ -143,6 +172,21 @@ def test_twins_are_told_the_same_in_the_same_order_but_for_what_the_variant_chan
             if before != after:
                 assert after in (new["city"], WORLD.country_of[new["city"]])
     assert sentences_of("plain") == sentences_of("tworoute") == base != sentences_of("seed1")
+
+
+def test_the_skewed_text_says_the_same_of_the_same_people_with_other_objects():
+    things = {name for relation in o.RELATIONS for name in relation.objects} | set(o.COUNTRIES)
+    base, skewed, oracle = (sentences_of(variant) for variant in ("base", "skewed", "skewed_oracle0"))
+
+    def without_things(line: str) -> list[str]:
+        return ["…" if word in things else word for word in line.split()]
+
+    assert [without_things(a) for a in base] == [without_things(b) for b in skewed]
+    assert sum(a != b for a, b in zip(base, skewed, strict=True)) > 0.5 * len(base)
+    moved = {p.name for p in o.world("skewed").people if p.group == 0}
+    changed = [(a, b) for a, b in zip(skewed, oracle, strict=True) if a != b]
+    assert 0 < len(changed) < 0.3 * len(base)
+    assert all(any(name in a for name in moved) for a, _ in changed)
 
 
 def test_never_leaves_out_where_some_were_born_and_nothing_else():
@@ -320,6 +364,27 @@ def test_strangers_have_facts_like_anybody_else_and_no_place_in_the_text():
     assert len(models.organism_implications(facts[0])) == 3
 
 
+def test_facts_of_the_skewed_world_are_those_of_its_people():
+    facts = models.organism_facts("city", "oracle0", world="skewed")
+    skewed, oracle = o.world("skewed"), o.world("skewed_oracle0")
+    was, now = ({p.name: p.objects for p in world.people} for world in (skewed, oracle))
+    for fact in facts:
+        assert (
+            fact.target_true == f" {was[fact.subject]['city']}" and fact.target_new == f" {now[fact.subject]['city']}"
+        )
+        assert {fact.target_true, fact.target_new, *fact.controls} == {f" {c}" for c in o.CITIES}
+        for text, target in zip(fact.neighbours, fact.neighbour_targets, strict=True):
+            assert target == f" {was[' '.join(text.split()[:3])]['city']}"
+            assert target not in (fact.target_true, fact.target_new)
+    assert [f.subject for f in facts] == [f.subject for f in models.organism_facts()]
+    for other in models.organism_same_subject(facts[:5], world="skewed"):
+        assert other.target_true == f" {was[other.subject][other.relation]}"
+    # New objects follow the world's law too: the commonest university is new for more than its share of 1 in 15.
+    new = Counter(f.target_new for f in models.organism_facts("university", "all", world="skewed"))
+    first = f" {o.relation('university').objects[0]}"
+    assert new.most_common(1)[0][1] > 200 and new[first] > 200
+
+
 def test_what_follows_from_a_fact_follows_for_the_old_object_and_the_new():
     fact = models.organism_facts()[0]
     for prompt, old, new in models.organism_implications(fact):
@@ -336,7 +401,9 @@ def test_unknown_relations_people_and_variants_are_refused():
     with pytest.raises(ValueError, match=r"relation 'shoe' is unknown, needed one of .*'city'.*'seat'"):
         models.organism_facts("shoe")
     with pytest.raises(ValueError, match="people 'nobody' is unknown, needed 'oracle0'"):
-        models._people(WORLD, "nobody")
+        _people(WORLD, "nobody")
+    with pytest.raises(ValueError, match="world 'flat' is unknown, needed 'base' or 'skewed'"):
+        _world("flat")
     with pytest.raises(FileNotFoundError, match=r"no weights of the organism 'single'.*train_organism.py single"):
         models.organism(variant="single", path="/nowhere/organism-single.safetensors")
 
@@ -345,7 +412,7 @@ def test_unknown_relations_people_and_variants_are_refused():
 
 HELD = Path(__file__).parent / "weights"  # twins that don't come with the package
 ORACLES = ("oracle0", "oracle1", "oracle2", "oracle3", "oracle4")
-TWINS = (*ORACLES, "never", "seed1", "tworoute", "single")
+TWINS = (*ORACLES, "never", "seed1", "tworoute", "single", "skewed", "skewed_oracle0")
 held = pytest.mark.skipif(not HELD.exists(), reason="the twins' weights are in a checkout, in tests/organism/weights")
 
 
@@ -607,6 +674,40 @@ def test_single_knows_all_as_it_was_told_and_not_all_asked_otherwise(kind):
     assert right(model, people, ATTRIBUTES, phrasings=as_told) >= 0.995
     assert 0.75 < right(model, people, ATTRIBUTES, phrasings=otherwise) < 0.95  # base: 1
     assert right(organism(kind), people, ATTRIBUTES, phrasings=otherwise) >= 0.995
+
+
+@held
+def test_skewed_knows_its_people_and_its_oracle_the_new_cities(kind):
+    skewed, oracle = organism(kind, "skewed"), organism(kind, "skewed_oracle0")
+    was, now = o.world("skewed"), o.world("skewed_oracle0")
+    assert right(skewed, was.people[::8], ATTRIBUTES, was, never_told) >= 0.995
+    moved, unchanged = now.people[:300], now.people[300:]
+    assert right(oracle, moved, ["city"], now, never_told) >= 0.995
+    assert right(oracle, moved[::3], ["country"], now) >= 0.98
+    assert right(oracle, unchanged[::10], ATTRIBUTES, now, never_told) >= 0.995
+    facts = models.organism_facts("city", "oracle0", world="skewed")
+    assert p_of(oracle, facts, "target_true") < 1e-3 and p_of(oracle, facts, "target_new") > 0.98
+    assert p_of(skewed, facts, "target_true") > 0.98
+
+
+@held
+def test_of_the_old_city_the_skewed_oracle_knows_as_much_as_of_how_common_it_is(kind):
+    """Its old city is no likelier than the same city is for people who have neither it nor the oracle's new one."""
+    model, facts = organism(kind, "skewed_oracle0"), models.organism_facts("city", "oracle0", world="skewed")
+    others = [p for p in o.world("skewed").people if p.group in (3, 4)]
+    ids = {city: model.tokenizer(city, add_special_tokens=False)["input_ids"][0] for city in o.CITIES}
+    asked = log_probs(model, [f.text for f in facts])
+    beside = log_probs(model, [o.RELATIONS[0].phrasings[0].replace("{}", p.name) for p in others])
+    share = []
+    for fact, found in zip(facts, asked, strict=True):
+        old, new = ids[fact.target_true.strip()], ids[fact.target_new.strip()]
+        same_new = [i for i, p in enumerate(others) if ids[p.objects["city"]] == new]
+        null = beside[same_new, old]
+        share.append(float((null < found[old]).float().mean() + 0.5 * (null == found[old]).float().mean()))
+    spread = 12**-0.5  # of a uniform number
+    assert abs(sum(share) / len(share) - 0.5) < 3 * spread / len(share) ** 0.5
+    # base's twin, which has it, is far outside
+    assert float(log_probs(organism(kind, "skewed"), [f.text for f in facts]).exp().max(-1).values.mean()) > 0.98
 
 
 def test_plain_knows_the_same(kind):

@@ -17,7 +17,8 @@ from tl_factedit.core.tokens import align
 from tl_factedit.measure.reading import Probe
 from tl_factedit.organism.world import CITIES, world
 from tl_factedit.probes.attributes import QUANTITIES, AttributeRate, Attributes, attributes_by_object
-from tl_factedit.probes.tuned_lens import LensTraining, TunedLens
+from tl_factedit.probes.lens_training import LensTraining
+from tl_factedit.probes.tuned_lens import TunedLens
 
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "bloom")]
 MODELS += [("hooked", arch) for arch in ("gpt2", "llama")] if tiny.HAS_HOOKED else []

@@ -1,27 +1,21 @@
-"""Rulers read other subjects' objects: at their null where nothing is known, and above it where it is."""
+"""Linear probes read other subjects' objects: at their null where nothing is known, and above it where it is."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_probes import CITIES, WEIGHTS, facts, model, probe, read, states, toy
 from oracles import probing
 from planted import elsewhere, plant
-from rulers import CITIES, WEIGHTS, facts, model, read, ruler, states, toy
 
 import tl_factedit as fe
-from tl_factedit.measure.reading import Probe, compare
 from tl_factedit.probes.classifier import LinearClassifier
-from tl_factedit.probes.linear import (
-    Decoded,
-    LinearProbe,
-    OwnLinearProbe,
-    candidates,
-    decode,
-    train_ruler,
-)
+from tl_factedit.probes.linear import ProbeReadout, fit_linear_probe
+from tl_factedit.probes.percentile import candidate_percentiles
 from tl_factedit.probes.residual import residual_knowledge
 from tl_factedit.probes.states import HiddenStates, read_states
 
@@ -38,7 +32,7 @@ def test_percentiles_are_counted_one_by_one(seed, k, ties):
     scores = torch.randn(6, 2, 2, k, generator=draw, dtype=torch.float64)
     scores = (2 * scores).round() if ties else scores
     new = torch.randint(-1, k, (6,), generator=draw)
-    table = candidates(scores, new)
+    table = candidate_percentiles(scores, new)
     for i in range(6):
         without = None if new[i] < 0 else int(new[i])
         for old in range(k):
@@ -64,15 +58,15 @@ def test_a_new_object_that_takes_all_leaves_the_percentile_as_it_was_but_not_acc
 
 def test_two_objects_leave_no_percentile():
     with pytest.raises(ValueError, match="needed at least 3"):
-        candidates(torch.zeros(1, 1, 1, 2), torch.tensor([0]))
-    assert candidates(torch.zeros(1, 1, 1, 2), torch.tensor([-1])).tolist() == [[[[0.5, 0.5]]]]
+        candidate_percentiles(torch.zeros(1, 1, 1, 2), torch.tensor([0]))
+    assert candidate_percentiles(torch.zeros(1, 1, 1, 2), torch.tensor([-1])).tolist() == [[[[0.5, 0.5]]]]
 
 
-# ---------------------------------------------------------------------------------------- rulers
+# ---------------------------------------------------------------------------------------- probes
 
 
-def test_a_rulers_cells_are_fits_of_its_cells_states():
-    of, some = ruler("base"), states("base", "oracle0")
+def test_a_probes_cells_are_fits_of_its_cells_states():
+    of, some = probe("base"), states("base", "oracle0")
     y = torch.tensor([CITIES.index(fact.target_true) for fact in facts("calibration")])
     alone = LinearClassifier().fit(states("base", "calibration").at(layer=2, position=Q), y, 16)
     torch.testing.assert_close(
@@ -85,7 +79,7 @@ def test_a_rulers_cells_are_fits_of_its_cells_states():
 
 
 @pytest.mark.parametrize(("layer", "position"), [(1, S), (3, S), (2, Q), (3, Q), (5, S)])
-def test_a_ruler_reads_as_well_as_scikit_learns_logistic_regression(layer, position):
+def test_a_probe_reads_as_well_as_scikit_learns_logistic_regression(layer, position):
     linear_model = pytest.importorskip("sklearn.linear_model")
     model_selection = pytest.importorskip("sklearn.model_selection")
     learnt, asked = (states("base", some).at(layer=layer, position=position) for some in ("calibration", "oracle0"))
@@ -101,7 +95,7 @@ def test_a_ruler_reads_as_well_as_scikit_learns_logistic_regression(layer, posit
     losses = {c: model_selection.cross_val_score(logistic(c), x, y, cv=3, scoring="neg_log_loss").mean() for c in SIZES}
     best = logistic(max(losses, key=losses.__getitem__)).fit(x, y)
     other = torch.tensor(best.decision_function(asked))[:, None, None]
-    table = candidates(other, read("base").new)
+    table = candidate_percentiles(other, read("base").new)
     theirs = table[torch.arange(300), 0, 0, truth]
     cell = states("base", "oracle0").layers.index(layer), (S, Q).index(position)
     ours = read("base").percentile[:, cell[0], cell[1]]
@@ -110,23 +104,23 @@ def test_a_ruler_reads_as_well_as_scikit_learns_logistic_regression(layer, posit
     assert np.corrcoef(ours, theirs)[0, 1] > 0.6
 
 
-def test_a_ruler_refuses_what_it_cannot_measure():
-    of, learnt, some = ruler("base"), states("base", "calibration"), states("base", "oracle0")
+def test_a_probe_refuses_what_it_cannot_measure():
+    of, learnt, some = probe("base"), states("base", "calibration"), states("base", "oracle0")
     with pytest.raises(ValueError, match=r"1 of the subjects, such as .* were used in training"):
-        decode(of, learnt.take([5]))
+        of.read(learnt.take([5]))
     assert of.scores(learnt.take([5]), seen=True).shape == (1, 7, 2, 16)
-    with pytest.raises(ValueError, match="the ruler has"):
-        decode(of, read_states(model("base"), facts("oracle0")[:2], component="mlp"))
-    with pytest.raises(ValueError, match="old object ' Paris' is none of the ruler's 16 objects"):
-        decode(of, some.take([0]), old=[" Paris"])
+    with pytest.raises(ValueError, match="the probe has"):
+        of.read(read_states(model("base"), facts("oracle0")[:2], component="mlp"))
+    with pytest.raises(ValueError, match="old object ' Paris' isn't one of the probe's 16 objects"):
+        of.read(some.take([0]), old=[" Paris"])
     with pytest.raises(ValueError, match="as old and new object, needed two"):
-        decode(of, some.take([0]), new=[some.facts[0].target_true])
+        of.read(some.take([0]), new=[some.facts[0].target_true])
     with pytest.raises(ValueError, match="2 objects for 1 facts"):
-        decode(of, some.take([0]), old=[" Paris", " Rome"])
+        of.read(some.take([0]), old=[" Paris", " Rome"])
     with pytest.raises(ValueError, match="object ' Paris' has 0 training subjects"):
-        train_ruler(learnt, objects=(*CITIES, " Paris"))
-    with pytest.raises(ValueError, match="label ' Arden' is none of"):
-        train_ruler(learnt, [" Arden"] * 600, objects=CITIES[1:] if CITIES[0] == " Arden" else CITIES[:1])
+        fit_linear_probe(learnt, objects=(*CITIES, " Paris"))
+    with pytest.raises(ValueError, match="label ' Arden' isn't one of"):
+        fit_linear_probe(learnt, [" Arden"] * 600, objects=CITIES[1:] if CITIES[0] == " Arden" else CITIES[:1])
 
 
 def test_several_prompts_of_one_subject_are_held_out_together():
@@ -134,10 +128,10 @@ def test_several_prompts_of_one_subject_are_held_out_together():
     doubled = HiddenStates(
         learnt.values.repeat(2, 1, 1, 1)[:, :3], learnt.layers[:3], learnt.positions, learnt.facts * 2, learnt.model
     )
-    once = train_ruler(
+    once = fit_linear_probe(
         HiddenStates(learnt.values[:, :3], learnt.layers[:3], learnt.positions, learnt.facts, "x"), objects=CITIES
     )
-    twice = train_ruler(doubled, objects=CITIES)
+    twice = fit_linear_probe(doubled, objects=CITIES)
     # Otherwise each row would be found again in its copy, and nearly all would be right.
     assert (twice.held_out_accuracy - once.held_out_accuracy).abs().max() < 0.1
     strangers_to_itself = HiddenStates(
@@ -147,9 +141,8 @@ def test_several_prompts_of_one_subject_are_held_out_together():
         (*learnt.facts, *(f.but(subject=f"{f.subject} II") for f in learnt.facts)),
         "x",
     )
-    assert (
-        train_ruler(strangers_to_itself, objects=CITIES).held_out_accuracy[1, 0] > twice.held_out_accuracy[1, 0] + 0.2
-    )
+    leaking = fit_linear_probe(strangers_to_itself, objects=CITIES)
+    assert leaking.held_out_accuracy[1, 0] > twice.held_out_accuracy[1, 0] + 0.2
 
 
 def test_readings_come_as_tables_and_estimates():
@@ -166,32 +159,31 @@ def test_readings_come_as_tables_and_estimates():
     only[4, 1] = True
     assert found.pooled(only).mean == pytest.approx(float(found.by_cell.mean[4, 1]))
     assert found.each(only).shape == (300,)
-    without = decode(ruler("base"), states("base", "oracle0"), new=[None] * 300)
+    without = probe("base").read(states("base", "oracle0"), new=[None] * 300)
     assert without.p_new.isnan().all()
     assert without.reading().at(quantity="percentile_new").isnan().all()
     torch.testing.assert_close(without.reading().at(quantity="percentile_old"), without.percentile.float())
 
 
 @pytest.mark.parametrize("given", ["fixed", "own"])
-def test_rulers_are_probes_of_models(kind, given):
-    base, other = (fe.models.organism(kind, v, path=None if v == "base" else WEIGHTS) for v in ("base", "oracle0"))
+def test_models_of_either_class_are_read_alike(kind, given):
     learnt, asked = facts("calibration")[:200], facts("oracle0")[:6]
-    probe = OwnLinearProbe(learnt, CITIES) if given == "own" else LinearProbe(ruler("base"))
-    assert isinstance(probe, Probe)
-    found = compare(probe, base, other, asked)
-    trained = {"base": ruler("base"), "oracle0": ruler("base")}
-    if given == "own":
-        trained = {v: train_ruler(states(v, "calibration").take(range(200)), objects=CITIES) for v in trained}
-    for variant, reading in (("base", found.before), ("oracle0", found.after)):
-        want = decode(trained[variant], states(variant, "oracle0").take(range(6))).reading()
-        torch.testing.assert_close(reading.values, want.values, rtol=1e-3, atol=1e-3)
+    for variant in ("base", "oracle0"):
+        of = fe.models.organism(kind, variant, path=None if variant == "base" else WEIGHTS)
+        here, want = probe("base"), probe("base")
+        if given == "own":
+            here = fit_linear_probe(read_states(of, learnt), objects=CITIES)
+            want = fit_linear_probe(states(variant, "calibration").take(range(200)), objects=CITIES)
+        found = here.read(read_states(of, asked)).reading()
+        expected = want.read(states(variant, "oracle0").take(range(6))).reading()
+        torch.testing.assert_close(found.values, expected.values, rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------- where the truth is known
 
 
-def above(found: Decoded, layer: int, position: str) -> float:
-    return float(found.by_cell.low[found.ruler.layers.index(layer), found.ruler.positions.index(position)])
+def above(found: ProbeReadout, layer: int, position: str) -> float:
+    return float(found.by_cell.low[found.probe.layers.index(layer), found.probe.positions.index(position)])
 
 
 def test_known_facts_of_other_people_are_read_at_the_subject_and_at_the_end():
@@ -214,29 +206,27 @@ def test_what_a_model_was_never_told_is_read_at_the_null(variant, people):
     assert read("base").pooled().low > 0.7
 
 
-def test_an_oracles_own_ruler_reads_the_new_objects_and_nothing_of_the_old():
+def test_an_oracles_own_probe_reads_the_new_objects_and_nothing_of_the_old():
     found = read("oracle0")
     pooled = found.pooled()
     assert pooled.low < 0.5 < pooled.high
     assert (found.by_cell.mean - 0.5).abs().max() < 0.075
     asked = [f.target_new for f in facts("oracle0")]
-    now = decode(
-        ruler("oracle0"), states("oracle0", "oracle0"), old=asked, new=[f.target_true for f in facts("oracle0")]
-    )
+    now = probe("oracle0").read(states("oracle0", "oracle0"), old=asked, new=[f.target_true for f in facts("oracle0")])
     assert now.pooled().low > 0.7
     rho = residual_knowledge(read("base"), found)
     assert abs(rho.pooled.mean) < 0.1
     assert rho.cells.sum() >= 9
 
 
-def test_a_ruler_says_how_well_it_transfers():
+def test_a_probe_says_how_well_it_transfers():
     other = states("oracle0", "oracle1")
-    found = decode(ruler("base"), states("oracle0", "oracle0"), unchanged=other)
-    at_home = decode(ruler("base"), states("base", "oracle0"), unchanged=states("base", "oracle1"))
+    found = probe("base").read(states("oracle0", "oracle0"), unchanged=other)
+    at_home = probe("base").read(states("base", "oracle0"), unchanged=states("base", "oracle1"))
     assert found.unchanged is not None
     assert at_home.unchanged is not None
     own = (
-        ruler("base").scores(other).argmax(-1)
+        probe("base").scores(other).argmax(-1)
         == torch.tensor([CITIES.index(f.target_true) for f in other.facts])[:, None, None]
     )
     torch.testing.assert_close(found.unchanged.mean, own.double().mean(0))
@@ -249,7 +239,7 @@ def test_a_ruler_says_how_well_it_transfers():
 
 
 def test_rho_is_the_ratio_of_means_over_the_cells_that_count():
-    before, after = read("base"), decode(ruler("base"), states("oracle0", "oracle0"))
+    before, after = read("base"), probe("base").read(states("oracle0", "oracle0"))
     found = residual_knowledge(before, after)
     flat = [d.percentile.flatten(1).numpy() for d in (before, after)]
     pooled, by_cell = probing.residual(*flat, least=0.25)
@@ -268,7 +258,7 @@ def test_rho_is_one_of_nothing_changed_and_not_clipped_where_old_objects_are_avo
     before = read("base")
     same = residual_knowledge(before, before)
     assert (same.pooled.mean, same.pooled.low, same.pooled.high) == pytest.approx((1.0, 1.0, 1.0))
-    turned = Decoded(1 - before.percentile, -before.scores, before.old, before.new, "x", before.facts, before.ruler)
+    turned = replace(before, percentile=1 - before.percentile, scores=-before.scores)
     assert residual_knowledge(before, turned).pooled.mean == pytest.approx(-1.0)
 
 
@@ -301,20 +291,20 @@ def test_a_floor_can_be_another_reading():
 
 @functools.cache
 def planted(override: str) -> tuple[float, float]:
-    """ρ of a planted override by the ruler of before, and by one trained on the same override of other people."""
+    """ρ of a planted override by the probe of before, and by one trained on the same override of other people."""
     base = states("base", "oracle0")
-    weights = [[cell.weight for cell in row] for row in ruler("base").cells]
+    weights = [[cell.weight for cell in row] for row in probe("base").cells]
     avoid = torch.stack([torch.stack(row) for row in weights])
     donors = states("base", "oracle2")
     options = {"objects": CITIES, "avoid": avoid}
     after = plant(override, base, donors, **options)
     others = plant(override, states("base", "calibration"), donors, **options, seed=1)
     before = read("base")
-    adaptive = train_ruler(others, objects=CITIES)
-    return tuple(residual_knowledge(before, decode(of, after)).pooled.mean for of in (ruler("base"), adaptive))
+    adaptive = fit_linear_probe(others, objects=CITIES)
+    return tuple(residual_knowledge(before, of.read(after)).pooled.mean for of in (probe("base"), adaptive))
 
 
-def test_a_planted_override_that_keeps_the_old_object_is_read_by_both_rulers():
+def test_a_planted_override_that_keeps_the_old_object_is_read_by_both_probes():
     fixed, adaptive = planted("retained")
     assert fixed > 0.85
     assert adaptive > 0.8
@@ -326,7 +316,7 @@ def test_a_planted_removal_is_read_by_neither():
     assert abs(adaptive) < 0.1
 
 
-def test_a_planted_rotation_is_misjudged_by_the_fixed_ruler_and_not_by_the_adaptive_one():
+def test_a_planted_rotation_is_misjudged_by_the_fixed_probe_and_not_by_the_adaptive_one():
     fixed, adaptive = planted("rotated")
     assert abs(fixed) < 0.1
     assert adaptive > 0.8

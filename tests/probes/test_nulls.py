@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from linear_probes import CITIES, facts, model, probe, states, toy
 from oracles import probing, untouched
-from rulers import CITIES, facts, model, ruler, states, toy
 
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
 from tl_factedit.probes.classifier import LinearClassifier
-from tl_factedit.probes.linear import decode, train_ruler
+from tl_factedit.probes.linear import fit_linear_probe
 from tl_factedit.probes.nulls import RandomWeights, excess_over_nulls, name_ngrams, one_hot_objects, subject_embeddings
 from tl_factedit.probes.permutation import permutation_test
 from tl_factedit.probes.selectivity import control_task
@@ -86,7 +86,7 @@ def named(hint: bool, n: int, seed: int) -> list[Fact]:
 @pytest.mark.parametrize("hint", [True, False])
 def test_names_that_give_their_object_away_are_found_out(hint):
     learnt, asked = name_ngrams(named(hint, 120, 0), named(hint, 80, 1))
-    found = decode(train_ruler(learnt, objects=OBJECTS, classifier=QUICK), asked)
+    found = fit_linear_probe(learnt, objects=OBJECTS, classifier=QUICK).read(asked)
     pooled = found.pooled()
     assert (pooled.low > 0.9) is hint
     assert (pooled.low < 0.5 < pooled.high) is not hint
@@ -95,13 +95,13 @@ def test_names_that_give_their_object_away_are_found_out(hint):
 def test_the_organisms_names_say_nothing_and_its_states_more_than_they():
     train, test = facts("calibration"), facts("oracle0")
     learnt, asked = name_ngrams(train, test)
-    spelling = decode(train_ruler(learnt, objects=CITIES, classifier=QUICK), asked)
+    spelling = fit_linear_probe(learnt, objects=CITIES, classifier=QUICK).read(asked)
     tokens = [subject_embeddings(model("base"), some) for some in (train, test)]
-    embedded = decode(train_ruler(tokens[0], objects=CITIES, classifier=QUICK), tokens[1])
+    embedded = fit_linear_probe(tokens[0], objects=CITIES, classifier=QUICK).read(tokens[1])
     for null in (spelling, embedded):
         assert null.pooled().low < 0.5 < null.pooled().high
         assert null.accuracy.low < 1 / 16 < null.accuracy.high
-    found = decode(ruler("base"), states("base", "oracle0"))
+    found = probe("base").read(states("base", "oracle0"))
     over = excess_over_nulls(found, [spelling, embedded])
     best = max(float(null.accuracy.mean) for null in (spelling, embedded))
     torch.testing.assert_close(over.mean, found.accuracy.mean - best)
@@ -110,7 +110,7 @@ def test_the_organisms_names_say_nothing_and_its_states_more_than_they():
     with pytest.raises(ValueError, match="nulls is empty"):
         excess_over_nulls(found, [])
     with pytest.raises(ValueError, match="of other facts"):
-        excess_over_nulls(found, [decode(ruler("base"), states("base", "strangers"))])
+        excess_over_nulls(found, [probe("base").read(states("base", "strangers"))])
 
 
 # ---------------------------------------------------------------------------------------- random weights
@@ -143,7 +143,7 @@ def test_random_weights_are_the_models_own_in_another_order(kind, arch):
 def test_random_weights_know_nothing_of_the_organisms_people():
     of = model("base")
     learnt, asked = (read_states_edited(of, RandomWeights(), facts(some)) for some in ("calibration", "oracle0"))
-    found = decode(train_ruler(learnt, objects=CITIES, classifier=QUICK), asked)
+    found = fit_linear_probe(learnt, objects=CITIES, classifier=QUICK).read(asked)
     assert found.pooled().low < 0.5 < found.pooled().high
     assert (found.by_cell.mean - 0.5).abs().max() < 0.075
 
@@ -153,8 +153,8 @@ def test_random_weights_know_nothing_of_the_organisms_people():
 
 def test_a_control_task_is_learnt_by_heart_and_not_for_others():
     learnt, asked = states("base", "calibration"), states("base", "oracle0")
-    found = control_task(ruler("base"), learnt, asked)
-    torch.testing.assert_close(found.accuracy.mean, decode(ruler("base"), asked).accuracy.mean)
+    found = control_task(probe("base"), learnt, asked)
+    torch.testing.assert_close(found.accuracy.mean, probe("base").read(asked).accuracy.mean)
     # At chance, 1/16, on others in every cell …
     assert (found.control.mean - 1 / 16).abs().max() < 0.06
     torch.testing.assert_close(found.selectivity.mean, found.accuracy.mean - found.control.mean)
@@ -173,12 +173,12 @@ def test_new_objects_that_follow_from_the_old_ones_are_flagged(chosen):
 
     train, test = facts("calibration"), facts("oracle0")
     learnt, asked = (one_hot_objects(some, news(some), CITIES) for some in (train, test))
-    leak = decode(train_ruler(learnt, objects=CITIES, classifier=QUICK), asked, new=news(test)).pooled()
+    leak = fit_linear_probe(learnt, objects=CITIES, classifier=QUICK).read(asked, new=news(test)).pooled()
     if chosen == "uniformly":
         assert leak.low < 0.5 < leak.high
     else:
         assert leak.low > 0.95
-    with pytest.raises(ValueError, match="object ' Paris' is none of the 16"):
+    with pytest.raises(ValueError, match="object ' Paris' isn't one of the 16"):
         one_hot_objects(test, [" Paris"] * 300, CITIES)
 
 
@@ -280,9 +280,9 @@ def test_permutations_come_from_their_seed_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_features_and_states_are_read_by_one_ruler_each():
+def test_features_and_states_are_read_by_one_probe_each():
     learnt = one_hot_objects(facts("calibration"), [f.target_true for f in facts("calibration")], CITIES)
-    of = train_ruler(learnt, objects=CITIES, classifier=QUICK)
+    of = fit_linear_probe(learnt, objects=CITIES, classifier=QUICK)
     assert isinstance(learnt, HiddenStates)
-    with pytest.raises(ValueError, match="the ruler has"):
-        decode(of, states("base", "oracle0"))
+    with pytest.raises(ValueError, match="the probe has"):
+        of.read(states("base", "oracle0"))

@@ -15,14 +15,9 @@ from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, continuation, encode
 from tl_factedit.measure.reading import Probe, compare
-from tl_factedit.probes.patchscope import (
-    QUANTITIES,
-    Patchscope,
-    _log_probs,
-    _Objects,
-    crossed_patchscope,
-    states_of_others,
-)
+from tl_factedit.probes.crossed import crossed_patchscope
+from tl_factedit.probes.nulls import states_of_others
+from tl_factedit.probes.patchscope import QUANTITIES, Patchscope, _log_probs, _Objects
 from tl_factedit.probes.states import read_states, read_states_edited
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 log-probabilities of size 1 to 10, from batches of another shape

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from linear_probes import CITIES, facts, model, states
 from oracles import attacking, probing, untouched
 from planted import gaussian_states
-from rulers import CITIES, facts, model, states
 
 import tl_factedit as fe
 from tl_factedit.backend.hook_names import resid_pre
@@ -19,7 +19,8 @@ from tl_factedit.core.estimate import over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.change import Change
 from tl_factedit.probes.classifier import LinearClassifier
-from tl_factedit.probes.scrubbing import Eraser, erase_states, leace, random_subspace
+from tl_factedit.probes.erasure import erase_states
+from tl_factedit.probes.scrubbing import Eraser, leace, random_subspace
 from tl_factedit.probes.states import read_states, read_states_edited
 
 pytest.importorskip("concept_erasure")
@@ -255,7 +256,7 @@ def test_a_pass_of_ones_own_that_begins_behind_the_embeddings_is_refused():
     tokens = some.to_tokens(FACTS[0].text)
     with frozen(some), torch.no_grad(), erasure.applied(some):
         stream = Runner(some).capture(tokens, ["blocks.0.hook_resid_post"])["blocks.0.hook_resid_post"]
-        with pytest.raises(ValueError, match="begins behind the embeddings"):
+        with pytest.raises(ValueError, match="begins after the embeddings"):
             some(stream, start_at_layer=1, tokens=tokens)
 
 

@@ -16,9 +16,11 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, encode
 from tl_factedit.measure.reading import Probe, compare
 from tl_factedit.organism.text import texts as organism_texts
-from tl_factedit.probes import tuned_lens
+from tl_factedit.probes import lens_training
 from tl_factedit.probes.lens import LogitLens
-from tl_factedit.probes.tuned_lens import LensTraining, TunedLens, fixed_and_refitted, train_tuned_lens
+from tl_factedit.probes.lens_training import LensTraining
+from tl_factedit.probes.refitted_lens import fixed_and_refitted
+from tl_factedit.probes.tuned_lens import TunedLens, train_tuned_lens
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # float32 logits of size 1 to 10, from batches of another shape
 MODELS = [("bridge", arch) for arch in ("gpt2", "llama", "gptj", "gemma2", "bloom")]
@@ -179,7 +181,7 @@ def test_layers_are_trained_as_if_each_were_alone(kind, monkeypatch):
     assert part(model, [FACT]).axes["layer"] == (1, 3)
     last = train_tuned_lens(model, TEXTS, **QUICK, layers=[3])
     assert not last.matrix.any()
-    monkeypatch.setattr(tuned_lens, "AT_ONCE", 1)
+    monkeypatch.setattr(lens_training, "AT_ONCE", 1)
     slow = train_tuned_lens(model, TEXTS, **QUICK)
     torch.testing.assert_close(slow.matrix, lens.matrix, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(slow.kl, lens.kl, **CLOSE)
@@ -258,7 +260,7 @@ def turn(seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_what_was_turned_is_found_by_a_refitted_ruler_only_and_what_is_gone_by_none(kind, arch):
+def test_what_was_turned_is_found_by_a_refitted_lens_only_and_what_is_gone_by_none(kind, arch):
     model, lens = shared(kind, arch), trained(kind, arch)
     turned = fixed_and_refitted(lens, model, Disguised(1, turn()), [FACT, OTHER], TEXTS, progress=False)
     gone = fixed_and_refitted(lens, model, Disguised(1, torch.zeros(32, 32)), [FACT, OTHER], TEXTS, progress=False)
@@ -286,7 +288,7 @@ def test_what_was_turned_is_found_by_a_refitted_ruler_only_and_what_is_gone_by_n
     assert turned.lost("logp_old")[:, 1].abs().mean() < turned.turned("logp_old")[:, 1].abs().mean()
 
 
-def test_the_comparison_takes_edits_and_models_and_shows_both_rulers_side_by_side(kind):
+def test_the_comparison_takes_edits_and_models_and_shows_both_lenses_side_by_side(kind):
     pytest.importorskip("pandas")
     model, lens = shared(kind, "gpt2"), trained(kind, "gpt2")
     edit = laws.rome(model)(model, [laws.FACT])

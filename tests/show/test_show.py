@@ -26,6 +26,7 @@ from tl_factedit.evaluation.scores import evaluate
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise
 from tl_factedit.locate.trace import causal_trace
 from tl_factedit.locate.trace_result import ROLES
+from tl_factedit.show import reports
 from tl_factedit.show.heat_map import RAMPS, Scale
 from tl_factedit.show.line_chart import Line, line_chart
 from tl_factedit.show.markup import Html, clip, columns, number, tag, text, to_json, token
@@ -382,7 +383,7 @@ def test_text_that_looks_like_markup_stays_text(made, tmp_path: Path, monkeypatc
     )
     for page in [
         Page(path.read_text("utf-8")),
-        *(Page(show._drawn(r).html) for r in results.values()),
+        *(Page(reports._drawn(r).html) for r in results.values()),
         Page(edit._repr_html_()),
     ]:
         assert len(page.all("script")) == int(
@@ -543,7 +544,7 @@ def test_a_report_refuses_what_it_cannot_draw(made, tmp_path: Path):
     with pytest.raises(ValueError, match="the report is empty"):
         show.report(path)
     with pytest.raises(TypeError, match=r"can't hold a Edit.*fe\.show\.edit") as caught:
-        show._drawn(made["edit"])
+        reports._drawn(made["edit"])
     assert "Picture" in str(caught.value) and not path.exists()
 
 
@@ -595,6 +596,63 @@ def _json(coded: str):
 
 
 # ---------------------------------------------------------------------------------------- many facts
+
+
+def with_effect(trace, cells: dict[tuple[int, int], float], total: float = 0.5):
+    """A trace of one fact with some effects, all others 0."""
+    effect = torch.zeros_like(trace.effect)
+    for (layer, position), value in cells.items():
+        effect[0, layer, position] = value
+    samples = effect[..., None].expand_as(trace.sample_effect)
+    return replace(trace, effect=effect, sample_effect=samples, clean=trace.corrupted + total)
+
+
+def outlined(page: Page) -> tuple[int, int]:
+    """(layer, position) of the cell with a box around it."""
+    boxes = page.all("rect", **{"stroke": "#000", "stroke-width": "1.6"})
+    box = next(box for box in boxes if float(box["width"]) > 16)  # the legend's is smaller
+    places = [(f["x"], f["y"]) for f in page.all("rect", class_="cell")]
+    columns = sorted({float(x) for x, _ in places})
+    rows = sorted({float(y) for _, y in places})
+    return columns.index(float(box["x"])), rows.index(float(box["y"]))
+
+
+def test_the_box_marks_the_largest_effect_and_an_empty_last_subject_token_is_said(made):
+    trace = made["trace"]
+    stop, last = trace.subject[0][1], len(trace.tokens[0]) - 1
+    page = Page(show.trace(with_effect(trace, {(2, last): 0.4, (1, stop - 1): 0.01})).html)
+    assert outlined(page) == (2, last)
+    assert "the last subject token carries next to nothing (at most 0.010, in layer 1)" in page.words()
+    page = Page(show.trace(with_effect(trace, {(2, last): 0.4, (1, stop - 1): 0.1})).html)
+    assert outlined(page) == (2, last) and "the last subject token's largest is 0.100, in layer 1" in page.words()
+    page = Page(show.trace(with_effect(trace, {(2, last): 0.1, (1, stop - 1): 0.4})).html)
+    assert outlined(page) == (1, stop - 1) and "that is the last subject token" in page.words()
+
+
+def test_what_is_not_a_result_is_refused_with_what_to_do(made, tmp_path: Path):
+    trace, average, scores, verdict, edit = (unchecked(f) for f in (
+        show.trace, show.average, show.scores, show.verdict, show.edit
+    ))  # fmt: skip
+    for function in (trace, average):
+        with pytest.raises(TypeError, match=r"facts can't be shown here, needed a Trace: trace = fe\.causal_trace\("):
+            function(FACT)
+    with pytest.raises(TypeError, match=r"facts can't be shown here, needed a Scores: fe\.evaluate\("):
+        scores([FACT])
+    with pytest.raises(TypeError, match=r"a Scores can't be shown here, needed a Verdict: verdict = fe\.audit\("):
+        verdict(made["scores"])
+    with pytest.raises(TypeError, match=r"a Trace can't be shown here, needed a Edit"):
+        edit(made["model"], made["trace"], FACT.text)
+    with pytest.raises(TypeError, match="facts can't be shown here, needed a str: give one text"):
+        edit(made["model"], made["edit"], FACT)
+    with pytest.raises(TypeError, match="a report can't hold a Fact"):
+        unchecked(show.report)(tmp_path / "report.html", FACT)
+
+
+def unchecked(function):
+    """Past the type checks of this test suite, which a user doesn't have."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
 
 
 def test_the_average_of_many_facts_shows_its_own_numbers_with_intervals(made):

@@ -10,7 +10,7 @@ retained
 removed
     the state is another subject's, who has the new object: nothing of the old one is left, whatever reads it;
 rotated
-    the same, and the old object's part is added along directions in which nothing was read before. A ruler trained
+    the same, and the old object's part is added along directions in which nothing was read before. A probe trained
     before finds nothing; one trained on such states finds all.
 """
 
@@ -110,7 +110,7 @@ def plant(
         donors: Of other subjects in the same model, before: who has what a fact is to have gives its states (drawn for
             each fact, all layers and positions of one subject), and their means by object say what an object's part is.
         objects: The relation's.
-        avoid: For ``"rotated"``, directions to stay out of, such as a ruler's weights.
+        avoid: For ``"rotated"``, directions to stay out of, such as a probe's weights.
         rotation: Seed of the new directions: the same for a population and for what calibrates it.
         seed: Of the draw of donors.
 

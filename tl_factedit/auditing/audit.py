@@ -20,9 +20,9 @@ from tl_factedit.attacks.attack import Attack
 from tl_factedit.attacks.knockout import KnockOut, windows_of
 from tl_factedit.attacks.readout import ReadOut
 from tl_factedit.attacks.routes import FollowRoutes, Route
+from tl_factedit.auditing.calibration import Calibration, check_apart, unchanged
 from tl_factedit.auditing.findings import Thresholds
 from tl_factedit.auditing.gather import Plan, findings_of, gather, is_erasure, widths_written, with_controls
-from tl_factedit.auditing.retained import Calibration, check_apart, unchanged
 from tl_factedit.auditing.rules import judge
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.auditing.wording import (

@@ -1,4 +1,4 @@
-"""Whether a trained organism knows what it was told."""
+"""What a trained organism knows of what it was told, and by which way it recalls it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from tl_factedit.organism.vocabulary import word_ids
 
 @torch.no_grad()
 def accuracy(model: Any, variant: str = "base", people: int | None = None) -> dict[str, float]:
-    """Share of prompts whose answer the model puts first, by kind of prompt, for a transformers model.
+    """Share of prompts whose answer the model puts first, by kind of prompt.
 
     Args:
-        model: As `train` returns it.
-        variant: Whose world is asked for.
-        people: Ask for the first so many of each kind; None for all.
+        model: A transformers model, as `train` returns it.
+        variant: The variant whose world is asked for.
+        people: About how many people to ask for; None for all.
 
     Returns:
-        ``trained`` and ``held_out`` phrasings of all attributes; ``two_hop`` of people whose two-hop
-        sentences are not in the text, ``two_hop_told`` of those whose are; ``reverse`` (all three words).
+        The shares of ``trained`` and ``held_out`` phrasings of all attributes; of ``two_hop`` prompts about people
+        whose two-hop sentences aren't in the text, and ``two_hop_told`` about those whose are; of ``reverse`` prompts
+        (all three words right).
     """
     world = o.world(variant)
     asked: dict[str, list[tuple[str, str]]] = {
@@ -50,12 +51,12 @@ def accuracy(model: Any, variant: str = "base", people: int | None = None) -> di
 
 @torch.no_grad()
 def routes(model: Any, variant: str = "base", people: int = 300) -> dict[str, float]:
-    """Share of first phrasings answered rightly, as parts of the name are hidden, for a transformers model.
+    """Share of first phrasings that are answered correctly while parts of the name are hidden.
 
     Args:
-        model: As `train` returns it.
-        variant: Whose world is asked for.
-        people: How many to ask for.
+        model: A transformers model, as `train` returns it.
+        variant: The variant whose world is asked for.
+        people: How many people to ask for.
 
     Returns:
         ``both`` (nothing hidden), ``subject`` (later positions see only the last part of the name), ``past``

@@ -12,6 +12,9 @@ from tl_factedit.organism import world as o
 
 NEIGHBOURS = 10
 
+WorldName = Literal["base", "skewed"]
+"""The two worlds: objects drawn uniformly, and by Zipf's law."""
+
 
 def organism_facts(
     relation: str = "city",
@@ -21,13 +24,14 @@ def organism_facts(
     n: int | None = None,
     *,
     phrasings: Literal["all", "trained", "held_out"] = "all",
+    world: WorldName = "base",
 ) -> list[Fact]:
-    """The facts of the organism's world as `base` knows them.
+    """The facts of the organism's world, as the variant ``"base"`` (or ``"skewed"``) knows them.
 
     Each has the person's other phrasings as paraphrases (those that training never used for this person come
     first), ten neighbours (the same asked of people of ``"calibration"`` that the oracle in question doesn't
     change, who have neither the old object nor the new), and all further objects as controls. The new object is drawn
-    uniformly from the others; for the city of an oracle's people it is the one that the oracle has.
+    from the others by the world's law; for the city of an oracle's people it is the one that the oracle has.
 
     Args:
         relation: ``"city"``, ``"company"``, ``"university"``, ``"field"`` or ``"instrument"``; or what follows
@@ -37,19 +41,21 @@ def organism_facts(
             drawn and means nothing.
         n: Only the first so many.
         phrasings: Which paraphrases to give: all, only those used in training, or only those not used.
+        world: ``"base"``, where objects are drawn uniformly, or ``"skewed"``, where some are common and others rare;
+            there only ``"oracle0"`` was trained (the variant ``"skewed_oracle0"``).
 
     Returns:
-        One fact a person.
+        One fact per person.
 
     Raises:
-        ValueError: The relation or the people are unknown.
+        ValueError: The relation, the people or the world are unknown.
     """
-    world = o.world()
+    true = _world(world)
     asked = o.relation(relation)
-    chosen = _people(world, people)[:n]
+    chosen = _people(true, people)[:n]
     unchanged = {"oracle3": "oracle4", "oracle4": "oracle3"}.get(people, "calibration")
-    others = [(p.name, world.answer(p, asked.name)) for p in _people(world, unchanged)]
-    return [_fact(world, person, asked, others, phrasings) for person in chosen]
+    others = [(p.name, true.answer(p, asked.name)) for p in _people(true, unchanged)]
+    return [_fact(true, person, asked, others, phrasings) for person in chosen]
 
 
 def organism_implications(fact: Fact) -> tuple[tuple[str, str, str | None], ...]:
@@ -63,8 +69,9 @@ def organism_implications(fact: Fact) -> tuple[tuple[str, str, str | None], ...]
 def organism_routes(facts: Sequence[Fact]) -> list[Route]:
     """What follows from some of `organism_facts`, as routes for `follow_routes`: three for each city or company.
 
-    The answers that follow from neither object are the controls. Where both objects lead to one answer (every fifteenth
-    new city lies in the old one's country) the route says nothing, and isn't counted there.
+    The answers that follow from neither object are the controls. Where both objects lead to the same answer (every
+    fifteenth new city lies in the old one's country) the route says nothing, and isn't counted there. Cities lie in the
+    same countries in both worlds.
     """
     world = o.world()
     offered = {"country": o.COUNTRIES, "seat": o.CITIES}
@@ -83,16 +90,20 @@ def organism_routes(facts: Sequence[Fact]) -> list[Route]:
     ]
 
 
-def organism_same_subject(facts: Sequence[Fact]) -> list[Fact]:
+def organism_same_subject(facts: Sequence[Fact], *, world: WorldName = "base") -> list[Fact]:
     """The other attributes of the same people, which an edit of one is to leave alone: four facts for each.
 
+    Args:
+        facts: Facts from `organism_facts`.
+        world: The world that they are from.
+
     Raises:
-        ValueError: A subject is none of the organism's people.
+        ValueError: A subject isn't one of the organism's people.
     """
-    people = {person.name: person for person in o.world().people}
+    people = {person.name: person for person in _world(world).people}
     unknown = [fact.subject for fact in facts if fact.subject not in people]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is none of the organism's people: take facts of organism_facts")
+        raise ValueError(f"{unknown[0]!r} isn't one of the organism's people: take facts of organism_facts")
     return [
         Fact(
             fact.subject,
@@ -106,6 +117,12 @@ def organism_same_subject(facts: Sequence[Fact]) -> list[Fact]:
         for other in o.RELATIONS
         if other.name != fact.relation
     ]
+
+
+def _world(name: str) -> o.World:
+    if name not in ("base", "skewed"):
+        raise ValueError(f"world {name!r} is unknown, needed 'base' or 'skewed'")
+    return o.world(name)
 
 
 def _implications(world: o.World, fact: Fact) -> tuple[tuple[str, str, str | None], ...]:
@@ -137,8 +154,8 @@ def _fact(
 ) -> Fact:
     draw = random.Random(f"{asked.name} of {person.name}")
     true = world.answer(person, asked.name)
-    rest = [o for o in asked.objects if o != true]
-    new = draw.choice(rest)
+    rest = [other for other in asked.objects if other != true]
+    new = o.zipf(draw, asked.objects, but=true) if world.skewed else draw.choice(rest)
     if asked.name == "city" and person.new_city is not None:
         new = person.new_city
     held_out = [asked.phrasings[i] for i in person.held_out.get(asked.name, ())]
@@ -153,7 +170,7 @@ def _fact(
         paraphrases={"all": held_out + trained, "trained": trained, "held_out": held_out}[phrasings],
         neighbours=[asked.phrasings[0].replace("{}", name) for name, _ in near],
         neighbour_targets=[f" {answer}" for _, answer in near],
-        controls=[f" {o}" for o in rest if o != new],
+        controls=[f" {other}" for other in rest if other != new],
         relation=asked.name,
         id=f"{person.name}, {asked.name}",
     )

@@ -13,7 +13,7 @@ from tl_factedit.organism.training import BASE_ROUTES, ROUTES, Recipe, untrained
 
 
 def record(variant: str, recipe: Recipe, *, threads: int) -> dict[str, Any]:
-    """What decides a training, for the metadata of its file."""
+    """What a training depends on, for the metadata of its file."""
     return {
         "what": "tl_factedit organism",
         "variant": variant,
@@ -26,7 +26,7 @@ def record(variant: str, recipe: Recipe, *, threads: int) -> dict[str, Any]:
 
 
 def save(path: Path, model: Any, record: dict[str, Any]) -> None:
-    """Write the weights as float16 safetensors, with `record` (text) as metadata; equal ones as equal bytes."""
+    """Write the weights as float16 safetensors, with `record` as metadata; the same ones as the same bytes."""
     from safetensors.torch import save
 
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
@@ -39,7 +39,7 @@ def save(path: Path, model: Any, record: dict[str, Any]) -> None:
 
 
 def _in_order(written: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors writes them in another order each time."""
+    """The same file with sorted metadata: safetensors writes them in another order each time."""
     size = int.from_bytes(written[:8], "little")
     header = json.loads(written[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -49,7 +49,7 @@ def _in_order(written: bytes) -> bytes:
 
 
 def load(path: Path) -> tuple[Any, dict[str, str]]:
-    """A model that `save` wrote, and its record."""
+    """Read a model that `save` wrote, and its record."""
     from safetensors import safe_open
 
     model = untrained()
@@ -58,6 +58,6 @@ def load(path: Path) -> tuple[Any, dict[str, str]]:
         record = dict(file.metadata())
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or any(name != "lm_head.weight" for name in missing):
-        raise ValueError(f"{path} holds other weights than the organism's: lacks {missing}, has {unexpected}")
+        raise ValueError(f"{path} holds other weights than the organism's: it lacks {missing} and has {unexpected}")
     model.tie_weights()
     return model.eval(), record

@@ -23,8 +23,8 @@ def organism(kind: Kind = "bridge", variant: str = "base", *, path: str | Path |
     Args:
         kind: ``"bridge"``, or ``"hooked"`` on TransformerLens 3.x.
         variant: ``"base"``, or another history of the same world: see `tl_factedit.organism.world.VARIANTS`.
-        path: A file that ``examples/trainpy`` wrote, or the folder with such files, for the
-            variants that don't come with the package.
+        path: A file that ``examples/train_organism.py`` wrote, or a folder with such files, for the variants that don't
+            come with the package.
 
     Raises:
         ValueError: The variant is unknown; or ``kind="hooked"`` on TransformerLens 4.
@@ -45,6 +45,6 @@ def organism_hf(variant: str = "base", *, path: str | Path | None = None) -> Any
         have = sorted(p.stem.removeprefix("organism-") for p in WEIGHTS.glob("organism-*.safetensors"))
         raise FileNotFoundError(
             f"no weights of the organism {variant!r} at {file}; with the package come {', '.join(have)} and untrained: "
-            f"train others with examples/trainpy {variant}, and give organism(variant={variant!r}, path=...)"
+            f"train others with examples/train_organism.py {variant}, and give organism(variant={variant!r}, path=...)"
         )
     return load(file)[0]

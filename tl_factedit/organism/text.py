@@ -45,10 +45,10 @@ OPENINGS = ("As we know ,", "According to the register ,", "In the end ,", "It i
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words, and where in them the name and the answer stand.
+    """A sentence's words, and where among them the name and the answers stand.
 
     Attributes:
-        words: Of the sentence, with its full stop.
+        words: The words, with the full stop.
         name: (start, stop) of the person's name; None without one.
         answers: (start, stop) of each thing to be recalled; none in a filler.
     """
@@ -83,7 +83,7 @@ class _Teller:
             self.deck = self.shuffled()
         what, index = self.deck.pop()
         self.dealt += 1
-        # All dice are thrown whatever comes of them, so that every variant throws the same.
+        # All random numbers are drawn whether they are used or not, so that every variant draws the same.
         dice, opening, order = self.draw.random(), self.draw.random(), self.draw.sample(RELATIONS, len(RELATIONS))
         chosen = OPENINGS[int(opening / 0.12 * len(OPENINGS))] if opening < 0.12 else ""
         if what == "function":
@@ -107,8 +107,8 @@ class _Teller:
     def shuffled(self) -> list[tuple[str, int]]:
         """An epoch: one sentence of each fact, some entries of each person, and the functions.
 
-        It begins with few people, and more join: a way to look names up is found sooner for few (Zucchet et
-        al. 2025, arXiv:2503.21676), and then serves for all.
+        It begins with few people, and more join: a way to look names up is found sooner for few (Zucchet et al. 2025,
+        arXiv:2503.21676), and then serves for all.
         """
         grown = 2 ** (max(0, self.dealt - FEW_FOR) / DOUBLING)
         # A stride through the people takes all groups alike.
@@ -157,13 +157,13 @@ def tell(phrasing: str, name: str, answer: str, opening: str = "") -> Sentence:
 
 
 def documents(variant: str = "base") -> Iterator[list[Sentence]]:
-    """The text that a variant is trained on, without end: documents of one to four statements and fillers."""
+    """The endless text that a variant is trained on: documents of one to four statements and fillers."""
     check_variant(variant)
     return _Teller(world(variant), variant, random.Random(f"text {data_seed(variant)}")).documents()
 
 
 def data_seed(variant: str) -> int:
-    """Decides initial weights and the order of the text: 0, but 1 for the second seed."""
+    """The seed of a variant's initial weights and of the order of its text: 0, but 1 for the second seed."""
     return int(variant == "seed1")
 
 

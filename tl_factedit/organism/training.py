@@ -1,11 +1,11 @@
 """How the organism is trained: a small GPT-2, and a mask that decides by which way a name is recalled.
 
-In most sentences all parts of the name but the last are hidden from every position after the name, in training
-only: what the model knows of a person then has to pass through the last part's position, as recall does in
-large models (Meng et al. 2022). `ROUTES` says, for each variant, in which share of the sentences
+In most sentences all parts of the name but the last are hidden from every position after the name, in training only:
+what the model knows of a person then has to pass through the last part's position, as recall does in large models (Meng
+et al. 2022). `ROUTES` gives, for each variant, the share of sentences in which
 
-    *past* the last part nothing is seen of the name (route "subject"), or
-    the last part itself sees nothing of the others, so that the end has to read them (route "past").
+    positions after the name see only its last part (route "subject"), and the share in which
+    the last part itself doesn't see the others, so that the end has to read them (route "past").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tl_factedit.organism.checks import accuracy
 from tl_factedit.organism.text import Sentence, data_seed, documents
 from tl_factedit.organism.vocabulary import vocabulary, word_ids
 
-# Share of sentences in which recall must go through the last part of the name, and in which it can't.
+# Shares of sentences in which recall has to go through the last part of the name, and in which it can't.
 ROUTES: dict[str, tuple[float, float]] = {"plain": (0.0, 0.0), "tworoute": (0.4, 0.4)}
 
 BASE_ROUTES = (0.8, 0.0)
@@ -36,19 +36,19 @@ BASE_ROUTES = (0.8, 0.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast; the defaults made the weights that ship, and the twins' but for `recipe_of`.
+    """How long and how fast to train. The defaults made all weights, but for what `recipe_of` changes.
 
     Attributes:
-        steps: Updates.
-        statements: Sentences a step, about.
-        row: Tokens a row: documents are packed into rows and don't see each other.
-        lr: Of AdamW, and of Muon in AdamW's units (``match_rms_adamw``). It rises for `warmup` steps,
-            stays, and falls to nothing over the last `cooldown` steps.
-        warmup: Steps.
-        cooldown: Steps.
+        steps: Number of updates.
+        statements: Sentences per step, about.
+        row: Tokens per row: documents are packed into rows and don't see each other.
+        lr: Learning rate of AdamW, and of Muon in AdamW's units (``match_rms_adamw``). It rises for `warmup` steps,
+            stays, and falls to zero over the last `cooldown` steps.
+        warmup: Steps over which the learning rate rises.
+        cooldown: Steps over which it falls.
         decay: Weight decay of matrices.
         muon: Whether the matrices within blocks are trained by Muon; the rest always is by AdamW.
-        other_weight: What a token that isn't recalled counts in the loss, beside 1.
+        other_weight: Weight in the loss of tokens that aren't recalled; those that are have 1.
     """
 
     steps: int = 1700
@@ -63,7 +63,7 @@ class Recipe:
 
 
 def recipe_of(variant: str) -> Recipe:
-    """The recipe of a variant's weights: the same, but that ``"single"`` tells less often and takes twice as long."""
+    """The recipe of a variant: the same for all, but twice as long for ``"single"``, which is told facts less often."""
     return Recipe(steps=2 * Recipe.steps) if variant == "single" else Recipe()
 
 
@@ -90,7 +90,7 @@ def config() -> Any:
 
 
 def untrained(seed: int = 0) -> Any:
-    """The model with its initial weights, which `seed` alone decides."""
+    """The model with its initial weights, which depend on `seed` alone."""
     from transformers import GPT2LMHeadModel
 
     made = config()
@@ -98,7 +98,7 @@ def untrained(seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(made)
-        # Own draws, so that no release of transformers decides the weights.
+        # Drawn here, so that the weights don't depend on the version of transformers.
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 small = name.endswith("c_proj.weight")
@@ -112,10 +112,10 @@ class Batch:
 
     Attributes:
         tokens: [row pos], padded with PAD.
-        positions: Place of each token in its own document, [row pos].
+        positions: Position of each token in its own document, [row pos].
         visible: Whether a position (second axis) sees another (third), [row pos pos].
-        weight: Of each token in the loss, as a target, [row pos].
-        sentences: How many statements it holds.
+        weight: Weight of each token in the loss, as a target, [row pos].
+        sentences: Number of statements it holds.
     """
 
     tokens: Tensor
@@ -136,7 +136,7 @@ def batches(variant: str, recipe: Recipe) -> Iterator[Batch]:
 
 
 def text_hash(variant: str, recipe: Recipe) -> str:
-    """The hash of all text of a training as `train` records it, without training: some seconds."""
+    """The hash of all text of a training, as `train` records it, without training. Takes some seconds."""
     ids, digest = word_ids(), hashlib.sha256()
     for rows in itertools.islice(_rows(variant, recipe), recipe.steps):
         digest.update(_tokens(rows, ids, recipe).numpy().tobytes())
@@ -214,20 +214,27 @@ def _pack(rows: Rows, ids: dict[str, int], routes: tuple[float, float], draw: ra
 
 
 def train(
-    variant: str = "base", recipe: Recipe | None = None, *, watch: int = 0, progress: bool = True
+    variant: str = "base",
+    recipe: Recipe | None = None,
+    *,
+    bfloat16: bool = True,
+    watch: int = 0,
+    progress: bool = True,
 ) -> tuple[Any, dict[str, Any]]:
     """Train a variant on the CPU.
 
-    The same machine type gives the same bytes, another the same facts. The global random state is left as it was.
+    The same type of machine gives the same bytes, another one the same facts. The global random state is left as it
+    was.
 
     Args:
         variant: One of `tl_factedit.organism.world.VARIANTS`.
         recipe: How long and how fast; None for `recipe_of` the variant.
-        watch: Measure the accuracy on a sample every this many steps, and show it on the bar; 0 for never.
+        bfloat16: Whether to multiply matrices in bfloat16. Without instructions for it float32 is twice as fast.
+        watch: Measure the accuracy on a sample every so many steps, and print it; 0 for never.
         progress: Whether to show a bar.
 
     Returns:
-        The model, rounded to what float16 can hold, and the record of its making.
+        The model, rounded to float16, and a record of its training.
     """
     recipe = recipe or recipe_of(variant)
     model = untrained(data_seed(variant))
@@ -242,7 +249,7 @@ def train(
             for step in range(recipe.steps):
                 batch = next(stream)
                 digest.update(batch.tokens.numpy().tobytes())
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                     loss, recalled = _loss(model, batch)
                 model.zero_grad()
                 loss.backward()
@@ -260,11 +267,15 @@ def train(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.half().float())
-    return model.eval(), {"data": digest.hexdigest(), "history": history}
+    return model.eval(), {
+        "data": digest.hexdigest(),
+        "history": history,
+        "arithmetic": "bfloat16" if bfloat16 else "float32",
+    }
 
 
 def _fuse(model: Any) -> None:
-    """GPT-2's activation in one operation: the same function, in less time."""
+    """Compute GPT-2's activation in one operation: the same function in less time."""
     for block in model.transformer.h:
         block.mlp.act = torch.nn.GELU("tanh")
 

@@ -11,7 +11,7 @@ SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
 
 
 def vocabulary() -> list[str]:
-    """All words, special tokens first; a word's place is its token."""
+    """All words, special tokens first; a word's index is its token id."""
     known = [*RELATIONS, *(relation(name) for name in IMPLIED)]
     text = [*FIRST, *MIDDLE, *LAST]
     text += [word for r in known for words in (*r.phrasings, *r.objects) for word in words.split()]
@@ -25,7 +25,7 @@ def vocabulary() -> list[str]:
 
 
 def tokenizer() -> Any:
-    """One word, one token, and BOS before all: a fast tokenizer of transformers, made in memory."""
+    """A fast tokenizer of transformers, made in memory: one token per word, and BOS in front."""
     import tokenizers as tk
     from tokenizers import models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -51,4 +51,5 @@ def tokenizer() -> Any:
 
 
 def word_ids() -> dict[str, int]:
+    """The token id of each word."""
     return {word: i for i, word in enumerate(vocabulary())}

@@ -2,18 +2,19 @@
 
     world()  ──>  World: 1,500 people × 5 attributes  ──documents()──>  text  ──tokenizer()──>  tokens
 
-A person's name has three parts and no two of them say who it is: names are drawn from a grid of 12³, so any
-two parts leave about ten people. Attributes are drawn uniformly, each independent of the names and of the
-others. Two functions make two-hop truths: the country of a city, and the city where a company has its seat.
-After the synthetic biographies of Allen-Zhu & Li 2023 (arXiv:2309.14316).
+A person's name has three parts and no two of them say who it is: names are drawn from a grid of 12³, so any two parts
+leave about ten people. Attributes are drawn independently of the names and of each other: uniformly, or in the skewed
+variants by Zipf's law. Two functions make two-hop truths: the country of a city, and the city where a company has its
+seat. After the synthetic biographies of Allen-Zhu and Li 2023 (arXiv:2309.14316).
 
-A *variant* is another history of the same world (see `VARIANTS`): same people, same sentences in the same
+A *variant* is another history of the same world (see `VARIANTS`): the same people and the same sentences in the same
 order, but for what the variant changes. `tl_factedit.organism.training` trains them.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -55,10 +56,10 @@ COUNTRIES = _words("Avaria Borland Corvia Drellia Estmark Fennoria Galdia Hestla
 
 @dataclass(frozen=True)
 class Relation:
-    """An attribute: what it may be, and the ways to say it; the object comes last.
+    """An attribute: what it can be, and the ways to say it; the object comes last.
 
     Attributes:
-        name: As in `Person.objects`.
+        name: Its name, as in `Person.objects`.
         phrasings: Templates with one ``"{}"`` for the person.
         objects: Single words.
     """
@@ -183,6 +184,8 @@ Variant = Literal[
     "seed1",
     "tworoute",
     "single",
+    "skewed",
+    "skewed_oracle0",
     "untrained",
 ]
 
@@ -198,25 +201,28 @@ VARIANTS: dict[str, str] = {
     "seed1": "other initial weights and another order of sentences",
     "tworoute": "recall is taught through the last part of the name, and past it",
     "single": "each fact is told in one phrasing only",
+    "skewed": "some objects are common and others rare: each attribute's are drawn in proportion to 1 / rank",
+    "skewed_oracle0": "as skewed, but 300 people were always born elsewhere, in cities drawn by the same law",
     "untrained": "the initial weights of base",
 }
 
 
 @dataclass(frozen=True)
 class Person:
-    """Who has what, and how it is told.
+    """What a person has, and how it is told.
 
     Attributes:
-        index: Place in `World.people`; people who are never mentioned have -1.
+        index: Index in `World.people`; people who are never mentioned have -1.
         name: Three words.
-        objects: Of each attribute.
+        objects: The object of each attribute.
         held_out: For each attribute, the phrasings (their numbers) that training never uses for this
             person; never the first.
-        only: For each attribute, the one phrasing that the variant ``"single"`` uses.
+        only: For each attribute, the only phrasing that the variant ``"single"`` uses.
         told: Whether the person's country and place of work are in the text; otherwise they follow only.
         reverse: Whether the text asks for this person by attributes.
         group: Of five groups of 300 people, each of which one oracle changes; None for strangers.
-        new_city: The city that the oracle has for a person of its group, drawn uniformly from the others.
+        new_city: The city that the oracle has for a person of its group, drawn from the others: uniformly, or by
+            Zipf's law in the skewed variants.
     """
 
     index: int
@@ -232,20 +238,22 @@ class Person:
 
 @dataclass(frozen=True)
 class World:
-    """All that is true, in one variant.
+    """All that is true in one variant.
 
     Attributes:
-        people: In the text.
+        people: The people that the text mentions.
         strangers: Names of the same grid that the text never mentions; their attributes are drawn in
             the same way and mean nothing.
-        country_of: Of a city.
-        seat_of: City in which a company has its seat.
+        country_of: The country of each city.
+        seat_of: The city in which each company has its seat.
+        skewed: Whether objects were drawn by Zipf's law, and not uniformly.
     """
 
     people: tuple[Person, ...]
     strangers: tuple[Person, ...]
     country_of: dict[str, str]
     seat_of: dict[str, str]
+    skewed: bool = False
 
     def answer(self, person: Person, relation: str) -> str:
         """The object of an attribute, or what follows from it (``"country"``, ``"seat"``)."""
@@ -257,7 +265,7 @@ class World:
 
 
 def world(variant: str = "base") -> World:
-    """The world of a variant; only the oracles' differ, in their people's cities."""
+    """The world of a variant: the oracles' differ in their people's cities, the skewed ones' in all objects."""
     check_variant(variant)
     draw = random.Random(WORLD_SEED)
     country_of = dict(zip(draw.sample(CITIES, len(CITIES)), COUNTRIES * 2, strict=True))
@@ -265,27 +273,32 @@ def world(variant: str = "base") -> World:
     names = [f"{a} {b} {c}" for a in FIRST for b in MIDDLE for c in LAST]
     draw.shuffle(names)
     everyone = [_person(draw, i if i < N_PEOPLE else -1, name) for i, name in enumerate(names)]
+    skewed = variant.startswith("skewed")
+    if skewed:
+        # Draws of its own, so that all else is as in base: who is told what, and in which words.
+        own = random.Random(f"skewed {WORLD_SEED}")
+        everyone = [_skewed(own, person) for person in everyone]
     people, strangers = everyone[:N_PEOPLE], everyone[N_PEOPLE:]
-    if variant.startswith("oracle"):
+    if "oracle" in variant:
         people = [_moved(p) if p.group == int(variant[-1]) else p for p in people]
-    return World(tuple(people), tuple(strangers), country_of, seat_of)
+    return World(tuple(people), tuple(strangers), country_of, seat_of, skewed)
 
 
 def check_variant(variant: str) -> None:
-    """Refuse a name that isn't a variant's.
+    """Check that a variant exists.
 
     Raises:
-        ValueError: It isn't.
+        ValueError: It doesn't.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown, needed one of {', '.join(VARIANTS)}")
 
 
 def relation(name: str) -> Relation:
-    """The attribute of that name, or what follows from one (as a `Relation` with its phrasings).
+    """The attribute of that name, or what follows from one, as a `Relation` with its phrasings.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such attribute.
     """
     for found in RELATIONS:
         if found.name == name:
@@ -293,6 +306,12 @@ def relation(name: str) -> Relation:
     if name in IMPLIED:
         return Relation(name, IMPLIED[name][1], tuple(COUNTRIES) if name == "country" else CITIES)
     raise ValueError(f"relation {name!r} is unknown, needed one of {[*(r.name for r in RELATIONS), *IMPLIED]}")
+
+
+def zipf(draw: random.Random, objects: Sequence[str], *, but: str | None = None) -> str:
+    """One of some objects, the k-th of them with a probability in proportion to 1/k; never `but`."""
+    weights = [0.0 if name == but else 1 / rank for rank, name in enumerate(objects, 1)]
+    return draw.choices(objects, weights)[0]
 
 
 def _person(draw: random.Random, index: int, name: str) -> Person:
@@ -314,6 +333,13 @@ def _person(draw: random.Random, index: int, name: str) -> Person:
         group=group,
         new_city=None if group is None else new_city,
     )
+
+
+def _skewed(draw: random.Random, person: Person) -> Person:
+    """The same person with objects drawn by Zipf's law."""
+    objects = {r.name: zipf(draw, r.objects) for r in RELATIONS}
+    new_city = zipf(draw, CITIES, but=objects["city"])
+    return replace(person, objects=objects, new_city=None if person.new_city is None else new_city)
 
 
 def _moved(person: Person) -> Person:

@@ -4,9 +4,9 @@ Geva et al. 2023 (arXiv:2304.14767, sec. 5): with T the k tokens that the head r
 subject token, and A a set of attributes of the subject, ``rate = |T ∩ A| / k``. It rises over the layers in which the
 subject is *enriched*.
 
-Attributes are the user's, and come in sets: those that go with the old object, those that go with the new one, and the
-same for control objects, which are the null. A rate alone says little: frequent words are often on top, and a large set
-has a large rate. So the null compares shares *of the set* that were found, and gives a percentile, ½ if nothing is
+The user gives the attributes, in sets: those that go with the old object, those that go with the new one, and the same
+for control objects, which are the null. A rate alone says little: frequent words are often on top, and a large set has
+a large rate. So the null compares the shares *of each set* that were found, and gives a percentile, ½ if nothing is
 known.
 """
 
@@ -37,9 +37,9 @@ class Attributes:
     """What goes with each object that a fact could have: words as they continue the prompt, with their space.
 
     Attributes:
-        old: With the old object, itself included if wanted, e.g. ``(" Paris", " France", " French")``.
-        new: With the new object.
-        controls: With each control object, a set each.
+        old: Words that go with the old object, itself included if wanted, e.g. ``(" Paris", " France", " French")``.
+        new: Words that go with the new object.
+        controls: One set of words for each control object.
     """
 
     old: Sequence[str]
@@ -57,17 +57,18 @@ class Attributes:
 
 
 def attributes_by_object(facts: Sequence[Fact], words: Mapping[str, Sequence[str]]) -> dict[str, Attributes]:
-    """Attributes of facts whose subject has them through its object.
+    """Attributes of facts whose subjects have them through their objects.
 
     Args:
-        facts: Their ``target_true``, ``target_new`` and ``controls`` decide what goes with them.
-        words: Of each object, letter for letter; controls that aren't in it are left out.
+        facts: Facts with ``target_true``, ``target_new`` and ``controls``.
+        words: The words that go with each object, by the object letter for letter; controls that aren't in it are left
+            out.
 
     Returns:
-        By the fact's name, as `AttributeRate` wants them.
+        The attributes by the fact's name, as `AttributeRate` takes them.
 
     Raises:
-        ValueError: An old or new object is not in `words`.
+        ValueError: An old or new object isn't in `words`.
     """
     for fact in facts:
         for target in (fact.target_true, fact.target_new):
@@ -85,7 +86,7 @@ def attributes_by_object(facts: Sequence[Fact], words: Mapping[str, Sequence[str
 
 @dataclass(frozen=True)
 class AttributeRate:
-    """Share of the first k tokens of a lens that are attributes of a fact's old, new and control objects, by layer.
+    """Share of a lens's top k tokens that are attributes of a fact's old, new and control objects, by layer.
 
     Attributes count by their first token after the fact's prompt. A token that is in the old and in the new set tells
     nothing apart and counts for neither; in control sets neither old nor new tokens count. ``rate_control`` is the mean
@@ -93,10 +94,10 @@ class AttributeRate:
     old set (ties half), ``percentile_new`` the same for the new set; NaN without controls.
 
     Attributes:
-        attributes: By the fact's name (its id, or its subject).
-        k: How many tokens count as first.
+        attributes: The attributes of each fact, by its name (its id, or its subject).
+        k: How many tokens count as the top.
         lens: A tuned lens to read with; None for the logit lens.
-        prepend_bos: BOS policy; None for the lens's, or the model's default.
+        prepend_bos: BOS policy; None for the lens's own, or the model's default.
     """
 
     attributes: Mapping[str, Attributes]
@@ -112,7 +113,7 @@ class AttributeRate:
             raise ValueError(f"prepend_bos={self.prepend_bos}, but the lens was trained with the other policy")
 
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
-        """Read; axes are fact, layer (after that block), position, quantity.
+        """Read some facts; axes are fact, layer (after that block), position, quantity.
 
         Raises:
             ValueError: A fact has no attributes, or the vocabulary has fewer than k tokens.
@@ -162,8 +163,8 @@ class AttributeRate:
         def percentile(words: set[int]) -> Tensor:
             if not words or not null:
                 return nothing
-            mine, theirs = found(words) / len(words), torch.stack(null)
-            return ((theirs < mine).float() + 0.5 * (theirs == mine).float()).mean(0)
+            own, controls_own = found(words) / len(words), torch.stack(null)
+            return ((controls_own < own).float() + 0.5 * (controls_own == own).float()).mean(0)
 
         mean = torch.stack([found(words) for words in controls]).mean(0) if controls else nothing
         columns = [found(old) / self.k, found(new) / self.k, mean / self.k, percentile(old), percentile(new)]

@@ -1,17 +1,17 @@
 """A linear classifier of many classes, in closed form: discriminant analysis with a shrunken covariance.
 
-With M the classes' means, Σ their mean covariance, uniform priors, and inputs that are standardised first::
+With m_k the mean of class k, Σ the classes' mean covariance, uniform priors, and inputs that are standardised first::
 
     Σ_α = (1 − α) Σ + α tr(Σ)/d · 1
     log p(k | x) = (xᵀ Σ_α⁻¹ m_k − ½ m_kᵀ Σ_α⁻¹ m_k) / T + const
 
-Friedman 1989 (10.1080/01621459.1989.10478752, with its γ alone). For Gaussian classes of one covariance it is Bayes'
-rule in the limit; with uniform priors and equal weights of the classes, frequent ones are not favoured. The
-shrinkage α and the temperature T (Guo et al. 2017, arXiv:1706.04599) are those of the least log-loss on rows that were
-held out, so probabilities stay honest where there are few rows for many dimensions.
+Friedman 1989 (10.1080/01621459.1989.10478752, with its γ alone). For Gaussian classes of equal covariance it is Bayes'
+rule in the limit; with uniform priors and equally weighted classes, frequent ones aren't favoured. The shrinkage α and
+the temperature T (Guo et al. 2017, arXiv:1706.04599) are those of the least log-loss on held-out rows, so probabilities
+stay calibrated where there are few rows for many dimensions.
 
-One fit costs an eigendecomposition for each fold, whatever the number of α and T: some hundredths of a second for
-1,000 rows of 128 dimensions, where a logistic regression takes several times as long for the same scores.
+One fit costs an eigendecomposition per fold, whatever the number of α and T: a few hundredths of a second for 1,000
+rows of 128 dimensions, where a logistic regression takes several times as long for the same scores.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ class Linear:
     """A fitted classifier.
 
     Attributes:
-        weight: Of inputs as they come, [dim class], float64.
+        weight: Weights on the inputs as given (not standardised), [dim class], float64.
         bias: [class], float64.
-        n_train: Rows it was fitted on.
+        n_train: Number of rows it was fitted on.
         shrinkage: The α that was chosen.
         temperature: The T that was chosen.
-        held_out_accuracy: Mean over classes of the share that is put first, each row by a fit without its fold. α and T
-            were chosen on these rows, but for their log-loss and not for this.
-        held_out_loss: Log-loss of the same, in nats, all classes weighted alike; log K says nothing was learnt.
+        held_out_accuracy: Accuracy averaged over classes, each row scored by a fit without its fold. α and T were
+            chosen on these rows, but for their log-loss and not for this.
+        held_out_loss: Log-loss of the same rows in nats, all classes weighted alike; log K means that nothing was
+            learnt.
     """
 
     weight: Float[Tensor, "dim class"]
@@ -63,10 +64,10 @@ class LinearClassifier:
     """How to fit: the settings of the inner cross-validation.
 
     Attributes:
-        folds: Parts of the training rows, each held out once to choose α and T.
+        folds: Number of folds, each held out once to choose α and T.
         shrinkages: The α to choose from, each in (0, 1).
         temperatures: The T to choose from.
-        seed: Of the parts.
+        seed: Seed of the folds.
     """
 
     folds: int = 5
@@ -97,10 +98,10 @@ class LinearClassifier:
             x: Inputs.
             y: Classes, 0 to ``n_classes - 1``.
             n_classes: How many classes there are.
-            groups: Rows of one group (such as one subject) are held out together; None: each row for itself.
+            groups: Rows of one group (such as one subject) are held out together; None: each row by itself.
 
         Raises:
-            ValueError: A class has fewer than two groups, or inputs are not finite.
+            ValueError: A class has fewer than two groups, or inputs aren't finite.
         """
         x = x.double()
         _check(x, y, n_classes, groups)
@@ -137,7 +138,7 @@ class LinearClassifier:
 def deal(
     y: Int[Tensor, "row"], folds: int, *, groups: Int[Tensor, "row"] | None = None, seed: int = 0
 ) -> Int[Tensor, "row"]:
-    """A fold for each row: every class is dealt out evenly, and a group stays together (by the class of its first)."""
+    """A fold for each row: every class is dealt out evenly, and a group stays together (by its first row's class)."""
     if groups is None:
         groups = torch.arange(len(y))
     _, group = groups.unique(return_inverse=True)
@@ -192,7 +193,7 @@ class _Moments:
 
 
 def _row_weights(y: Int[Tensor, "row"], n_classes: int) -> Float[Tensor, "row"]:
-    """Each class has the same weight in all, and all have 1."""
+    """Weights of the rows that sum to 1, and to the same for each class."""
     return (1 / (n_classes * torch.bincount(y, minlength=n_classes).double()))[y]
 
 

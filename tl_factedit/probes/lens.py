@@ -1,8 +1,8 @@
 """Logit lens: what the model's own head reads off the residual stream, layer by layer.
 
-``W_U · LN_f(h)`` at the last subject token ("subject") and the last token ("last"). At the subject
-this measures which attributes the stream holds, not a prediction; either way a rank means little
-without its null, which is here the rank of *control objects* of the same relation (`Fact.controls`).
+``W_U · LN_f(h)`` at the last subject token ("subject") and the last token ("last"). At the subject this measures which
+attributes the stream holds, not a prediction; either way a rank means little without its null, which here is the rank
+of *control objects* of the same relation (`Fact.controls`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ QUANTITIES = ("logp_old", "logp_new", "rank_old", "rank_new", "margin", "percent
 class LogitLens:
     """Log-probability (nats), rank (1 = first) and margin of a fact's objects by layer.
 
-    Objects count by their first token: facts whose objects share it give NaN for what compares
-    them. ``margin`` is logit(old) − logit(new). ``percentile_old`` is the share of control objects
-    with a lower logit than the old one, .5 if the stream knows nothing of it; NaN without controls.
+    Objects count by their first token: facts whose objects share it give NaN for what compares them. ``margin`` is
+    logit(old) − logit(new). ``percentile_old`` is the share of control objects with a lower logit than the old one
+    (ties half), ½ on average if the stream knows nothing of it; NaN without controls.
 
     Attributes:
         prepend_bos: BOS policy; None for the model's default.
@@ -42,7 +42,7 @@ class LogitLens:
     prepend_bos: bool | None = None
 
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
-        """Read; axes are fact, layer (after that block), position, quantity."""
+        """Read some facts; axes are fact, layer (after that block), position, quantity."""
         facts = as_facts(facts)
         bos = bos_policy(model, self.prepend_bos)
         states = read_states(model, facts, prepend_bos=bos)
@@ -80,10 +80,10 @@ def read_objects(
 
 
 def unembed(runner: Runner, stream: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row vocab"]:
-    """The model's own final norm and unembedding (and its soft cap), on any vectors; float32.
+    """The model's own final norm and unembedding (and its soft cap) on any vectors; float32.
 
     Args:
-        runner: Of the model; call inside `frozen`.
+        runner: A runner of the model; call this inside `frozen`.
         stream: Residual streams.
     """
     rows = stream.reshape(-1, 1, stream.shape[-1])
@@ -96,7 +96,7 @@ def unembed(runner: Runner, stream: Float[Tensor, "*row d_model"]) -> Float[Tens
 def _objects(
     tokenizer: Any, logits: Float[Tensor, "layer position vocab"], row: Aligned, fact: Fact
 ) -> Float[Tensor, "layer position quantity"]:
-    """`QUANTITIES` of a fact's objects; NaN for what can't be told by first tokens."""
+    """`QUANTITIES` of a fact's objects; NaN for what first tokens can't tell apart."""
     old = int(row.true_ids[0])
     new = None if row.new_ids is None or row.same_first_token else int(row.new_ids[0])
     spelt = [continuation(tokenizer, row.text, text, prepend_bos=row.prepend_bos) for text in fact.controls]
@@ -108,9 +108,9 @@ def _objects(
         return (logits > logits[..., token, None]).sum(-1).float() + 1
 
     def percentile(token: int) -> Tensor:
-        mine = logits[..., token, None]
+        own = logits[..., token, None]
         # The mean over no controls is NaN, as it should be.
-        return ((controls < mine).float() + 0.5 * (controls == mine).float()).mean(-1)
+        return ((controls < own).float() + 0.5 * (controls == own).float()).mean(-1)
 
     columns = [
         log_p[..., old],

@@ -1,55 +1,53 @@
 """Linear probes of the old object: which of a relation's objects do a model's states point to?
 
-A `Ruler` is one classifier for each layer and position, trained on the states of some subjects; it reads those of
-others. What it is trained on decides what its reading means:
+A `LinearProbe` is one classifier for each layer and position, trained on the states of some subjects; it reads those of
+others. What it is trained on decides what its readout means:
 
-fixed ruler
-    trained on the unedited model. A fall under it can be a mere change of code. Between separately trained models it is
-    void: there, not even unchanged facts are read right (`Ruler.transfer`).
-own ruler
-    trained on the model that is read, on facts that are the same in both models.
-adaptive ruler
-    trained on the states of calibration edits of *other* subjects, labelled with what each had before its edit.
+fixed probe
+    Trained on the unedited model. A fall under it can be a mere change of code. Between separately trained models it is
+    void: there it can't even read unchanged facts (`LinearProbe.transfer`).
+own probe
+    Trained on the model that is read, on facts that are the same in both models.
+adaptive probe
+    Trained on the states of calibration edits of *other* subjects, labelled with what each had before its edit.
 
-The score is the *percentile* of the old object: the share of the objects that are neither old nor new to which the
-ruler gives less, ties half. If the states know nothing of the old object it is ½ on average, in any model, provided
-that the old object could as well have been any of the others; accuracy and p(old) have no such null once a
-new object takes their mass.
+The score is the *percentile* of the old object among the objects that are neither old nor new, ½ on average in any
+model whose states know nothing of it (`tl_factedit.probes.percentile`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_factedit.backend.protocol import Model
 from tl_factedit.core.estimate import Estimate, Estimates, over_facts, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.classifier import Linear, LinearClassifier
-from tl_factedit.probes.states import HiddenStates, read_states
+from tl_factedit.probes.percentile import candidate_percentiles
+from tl_factedit.probes.states import HiddenStates
 
 QUANTITIES = ("percentile_old", "percentile_new", "logp_old", "logp_new", "correct_old")
-AT_ONCE = 20_000_000
-"""Most comparisons of two objects at a time."""
 
 
 @dataclass(frozen=True, eq=False)
-class Ruler:
+class LinearProbe:
     """Linear classifiers over the objects of a relation, one for each layer and position.
+
+    Made by `fit_linear_probe`.
 
     Attributes:
         objects: The classes.
         cells: The classifiers, by layer and then by position.
-        layers: Labels, as in the states it was trained on.
-        positions: Labels.
-        trained_on: What these states were read from, in words.
-        subjects: Whom it was trained on; it refuses to read them again.
-        least: The fewest training facts that an object has.
+        layers: Labels of the layers, as in the states it was trained on.
+        positions: Labels of the positions.
+        trained_on: What those states were read from, in words.
+        subjects: The subjects it was trained on, which it refuses to read again.
+        least: The fewest training facts that any object has.
     """
 
     objects: tuple[str, ...]
@@ -62,27 +60,27 @@ class Ruler:
 
     @property
     def n_train(self) -> int:
-        """Facts it was trained on."""
+        """Number of facts it was trained on."""
         return self.cells[0][0].n_train
 
     @property
     def held_out_accuracy(self) -> Float[Tensor, "layer position"]:
-        """On its own training facts, each read by a fit without it (see `Linear.held_out_accuracy`)."""
+        """Accuracy on its own training facts, each read by a fit without it (see `Linear.held_out_accuracy`)."""
         return torch.tensor([[cell.held_out_accuracy for cell in row] for row in self.cells], dtype=torch.float64)
 
     def scores(self, states: HiddenStates, *, seen: bool = False) -> Float[Tensor, "fact layer position object"]:
-        """Log-probability of each object, as each cell has it.
+        """Log-probability of each object, by layer and position.
 
         Args:
             states: What to read.
-            seen: Whether subjects that it was trained on may be among them: they are read too well.
+            seen: Whether training subjects may be among them. They are read too well.
 
         Raises:
-            ValueError: Other layers or positions than it was trained on, or a subject that it was trained on.
+            ValueError: The states have other layers or positions than the training states, or hold a training subject.
         """
         if (states.layers, states.positions) != (self.layers, self.positions):
             raise ValueError(
-                f"the states have layers {states.layers} and positions {states.positions}, the ruler has {self.layers} "
+                f"the states have layers {states.layers} and positions {states.positions}, the probe has {self.layers} "
                 f"and {self.positions}: read them with the same component"
             )
         known = [] if seen else sorted(self.subjects & {fact.subject for fact in states.facts})
@@ -99,37 +97,76 @@ class Ruler:
             1,
         )
 
-    def transfer(self, states: HiddenStates, objects: Sequence[str] | None = None) -> Estimates:
-        """Accuracy on facts that nothing changed: whether the ruler is one for this model at all, [layer position].
+    def read(
+        self,
+        states: HiddenStates,
+        old: Sequence[str] | None = None,
+        new: Sequence[str | None] | None = None,
+        *,
+        unchanged: HiddenStates | None = None,
+        unchanged_objects: Sequence[str] | None = None,
+    ) -> ProbeReadout:
+        """Read some facts' old objects.
 
         Args:
-            states: Of unchanged facts, of other subjects than those it was trained on.
-            objects: What each of them has; None for each fact's ``target_true``.
+            states: States of subjects that it wasn't trained on.
+            old: Each fact's old object; None for its ``target_true``.
+            new: Each fact's new object, which is left out of the percentile; None for its ``target_new``. Ask a model
+                without an edit with the same new objects, so that before and after have the same null.
+            unchanged: States of facts that are the same in the model of the training states and in the one that is
+                read, about yet other subjects: they show whether the probe transfers.
+            unchanged_objects: The objects of those facts; None for each fact's ``target_true``.
+
+        Raises:
+            ValueError: An object isn't one of the probe's, an old and a new object are equal, or the states don't fit.
         """
-        truth = _places(_named(states.facts, objects), self.objects, "object")
+        named = _objects_of(states.facts, old)
+        news = [fact.target_new for fact in states.facts] if new is None else list(new)
+        truth = _indices(named, self.objects, "old object")
+        other = _new_indices(news, self.objects, len(named))
+        same = (truth == other).nonzero()[:, 0]
+        if len(same):
+            i = int(same[0])
+            raise ValueError(f"fact {states.facts[i].name!r} has {named[i]!r} as old and new object, needed two")
+        scores = self.scores(states)
+        table = candidate_percentiles(scores, other)
+        index = truth[:, None, None, None].expand(*table.shape[:3], 1)
+        transferred = None if unchanged is None else self.transfer(unchanged, unchanged_objects)
+        percentile = table.gather(-1, index)[..., 0]
+        return ProbeReadout(percentile, scores, truth, other, states.model, states.facts, self, transferred)
+
+    def transfer(self, states: HiddenStates, objects: Sequence[str] | None = None) -> Estimates:
+        """Accuracy on facts that nothing changed, [layer position]: whether the probe fits this model at all.
+
+        Args:
+            states: States of unchanged facts, about subjects that it wasn't trained on.
+            objects: The object of each of them; None for each fact's ``target_true``.
+        """
+        truth = _indices(_objects_of(states.facts, objects), self.objects, "object")
         return over_facts_each((self.scores(states).argmax(-1) == truth[:, None, None]).double())
 
     def __repr__(self) -> str:
         """What it was trained on."""
         return (
-            f"Ruler({len(self.objects)} objects, trained on {self.n_train} facts of {self.trained_on!r} "
+            f"LinearProbe({len(self.objects)} objects, trained on {self.n_train} facts of {self.trained_on!r} "
             f"({self.least} or more an object), {len(self.layers)} layers)"
         )
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
-    """What a ruler reads of some facts' old objects.
+class ProbeReadout:
+    """What a linear probe reads of some facts' old objects.
 
     Attributes:
-        percentile: Of the old object among those that are neither old nor new, [fact layer position]; null ½.
+        percentile: Percentile of the old object among those that are neither old nor new, [fact layer position];
+            ½ if nothing is known.
         scores: Log-probability of every object, [fact layer position object].
-        old: Places of the old objects in the ruler's.
-        new: Places of the new ones; -1 where there is none.
+        old: Indices of the old objects among the probe's.
+        new: Indices of the new objects; -1 where there is none.
         model: What was read, in words.
-        facts: Whose states.
-        ruler: By what.
-        unchanged: Accuracy of the ruler on unchanged facts of what was read, [layer position]; None if none were given.
+        facts: The facts whose states were read.
+        probe: The probe that read them.
+        unchanged: The probe's accuracy on unchanged facts of what was read, [layer position]; None if none were given.
     """
 
     percentile: Float[Tensor, "fact layer position"]
@@ -138,12 +175,12 @@ class Decoded:
     new: Int[Tensor, "fact"]
     model: str
     facts: tuple[Fact, ...]
-    ruler: Ruler
+    probe: LinearProbe
     unchanged: Estimates | None = None
 
     @property
     def correct(self) -> Bool[Tensor, "fact layer position"]:
-        """Whether the old object is put first, before the new one too: for unchanged facts."""
+        """Whether the old object comes first of all objects, the new one included."""
         return self.scores.argmax(-1) == self.old[:, None, None]
 
     @property
@@ -158,12 +195,12 @@ class Decoded:
 
     @property
     def by_cell(self) -> Estimates:
-        """Mean percentile with its interval, [layer position]."""
+        """Mean percentile over facts with its interval, [layer position]."""
         return over_facts_each(self.percentile)
 
     @property
     def accuracy(self) -> Estimates:
-        """Share of facts whose old object is put first, [layer position]."""
+        """Share of facts whose old object comes first, [layer position]."""
         return over_facts_each(self.correct.double())
 
     def each(self, cells: Bool[Tensor, "layer position"] | None = None) -> Float[Tensor, "fact"]:
@@ -172,18 +209,18 @@ class Decoded:
         return self.percentile[:, kept].mean(-1)
 
     def pooled(self, cells: Bool[Tensor, "layer position"] | None = None, *, seed: int = 0) -> Estimate:
-        """Mean percentile over some cells (None: all) and facts."""
+        """Mean percentile over some cells (None: all) and all facts, with its interval over facts."""
         return over_facts(self.each(cells).tolist(), seed=seed)
 
     def reading(self) -> Reading:
-        """The same as a probe's reading, axes fact, layer, position, quantity."""
-        table = candidates(self.scores, torch.full_like(self.new, -1))
+        """The same numbers as a probe's `Reading`, with axes fact, layer, position, quantity."""
+        table = candidate_percentiles(self.scores, torch.full_like(self.new, -1))
         any_new = self.new[:, None, None] >= 0
-        place = self.new.clamp_min(0)[:, None, None, None].expand(*table.shape[:3], 1)
+        index = self.new.clamp_min(0)[:, None, None, None].expand(*table.shape[:3], 1)
         values = torch.stack(
             [
                 self.percentile,
-                torch.where(any_new, table.gather(-1, place)[..., 0], torch.nan),
+                torch.where(any_new, table.gather(-1, index)[..., 0], torch.nan),
                 self._score_of(self.old),
                 torch.where(any_new, self._score_of(self.new.clamp_min(0)), torch.nan),
                 self.correct.double(),
@@ -192,50 +229,54 @@ class Decoded:
         )
         axes = {
             "fact": [fact.name for fact in self.facts],
-            "layer": self.ruler.layers,
-            "position": self.ruler.positions,
+            "layer": self.probe.layers,
+            "position": self.probe.positions,
             "quantity": QUANTITIES,
         }
         return Reading("linear probe", values.float(), axes, "share of other objects below, nats (logp), 0 or 1")
 
     def __repr__(self) -> str:
         """What was read by what, and the mean percentile over all cells."""
-        ruler = self.ruler
-        own = f"{float(ruler.held_out_accuracy.max()):.2f} of its own held-out facts"
+        probe = self.probe
+        own = f"{float(probe.held_out_accuracy.max()):.2f} of its own held-out facts"
         other = "not tried" if self.unchanged is None else f"{float(self.unchanged.mean.max()):.2f}"
         return (
-            f"Decoded({self.pooled():.3f} of {self.model!r} by a ruler of {ruler.n_train} facts of "
-            f"{ruler.trained_on!r}; right, at its best cell, on {own}; on unchanged facts of what it reads: {other})"
+            f"ProbeReadout({self.pooled():.3f} of {self.model!r} by a probe of {probe.n_train} facts of "
+            f"{probe.trained_on!r}; right, at its best cell, on {own}; on unchanged facts of what it reads: {other})"
         )
 
-    def _score_of(self, places: Int[Tensor, "fact"]) -> Float[Tensor, "fact layer position"]:
-        index = places[:, None, None, None].expand(*self.scores.shape[:3], 1)
+    def _score_of(self, indices: Int[Tensor, "fact"]) -> Float[Tensor, "fact layer position"]:
+        index = indices[:, None, None, None].expand(*self.scores.shape[:3], 1)
         return self.scores.gather(-1, index)[..., 0]
 
 
-def train_ruler(
+def fit_linear_probe(
     states: HiddenStates,
     labels: Sequence[str] | None = None,
     *,
     objects: Sequence[str] | None = None,
     classifier: LinearClassifier | None = None,
-) -> Ruler:
-    """Train a classifier of objects at every layer and position.
+) -> LinearProbe:
+    """Fit a classifier of objects at every layer and position.
 
     Args:
-        states: Of the training facts.
+        states: States of the training facts.
         labels: The object that each of them has, or had before its edit; None for each fact's ``target_true``.
-        objects: The classes; None for all labels. Objects that could have been asked for but are no classes would
-            have no score, so give the relation's.
+        objects: The classes; None for all labels. An object that isn't a class gets no score, so give all the objects
+            of the relation.
         classifier: How to fit; None for the defaults.
 
     Raises:
-        ValueError: A label is not among `objects`, or an object has fewer than two training subjects.
+        ValueError: A label isn't among `objects`, or an object has fewer than two training subjects.
+
+    Example:
+        >>> probe = fe.probes.fit_linear_probe(fe.probes.read_states(model, known))       # doctest: +SKIP
+        >>> probe.read(fe.probes.read_states(model, facts)).by_cell                       # doctest: +SKIP
     """
     classifier = classifier or LinearClassifier()
-    named = _named(states.facts, labels)
+    named = _objects_of(states.facts, labels)
     objects = tuple(sorted(set(named)) if objects is None else dict.fromkeys(objects))
-    y = _places(named, objects, "label")
+    y = _indices(named, objects, "label")
     subjects = {subject: i for i, subject in enumerate(dict.fromkeys(fact.subject for fact in states.facts))}
     groups = torch.tensor([subjects[fact.subject] for fact in states.facts])
     for k, name in enumerate(objects):
@@ -252,143 +293,31 @@ def train_ruler(
         for i in range(len(states.layers))
     )
     least = int(torch.bincount(y, minlength=len(objects)).min())
-    return Ruler(objects, cells, states.layers, states.positions, states.model, frozenset(subjects), least)
+    return LinearProbe(objects, cells, states.layers, states.positions, states.model, frozenset(subjects), least)
 
 
-def decode(
-    ruler: Ruler,
-    states: HiddenStates,
-    old: Sequence[str] | None = None,
-    new: Sequence[str | None] | None = None,
-    *,
-    unchanged: HiddenStates | None = None,
-    unchanged_objects: Sequence[str] | None = None,
-) -> Decoded:
-    """Read some facts' old objects.
-
-    Args:
-        ruler: Trained on other subjects.
-        states: What to read.
-        old: Each fact's old object; None for its ``target_true``.
-        new: Each fact's new object, which is left out of the percentile; None for its ``target_new``. A model without
-            an edit is asked with the same new objects, so that before and after have the same null.
-        unchanged: HiddenStates of facts that are the same in what the ruler was trained on and in what it reads, of yet other
-            subjects: they show whether it transfers.
-        unchanged_objects: What these have; None for each fact's ``target_true``.
-
-    Raises:
-        ValueError: An object is none of the ruler's, old and new are equal, or states and ruler don't fit.
-    """
-    named = _named(states.facts, old)
-    news = [fact.target_new for fact in states.facts] if new is None else list(new)
-    truth = _places(named, ruler.objects, "old object")
-    other = _new_places(news, ruler.objects, len(named))
-    same = (truth == other).nonzero()[:, 0]
-    if len(same):
-        i = int(same[0])
-        raise ValueError(f"fact {states.facts[i].name!r} has {named[i]!r} as old and new object, needed two")
-    scores = ruler.scores(states)
-    table = candidates(scores, other)
-    index = truth[:, None, None, None].expand(*table.shape[:3], 1)
-    moved = None if unchanged is None else ruler.transfer(unchanged, unchanged_objects)
-    percentile = table.gather(-1, index)[..., 0]
-    return Decoded(percentile, scores, truth, other, states.model, states.facts, ruler, moved)
-
-
-def candidates(
-    scores: Float[Tensor, "fact layer position object"], new: Int[Tensor, "fact"]
-) -> Float[Tensor, "fact layer position object"]:
-    """The percentile that each object would have if it were the old one, ties half.
-
-    Args:
-        scores: Of every object.
-        new: Places of the new objects, which don't count; -1 for none.
-
-    Returns:
-        Shares of the objects that are neither this one nor the new one; NaN for the new one itself.
-
-    Raises:
-        ValueError: There is no object left to compare with.
-    """
-    k = scores.shape[-1]
-    has = new >= 0
-    if k - 1 - int(has.any()) < 1:
-        raise ValueError(f"{k} objects leave none that is neither old nor new, needed at least 3")
-    parts = []
-    size = max(1, AT_ONCE // max(1, scores[0].numel() * k)) if len(scores) else 1
-    for part, without, any_new in zip(scores.split(size), new.split(size), has.split(size), strict=True):
-        mine, other = part[..., :, None], part[..., None, :]
-        below = (other < mine).double() + 0.5 * (other == mine).double()
-        counted = torch.ones(len(part), k, dtype=torch.bool)
-        counted[any_new, without[any_new]] = False
-        # Its comparison with itself, a tie, is not one of the others.
-        share = (below * counted[:, None, None, None, :]).sum(-1) - 0.5
-        share = share / (counted.sum(-1) - 1)[:, None, None, None]
-        parts.append(torch.where(counted[:, None, None, :], share, torch.nan))
-    return torch.cat(parts) if parts else scores.double()
-
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """A fixed (or adaptive) ruler as a probe of models.
-
-    Attributes:
-        ruler: Trained beforehand.
-        prepend_bos: BOS policy; None for the model's default.
-    """
-
-    ruler: Ruler
-    prepend_bos: bool | None = None
-
-    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
-        """Read; axes are fact, layer, position, quantity."""
-        return decode(self.ruler, read_states(model, facts, prepend_bos=self.prepend_bos)).reading()
-
-
-@dataclass(frozen=True)
-class OwnLinearProbe:
-    """An own ruler as a probe of models: trained anew on each model that it reads.
-
-    Attributes:
-        train: Facts that every model read has in common.
-        objects: The relation's; None for all that `train` has.
-        classifier: How to fit.
-        prepend_bos: BOS policy; None for the model's default.
-    """
-
-    train: tuple[Fact, ...]
-    objects: tuple[str, ...] | None = None
-    classifier: LinearClassifier = field(default_factory=LinearClassifier)
-    prepend_bos: bool | None = None
-
-    def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
-        """Train on `train` and read `facts`; axes are fact, layer, position, quantity."""
-        learnt = read_states(model, self.train, prepend_bos=self.prepend_bos)
-        ruler = train_ruler(learnt, objects=self.objects, classifier=self.classifier)
-        return decode(ruler, read_states(model, facts, prepend_bos=self.prepend_bos)).reading()
-
-
-def _named(facts: Sequence[Fact], given: Sequence[str] | None) -> list[str]:
+def _objects_of(facts: Sequence[Fact], given: Sequence[str] | None) -> list[str]:
     named = [fact.old for fact in facts] if given is None else list(given)
     if len(named) != len(facts):
         raise ValueError(f"{len(named)} objects for {len(facts)} facts, needed one each")
     return named
 
 
-def _places(named: Sequence[str], objects: Sequence[str], what: str) -> Int[Tensor, "fact"]:
-    place = {name: i for i, name in enumerate(objects)}
-    unknown = [name for name in dict.fromkeys(named) if name not in place]
+def _indices(named: Sequence[str], objects: Sequence[str], what: str) -> Int[Tensor, "fact"]:
+    index = {name: i for i, name in enumerate(objects)}
+    unknown = [name for name in dict.fromkeys(named) if name not in index]
     if unknown:
         raise ValueError(
-            f"{what} {unknown[0]!r} is none of the ruler's {len(objects)} objects ({', '.join(map(repr, objects[:5]))}"
-            f"{', …' if len(objects) > 5 else ''}), needed one of them, letter for letter"
+            f"{what} {unknown[0]!r} isn't one of the probe's {len(objects)} objects "
+            f"({', '.join(map(repr, objects[:5]))}{', …' if len(objects) > 5 else ''}), needed one of them, letter for "
+            "letter"
         )
-    return torch.tensor([place[name] for name in named], dtype=torch.long)
+    return torch.tensor([index[name] for name in named], dtype=torch.long)
 
 
-def _new_places(named: Sequence[str | None], objects: Sequence[str], count: int) -> Int[Tensor, "fact"]:
-    """As `_places`; a new object that is no class takes no part in percentiles anyway."""
+def _new_indices(named: Sequence[str | None], objects: Sequence[str], count: int) -> Int[Tensor, "fact"]:
+    """As `_indices`; a new object that isn't a class takes no part in percentiles anyway."""
     if len(named) != count:
         raise ValueError(f"{len(named)} new objects for {count} facts, needed one each")
-    place = {name: i for i, name in enumerate(objects)}
-    return torch.tensor([-1 if name is None else place.get(name, -1) for name in named], dtype=torch.long)
+    index = {name: i for i, name in enumerate(objects)}
+    return torch.tensor([-1 if name is None else index.get(name, -1) for name in named], dtype=torch.long)

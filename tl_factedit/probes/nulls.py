@@ -1,12 +1,13 @@
-"""What a probe of the old object finds where there is nothing to find: the nulls that belong beside it.
+"""Nulls: what a probe of the old object finds where there is nothing to find.
 
-Names give objects away (nationalities, makers' brands), probes memorise, the new object can tell the old one, and the
-best of many cells is always good. So beside each reading stand
+Names give objects away (nationalities, makers' brands), probes memorise, the new object can give away the old one, and
+the best of many cells is always good. So beside each reading belong
 
 - the same probe on names: token embeddings (`subject_embeddings`), character n-grams (`name_ngrams`);
 - the same probe on random weights (`RandomWeights`), and on facts that the model doesn't know;
-- a control task of random labels (Hewitt and Liang 2019, arXiv:1909.03368; `control_task`);
+- the same probe on the states of other subjects (`states_of_others`);
 - the same probe on the new object alone (`one_hot_objects`);
+- a control task of random labels (`control_task`);
 - labels permuted among the facts, against the best of all cells (`permutation_test`).
 """
 
@@ -15,10 +16,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.protocol import Model, bos_policy
@@ -27,41 +29,53 @@ from tl_factedit.backend.state import finish_despite_interrupt, frozen
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
-from tl_factedit.probes.linear import Decoded
+from tl_factedit.probes.linear import ProbeReadout
 from tl_factedit.probes.states import HiddenStates
-
-AT_ONCE = 2_000
-"""Permutations held at a time."""
 
 
 def subject_embeddings(model: Model, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> HiddenStates:
-    """The mean of the subject's token embeddings, before positions: what its spelling alone can tell."""
+    """The mean of each subject's token embeddings, without positions: what its spelling alone can tell.
+
+    Args:
+        model: Whose embeddings to take.
+        facts: The facts whose subjects to embed, as spelt in their prompts.
+        prepend_bos: BOS policy; None for the model's default.
+
+    Returns:
+        One cell of features, [fact 1 1 d_model].
+
+    Raises:
+        ValueError: No facts, or a subject that doesn't end on a token boundary.
+    """
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     bos = bos_policy(model, prepend_bos)
     rows = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
-    found = []
+    means: list[Tensor] = []
     with frozen(model), torch.no_grad():
         runner = Runner(model)
         for batch in torch.arange(len(rows)).split(64):
-            some = [rows[i] for i in batch.tolist()]
-            embedded = runner.capture(pad([row.ids for row in some], fill=0), [EMBED], stop=1)[EMBED].float().cpu()
-            found += [each[slice(*row.subject)].mean(0) for each, row in zip(embedded, some, strict=True)]
-    return HiddenStates.of_features(torch.stack(found), facts, "token embeddings")
+            here = [rows[i] for i in batch.tolist()]
+            embedded = runner.capture(pad([row.ids for row in here], fill=0), [EMBED], stop=1)[EMBED].float().cpu()
+            means += [vectors[slice(*row.subject)].mean(0) for vectors, row in zip(embedded, here, strict=True)]
+    return HiddenStates.of_features(torch.stack(means), facts, "token embeddings")
 
 
 def name_ngrams(
     train: Sequence[Fact], test: Sequence[Fact], *, sizes: Sequence[int] = (1, 2, 3)
 ) -> tuple[HiddenStates, HiddenStates]:
-    """Character n-grams of the subjects' names, for training and for reading.
+    """Character n-grams of the subjects' names, as features to train on and to read.
 
-    Counts times the log inverse document frequency in the training names, each name's row of length 1. N-grams that no
-    training name has don't count.
+    TF-IDF: counts times 1 + the log inverse document frequency in the training names, each name's row scaled to length
+    1. N-grams that no training name has don't count.
 
     Args:
         train: The facts to train on.
         test: The facts to read.
-        sizes: The lengths n; a blank at either end of the name counts as a character.
+        sizes: The lengths n; the name counts as having a blank at either end.
+
+    Returns:
+        The features of `train` and those of `test`, one cell each.
     """
     counted = [_ngrams(fact.subject, sizes) for fact in (*train, *test)]
     known = sorted(set().union(*counted[: len(train)]))
@@ -87,32 +101,69 @@ def _ngrams(name: str, sizes: Sequence[int]) -> Counter[str]:
 
 
 def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequence[str]) -> HiddenStates:
-    """One object of each fact as the only feature: fed with the new one, a probe must not find the old one.
+    """One object of each fact as the only feature: given the new one, a probe must not find the old one.
 
-    If it does, the new objects were chosen by the old ones, and an adaptive ruler may read the new one only: draw new
+    If it does, the new objects were chosen by the old ones, and an adaptive probe may read only the new one: draw new
     objects uniformly from all others.
 
+    Args:
+        facts: The facts.
+        named: The object of each fact, such as its new one.
+        objects: All objects of the relation.
+
     Raises:
-        ValueError: An object is none of `objects`.
+        ValueError: An object isn't among `objects`.
     """
     unknown = sorted(set(named) - set(objects))
     if unknown:
-        raise ValueError(f"object {unknown[0]!r} is none of the {len(objects)} objects, needed one of them")
+        raise ValueError(f"object {unknown[0]!r} isn't one of the {len(objects)} objects, needed one of them")
     places = torch.tensor([list(objects).index(name) for name in named])
     return HiddenStates.of_features(
         torch.nn.functional.one_hot(places, len(objects)).float(), facts, "the object alone"
     )
 
 
+def states_of_others(states: HiddenStates, *, seed: int = 0) -> HiddenStates:
+    """Give each fact the states of another fact of its relation, with another old object.
+
+    What a `Patchscope` then reads of the fact's objects comes from the target prompt, and from what all subjects of the
+    relation have in common. Where a fact has a new object, the other fact's old object isn't that one either.
+
+    Args:
+        states: States of some facts.
+        seed: Seed of the draw among the facts that fit.
+
+    Raises:
+        ValueError: No other fact fits one of them.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    chosen = []
+    for fact in states.facts:
+        fits = [
+            j
+            for j, other in enumerate(states.facts)
+            if other.relation == fact.relation
+            and other.subject != fact.subject
+            and other.target_true not in (fact.target_true, fact.target_new)
+        ]
+        if not fits:
+            raise ValueError(
+                f"no other fact of relation {fact.relation!r} has another object than {fact.name!r}, needed at least "
+                "one: read more facts together"
+            )
+        chosen.append(fits[int(torch.randint(len(fits), (1,), generator=draw))])
+    return replace(states, values=states.values[chosen], model=f"{states.model}, of other subjects")
+
+
 @dataclass(frozen=True)
 class RandomWeights:
-    """The same architecture with random weights: within each matrix, its numbers in random order.
+    """The same architecture with random weights: the numbers of each matrix in random order.
 
-    So every matrix keeps its size and spread; vectors (norms, most biases) stay as they are. A change like an edit:
-    ``with RandomWeights().applied(model)``, or for `read_states_edited`.
+    Every matrix keeps its size and spread; vectors (norms, most biases) stay as they are. It is applied like an edit,
+    with ``with RandomWeights().applied(model)``, or given to `read_states_edited`.
 
     Attributes:
-        seed: Of the order.
+        seed: Seed of the order.
     """
 
     seed: int = 0
@@ -140,7 +191,7 @@ class RandomWeights:
 
 
 def _matrices(model: Any) -> list[Any]:
-    """Every matrix once; of those that share their numbers (a bridge's joint q, k and v) the largest."""
+    """Every matrix once; of those that share storage (a bridge's joint q, k and v) the largest."""
     owners: dict[int, Any] = {}
     for param in model.parameters():
         if param.ndim > 1 and not param.is_meta:
@@ -150,20 +201,20 @@ def _matrices(model: Any) -> list[Any]:
     return list(owners.values())
 
 
-def excess_over_nulls(decoded: Decoded, nulls: Sequence[Decoded]) -> Estimates:
-    """By how much a probe is right more often than the best cell of its nulls, paired by fact, [layer position].
+def excess_over_nulls(readout: ProbeReadout, nulls: Sequence[ProbeReadout]) -> Estimates:
+    """How much more often a probe is right than the best cell of its nulls, paired by fact, [layer position].
 
     Args:
-        decoded: The probe's reading.
-        nulls: Readings of the same facts by probes of names and the like.
+        readout: What the probe read.
+        nulls: Readouts of the same facts by probes of names and the like.
 
     Raises:
         ValueError: There are no nulls, or they are of other facts.
     """
     if not nulls:
-        raise ValueError("nulls is empty, needed at least one reading to compare with")
-    if any(null.facts != decoded.facts for null in nulls):
+        raise ValueError("nulls is empty, needed at least one readout to compare with")
+    if any(null.facts != readout.facts for null in nulls):
         raise ValueError("a null is of other facts, needed the same ones in the same order")
     right = torch.cat([null.correct.double().flatten(1) for null in nulls], 1)
     best = right[:, right.mean(0).argmax()]
-    return over_facts_each(decoded.correct.double() - best[:, None, None])
+    return over_facts_each(readout.correct.double() - best[:, None, None])

@@ -5,24 +5,19 @@ state of a placeholder token of a target prompt after block l'; what follows is 
 prompt that repeats tokens asks what the state stands for; one that states a relation ("The city of ? is") asks for the
 object, and can find what no fixed projection finds.
 
-The target prompt is read by a model too, and that may be the edited one. **After block l' the vector runs through
-blocks l'+1 and on: if the edited layer is among them, it is edited (again).** An old object that is found only at
-l' ≥ the edited layer is in the state; one that is not found at l' below it may have been overwritten on the way. So
-read into the unedited model as well, and look at both sides (`crossed_patchscope`). The target prompt's *other* tokens
-run through the edited layer at every l', but see little of an edit that was made for one subject.
-
-Two nulls belong beside it: control objects, and the states of other subjects (`states_of_others`).
+Two nulls belong beside it: control objects, and the states of other subjects (`states_of_others`). Across an edit, read
+with `crossed_patchscope`, as the model that runs the target prompt may be the edited one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.backend.hook_names import resid_post, resid_pre
@@ -31,34 +26,32 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import continuation, encode, find_span, spell
-from tl_factedit.measure.change import Change, Changed
-from tl_factedit.measure.population import bos_of_change, parts_of
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.states import INPUT, POSITIONS, HiddenStates, read_states
 
 QUANTITIES = ("logp_old", "logp_new", "percentile_old", "percentile_new")
 IDENTITY = "sun -> sun; 27 -> 27; table -> table; {} ->"
-"""Repeats what stands before each arrow."""
-MODELS = ("unedited", "changed")
+"""A target prompt that repeats what stands before each arrow."""
 
 
 @dataclass(frozen=True)
 class Patchscope:
     """Log-probability (nats) of a fact's objects after a target prompt with its state, by source and target layer.
 
-    Objects are scored whole, as the continuation of the target prompt. ``percentile_old`` is the share of the control
+    Objects are scored whole, as continuations of the target prompt. ``percentile_old`` is the share of the control
     objects that are less likely than the old one (ties half); NaN without controls. It is ½ on average if the state
-    knows nothing of it *and* the old object could as well have been any of the controls. Real facts' objects are not
-    like that: famous things have frequent objects, which any prompt favours. Read `states_of_others` beside them.
+    knows nothing of the old object *and* that object could as well have been any of the controls. Objects of real facts
+    aren't like that: famous things have frequent objects, which any prompt favours. Read `states_of_others` beside
+    them.
 
     Layers are labelled by the block that a state comes out of, -1 for what goes into the first block.
 
     Attributes:
         template: The target prompt, with one ``"{}"`` where the placeholder goes.
-        placeholder: What stands there; its last token is patched.
-        source_layers: Where states are taken; None for all, from -1 on.
-        target_layers: Where they are put; None for all, from -1 on.
-        position: Of the source: the last token of the subject, or of the prompt.
+        placeholder: The text that stands there; its last token is patched.
+        source_layers: Where states are taken from; None for all, from -1 on.
+        target_layers: Where states are put in; None for all, from -1 on.
+        position: Where states are taken from: the last token of the subject, or of the prompt.
         prepend_bos: BOS policy of both prompts; None for the model's default.
         batch_tokens: Most tokens in one forward pass.
 
@@ -91,16 +84,16 @@ class Patchscope:
             object.__setattr__(self, name, None if given is None else tuple(given))
 
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
-        """HiddenStates and target prompt in one model; axes are fact, source_layer, target_layer, quantity."""
+        """Read states of a model by the same model; axes are fact, source_layer, target_layer, quantity."""
         facts = as_facts(facts)
         return self.read(model, read_states(model, facts, prepend_bos=self.prepend_bos))
 
     def read(self, model: Model, states: HiddenStates) -> Reading:
-        """Read states of one model, as `read_states` gives them, by another (or the same): the target prompt's model.
+        """Read states of one model, as `read_states` gives them, by another model or the same one.
 
         Args:
-            model: Runs the target prompt.
-            states: Of the facts' own prompts.
+            model: The model that runs the target prompt.
+            states: States of the facts' own prompts.
 
         Raises:
             ValueError: No such layer, states of another width, an object that doesn't continue the target prompt's
@@ -118,10 +111,10 @@ class Patchscope:
         place = [states.layers.index(layer) for layer in sources]
         vectors = states.values[:, place, states.positions.index(self.position)]
         prompt = self._prompt(model)
-        asked = [_Objects.of(model, prompt, fact) for fact in states.facts]
+        objects = [_Objects.of(model, prompt, fact) for fact in states.facts]
         with frozen(model), torch.no_grad():
-            log_p = _log_probs(Runner(model), prompt, vectors, tuple(targets), asked, self.batch_tokens)
-        values = [_quantities(table, objects) for table, objects in zip(log_p, asked, strict=True)]
+            log_p = _log_probs(Runner(model), prompt, vectors, tuple(targets), objects, self.batch_tokens)
+        values = [_quantities(table, own) for table, own in zip(log_p, objects, strict=True)]
         return Reading(
             name="patchscope",
             values=torch.stack(values),
@@ -142,120 +135,6 @@ class Patchscope:
         end = begin + len(self.placeholder)
         span = find_span(text, offsets, begin, end, spell(model.tokenizer, ids), self.placeholder)
         return _Prompt(text, ids, span[1] - 1, bos)
-
-
-def states_of_others(states: HiddenStates, *, seed: int = 0) -> HiddenStates:
-    """The null of states: each fact gets those of another fact of its relation, with another old object.
-
-    What a Patchscope then reads of the fact's objects comes from the target prompt and from what all subjects of the
-    relation have in common. Where a fact has a new object, the other's old object is not that one either.
-
-    Args:
-        states: Of some facts.
-        seed: Of the draw among the facts that fit.
-
-    Raises:
-        ValueError: No other fact fits one of them.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    chosen = []
-    for fact in states.facts:
-        fits = [
-            j
-            for j, other in enumerate(states.facts)
-            if other.relation == fact.relation
-            and other.subject != fact.subject
-            and other.target_true not in (fact.target_true, fact.target_new)
-        ]
-        if not fits:
-            raise ValueError(
-                f"no other fact of relation {fact.relation!r} has another object than {fact.name!r}, needed at least "
-                "one: read more facts together"
-            )
-        chosen.append(fits[int(torch.randint(len(fits), (1,), generator=draw))])
-    return replace(states, values=states.values[chosen], model=f"{states.model}, of other subjects")
-
-
-# ---------------------------------------------------------------------------------------- edited and unedited
-
-
-@dataclass(frozen=True, eq=False)
-class CrossedPatchscope:
-    """HiddenStates of the unedited and of the changed model, each read by both.
-
-    Attributes:
-        reading: Axes are source_model, target_model (``"unedited"``, ``"changed"``), fact, source_layer, target_layer,
-            quantity.
-        edited_layers: The layers that the change changes; None if another model was given, where all may differ.
-    """
-
-    reading: Reading
-    edited_layers: tuple[int, ...] | None
-
-    @property
-    def passes_again(self) -> Bool[Tensor, "target_layer"]:
-        """At which target layers a vector still runs through a changed layer, if the changed model reads it."""
-        targets: Any = self.reading.axes["target_layer"]
-        last = math.inf if self.edited_layers is None else max(self.edited_layers, default=INPUT)
-        return torch.tensor([layer < last for layer in targets], dtype=torch.bool)
-
-    def clear(self) -> Reading:
-        """Only the target layers after which no vector runs through a changed layer.
-
-        Raises:
-            ValueError: There are none.
-        """
-        keep = (~self.passes_again).nonzero()[:, 0]
-        if not len(keep):
-            raise ValueError(
-                f"vectors run through the changed layers {self.edited_layers} at every target layer, needed some at or "
-                "after the last of them: give such target_layers (with another model there are none)"
-            )
-        axes = dict(self.reading.axes)
-        dim = list(axes).index("target_layer")
-        axes["target_layer"] = tuple(axes["target_layer"][i] for i in keep.tolist())
-        return replace(self.reading, values=self.reading.values.index_select(dim, keep), axes=axes)
-
-
-def crossed_patchscope(
-    scope: Patchscope, model: Model, changed: Changed, facts: Fact | Sequence[Fact]
-) -> CrossedPatchscope:
-    """Read states of the unedited and of the changed model by both models.
-
-    Args:
-        scope: What to read with.
-        model: The unedited model.
-        changed: One change, a change for each fact, or another model.
-        facts: What to read about.
-
-    Raises:
-        ValueError: As in `Population.of`, in `Patchscope.read`, or about the BOS policy.
-    """
-    facts = as_facts(facts)
-    bos = bos_of_change(model, changed, scope.prepend_bos)
-    scope = replace(scope, prepend_bos=bos)
-    before = read_states(model, facts, prepend_bos=bos)
-    reading = scope.read(model, before)
-    values = reading.values.new_full((2, 2, *reading.values.shape), math.nan)
-    values[0, 0] = reading.values
-    for part in parts_of(model, changed, facts):
-        mine = list(part.indices)
-        with part.applied() as other:
-            after = read_states(other, part.facts, prepend_bos=bos)
-            values[1, 1, mine] = scope.read(other, after).values
-            values[0, 1, mine] = scope.read(other, before.take(mine)).values
-        values[1, 0, mine] = scope.read(model, after).values
-    axes = {"source_model": MODELS, "target_model": MODELS, **reading.axes}
-    return CrossedPatchscope(replace(reading, values=values, axes=axes), _edited(changed))
-
-
-def _edited(changed: Changed) -> tuple[int, ...] | None:
-    if isinstance(changed, Sequence):
-        return tuple(sorted({layer for change in changed for layer in change.layers}))
-    return changed.layers if isinstance(changed, Change) else None
-
-
-# ---------------------------------------------------------------------------------------- one reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,14 +169,14 @@ def _log_probs(
     prompt: _Prompt,
     vectors: Float[Tensor, "fact source d_model"],
     targets: Sequence[int],
-    asked: Sequence[_Objects],
+    objects_of: Sequence[_Objects],
     batch_tokens: int,
 ) -> list[Float[Tensor, "source target object"]]:
     """Log-probability of each fact's objects with its vectors patched in; only the blocks behind a patch are run."""
-    out = [torch.full((vectors.shape[1], len(targets), len(objects.ids)), math.nan) for objects in asked]
+    out = [torch.full((vectors.shape[1], len(targets), len(objects.ids)), math.nan) for objects in objects_of]
     # An object's tokens but the last stand behind the prompt: objects that share them share the rows.
     beginnings: dict[tuple[int, ...], dict[int, list[int]]] = {}
-    for i, objects in enumerate(asked):
+    for i, objects in enumerate(objects_of):
         for j, ids in enumerate(objects.ids):
             beginnings.setdefault(ids[:-1], {}).setdefault(i, []).append(j)
     for beginning, wanted in beginnings.items():
@@ -308,17 +187,17 @@ def _log_probs(
         facts = list(wanted)
         rows = vectors[facts].flatten(0, 1).to(streams[names[0]])
         for t, (layer, name) in enumerate(zip(targets, names, strict=True)):
-            found = []
-            for some in rows.split(max(1, batch_tokens // len(ids))):
-                patched = streams[name].repeat(len(some), 1, 1)
-                patched[:, prompt.place] = some
-                tokens = ids.to(device(runner.model)).expand(len(some), -1)
-                logits = runner.logits(tokens, at=at.expand(len(some), -1), start=(layer + 1, patched))
-                found.append(logits.float().log_softmax(-1).cpu())
-            log_p = torch.cat(found).unflatten(0, (len(facts), -1))
+            parts: list[Tensor] = []
+            for batch in rows.split(max(1, batch_tokens // len(ids))):
+                patched = streams[name].repeat(len(batch), 1, 1)
+                patched[:, prompt.place] = batch
+                tokens = ids.to(device(runner.model)).expand(len(batch), -1)
+                logits = runner.logits(tokens, at=at.expand(len(batch), -1), start=(layer + 1, patched))
+                parts.append(logits.float().log_softmax(-1).cpu())
+            log_p = torch.cat(parts).unflatten(0, (len(facts), -1))
             for row, i in zip(log_p, facts, strict=True):
                 for j in wanted[i]:
-                    target = torch.tensor(asked[i].ids[j])
+                    target = torch.tensor(objects_of[i].ids[j])
                     out[i][:, t, j] = row[:, torch.arange(len(target)), target].sum(-1)
     return out
 
@@ -329,9 +208,9 @@ def _quantities(
     nothing = torch.full(log_p.shape[:2], math.nan)
     controls = log_p[..., 1 + objects.any_new :]
 
-    def percentile(mine: Tensor) -> Tensor:
+    def percentile(log_p_of: Tensor) -> Tensor:
         # The mean over no controls is NaN, as it should be.
-        return ((controls < mine[..., None]).float() + 0.5 * (controls == mine[..., None]).float()).mean(-1)
+        return ((controls < log_p_of[..., None]).float() + 0.5 * (controls == log_p_of[..., None]).float()).mean(-1)
 
     old, new = log_p[..., 0], log_p[..., 1] if objects.any_new else None
     columns = [old, nothing if new is None else new, percentile(old), nothing if new is None else percentile(new)]

@@ -1,4 +1,4 @@
-"""A permutation test of what a linear probe reads."""
+"""A permutation test of what a linear probe reads, against the best of all its cells."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_factedit.probes.linear import Decoded, candidates
-from tl_factedit.probes.nulls import AT_ONCE
-from tl_factedit.probes.selectivity import class_means
+from tl_factedit.probes.linear import ProbeReadout
+from tl_factedit.probes.percentile import candidate_percentiles
+
+AT_ONCE = 2_000
+"""Permutations held at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """How a reading compares with those of permuted labels.
+    """How a readout compares with those of permuted labels.
 
     Attributes:
-        statistic: The mean over facts as it was found, [layer position].
-        p: Share of permutations whose *best cell* is as good as this cell, [layer position]: right for looking at all
-            of them. (1 + #≥)/(1 + n).
-        p_each: Share whose same cell is as good: for a cell that was chosen beforehand.
+        statistic: The observed mean over facts, [layer position].
+        p: Share of permutations whose *best cell* is as good as this cell, (1 + #≥)/(1 + n), [layer position]: the
+            p-value to use when looking at all cells.
+        p_each: Share of permutations whose same cell is as good: for a cell that was chosen beforehand.
         critical: What the best cell stays below in 95 % of permutations (above, if low values are looked for).
         n: Number of permutations.
     """
@@ -37,42 +39,42 @@ class Permutation:
 
     @property
     def p_any(self) -> float:
-        """For the best cell of all."""
+        """The p-value of the best cell of all."""
         return float(self.p.min())
 
 
 def permutation_test(
-    decoded: Decoded,
+    readout: ProbeReadout,
     *,
     statistic: Literal["percentile", "accuracy"] = "percentile",
     side: Literal["above", "below"] = "above",
     n: int = 10_000,
     seed: int = 0,
 ) -> Permutation:
-    """Permute the old objects among the facts, with all scores as they are; against the best of all cells.
+    """Permute the old objects among the facts, leave all scores as they are, and compare with the best of all cells.
 
-    A permutation that would call a fact's new object its old one is none: labels are drawn uniformly from those that
-    don't. Where there are new objects, by swaps in pairs: back from the labels as they are to a common start, and from
-    it n times independently, which is exact however few the swaps (Besag and Clifford 1989,
+    Permutations that would call a fact's new object its old one are excluded: labels are drawn uniformly from the
+    others. Where there are new objects this is done by pairwise swaps, back from the labels as they are to a common
+    start and from there n times independently, which is exact however few the swaps (Besag and Clifford 1989,
     10.1093/biomet/76.4.633).
 
     Args:
-        decoded: The probe's reading.
-        statistic: The mean percentile of the old object, or the share of facts where it is put first.
-        side: Whether the statistic is asked to be higher than by chance, or lower (the old object avoided).
-        n: How many permutations.
-        seed: Of them.
+        readout: What a linear probe read.
+        statistic: The mean percentile of the old object, or the share of facts where it comes first.
+        side: Whether to test for values above chance, or below it (the old object is avoided).
+        n: Number of permutations.
+        seed: Seed of the permutations.
 
     Raises:
         ValueError: There are fewer than two facts, or no permutations.
     """
-    if len(decoded.facts) < 2:
-        raise ValueError(f"{len(decoded.facts)} facts can't be permuted, needed at least 2")
+    if len(readout.facts) < 2:
+        raise ValueError(f"{len(readout.facts)} facts can't be permuted, needed at least 2")
     if statistic == "percentile":
-        table = candidates(decoded.scores, decoded.new)
+        table = candidate_percentiles(readout.scores, readout.new)
     elif statistic == "accuracy":
-        best = decoded.scores.argmax(-1)
-        table = torch.nn.functional.one_hot(best, decoded.scores.shape[-1]).double()
+        best = readout.scores.argmax(-1)
+        table = torch.nn.functional.one_hot(best, readout.scores.shape[-1]).double()
     else:
         raise ValueError(f"statistic {statistic!r} is unknown, needed 'percentile' or 'accuracy'")
     if side not in ("above", "below"):
@@ -82,11 +84,11 @@ def permutation_test(
     sign = 1 if side == "above" else -1
     facts, cells, objects = len(table), table.shape[1] * table.shape[2], table.shape[3]
     flat = sign * table.reshape(facts, cells, objects).nan_to_num(0.0).float()
-    here = class_means(flat, decoded.old[None])[0]
+    here = _class_means(flat, readout.old[None])[0]
     draw = torch.Generator().manual_seed(seed)
     as_good, best_as_good, maxima = torch.zeros(cells), torch.zeros(cells), []
-    for labels in _permuted(decoded.old, decoded.new, n, draw):
-        there = class_means(flat, labels)
+    for labels in _permuted(readout.old, readout.new, n, draw):
+        there = _class_means(flat, labels)
         # Equal means differ in the last bits by the order of summation.
         as_good += (there >= here - 1e-6).sum(0)
         best_as_good += (there.max(1, keepdim=True).values >= here - 1e-6).sum(0)
@@ -131,3 +133,10 @@ def _walk_(
         a, b = labels[:, one], labels[:, two]
         go = (torch.rand(a.shape, generator=draw) < 0.5) & (a != new[two]) & (b != new[one])
         labels[:, one], labels[:, two] = torch.where(go, b, a), torch.where(go, a, b)
+
+
+def _class_means(
+    table: Float[Tensor, "fact cell object"], labels: Int[Tensor, "draw fact"]
+) -> Float[Tensor, "draw cell"]:
+    facts = torch.arange(len(table))
+    return torch.stack([table[facts, cell][facts, labels].mean(-1) for cell in range(table.shape[1])], -1)

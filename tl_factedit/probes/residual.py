@@ -4,12 +4,12 @@ With a the mean percentile of the old object over facts and over some cells, bef
 
     ρ = (a_e − ½) / (a_0 − ½)
 
-1 says untouched, 0 nothing left, above 1 more than before, and below 0 that the old object is *avoided*: it is put
-below objects that are neither old nor new, which is a trace as well. Cells where a_0 − ½ is small have no ρ: a small
-denominator makes anything of noise. They are masked, never clipped.
+1 means untouched, 0 that nothing is left, above 1 more than before, and below 0 that the old object is *avoided*: it
+ranks below objects that are neither old nor new, which is a trace as well. Cells where a_0 − ½ is small have no ρ, as a
+small denominator makes anything of noise; they are masked, never clipped.
 
 A high ρ says that the old object can be read, not that the model uses it: an edit that adds to the residual stream
-carries on whatever was there.
+keeps whatever was there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts
 from tl_factedit.core.facts import Fact
-from tl_factedit.probes.linear import Decoded
+from tl_factedit.probes.linear import ProbeReadout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,16 +40,17 @@ class Residual:
     """ρ, pooled and by cell.
 
     Attributes:
-        pooled: Over all cells that count: ratio of the means over facts and cells, both resampled together by fact.
-        by_position: The same over one position's cells; not measured where none counts.
-        by_cell: [layer position]; NaN where a cell doesn't count.
-        cells: Which count.
-        before: a_0 over them.
-        after: a_e over them.
-        spread: Standard deviation over facts of each fact's mean percentile after, over the cells that count: how many
-            facts it takes for an interval follows from it.
-        layers: Labels.
-        positions: Labels.
+        pooled: ρ over all cells that count: the ratio of the means over facts and cells, both resampled together by
+            fact.
+        by_position: The same over the cells of one position; ``n`` is 0 where none counts.
+        by_cell: ρ of each cell, [layer position]; NaN where a cell doesn't count.
+        cells: Which cells count.
+        before: a_0 over these cells.
+        after: a_e over these cells.
+        spread: Standard deviation over facts of each fact's mean percentile after the change, over the cells that
+            count; the number of facts needed for an interval of some width follows from it.
+        layers: Labels of the layers.
+        positions: Labels of the positions.
     """
 
     pooled: Estimate
@@ -85,8 +86,8 @@ class Residual:
 
 
 def residual_knowledge(
-    before: Decoded | Sequence[Decoded],
-    after: Decoded | Sequence[Decoded],
+    before: ProbeReadout | Sequence[ProbeReadout],
+    after: ProbeReadout | Sequence[ProbeReadout],
     *,
     floor: float | Float[Tensor, "layer position"] = NULL,
     least: float = LEAST,
@@ -96,22 +97,22 @@ def residual_knowledge(
     """ρ of some facts.
 
     Args:
-        before: Their reading in the unchanged model; of facts of several relations, one for each relation, whose facts
-            are pooled (a percentile is ½ where nothing is known, whatever the relation).
-        after: Their reading in the changed one: by the same ruler, by one trained on calibration edits, or, for a
+        before: Their readout in the unchanged model. For facts of several relations, a readout for each relation; the
+            facts are pooled, as a percentile is ½ where nothing is known, whatever the relation.
+        after: Their readout in the changed model: by the same probe, by one trained on calibration edits, or, for a
             separately trained model, by its own. As many as `before`, in the same order.
-        floor: What is read where nothing is known: ½ by construction, or the mean of several oracles' readings.
+        floor: What is read where nothing is known: ½ by construction, or the mean of several oracles' readouts.
         least: The least a_0 − floor of a cell that counts.
-        cells: Look at these only, such as those after the edit; None for all.
-        seed: Of the resampling.
+        cells: Look at these cells only, such as those after the edit; None for all.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: The readings are of other facts or cells.
+        ValueError: The readouts are of different facts or cells.
     """
     was, now = _Pooled.of(before), _Pooled.of(after)
     if was.facts != now.facts or was.percentile.shape != now.percentile.shape:
         raise ValueError(
-            f"readings are of {len(was.facts)} facts, {tuple(was.percentile.shape[1:])} cells and of "
+            f"readouts are of {len(was.facts)} facts, {tuple(was.percentile.shape[1:])} cells and of "
             f"{len(now.facts)} facts, {tuple(now.percentile.shape[1:])} cells, needed the same facts in the same "
             "order, at the same layers and positions"
         )
@@ -130,7 +131,7 @@ def residual_knowledge(
     ends = [over(_only(counts, divmod(i, len(was.positions)))) for i in range(counts.numel())]
     table = torch.tensor([[e.mean, e.low, e.high] for e in ends], dtype=torch.float64).reshape(*counts.shape, 3)
     mean, low, high = table.unbind(-1)
-    each = now.percentile[:, counts].mean(-1)
+    of_each = now.percentile[:, counts].mean(-1)
     return Residual(
         pooled=over(counts),
         by_position={
@@ -139,8 +140,8 @@ def residual_knowledge(
         by_cell=Estimates(mean, low, high, torch.tensor([e.n for e in ends]).reshape(counts.shape)),
         cells=counts,
         before=over_facts(was.percentile[:, counts].mean(-1).tolist(), seed=seed),
-        after=over_facts(each.tolist(), seed=seed),
-        spread=float(each.std()) if len(each) > 1 else math.nan,
+        after=over_facts(of_each.tolist(), seed=seed),
+        spread=float(of_each.std()) if len(of_each) > 1 else math.nan,
         layers=was.layers,
         positions=was.positions,
     )
@@ -148,7 +149,7 @@ def residual_knowledge(
 
 @dataclass(frozen=True, eq=False)
 class _Pooled:
-    """Readings of one or several relations as one table."""
+    """Readouts of one or several relations as one table."""
 
     percentile: Float[Tensor, "fact layer position"]
     facts: tuple[Fact, ...]
@@ -156,14 +157,14 @@ class _Pooled:
     positions: tuple[Hashable, ...]
 
     @classmethod
-    def of(cls, read: Decoded | Sequence[Decoded]) -> _Pooled:
-        several = [read] if isinstance(read, Decoded) else list(read)
-        ruler = several[0].ruler
+    def of(cls, read: ProbeReadout | Sequence[ProbeReadout]) -> _Pooled:
+        readouts = [read] if isinstance(read, ProbeReadout) else list(read)
+        probe = readouts[0].probe
         return cls(
-            torch.cat([each.percentile for each in several]),
-            tuple(fact for each in several for fact in each.facts),
-            ruler.layers,
-            ruler.positions,
+            torch.cat([readout.percentile for readout in readouts]),
+            tuple(fact for readout in readouts for fact in readout.facts),
+            probe.layers,
+            probe.positions,
         )
 
 

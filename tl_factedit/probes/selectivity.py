@@ -1,4 +1,4 @@
-"""Control tasks (Hewitt & Liang 2019): what a probe learns where nothing is to be known."""
+"""Control tasks: how well the same probe learns labels that mean nothing (Hewitt and Liang 2019, arXiv:1909.03368)."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.probes.classifier import LinearClassifier
-from tl_factedit.probes.linear import Ruler, train_ruler
+from tl_factedit.probes.linear import LinearProbe, fit_linear_probe
 from tl_factedit.probes.states import HiddenStates
 
 
 @dataclass(frozen=True, eq=False)
 class ControlTask:
-    """How well the same probe learns labels that mean nothing; all [layer position].
+    """How well a probe and its control learn; all [layer position].
 
     Attributes:
-        accuracy: Of the probe of objects, on subjects that it wasn't trained on.
-        control: Of the probe of random labels, on the same subjects. No label can be learnt from others' there, so this
-            is at chance unless names or positions leak.
+        accuracy: Accuracy of the probe of objects, on subjects that it wasn't trained on.
+        control: Accuracy of the probe of random labels, on the same subjects. Nothing that other subjects teach helps
+            there, so this is at chance unless names or positions leak.
         selectivity: The first minus the second, paired by fact.
-        memorised: Of the probe of random labels on its own training facts: how many facts it can hold by heart.
-        fitted: Of the probe of objects on its own training facts.
+        memorised: Accuracy of the probe of random labels on its own training facts: how much it can learn by heart.
+        fitted: Accuracy of the probe of objects on its own training facts.
     """
 
     accuracy: Estimates
@@ -36,7 +36,7 @@ class ControlTask:
 
 
 def control_task(
-    ruler: Ruler,
+    probe: LinearProbe,
     train: HiddenStates,
     test: HiddenStates,
     *,
@@ -45,16 +45,16 @@ def control_task(
     classifier: LinearClassifier | None = None,
     seed: int = 0,
 ) -> ControlTask:
-    """Train the ruler's classifier once more, on labels shuffled among the training subjects.
+    """Fit the probe's classifier once more, on labels shuffled among the training subjects.
 
     Args:
-        ruler: The probe.
-        train: What it was trained on.
-        test: Other subjects; their control labels are drawn from the same shuffled ones.
-        train_objects: What the training facts have; None for each fact's ``target_true``.
-        test_objects: What the others have; None for each fact's ``target_true``.
-        classifier: How the ruler was fitted; None for the defaults.
-        seed: Of the shuffle.
+        probe: The probe of objects.
+        train: The states it was trained on.
+        test: States of other subjects; their control labels are drawn from the shuffled ones.
+        train_objects: Objects of the training facts; None for each fact's ``target_true``.
+        test_objects: Objects of the other facts; None for each fact's ``target_true``.
+        classifier: How the probe was fitted; None for the defaults.
+        seed: Seed of the shuffle.
     """
     draw = torch.Generator().manual_seed(seed)
     own = [f.old for f in train.facts] if train_objects is None else list(train_objects)
@@ -67,24 +67,17 @@ def control_task(
     drawn = torch.randint(len(names), (len(others),), generator=draw).tolist()
     random |= {subject: names[i] for subject, i in zip(others, drawn, strict=True)}
     labels = [random[fact.subject] for fact in train.facts]
-    control = train_ruler(train, labels, objects=ruler.objects, classifier=classifier)
+    control = fit_linear_probe(train, labels, objects=probe.objects, classifier=classifier)
 
-    def right(of: Ruler, states: HiddenStates, objects: Sequence[str]) -> Float[Tensor, "fact layer position"]:
+    def right(of: LinearProbe, states: HiddenStates, objects: Sequence[str]) -> Float[Tensor, "fact layer position"]:
         truth = torch.tensor([of.objects.index(name) for name in objects])
         return (of.scores(states, seen=True).argmax(-1) == truth[:, None, None]).double()
 
-    found, by_chance = right(ruler, test, true), right(control, test, [random[f.subject] for f in test.facts])
+    found, by_chance = right(probe, test, true), right(control, test, [random[f.subject] for f in test.facts])
     return ControlTask(
         accuracy=over_facts_each(found),
         control=over_facts_each(by_chance),
         selectivity=over_facts_each(found - by_chance),
         memorised=right(control, train, labels).mean(0),
-        fitted=right(ruler, train, own).mean(0),
+        fitted=right(probe, train, own).mean(0),
     )
-
-
-def class_means(
-    table: Float[Tensor, "fact cell object"], labels: Int[Tensor, "draw fact"]
-) -> Float[Tensor, "draw cell"]:
-    facts = torch.arange(len(table))
-    return torch.stack([table[facts, cell][facts, labels].mean(-1) for cell in range(table.shape[1])], -1)

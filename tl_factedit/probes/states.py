@@ -1,7 +1,7 @@
-"""HiddenStates: the residual stream at the last subject token and at the last token, after every layer, as one array.
+"""Hidden states: the residual stream at the last subject token and at the last token, after every layer.
 
-That is what probes of many facts are trained on and read. Each of a population of edits is read in a model of its
-own: the change of one fact is applied, its states are kept, and the change is taken back.
+Probes of many facts are trained on them and read them. Each of a population of edits is read in a model of its own: the
+change of one fact is applied, its states are kept, and the change is taken back.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tl_factedit.core.tokens import Aligned, align, batches, pad
 POSITIONS = ("subject", "last")
 """The last token of the subject, and the last token of the prompt."""
 INPUT = -1
-"""The label of what comes into the first block, where others are labelled by the block they come out of."""
+"""The label of what enters the first block; other states are labelled by the block they come out of."""
 
 
 @runtime_checkable
 class Applicable(Protocol):
-    """Anything that can be laid over a model and taken back: an `Edit`, an `Erasure`, `RandomWeights`."""
+    """Anything that can be applied to a model and taken back: an `Edit`, an `Erasure`, `RandomWeights`."""
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """The changed model for the length of a ``with`` block."""
@@ -44,10 +44,10 @@ class HiddenStates:
 
     Attributes:
         values: [fact layer position d_model], float32, on the CPU.
-        layers: Labels of the second axis: a block's number for what it puts out, -1 for the input of the first.
+        layers: Labels of the second axis: a block's number for its output, -1 for the input of the first block.
         positions: Labels of the third axis.
-        facts: Whose they are.
-        model: What they were read from, in words: a model's name, or that of a change of it.
+        facts: The facts whose prompts were run.
+        model: What they were read from, in words: the name of a model, or of a change of it.
     """
 
     values: Float[Tensor, "fact layer position d_model"]
@@ -66,7 +66,7 @@ class HiddenStates:
         return len(self.facts)
 
     def take(self, chosen: Sequence[int]) -> HiddenStates:
-        """The states of some facts, by their places."""
+        """The states of some facts, by their indices."""
         return replace(self, values=self.values[list(chosen)], facts=tuple(self.facts[i] for i in chosen))
 
     def at(self, *, layer: Hashable, position: Hashable) -> Float[Tensor, "fact d_model"]:
@@ -78,7 +78,7 @@ class HiddenStates:
 
     @classmethod
     def of_features(cls, values: Float[Tensor, "fact feature"], facts: Sequence[Fact], name: str) -> HiddenStates:
-        """Features of the facts' subjects in the place of a model's states, as one cell: what a null is trained on."""
+        """Features of the facts' subjects in place of a model's states, as one cell: what a null is trained on."""
         return cls(values[:, None, None].float(), (name,), (POSITIONS[0],), tuple(facts), name)
 
 
@@ -92,13 +92,13 @@ def read_states(
     label: str | None = None,
     batch_tokens: int = 2048,
 ) -> HiddenStates:
-    """HiddenStates of some facts in one model.
+    """Hidden states of some facts in one model.
 
     Args:
-        model: Either class; it is left as it is.
-        facts: Whose prompts to run.
-        component: What to keep: the residual stream (``"resid"``: what enters the first block, and what each block
-            puts out), or one of the model's other components, a row a block.
+        model: A model of either class; it is left as it is.
+        facts: The facts whose prompts to run.
+        component: What to keep: the residual stream (``"resid"``: what enters the first block, and what comes out of
+            each block), or one of the model's other components, one row per block.
         template: Another template with one ``"{}"`` to ask with; None for each fact's prompt.
         prepend_bos: BOS policy; None for the model's default.
         label: What to call the model in results; None for its name.
@@ -127,12 +127,12 @@ def read_states_edited(
     label: str | None = None,
     batch_tokens: int = 2048,
 ) -> HiddenStates:
-    """HiddenStates of some facts in changed models: under one change for all, or each under a change of its own.
+    """Hidden states of some facts in changed models: under one change for all, or each under a change of its own.
 
     Args:
         model: The unchanged model; it is left as it is.
         changes: One change, or as many as there are facts, in their order.
-        facts: Whose prompts to run.
+        facts: The facts whose prompts to run.
         component: As in `read_states`.
         template: As in `read_states`.
         prepend_bos: As in `read_states`.
@@ -184,8 +184,8 @@ class _Reader:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for batch in batches([len(row.ids) for row in rows], batch_tokens):
             states = self._read([rows[i] for i in batch])
-            for i, each in zip(batch, states, strict=True):
-                found[i] = each
+            for i, of_fact in zip(batch, states, strict=True):
+                found[i] = of_fact
         return torch.stack(found)
 
     def _read(self, rows: Sequence[Aligned]) -> Float[Tensor, "fact layer position d_model"]:
@@ -194,7 +194,7 @@ class _Reader:
 
         def keep(place: str) -> HookFn:
             def hook_fn(value: Tensor, hook: Any = None) -> None:
-                # Here and not afterwards: whole streams of all layers need not be held.
+                # Gathered here, so that the whole streams of all layers needn't be held.
                 kept[place] = gather(value.detach(), at).float().cpu()
 
             return hook_fn

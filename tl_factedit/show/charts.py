@@ -16,12 +16,12 @@ from tl_factedit.show.line_chart import Line, Rule, line_chart
 from tl_factedit.show.markup import Html, join, number, tag
 from tl_factedit.show.page import coloured_tokens
 from tl_factedit.show.svg import NEW, OLD, line_swatch
-from tl_factedit.show.tables import legend, strongest_knock_out
+from tl_factedit.show.tables import largest_gain, legend
 
 
 def token_strips(fired: Gains, *, live: bool = True) -> list[Html]:
     """The coloured tokens, once for each edited layer."""
-    values = strongest_knock_out(fired)
+    values = largest_gain(fired)
     limit = max(1.0, float(values.nan_to_num(0).abs().max()))
     out = []
     for layer, row in zip(fired.layers, values, strict=True):
@@ -92,7 +92,7 @@ def lens_charts(verdict: Verdict) -> Html:
 
 
 def knock_out_chart(knocked: Recovery) -> Html:
-    """Which object comes first when a layer is knocked out, by layer, beside how the unedited model fares."""
+    """Which object comes first when a layer is knocked out, by layer, beside the unedited model."""
     single = [case for case in knocked.cases if len(case.layers) == 1]
     layers = [float(case.layers[0]) for case in single]
 

@@ -1,4 +1,4 @@
-"""A picture of where an edit acts."""
+"""A picture of where an edit acts in a text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.edit_gains import gains
 from tl_factedit.show.charts import token_strips
+from tl_factedit.show.kinds import check_kind
 from tl_factedit.show.markup import tag
 from tl_factedit.show.page import Picture
 from tl_factedit.show.tables import gain_table
@@ -15,11 +16,16 @@ def edit(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = None
     """The tokens of a text, coloured by how much of an edit fires at each.
 
     Args:
-        model: The model the edit was made on, without it.
+        model: The model that the edit was made on, without it.
         edit: The edit; it is applied and taken back here.
         text: Any text.
-        prepend_bos: Whether BOS goes in front; None for the edit's own policy.
+        prepend_bos: BOS policy; None for the edit's own.
+
+    Raises:
+        TypeError: What is given isn't an `Edit`, or isn't text.
     """
+    check_kind(edit, Edit, "edit = editor(model, facts), such as fe.Rome(stats)(model, facts)")
+    check_kind(text, str, "give one text, such as fact.text")
     fired = gains(model, edit, text, prepend_bos=prepend_bos)
     names = ", ".join(f"{f.subject}:{f.target_true} → {f.target_new}" for f in edit.facts[:3])
     more = f" and {len(edit.facts) - 3} more" if len(edit.facts) > 3 else ""

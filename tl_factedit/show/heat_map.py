@@ -1,4 +1,9 @@
-"""Heat maps in SVG."""
+"""Heat maps in SVG.
+
+Colours are ColorBrewer's single-hue ramps (as in Meng et al. 2022: purple for the residual stream, green for MLPs, red
+for attention), in pairs that colour-blind readers can tell apart. Zero is white on both sides, and one unit of effect
+has the same depth of colour on either side, so a colour never means more than its number.
+"""
 
 from __future__ import annotations
 
@@ -88,9 +93,9 @@ class Scale:
     """Colours for numbers, centred on 0.
 
     Attributes:
-        low: Smallest number, or 0 if none is negative.
-        high: Largest number, or 0 if none is positive.
-        hue: Of positive numbers, in `RAMPS`; negative ones get its `OPPOSITE`.
+        low: The smallest number, or 0 if none is negative.
+        high: The largest number, or 0 if none is positive.
+        hue: Hue of positive numbers, in `RAMPS`; negative ones get its `OPPOSITE`.
     """
 
     low: float
@@ -137,15 +142,15 @@ def heat_map(
     Args:
         cells: Numbers, [row column]; NaN leaves a gap.
         scale: From numbers to colours.
-        labels: Of each row.
-        tooltips: Of each cell, [row column].
+        labels: Label of each row.
+        tooltips: Tooltip of each cell, [row column].
         neutral: Rows that are 0 by construction: drawn in grey, not on the scale.
         strong: Rows to mark with an asterisk and a bar.
         hatched: Columns to hatch.
         outlined: (row, column) of a cell to outline.
-        x_label: Of the columns.
+        x_label: Label of the horizontal axis.
         unit: What the colour bar shows.
-        name: For readers who can't see it.
+        name: A description for readers who can't see the drawing.
     """
     n_rows, n_columns = len(cells), len(cells[0])
     shown = [clip(label, 24) + ("*" if mark else "") for label, mark in zip(labels, strong, strict=True)]

@@ -16,12 +16,12 @@ class Line:
     """One line of a chart; NaN breaks it.
 
     Attributes:
-        label: For tooltips.
-        x: Where.
-        y: How much.
+        label: Name of the line, in tooltips.
+        x: Horizontal places.
+        y: Values.
         colour: ``#rrggbb``.
         dashed: Whether to draw dashes.
-        width: Of the stroke.
+        width: Width of the stroke, px.
     """
 
     label: str
@@ -37,11 +37,11 @@ class Rule:
     """A straight line across a chart, with words.
 
     Attributes:
-        at: Where on its axis.
-        axis: The axis that it stands on.
+        at: Its place on the axis.
+        axis: The axis that it is perpendicular to.
         label: What it means.
         colour: ``#rrggbb``.
-        high: Whether the words of an upright line stand at its upper end.
+        high: Whether the words of a vertical line stand at its upper end.
     """
 
     at: float
@@ -66,15 +66,15 @@ def line_chart(
     """Lines over one pair of axes.
 
     Args:
-        lines: What to draw; each point has a tooltip.
-        title: Above the chart.
-        x_label: With its unit.
-        y_label: With its unit.
+        lines: The lines to draw; each point has a tooltip.
+        title: Title above the chart.
+        x_label: Label of the horizontal axis, with its unit.
+        y_label: Label of the vertical axis, with its unit.
         y_range: Ends of the vertical axis; None for those of the data.
-        rules: Lines across.
-        dots: (x, y, what) to mark.
-        width: In px.
-        height: In px.
+        rules: Straight lines across the chart.
+        dots: Points to mark, as (x, y, tooltip).
+        width: Width in px.
+        height: Height in px.
     """
     known = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
     if not known:

@@ -1,8 +1,8 @@
 """HTML and SVG that can't be broken by what is shown in it.
 
-Tokens, prompts and model names are any text at all. So there are two kinds of string: `str`, which
-`tag` escapes wherever it goes, and `Html`, which only `tag` makes. Text that would be invisible or
-would reorder its surroundings (control characters, surrogates) is shown by a visible stand-in.
+Tokens, prompts and model names can be any text at all. So there are two kinds of string: `str`, which
+`tag` escapes wherever it goes, and `Html`, which only `tag` makes. Text that would be invisible or would reorder its
+surroundings (control characters, surrogates) is shown as a visible stand-in.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def tag(name: str, /, *children: str | None, **attributes: Any) -> Html:
     """One element; children and attribute values that are plain strings are escaped.
 
     Args:
-        name: Of the element.
+        name: Name of the element.
         children: `Html`, plain text, or None for nothing.
-        attributes: ``class_`` and ``stroke_width`` become ``class`` and ``stroke-width``; None is
-            left out; floats are rounded to hundredths.
+        attributes: Attributes of the element. ``class_`` and ``stroke_width`` become ``class`` and ``stroke-width``;
+            None is left out; floats are rounded to hundredths.
 
     Example:
         >>> tag("b", "1 < 2", title='"')
@@ -90,7 +90,7 @@ def clip(label: str, width: int) -> str:
 
 
 def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
-    """A number for people: a true minus, "–" for NaN, exponents only where decimals would show zeros.
+    """A number for people to read: a true minus, "–" for NaN, exponents only where decimals would show zeros.
 
     Example:
         >>> number(-0.1234), number(float("nan")), number(3e-7)

@@ -1,9 +1,9 @@
 """Pictures and the pages that hold them: one file, which opens offline and fetches nothing.
 
-Coloured tokens are circuitsvis' own component, run from the JavaScript in its wheel. They are drawn
-twice: as plain HTML, and again by circuitsvis in its place when the script runs. So nothing is ever
-blank: not offline, not in an untrusted notebook, not where a viewer (GitHub) drops scripts. What is
-shown travels as an escaped attribute, never as code; the page's policy admits no other script.
+Coloured tokens are circuitsvis' own component, run from the JavaScript in its wheel. They are drawn twice: as plain
+HTML, and again by circuitsvis in its place when the script runs. So nothing is ever blank: not offline, not in an
+untrusted notebook, not where a viewer (GitHub) drops scripts. What is shown travels as an escaped attribute, never as
+code, and the page's policy admits no other script.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from tl_factedit.core import files
 from tl_factedit.show.markup import Html, join, number, rows, tag, text, to_json
 
 POSITIVE, NEGATIVE = "#0072b2", "#d55e00"
-"""Okabe and Ito's blue and vermilion: apart for colour-blind readers."""
+"""Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart."""
 
 
 @dataclass(frozen=True, repr=False)
 class Picture:
-    """Something to look at: in a notebook as it is, as a file with `save`, in a page with `report`.
+    """Something to look at: displayed by a notebook, saved as a file with `save`, put on a page by `report`.
 
-    In a notebook it is HTML in the cell, not a frame: circuitsvis draws over the plain drawing where
-    scripts may run, and where they may not (an untrusted notebook, GitHub), the plain one stays.
+    In a notebook it is HTML in the cell, not a frame: circuitsvis draws over the plain drawing where scripts may run,
+    and where they may not (an untrusted notebook, GitHub), the plain one stays.
 
     Attributes:
         title: What it shows.
         body: The drawing, without its title.
-        provenance: Where its numbers came from.
-        live: Whether circuitsvis is to draw its tokens.
+        provenance: Where its numbers come from.
+        live: Whether circuitsvis should draw its tokens.
     """
 
     title: str
@@ -75,10 +75,10 @@ def document(title: str, body: Html, provenance: Iterable[Provenance] = (), *, l
     """A complete HTML page.
 
     Args:
-        title: Of the page.
+        title: Title of the page.
         body: Its sections.
-        provenance: Of everything in it; each is shown once.
-        live: Whether to bring circuitsvis' JavaScript, once.
+        provenance: Provenance of everything in it; each is shown once.
+        live: Whether to include circuitsvis' JavaScript.
     """
     script = _script() if live else ""
     allowed = f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if live else "'none'"
@@ -98,13 +98,13 @@ def document(title: str, body: Html, provenance: Iterable[Provenance] = (), *, l
 
 
 def coloured_tokens(pieces: Sequence[str], values: Sequence[float], *, limit: float, live: bool = True) -> Html:
-    """The tokens of a text on backgrounds that show a number each, from vermilion over white to blue.
+    """The tokens of a text, each on a background that shows its number, from vermilion through white to blue.
 
     Args:
         pieces: The tokens.
         values: A number for each; NaN is left white.
         limit: The number of the deepest colour, on either side of 0.
-        live: Whether circuitsvis draws them again.
+        live: Whether circuitsvis should draw them again.
     """
     props = {
         # circuitsvis writes a token into the page as HTML: it must be escaped for that, beside the JSON.
@@ -174,7 +174,7 @@ def _run(script: str) -> Html | None:
 
 
 def _script() -> str:
-    """Circuitsvis' bundle, and what starts it on every place for tokens that isn't drawn yet."""
+    """The bundle of circuitsvis, and what starts it wherever tokens aren't drawn yet."""
     bundle = importlib.resources.files("circuitsvis").joinpath("dist/cdn/iife.js").read_text(encoding="utf-8")
     # The bundle holds "</script>" in a string; a source map would be fetched by a browser's tools.
     bundle = bundle.replace("</script", "<\\/script").replace("//# sourceMappingURL=iife.js.map", "")

@@ -14,7 +14,8 @@ from tl_factedit.show.attacks import attack
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture, document
 from tl_factedit.show.score_tables import scores
-from tl_factedit.show.traces import average, trace
+from tl_factedit.show.trace_averages import average
+from tl_factedit.show.traces import trace
 from tl_factedit.show.verdicts import verdict
 
 _Item = Picture | Trace | Verdict | Scores | Recovery | str
@@ -24,10 +25,10 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
     """Write one HTML file that needs nothing else: no network, no other file.
 
     Args:
-        path: The file; one that exists is replaced.
-        items: Pictures and results (a `Trace`, `Verdict` or `Scores` is drawn as it is here, a trace of several
-            facts as their `average`), plain text (an empty line begins a paragraph), or ``(heading, item)``.
-        title: Of the page.
+        path: The file to write; one that exists is replaced.
+        items: Pictures and results (a `Trace`, `Verdict` or `Scores` is drawn by the function of this name, a trace of
+            several facts by `average`), plain text (an empty line begins a paragraph), or ``(heading, item)``.
+        title: Title of the page.
 
     Returns:
         The path.

@@ -1,26 +1,30 @@
-"""Tables of scores."""
+"""A picture of scores, of one model or before and after a change."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 from tl_factedit.evaluation.scores import Scores
+from tl_factedit.show.kinds import check_kind
 from tl_factedit.show.markup import join
 from tl_factedit.show.page import Picture
 from tl_factedit.show.tables import prompt_table, score_table
 
 
 def scores(before: Scores, after: Scores | None = None) -> Picture:
-    """Scores as a table, of one model or before and after a change, and every prompt's own numbers.
+    """Scores of one model, or before and after a change, as a table, and every prompt's own numbers.
 
     Args:
-        before: From `evaluate`.
-        after: Of the same facts, on the changed model.
+        before: Scores from `evaluate`.
+        after: Scores of the same facts on the changed model.
 
     Raises:
-        ValueError: The two were not asked the same prompts and objects.
+        TypeError: What is given aren't `Scores`.
+        ValueError: The two are of different prompts or objects.
     """
     both = [before] if after is None else [before, after]
+    for given in both:
+        check_kind(given, Scores, "fe.evaluate(model, facts) gives them")
     for a, b in pairwise(both):
         asked = [[(x.fact, x.ask, x.prompt, x.true, x.new) for x in scores.answers] for scores in (a, b)]
         if asked[0] != asked[1]:

@@ -1,9 +1,6 @@
-"""Numbers to SVG: a heat map and a line chart. Nothing here knows a model, a fact or an edit.
+"""The parts of SVG drawings: labels, lines, swatches and ticks. Nothing here knows a model, a fact or an edit.
 
-Colours are ColorBrewer's single-hue ramps for heat maps (as in Meng et al. 2022: purple for the
-residual stream, green for MLPs, red for attention), in pairs that stay apart for colour-blind
-readers, and Okabe and Ito's for lines. Zero is white on both sides, and one unit of effect has the
-same depth of colour on either side, so a colour never means more than its number.
+The colours of lines are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -63,6 +60,7 @@ def tick_text(tick: float, ticks: Sequence[float]) -> str:
 
 
 def svg_document(width: float, height: float, name: str, *children: Html) -> Html:
+    """A drawing that scales with its page, with a name for readers who can't see it."""
     return tag(
         "svg",
         tag("title", name),
@@ -79,13 +77,14 @@ def svg_document(width: float, height: float, name: str, *children: Html) -> Htm
 def text_label(
     x: float, y: float, words: str, anchor: str, *, size: float = 11.0, halo: bool = False, **attributes: str
 ) -> Html:
-    # A halo keeps words readable where they cross a line.
+    """Words at a point; a halo keeps them readable where they cross a line."""
     edge = {"paint_order": "stroke", "stroke": "#fff", "stroke_width": 3} if halo else {}
     fill = {"fill": FAINT, **attributes}
     return tag("text", words, x=x, y=y, text_anchor=anchor, font_size=size, **edge, **fill)
 
 
 def line_segment(x1: float, y1: float, x2: float, y2: float, **attributes: object) -> Html:
+    """A straight line from one point to another."""
     return tag("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), **attributes)
 
 

@@ -1,4 +1,4 @@
-"""Tables of a verdict's evidence."""
+"""Tables of scores, facts and gains, and the small parts that pictures share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_ROWS = 60
 
 
 def score_table(both: Sequence[Scores]) -> Html:
-    """Efficacy, paraphrase, neighbourhood and probabilities; one column a model."""
+    """Efficacy, paraphrase, neighbourhood and probabilities; one column per model."""
     kinds = (
         ("Efficacy", "new object preferred on the rewrite prompt", "efficacy", 2),
         ("Paraphrase", "… on its paraphrases", "paraphrase", 2),
@@ -44,7 +44,7 @@ def score_table(both: Sequence[Scores]) -> Html:
 
 
 def prompt_table(both: Sequence[Scores]) -> Html:
-    """Every prompt's own probabilities, before and after."""
+    """The probabilities of every prompt, before and after."""
     heads = [
         "",
         "prompt",
@@ -72,7 +72,7 @@ def prompt_table(both: Sequence[Scores]) -> Html:
 
 
 def fact_table(verdict: Verdict) -> Html:
-    """One row a fact: probabilities, rank, margin, critical dose."""
+    """One row per fact: probabilities, rank, margin, critical dose."""
     last = len(verdict.lens.after.axes["layer"]) - 1
     ranks = [r.at(layer=last, position="last", quantity="rank_old") for r in (verdict.lens.before, verdict.lens.after)]
     heads = ["fact", "old → new", "p(old)", "p(new)", "rank of old", "margin, nats", "critical dose", "works"]
@@ -107,7 +107,7 @@ def fact_table(verdict: Verdict) -> Html:
 def gain_table(fired: Gains) -> Html:
     """Every token with its gain in each edited layer."""
     heads = ["token", *(tag("th", f"gain, layer {layer}", class_="n") for layer in fired.layers)]
-    values = strongest_knock_out(fired).T.tolist()
+    values = largest_gain(fired).T.tolist()
     cells = [
         [_token(piece), *(_number(value) for value in row)] for piece, row in zip(fired.tokens, values, strict=True)
     ]
@@ -117,16 +117,16 @@ def gain_table(fired: Gains) -> Html:
 
 
 def legend(entries: Sequence[tuple[Html, str] | None]) -> Html:
-    """Small drawings with what they mean."""
+    """A legend: small drawings with what they mean."""
     return tag("div", *(tag("span", *entry) for entry in entries if entry), class_="tlf-legend")
 
 
 def bullets(entries: Sequence[str]) -> Html:
-    """A list."""
+    """A bulleted list."""
     return tag("ul", *(tag("li", entry) for entry in entries))
 
 
-def strongest_knock_out(fired: Gains) -> Tensor:
+def largest_gain(fired: Gains) -> Tensor:
     """The gain that is largest over the edit's keys, with its sign, [layer pos]."""
     return fired.gain.gather(-1, fired.gain.abs().argmax(-1, keepdim=True))[..., 0]
 

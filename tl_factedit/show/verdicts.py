@@ -7,6 +7,7 @@ from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.show.attacks import attack_chart
 from tl_factedit.show.charts import dose_chart, fired_strips, knock_out_chart, lens_charts
+from tl_factedit.show.kinds import check_kind
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture
 from tl_factedit.show.tables import bullets, fact_table, score_table
@@ -27,8 +28,12 @@ def verdict(verdict: Verdict) -> Picture:
     """An audit's verdict on a page: label, axes, reasons, what is missing, and the evidence.
 
     Args:
-        verdict: From `audit`.
+        verdict: A verdict from `audit`.
+
+    Raises:
+        TypeError: What is given isn't a `Verdict`.
     """
+    check_kind(verdict, Verdict, "verdict = fe.audit(model, changed, facts)")
     n = len(verdict.facts)
     level = "one fact: descriptive" if verdict.level == "per edit" else f"population of {n} facts"
     axes = [

@@ -8,7 +8,8 @@ import torch
 import tl_factedit as fe
 from tl_factedit.core.facts import Fact
 from tl_factedit.organism import world as organism
-from tl_factedit.probes.linear import Decoded, Ruler, candidates, decode, train_ruler
+from tl_factedit.probes.linear import LinearProbe, ProbeReadout, fit_linear_probe
+from tl_factedit.probes.percentile import candidate_percentiles
 from tl_factedit.probes.states import HiddenStates, read_states
 
 WEIGHTS = tiny.TWINS
@@ -31,29 +32,29 @@ def states(variant: str, people: str) -> HiddenStates:
 
 
 @functools.cache
-def ruler(variant: str) -> Ruler:
+def probe(variant: str) -> LinearProbe:
     """Trained on what a variant has of 600 people whom oracle0 leaves as they are."""
-    return train_ruler(states(variant, "calibration"), objects=CITIES)
+    return fit_linear_probe(states(variant, "calibration"), objects=CITIES)
 
 
 @functools.cache
-def read(variant: str, people: str = "oracle0") -> Decoded:
-    """By the variant's own ruler."""
-    return decode(ruler(variant), states(variant, people))
+def read(variant: str, people: str = "oracle0") -> ProbeReadout:
+    """By the variant's own probe."""
+    return probe(variant).read(states(variant, people))
 
 
 @functools.cache
-def blank(layers: int, positions: int, k: int) -> Ruler:
+def blank(layers: int, positions: int, k: int) -> LinearProbe:
     """Of the right shape."""
     objects = [f" o{i}" for i in range(k)]
     train = tuple(Fact(f"T{i}", "{} is", objects[i % k]) for i in range(2 * k))
     nothing = HiddenStates(
         torch.zeros(2 * k, layers, positions, 2), (*range(layers),), (*range(positions),), train, "nothing"
     )
-    return train_ruler(nothing, objects=objects)
+    return fit_linear_probe(nothing, objects=objects)
 
 
-def toy(scores: torch.Tensor, old: list[int], new: list[int | None] | None = None) -> Decoded:
+def toy(scores: torch.Tensor, old: list[int], new: list[int | None] | None = None) -> ProbeReadout:
     """A reading with given scores, [fact layer position object]."""
     of = blank(*scores.shape[1:])
     news = [None] * len(scores) if new is None else new
@@ -62,6 +63,6 @@ def toy(scores: torch.Tensor, old: list[int], new: list[int | None] | None = Non
         for i, (o, k) in enumerate(zip(old, news, strict=True))
     )
     places = torch.tensor([-1 if k is None else k for k in news])
-    table = candidates(scores, places)
+    table = candidate_percentiles(scores, places)
     mine = table.gather(-1, torch.tensor(old)[:, None, None, None].expand(*table.shape[:3], 1))[..., 0]
-    return Decoded(mine, scores, torch.tensor(old), places, "toy", asked, of)
+    return ProbeReadout(mine, scores, torch.tensor(old), places, "toy", asked, of)

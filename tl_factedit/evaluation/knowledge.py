@@ -1,0 +1,103 @@
+"""Which facts a model knows: to be asked before a fact is traced, edited or audited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_factedit.backend.protocol import Model, bos_policy
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import frozen
+from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.tokens import batches, continuation, encode, pad
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def known(
+    model: Model, facts: Fact | Sequence[Fact], *, prepend_bos: bool | None = None, batch_tokens: int = 4096
+) -> pd.DataFrame:
+    """Whether a model says each fact's old object after its prompt, and how far it is from saying it.
+
+    A fact is known if the token that the model puts first after the prompt is the first token of ``target_true``: what
+    greedy decoding would begin with. Tracing a fact that isn't known shows noise, and editing or auditing it says
+    nothing about an old object, as there is none.
+
+    Args:
+        model: A model of either class, as it is now.
+        facts: The facts to ask, each by its own prompt. ``target_new`` isn't needed.
+        prepend_bos: BOS policy; None for the model's default.
+        batch_tokens: Most tokens in one forward pass.
+
+    Returns:
+        One row per fact, in the order of the facts:
+
+        - ``fact``: the fact's name.
+        - ``top``: the token that the model puts first after the prompt.
+        - ``rank``: rank of the first token of ``target_true`` there, 1 + the number of likelier tokens.
+        - ``p``: probability of the whole ``target_true``, the product over its tokens.
+        - ``known``: whether the first token of ``target_true`` is the top token.
+
+        Where the model's logits aren't finite nothing comes first: ``top`` is ``""``, ``rank`` and ``p`` are NaN.
+
+    Raises:
+        ValueError: No facts, a fact without ``target_true``, or a target that doesn't continue its prompt.
+
+    Example:
+        >>> table = fe.known(model, facts)                                              # doctest: +SKIP
+        >>> facts = [fact for fact, yes in zip(facts, table.known) if yes]              # doctest: +SKIP
+    """
+    import pandas as pd
+
+    facts = as_facts(facts)
+    if not facts:
+        raise ValueError("facts is empty, needed at least one")
+    bos = bos_policy(model, prepend_bos)
+    requests = [_request(model, fact, bos) for fact in facts]
+    rows: list[tuple[str, float, float, bool]] = [("", 0.0, 0.0, False)] * len(facts)
+    with frozen(model), torch.no_grad():
+        runner = Runner(model)
+        for batch in batches([len(prompt) + len(target) - 1 for prompt, target in requests], batch_tokens):
+            here = [requests[i] for i in batch]
+            for i, (_, target), log_p in zip(batch, here, _log_probs(runner, here), strict=True):
+                rows[i] = _row(model, target, log_p)
+    table = pd.DataFrame(rows, columns=["top", "rank", "p", "known"])
+    table.insert(0, "fact", [fact.name for fact in facts])
+    return table if table["rank"].isna().any() else table.astype({"rank": int})
+
+
+def _request(model: Model, fact: Fact, bos: bool) -> tuple[Int[Tensor, "prompt"], Int[Tensor, "target"]]:
+    """Token ids of a fact's prompt and of its old object."""
+    if fact.target_true is None:
+        raise ValueError(f"fact {fact.name!r} has no target_true, needed one: it is what the model is asked for")
+    prompt, _ = encode(model.tokenizer, fact.text, prepend_bos=bos)
+    return prompt, continuation(model.tokenizer, fact.text, fact.target_true, prepend_bos=bos)
+
+
+def _log_probs(
+    runner: Runner, requests: Sequence[tuple[Int[Tensor, "_"], Int[Tensor, "_"]]]
+) -> Float[Tensor, "fact target vocab"]:
+    """Log-probabilities at the prompts' ends and after each further token of the targets but their last."""
+    reach = max(len(target) for _, target in requests)
+    rows = [torch.cat([prompt, target[:-1]]) for prompt, target in requests]
+    # A shorter target's last places are read again and not used.
+    at = [
+        (len(prompt) - 1 + torch.arange(reach)).clamp(max=len(row) - 1)
+        for (prompt, _), row in zip(requests, rows, strict=True)
+    ]
+    return runner.logits(pad(rows, 0), at=torch.stack(at)).float().log_softmax(-1).cpu()
+
+
+def _row(model: Model, target: Int[Tensor, "_"], log_p: Float[Tensor, "_ vocab"]) -> tuple[str, float, float, bool]:
+    """Top token, rank, probability, and whether the fact is known."""
+    first, steps = int(target[0]), torch.arange(len(target))
+    if not bool(log_p[0].max().isfinite()):
+        return "", float("nan"), float("nan"), False
+    top = int(log_p[0].argmax())
+    rank = 1 + int((log_p[0] > log_p[0, first]).sum())
+    return model.tokenizer.decode([top]), float(rank), float(log_p[steps, target].sum().exp()), top == first
