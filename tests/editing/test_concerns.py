@@ -124,10 +124,13 @@ def test_where_the_prompt_ends_with_its_subject_the_last_layer_will_do(knowing):
 
 
 def test_a_fit_of_one_step_says_first_that_it_writes_nothing(knowing, monkeypatch):
-    with laws.no_forward(monkeypatch, knowing), pytest.raises(fe.EditWarning, match="steps=1 only reads the loss"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", fe.EditWarning)
-            made_by("rome", knowing, fit=fe.ValueFit(steps=1))
+    with (
+        laws.no_forward(monkeypatch, knowing),
+        warnings.catch_warnings(),
+        pytest.raises(fe.EditWarning, match="steps=1 only reads the loss"),
+    ):
+        warnings.simplefilter("error", fe.EditWarning)
+        made_by("rome", knowing, fit=fe.ValueFit(steps=1))
 
 
 def test_a_box_in_which_no_entry_can_move_is_said_before_the_first_update(kind):

@@ -90,7 +90,7 @@ class WeightDescent:
             names = ", ".join(repr(rows.wish.fact.name) for rows in asked[:3])
             warnings.warn(
                 f"the edit of {names} can't change the answer: epsilon is {schedule.epsilon}, less than what "
-                f"{sites[0].W.dtype} resolves at any entry of the layers: take a larger one, or load the model in float32",
+                f"{sites[0].W.dtype} resolves at any entry: take a larger one, or load the model in float32",
                 EditWarning,
                 stacklevel=callers_level(sys._getframe()),
             )
