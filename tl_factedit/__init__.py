@@ -21,7 +21,7 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.data.alignable import alignable
 from tl_factedit.data.chat import chat_prompt
 from tl_factedit.editing.composition import compose
-from tl_factedit.editing.diagnostics import EditWarning
+from tl_factedit.editing.concerns import EditWarning
 from tl_factedit.editing.edit import Edit, Editor
 from tl_factedit.editing.export import export_hf
 from tl_factedit.editing.ledger import edits_on, undo_all_

@@ -36,7 +36,7 @@ EDITORS = {
 LOSS, DELTA = {"rel": 2e-4, "abs": 2e-5}, {"rtol": 2e-3, "atol": 2e-3}
 # Long enough to move a random model, and with nothing that holds it back.
 FAR = {"contexts": [""], "fit": ValueFit(steps=20, lr=0.5, kl_weight=0.0, decay=0.0)}
-unconcerned = pytest.mark.filterwarnings("ignore::tl_factedit.editing.diagnostics.EditWarning")
+unconcerned = pytest.mark.filterwarnings("ignore::tl_factedit.editing.concerns.EditWarning")
 every_editor = pytest.mark.parametrize("which", EDITORS)
 
 

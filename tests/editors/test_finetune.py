@@ -21,7 +21,7 @@ from tl_factedit.editors.finetune import FineTune
 
 # Random weights are harmed sooner than trained ones; what is said of that is tested with Edit.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::tl_factedit.editing.diagnostics.EditWarning"),
+    pytest.mark.filterwarnings("ignore::tl_factedit.editing.concerns.EditWarning"),
     pytest.mark.filterwarnings("ignore:target .* goes on inside the prompt's last word"),  # what a random model says
 ]
 

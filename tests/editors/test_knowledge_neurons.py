@@ -21,7 +21,7 @@ from tl_factedit.editors import knowledge_neurons
 from tl_factedit.editors.knowledge_neurons import KnowledgeNeurons
 
 # Random weights are harmed sooner than trained ones; what is said of that is tested with Edit.
-pytestmark = pytest.mark.filterwarnings("ignore::tl_factedit.editing.diagnostics.EditWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::tl_factedit.editing.concerns.EditWarning")
 
 FACT = laws.FACT.but(paraphrases=["Where is {} ? in", "{} stands in the city of"])
 FACTS = [FACT, laws.OTHER]

@@ -608,7 +608,7 @@ ALL = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::tl_factedit.editing.diagnostics.EditWarning")
+@pytest.mark.filterwarnings("ignore::tl_factedit.editing.concerns.EditWarning")
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_in_bfloat16_an_edit_is_solved_in_float64_and_rounded_once(kind, arch, name, monkeypatch):

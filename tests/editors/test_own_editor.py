@@ -35,7 +35,7 @@ class SmallestChange:
             inputs,
             [fe.editing.LayerUpdate(delta, keys)],
             editor=fe.editing.describe(self),
-            fits=[fe.editing.fit_record(fit, fact) for fit, fact in zip(fits, inputs.facts, strict=True)],
+            fits=[fit.record for fit in fits],
         )
 
 

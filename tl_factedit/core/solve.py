@@ -135,6 +135,54 @@ def least_squares(
     return _thin(spread, torch.cholesky_solve(r, dual))
 
 
+def weight_for_unmet(
+    keys: Float[Tensor, "fact d_mlp"],
+    residuals: Float[Tensor, "fact d_model"],
+    lower: Float[Tensor, "d_mlp d_mlp"],
+    unmet: float,
+) -> float:
+    """The λ at which `least_squares` leaves a stated share of the residuals unmet, mean over facts.
+
+    With ``K C⁻¹ Kᵀ = V S² Vᵀ`` what is left of R is ``R − V S² (S² + λ)⁻¹ Vᵀ R``, so that λ can be looked for without
+    solving anew: by bisection, to 1e-9 of itself. Of one fact it is ``unmet / (1 − unmet) · kᵀC⁻¹k``.
+
+    Args:
+        keys: K, a row for each fact.
+        residuals: R, in residual-stream units; facts of which nothing is wanted don't count.
+        lower: Cholesky factor of C (see `cholesky`).
+        unmet: The mean over facts of ``‖k Δ − r‖ / ‖r‖``, between 0 and 1.
+
+    Raises:
+        ValueError: More is left whatever λ is, as some keys are nearly the same.
+    """
+    k, r = keys.double(), residuals.double()
+    whitened = torch.linalg.solve_triangular(lower, k.T, upper=False)
+    _, sizes, basis = torch.linalg.svd(whitened, full_matrices=False)
+    squares, along, size = sizes**2, basis @ r, r.norm(dim=-1)
+    wanted = size > 0
+    if not bool(wanted.any()):
+        return float(squares.max())
+
+    def left(weight: float) -> float:
+        lacking = r - basis.T @ ((squares / (squares + weight))[:, None] * along)
+        return float((lacking.norm(dim=-1)[wanted] / size[wanted]).mean())
+
+    low = high = float(squares.max())
+    while left(high) < unmet:
+        high *= 10
+    while left(low) > unmet:
+        low /= 10
+        if low < 1e-12 * float(squares.max()):
+            raise ValueError(
+                f"{left(low):.0%} is left unmet with any weight, needed {unmet:.0%} or less: some keys are nearly the "
+                "same; state a larger share, or leave out facts of the same subject"
+            )
+    while high / low > 1 + 1e-9:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if left(middle) < unmet else (low, middle)
+    return (low * high) ** 0.5
+
+
 def null_space(
     moment: Float[Tensor, "d_mlp d_mlp"], *, threshold: float | None = None, share: float | None = None
 ) -> Float[Tensor, "d_mlp d_mlp"]:

@@ -6,7 +6,7 @@ from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.diagnostics import Diagnostics
-from tl_factedit.editing.inputs import EditInputs, fit_record
+from tl_factedit.editing.inputs import EditInputs
 from tl_factedit.editing.layerwise import layerwise_edit
 from tl_factedit.editing.ledger import forget_edits_
 from tl_factedit.editing.objectives import Amplify, EditTarget, Force, Objective, Reverse
@@ -24,7 +24,6 @@ __all__ = [
     "describe",
     "Diagnostics",
     "EditInputs",
-    "fit_record",
     "layerwise_edit",
     "forget_edits_",
     "Amplify",

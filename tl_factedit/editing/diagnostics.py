@@ -1,24 +1,15 @@
-"""What is measured of an edit when it is made, and what gives reason for concern."""
+"""What is measured of an edit when it is made."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tl_factedit.backend.weights import DownProj
 from tl_factedit.editing.delta import LayerUpdate, norm_ratio
-
-if TYPE_CHECKING:
-    from tl_factedit.editing.edit import Edit
-
-
-class EditWarning(UserWarning):
-    """The edit may disable the model, or miss what it was made for; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -105,80 +96,3 @@ def diagnose(site: DownProj, update: LayerUpdate, *, off_target: Sequence[float]
         key_cosines=tuple(cosines.amax(-1).tolist()) if len(keys) > 1 else (),
         off_target=tuple(off_target),
     )
-
-
-# ROME edits of the model that comes with this package, in 3 layers, with statistics and with the identity, were scaled
-# from 1 to 12 times (168 in all), and the neighbours asked: the bounds are where they begin to fall.
-SMALL_DIVISION = 0.05
-"""Of |uᵀk| / (‖u‖ ‖k‖). One key throughout gives 0.5 to 0.7 there. Gupta et al. 2024 (arXiv:2403.07175) and Yang et al.
-2024 (arXiv:2406.11263) trace disabling edits to denominators near 0, which two different keys can make."""
-
-LARGE_UPDATE = 1.5
-"""Of ‖ΔW‖ / ‖W‖. Neighbourhood 0.998 below 0.3, 0.94 between 0.6 and 1, 0.90 up to 1.5, 0.78 beyond."""
-
-LARGE_OFF_TARGET = 0.2
-"""Of off_target · ‖ΔW‖ / ‖W‖: another token's share says little of an update that is small. Neighbourhood 0.99 below
-0.02, 0.93 between 0.02 and 0.2, 0.74 beyond."""
-
-INEXACT = 0.1
-"""Of what rounding to the weights' type loses: above, the value is another than the one that was fitted."""
-
-LARGE_UNMET = 0.5
-"""Of the share that isn't met in the last layer, mean over facts: above, less than half of the change is written."""
-
-SAME_KEY = 0.999
-"""Of the cosine between two facts' keys."""
-
-WARNED = "_warned"
-
-
-def callers_level(frame: FrameType) -> int:
-    """How far up from a frame a warning has to point for the first line of whoever called this package."""
-    level = 1
-    ours = {"tl_factedit", contextlib.__name__, "jaxtyping"}
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ours:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def concerns_of(edit: Edit) -> Iterator[str]:
-    """What `Edit.concerns` says."""
-    weight = {d.layer: d.weight_norm for d in edit.diagnostics}
-    relative = {each.layer: each.norm / weight[each.layer] for each in edit.deltas if each.layer in weight}
-    for layer, size in relative.items():
-        if size > LARGE_UPDATE:
-            yield (
-                f"the update of layer {layer} is {size:.0%} of ‖W‖, and other answers fall from {LARGE_UPDATE:.0%} on: "
-                "make it smaller (a lower clamp, fewer steps, an ε), or write fewer facts"
-            )
-    for d in edit.diagnostics:
-        if abs(d.division_factor) < SMALL_DIVISION:
-            yield (
-                f"the update direction of layer {d.layer} hardly sees its key (division factor "
-                f"{d.division_factor:.3f}), so that the update is huge wherever else it fires: use one key throughout "
-                "(Rome's consistent variant), more tokens for the statistics, or a ridge"
-            )
-        if max(d.off_target, default=0.0) * relative.get(d.layer, 0.0) > LARGE_OFF_TARGET:
-            yield (
-                f"another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer "
-                f"{d.layer} as the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take "
-                "statistics (of more text, or at all instead of the identity), an ε in fine-tuning, or another layer"
-            )
-        if d.exactness > INEXACT:
-            yield (
-                f"rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: load the "
-                "model in float32"
-            )
-    last = [d for d in edit.diagnostics if d.layer == max(edit.layers)]
-    unmet = [share for d in last for share in d.unmet]
-    one_key = bool(unmet) and max(d.key_cosine for d in last) > SAME_KEY
-    if one_key:
-        yield (
-            f"two of the facts have one key in layer {max(edit.layers)} (prompts that begin with the same subject), "
-            "which can have one answer only: write them one after the other, or leave one out"
-        )
-    if unmet and not one_key and sum(unmet) / len(unmet) > LARGE_UNMET:
-        yield (
-            f"{sum(unmet) / len(unmet):.0%} of what the facts need is not met in the last layer, {max(edit.layers)}: "
-            "they are hardly written; lower the weight"
-        )

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,11 +24,14 @@ from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
+from tl_factedit.editing.concerns import concerns_of, warn_once
 from tl_factedit.editing.delta import Delta, LayerUpdate
-from tl_factedit.editing.diagnostics import WARNED, Diagnostics, EditWarning, callers_level, concerns_of, diagnose
+from tl_factedit.editing.diagnostics import Diagnostics, diagnose
 from tl_factedit.editing.inputs import EditInputs
 from tl_factedit.editing.ledger import base_fingerprint, commit_all, ledger_of, made_on
-from tl_factedit.editing.off_target import measure_off_target
+from tl_factedit.editing.objectives import EditTarget
+from tl_factedit.editing.off_target import adding_hooks, measure_off_target
+from tl_factedit.editing.outcome import MEASURED, outcomes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,9 +49,9 @@ class Edit:
         editor: Name and hyperparameters of the editor, as plain data.
         contexts: The prefixes the keys and values were made under.
         diagnostics: One a layer.
-        fits: For each fact, how its value was found: losses, target probabilities, why it stopped; whether both objects
-            begin with one token; over several layers ``missed``, the share of what its bare prompt lacked that it still
-            lacks.
+        fits: For each fact, how its value was found: losses, target probabilities, why it stopped; what became of its
+            target with the edit (see `outcomes`); whether both objects begin with one token; over several layers
+            ``missed``, the share of what its bare prompt lacked that it still lacks.
         provenance: Model, weights (before any edit), BOS policy, versions, and which edits were on the model.
     """
 
@@ -79,6 +80,7 @@ class Edit:
         editor: Mapping[str, Any],
         contexts: Sequence[str] = ("",),
         fits: Sequence[Mapping[str, Any]],
+        targets: Sequence[EditTarget] | None = None,
         at: Literal["subject", "end"] = "subject",
     ) -> Edit:
         """The edit that some updates make up, with everything that is measured of one: where every editor ends.
@@ -88,13 +90,22 @@ class Edit:
             updates: One a layer.
             editor: Name and hyperparameters, as plain data (see `describe`).
             contexts: The prefixes the keys and values were made under.
-            fits: For each fact, how its update was found.
+            fits: For each fact, how its update was found; what became of its target is added (see `outcomes`).
+            targets: What is wanted of the facts; None for their ``target_new``, of those that have one.
             at: Where the updates are to write: at the last ``"subject"`` token, or at the ``"end"`` of the prompt.
         """
         model = inputs.model
         sites = {update.delta.layer: down_proj(model, update.delta.layer) for update in updates}
         deltas = tuple(update.delta for update in updates)
         off_target = measure_off_target(model, inputs.facts, deltas, prepend_bos=inputs.prepend_bos, at=at)
+        wanted = [EditTarget(fact) for fact in inputs.facts if fact.target_new] if targets is None else list(targets)
+        hooks = [hook for delta in deltas for hook in adding_hooks(sites[delta.layer], delta)]
+        said = {
+            target.fact.text: outcome
+            for target, outcome in zip(
+                wanted, outcomes(model, wanted, hooks, prepend_bos=inputs.prepend_bos), strict=True
+            )
+        }
         values = {
             layer: site.value(update.keys.to(site.W.device)).cpu() + update.moved
             if update.values is None
@@ -113,8 +124,8 @@ class Edit:
                 for (layer, site), update in zip(sites.items(), updates, strict=True)
             ),
             fits=tuple(
-                {**fit, "same_first_token": prompt.same_first_token}
-                for fit, prompt in zip(fits, inputs.prompts, strict=True)
+                {**fit, **said.get(fact.text, {}), "same_first_token": prompt.same_first_token}
+                for fit, fact, prompt in zip(fits, inputs.facts, inputs.prompts, strict=True)
             ),
             provenance=made_on(model, inputs.prepend_bos, inputs.base),
         )
@@ -204,12 +215,7 @@ class Edit:
         Args:
             others: The edits that are applied where it is to be written.
         """
-        concerns = [*self.concerns, *self._without(others)]
-        if concerns and not vars(self).get(WARNED):
-            warnings.warn(
-                f"{self._name}: {'; '.join(concerns)}", EditWarning, stacklevel=callers_level(sys._getframe())
-            )
-            vars(self)[WARNED] = True
+        warn_once(self, self._name, [*self.concerns, *self._without(others)])
 
     def undo_(self, model: Model) -> None:
         """Take the edit back, bit for bit; edits applied before or after it stay.
@@ -249,7 +255,8 @@ class Edit:
     def scaled(self, alpha: float) -> Edit:
         """The same edit α times as strong: ``W_out += α · Δ``; 0 writes nothing, −1 the opposite.
 
-        `values` move along with it; `diagnostics` and `fits` are those of the edit it was made from.
+        `values` move along with it; `diagnostics` and `fits` are those of the edit it was made from, without what
+        became of the targets.
         """
         if alpha == 1:
             return self
@@ -259,6 +266,7 @@ class Edit:
             self,
             deltas=deltas,
             values={layer: value + (alpha - 1) * moved[layer] for layer, value in self.values.items()},
+            fits=tuple({name: item for name, item in fit.items() if name not in MEASURED} for fit in self.fits),
             editor={"name": "scaled", "alpha": alpha, "of": dict(self.editor)},
         )
 
@@ -332,7 +340,7 @@ class Edit:
     def _repr_html_(self) -> str:
         concerns = "".join(f"<li>{html.escape(each)}</li>" for each in self.concerns)
         return (
-            f"<p>{html.escape(repr(self))}</p>"
+            f"<p>{html.escape(self._line)}</p>"
             + self.table().to_html(float_format="{:.3g}".format, index=False, na_rep="")
             + (f"<ul>{concerns}</ul>" if concerns else "")
         )
@@ -351,11 +359,17 @@ class Edit:
         return f"the edit of {', '.join(repr(fact.name) for fact in self.facts[:3])}"
 
     def __repr__(self) -> str:
-        """What it changes, where, and how much."""
+        """What it changes, where, and how much; what isn't met, and its concerns."""
+        return "\n".join([self._line, *(f"  concern: {concern}" for concern in self.concerns)])
+
+    @property
+    def _line(self) -> str:
         facts = "; ".join(f"{f.subject!r}:{f.target_true}→{f.target_new}" for f in self.facts[:3])
         more = f" and {len(self.facts) - 3} more" if len(self.facts) > 3 else ""
         where = ", ".join(f"{d.layer}: {d.relative_norm:.2%} of ‖W‖" for d in self.diagnostics)
-        return f"Edit({self.editor.get('name')}, {facts}{more}, layers {{{where}}})"
+        unmet = [share for d in self.diagnostics if d.layer == max(self.layers) for share in d.unmet]
+        lacks = f", {sum(unmet) / len(unmet):.0%} unmet in the last" if unmet else ""
+        return f"Edit({self.editor.get('name')}, {facts}{more}, layers {{{where}}}{lacks})"
 
 
 @runtime_checkable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,9 +14,10 @@ from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.tokens import Aligned, align_all
+from tl_factedit.editing.concerns import warn_before
 from tl_factedit.editing.ledger import base_fingerprint
-from tl_factedit.editing.objectives import EditTarget, Inject, Objective
-from tl_factedit.editing.value_fit import Fitted, ValueFit
+from tl_factedit.editing.objectives import Inject, Objective
+from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION, KeyStats
 from tl_factedit.stats.sampling import SampledContexts
 
@@ -67,6 +67,9 @@ class EditInputs:
             prepend_bos: BOS policy; None for that of the statistics, or else the model's.
             writes: Whether the weights are written at all (a router leaves them).
 
+        Warns:
+            EditWarning: Values that are fitted there can't change an answer (see `warn_before`).
+
         Raises:
             ValueError: The facts, the layers or the statistics don't do (see `check_facts`, `check_stats`, `bos_of`).
             UnsupportedModelError: A layer has no ``W_out`` to itself.
@@ -83,6 +86,8 @@ class EditInputs:
         for template in fit.kl_prompts if fit else ():
             align_all(model.tokenizer, facts, prepend_bos=bos, template=template, room=room)
         prompts = tuple(align_all(model.tokenizer, facts, prepend_bos=bos, room=room))
+        if fit is not None:
+            warn_before(model, facts, prompts, max(layers), fit)
         return cls(model, facts, prompts, bos, base)
 
     def only(self, index: int) -> EditInputs:
@@ -212,16 +217,3 @@ def too_few(stats: KeyStats, why: str) -> str:
         f"{TOKENS_PER_DIMENSION} tokens for each of {len(stats.moment)} dimensions = {stats.wanted_tokens:,} or more: "
         "collect more text, or pass ridge=1e-2"
     )
-
-
-def fit_record(fitted: Fitted, target: Fact | EditTarget) -> dict[str, Any]:
-    """How a value was found, and what for, as plain data."""
-    target = EditTarget(target) if isinstance(target, Fact) else target
-    return {
-        "target": target.fact.target_new,
-        "unlikely": target.unlikely,
-        "losses": list(fitted.losses),
-        "target_prob": list(fitted.target_prob),
-        "stopped": fitted.stopped,
-        "clamped": fitted.clamped,
-    }

@@ -35,12 +35,12 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj, write_all
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.solve import Factors, NotPositiveDefiniteError
+from tl_factedit.core.solve import Factors, NotPositiveDefiniteError, least_squares, weight_for_unmet
 from tl_factedit.core.tokens import align, batches, pad
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import EditInputs, fit_record, prefixes
+from tl_factedit.editing.inputs import EditInputs, prefixes
 from tl_factedit.editing.objectives import EditTarget, Objective, set_subjects
 from tl_factedit.editing.value_fit import ValueFit, Where
 from tl_factedit.editing.values import fit_values
@@ -106,6 +106,37 @@ class LayerwiseEditor(Protocol):
     def solver(self, stats: KeyStats) -> Solver:
         """The closed form for the layer of these statistics; made before any forward pass, as C may be singular."""
         ...
+
+
+def check_weight(weight: float | None, unmet: float | None) -> None:
+    """Check a weight λ, or the share that is to be left unmet in place of it.
+
+    Raises:
+        ValueError: Both are given, or one isn't in its range.
+    """
+    if weight is not None and unmet is not None:
+        raise ValueError(f"weight is {weight} and unmet is {unmet}, needed one of the two")
+    if weight is not None and not weight > 0:
+        raise ValueError(f"weight is {weight}, needed more than 0 (Emmet meets all residuals exactly)")
+    if unmet is not None and not 0 < unmet < 1:
+        raise ValueError(f"unmet is {unmet}, needed a share between 0 and 1")
+
+
+def regularised(lower: Float[Tensor, "d_mlp d_mlp"], weight: float | None, unmet: float | None) -> Solver:
+    """MEMIT's closed form, with λ given or found from the share that is to be left unmet.
+
+    Args:
+        lower: Cholesky factor of C.
+        weight: λ; None to find it.
+        unmet: The share.
+    """
+
+    def solve(keys: Tensor, residuals: Tensor) -> Factors:
+        factor = lower.to(keys.device)
+        chosen = weight_for_unmet(keys, residuals, factor, unmet or 0.0) if weight is None else weight
+        return least_squares(keys, residuals, factor, chosen)
+
+    return solve
 
 
 def by_layer(stats: KeyStats | Mapping[int, KeyStats]) -> dict[int, KeyStats]:
@@ -196,10 +227,8 @@ def layerwise_edit(
                 updates,
                 editor={**describe(editor), "where": where},
                 contexts=contexts,
-                fits=[
-                    {**fit_record(fit, target), "missed": float(share)}
-                    for fit, target, share in zip(fitted, targets, missed, strict=True)
-                ],
+                targets=targets,
+                fits=[{**fit.record, "missed": float(share)} for fit, share in zip(fitted, missed, strict=True)],
             )
 
 

@@ -139,7 +139,7 @@ def keys_with(
     places = [site.key_hook for site in sites.values()]
     for batch in batches([len(text) for text in texts], AT_ONCE):
         below = [delta for delta in deltas if delta.layer < max(sites) and not written]
-        hooks = [hook for delta in below for hook in _adding(sites[delta.layer], delta)]
+        hooks = [hook for delta in below for hook in adding_hooks(sites[delta.layer], delta)]
         # Entered for each batch, so that the model is as it was whenever the caller has the word.
         with frozen(model), torch.no_grad():
             tokens = pad([texts[i] for i in batch], 0)
@@ -148,7 +148,7 @@ def keys_with(
             yield i, {layer: found[site.key_hook][row, : len(texts[i])].double() for layer, site in sites.items()}
 
 
-def _adding(site: DownProj, delta: Delta) -> list[Hook]:
+def adding_hooks(site: DownProj, delta: Delta) -> list[Hook]:
     """Hooks that add a change to what ``W_out`` answers, at every token."""
 
     def add(key: Tensor, value: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from tl_factedit.backend.protocol import Hook, Model, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
-from tl_factedit.backend.weights import DownProj, down_proj
+from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
+from tl_factedit.editing.concerns import concerns_of_fits, warn_once
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.ledger import base_fingerprint
 
@@ -134,14 +135,26 @@ class RoutedEdit:
     def applied(self, model: Model) -> Iterator[Model]:
         """The routed model for the length of a ``with`` block, by hooks alone; they go on exit, also on an error.
 
+        Warns:
+            EditWarning: It has `concerns`; once for each object.
+
         Raises:
             ValueError: As for `check`.
         """
         self.check(model)
-        with hooked(model, self._hooks(down_proj(model, self.layer))):
+        warn_once(self, f"the edit of {', '.join(repr(fact.name) for fact in self.facts[:3])}", self.concerns)
+        with hooked(model, self.hooks(model)):
             yield model
 
-    def _hooks(self, site: DownProj) -> list[Hook]:
+    @cached_property
+    def concerns(self) -> tuple[str, ...]:
+        """Of which facts it doesn't do what was wanted; said as an `EditWarning` when it is first applied."""
+        return tuple(concerns_of_fits(self.facts, self.fits))
+
+    def hooks(self, model: Model) -> list[Hook]:
+        """The hooks that look values up; the model isn't changed."""
+        site = down_proj(model, self.layer)
+
         def answer(key: Tensor, value: Tensor) -> Tensor:
             apart, nearest = self.distances(key.detach()).min(-1)
             stored = self.values.to(value)[nearest]
@@ -216,7 +229,8 @@ class RoutedEdit:
         """What it answers for, and where."""
         facts = "; ".join(f"{f.subject!r}:{f.target_true}→{f.target_new}" for f in self.facts[:3])
         more = f" and {len(self.facts) - 3} more" if len(self.facts) > 3 else ""
-        return f"RoutedEdit({facts}{more}, layer {self.layer}, radius {self.radius:g})"
+        line = f"RoutedEdit({facts}{more}, layer {self.layer}, radius {self.radius:g})"
+        return "\n".join([line, *(f"  concern: {concern}" for concern in self.concerns)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -89,3 +89,13 @@ class Fitted:
     stopped: Literal["loss", "kl", "steps"]
     clamped: int
     attn_delta: Float[Tensor, "d_model"] | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How it was found, as plain data."""
+        return {
+            "losses": list(self.losses),
+            "target_prob": list(self.target_prob),
+            "stopped": self.stopped,
+            "clamped": self.clamped,
+        }

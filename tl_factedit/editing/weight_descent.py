@@ -6,6 +6,8 @@ layers everything is run once. Above it every token moves, those before the subj
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -20,6 +22,7 @@ from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
 from tl_factedit.editing.adam import Adam
+from tl_factedit.editing.concerns import EditWarning, callers_level
 from tl_factedit.editing.training_rows import TrainingBatch, TrainingRows
 
 
@@ -82,6 +85,15 @@ class WeightDescent:
         # Steps of Adam are smaller than what half precision resolves.
         self.weights = [site.W.float() if site.W.dtype.itemsize < 4 else site.W.clone() for site in sites]
         self.bounds = [None if schedule.epsilon is None else bounds(site.W, schedule.epsilon) for site in sites]
+        boxes = [box for box in self.bounds if box is not None]
+        if boxes and all(bool((low == high).all()) for low, high in boxes):
+            names = ", ".join(repr(rows.wish.fact.name) for rows in asked[:3])
+            warnings.warn(
+                f"the edit of {names} can't change the answer: epsilon is {schedule.epsilon}, less than what "
+                f"{sites[0].W.dtype} resolves at any entry: take a larger one, or load the model in float32",
+                EditWarning,
+                stacklevel=callers_level(sys._getframe()),
+            )
         self.adam = Adam(self.weights, schedule.lr)
 
     def run(self) -> Tuned:
@@ -117,14 +129,12 @@ class WeightDescent:
             weights=weights,
             fits=tuple(
                 {
-                    "target": each.wish.fact.target_new,
-                    "unlikely": each.wish.unlikely,
                     "losses": losses[i],
                     "target_prob": probs[i],
                     "stopped": stopped,
                     **held,
                 }
-                for i, each in enumerate(self.asked)
+                for i in range(count)
             ),
         )
 

@@ -125,6 +125,7 @@ class FineTune:
                 editor=describe(self),
                 contexts=contexts,
                 fits=tuned.fits,
+                targets=targets,
             )
 
     @property

@@ -130,6 +130,7 @@ class KnowledgeNeurons:
                     }
                     for neurons in shared
                 ],
+                targets=self.objective.wishes(model, inputs.facts, prepend_bos=inputs.prepend_bos),
                 at="end",
             )
 

@@ -15,10 +15,17 @@ from dataclasses import dataclass, field
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.solve import least_squares
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import check_contexts, check_objective, check_ridge, factor
-from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, by_layer, layerwise_edit
+from tl_factedit.editing.layerwise import (
+    MEMIT_CONTEXTS,
+    MEMIT_FIT,
+    Solver,
+    by_layer,
+    check_weight,
+    layerwise_edit,
+    regularised,
+)
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.stats.key_stats import KeyStats
@@ -33,6 +40,8 @@ class Memit:
         stats: Second moments of the keys by layer: the layers to edit (what `key_stats` returns).
         weight: λ, in units of C = E[k kᵀ]: 15,000 is Meng et al.'s for GPT-J, 20,000 for GPT-2 XL. Look at
             `Diagnostics.unmet` for what it means on another model.
+        unmet: Or: the share of what is asked of a layer that is to be left unmet, mean over facts, such as 0.1; λ is
+            found for each layer.
         objective: What is wanted of the facts: `Inject` (their ``target_new``), `Erase`, `Amplify`, `Force`, `Reverse`.
         fit: How z is found; its clamp is 0.75, not ROME's 4.
         contexts: Prefixes to average over: how to sample them, or the texts themselves.
@@ -48,7 +57,8 @@ class Memit:
     """
 
     stats: Mapping[int, KeyStats]
-    weight: float = 15_000.0
+    weight: float | None = None
+    unmet: float | None = None
     objective: Objective = field(default_factory=Inject)
     fit: ValueFit = MEMIT_FIT
     contexts: SampledContexts | Sequence[str] = MEMIT_CONTEXTS
@@ -61,8 +71,9 @@ class Memit:
         """Check the choices."""
         check_memory(self.memory)
         object.__setattr__(self, "stats", by_layer(self.stats))
-        if not self.weight > 0:
-            raise ValueError(f"weight is {self.weight}, needed more than 0 (Emmet meets all residuals exactly)")
+        if self.weight is None and self.unmet is None:
+            object.__setattr__(self, "weight", 15_000.0)
+        check_weight(self.weight, self.unmet)
         check_ridge(self.ridge)
         check_objective(self.objective)
         check_contexts(self.contexts)
@@ -80,4 +91,4 @@ class Memit:
     def solver(self, stats: KeyStats) -> Solver:
         """The closed form for one layer."""
         lower = factor(stats, self.ridge)
-        return lambda keys, residuals: least_squares(keys, residuals, lower.to(keys.device), self.weight)
+        return regularised(lower, self.weight, self.unmet)

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.solve import least_squares
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import check_contexts, check_objective, check_ridge, factor
-from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, Solver, by_layer, layerwise_edit
+from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, Solver, by_layer, check_weight, layerwise_edit, regularised
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.stats.key_stats import KeyStats
@@ -44,6 +43,7 @@ class Pmet:
         stats: Second moments of the keys by layer: the layers to edit (what `key_stats` returns).
         weight: λ, in units of C = E[k kᵀ]: 6,000 is Li et al.'s for GPT-J. Look at `Diagnostics.unmet` for what it
             means on another model.
+        unmet: Or: the share of what is asked of a layer that is to be left unmet, mean over facts; λ is found for each.
         objective: What is wanted of the facts: `Inject` (their ``target_new``), `Erase`, `Amplify`, `Force`, `Reverse`.
         fit: How the two δ are found, each with its own clamp. KL counts 16 times as much as for MEMIT; where the new
             object comes first everywhere, the NLL counts a tenth (`ValueFit.ease`), and the fit stops once KL is small
@@ -61,7 +61,8 @@ class Pmet:
     """
 
     stats: Mapping[int, KeyStats]
-    weight: float = 6_000.0
+    weight: float | None = None
+    unmet: float | None = None
     objective: Objective = field(default_factory=Inject)
     fit: ValueFit = PMET_FIT
     contexts: SampledContexts | Sequence[str] = MEMIT_CONTEXTS
@@ -74,8 +75,9 @@ class Pmet:
         """Check the choices."""
         check_memory(self.memory)
         object.__setattr__(self, "stats", by_layer(self.stats))
-        if not self.weight > 0:
-            raise ValueError(f"weight is {self.weight}, needed more than 0 (Emmet meets all residuals exactly)")
+        if self.weight is None and self.unmet is None:
+            object.__setattr__(self, "weight", 6_000.0)
+        check_weight(self.weight, self.unmet)
         check_ridge(self.ridge)
         check_objective(self.objective)
         check_contexts(self.contexts)
@@ -93,4 +95,4 @@ class Pmet:
     def solver(self, stats: KeyStats) -> Solver:
         """The closed form for one layer."""
         lower = factor(stats, self.ridge)
-        return lambda keys, residuals: least_squares(keys, residuals, lower.to(keys.device), self.weight)
+        return regularised(lower, self.weight, self.unmet)

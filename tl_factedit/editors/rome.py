@@ -31,7 +31,6 @@ from tl_factedit.editing.inputs import (
     check_objective,
     check_ridge,
     factor,
-    fit_record,
     prefixes,
 )
 from tl_factedit.editing.objectives import Inject, Objective
@@ -165,7 +164,8 @@ class Rome:
                     [self._update(fitted, lower)],
                     editor=describe(self),
                     contexts=contexts,
-                    fits=[fit_record(fitted, target)],
+                    fits=[fitted.record],
+                    targets=[target],
                 )
                 for i, (target, fitted) in enumerate(zip(targets, fits, strict=True))
             ]

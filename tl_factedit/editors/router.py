@@ -12,7 +12,7 @@ splitting of entries; WISE (Wang et al. 2024, arXiv:2405.14768) routes to a seco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,8 +20,10 @@ from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.description import describe
-from tl_factedit.editing.inputs import EditInputs, check_contexts, fit_record, prefixes
+from tl_factedit.editing.inputs import EditInputs, check_contexts, prefixes
 from tl_factedit.editing.ledger import made_on
+from tl_factedit.editing.objectives import EditTarget
+from tl_factedit.editing.outcome import outcomes
 from tl_factedit.editing.routed_edit import RoutedEdit
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editing.values import fit_values
@@ -80,7 +82,7 @@ class Router:
             memory=self.memory,
             progress=self.progress,
         )
-        return RoutedEdit(
+        routed = RoutedEdit(
             facts=inputs.facts,
             layer=self.layer,
             keys=torch.stack([fit.keys.mean(0) for fit in fitted]).cpu(),
@@ -88,9 +90,15 @@ class Router:
             radius=self.radius,
             editor=describe(self),
             contexts=contexts,
-            fits=tuple(
-                {**fit_record(fit, fact), "same_first_token": prompt.same_first_token}
-                for fit, fact, prompt in zip(fitted, inputs.facts, inputs.prompts, strict=True)
-            ),
+            fits=(),
             provenance=made_on(model, inputs.prepend_bos, inputs.base),
+        )
+        targets = [EditTarget(fact) for fact in inputs.facts]
+        said = outcomes(model, targets, routed.hooks(model), prepend_bos=inputs.prepend_bos)
+        return replace(
+            routed,
+            fits=tuple(
+                {**fit.record, **outcome, "same_first_token": prompt.same_first_token}
+                for fit, outcome, prompt in zip(fitted, said, inputs.prompts, strict=True)
+            ),
         )

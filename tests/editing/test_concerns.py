@@ -1,0 +1,224 @@
+"""An edit that did nothing says so: before fitting where that can be known, and in the sense of its objective after."""
+
+import warnings
+from dataclasses import replace
+
+import laws
+import pytest
+import tiny
+import torch
+from test_edit import made
+
+import tl_factedit as fe
+from tl_factedit.editing.concerns import concerns_of_fits, failed
+
+LAST = 3
+FIT = fe.ValueFit(steps=12)
+
+
+def made_by(name: str, model, **options) -> fe.Edit:
+    """An edit of one fact by an editor of this name, in layer 1 unless said otherwise."""
+    layer, facts = options.pop("layer", 1), [options.pop("fact", laws.FACT)]
+    quiet = {"progress": False, **options}
+    if name == "finetune":
+        return fe.FineTune(layer, **quiet)(model, facts)
+    quiet = {"fit": FIT, "contexts": laws.CONTEXTS, **quiet}
+    stats = fe.KeyStats.identity(model, layer)
+    if name == "router":
+        return fe.Router(layer, **quiet)(model, facts)
+    editor = {"rome": fe.Rome, "memit": fe.Memit, "emmet": fe.Emmet, "pmet": fe.Pmet}[name]
+    return editor({layer: stats}, **quiet)(model, facts)
+
+
+NOTHING = {
+    "rome, two steps": ("rome", {"fit": fe.ValueFit(steps=2, lr=1e-3)}),
+    "rome, a small rate": ("rome", {"fit": fe.ValueFit(lr=1e-3)}),
+    "rome, a small clamp": ("rome", {"fit": fe.ValueFit(clamp=1e-3)}),
+    "rome, erasing, a small clamp": ("rome", {"fit": fe.ValueFit(clamp=1e-3), "objective": fe.Erase()}),
+    "rome, amplifying, a small clamp": ("rome", {"fit": fe.ValueFit(clamp=1e-3), "objective": fe.editing.Amplify()}),
+    "memit, a large weight": ("memit", {"weight": 1e9}),
+    "emmet, a large weight": ("emmet", {"weight": 1e9}),
+    "pmet, a large weight": ("pmet", {"weight": 1e9}),
+    "fine-tuning, one step": ("finetune", {"steps": 1}),
+    "fine-tuning, a small box": ("finetune", {"epsilon": 1e-6}),
+    "router, a small clamp": ("router", {"fit": fe.ValueFit(clamp=1e-3)}),
+}
+
+
+@pytest.fixture(scope="module")
+def knowing(kind):
+    """A model that says the old object: what is erased or written over is there."""
+    model = tiny.model(kind, "gpt2")
+    edit = fe.FineTune(0, lr=2e-2, steps=40, objective=fe.editing.Amplify(), progress=False)(model, [laws.FACT])
+    edit.apply_(model)
+    assert edit.fits[0]["first_after"]
+    fe.editing.forget_edits_(model)
+    return model
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_an_edit_that_did_nothing_says_so(knowing, case):
+    name, options = NOTHING[case]
+    edit = made_by(name, knowing, **options)
+    (fit,) = edit.fits
+    (said,) = [concern for concern in edit.concerns if "its probability is" in concern]
+    likely = "unlikely" if fit["unlikely"] else "likely"
+    assert f"{fit['target']!r} was to become {likely}" in said
+    assert f"{fit['prob_after']:.2g} with the edit" in said
+    assert f"  concern: {said}" in repr(edit)
+    with pytest.warns(fe.EditWarning, match="was to become"), edit.applied(knowing):
+        pass
+
+
+ENDS = laws.FACT.but(prompt="Paris is where one sees {}", paraphrases=())  # what is written there is read there
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "emmet", "router"])
+def test_an_edit_that_did_it_has_nothing_to_say(knowing, name):
+    weight = {"memit": {"weight": 1e-3}}.get(name, {})
+    edit = made_by(name, knowing, fact=ENDS, layer=2, fit=fe.ValueFit(steps=30, decay=0.0), contexts=(), **weight)
+    assert edit.fits[0]["first_after"] and edit.fits[0]["prob_after"] > 0.5 > edit.fits[0]["prob_before"]
+    assert not [concern for concern in edit.concerns if "its probability is" in concern]
+
+
+@pytest.mark.parametrize("objective", [fe.Inject(), fe.Erase()], ids=["inject", "erase"])
+def test_fine_tuning_that_did_it_has_nothing_to_say(knowing, objective):
+    edit = made_by("finetune", knowing, layer=0, lr=2e-2, steps=40, objective=objective)
+    assert edit.fits[0]["first_after"] != edit.fits[0]["unlikely"]
+    assert not [concern for concern in edit.concerns if "its probability is" in concern]
+
+
+UNREACHABLE = ["rome", "memit", "pmet", "router"]
+
+
+@pytest.mark.parametrize("name", UNREACHABLE)
+@pytest.mark.parametrize("objective", [fe.Inject(), fe.Erase()], ids=["inject", "erase"])
+def test_what_the_last_layer_writes_in_mid_prompt_reaches_no_answer_and_that_is_said_first(
+    knowing, name, objective, monkeypatch
+):
+    if name == "router" and isinstance(objective, fe.Erase):
+        pytest.skip("a router injects")
+    options = {"layer": LAST, **({} if name == "router" else {"objective": objective})}
+    with laws.untouched(knowing), warnings.catch_warnings():
+        warnings.simplefilter("error", fe.EditWarning)
+        with (
+            laws.no_forward(monkeypatch, knowing),
+            pytest.raises(
+                fe.EditWarning, match=f"the edit of 'The Eiffel Tower' can't change .*layer {LAST} is the last"
+            ),
+        ):
+            made_by(name, knowing, **options)
+    with pytest.warns(fe.EditWarning, match="is the last"):
+        edit = made_by(name, knowing, **options)
+    assert edit.fits[0]["prob_after"] == pytest.approx(edit.fits[0]["prob_before"], abs=1e-3)
+    assert any("its probability is" in concern for concern in edit.concerns)
+
+
+def test_where_the_prompt_ends_with_its_subject_the_last_layer_will_do(knowing):
+    fact = laws.FACT.but(prompt="Paris is where one sees {}", paraphrases=())
+    stats = fe.KeyStats.identity(knowing, LAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fe.EditWarning)
+        edit = fe.Rome(stats, fit=fe.ValueFit(steps=30), contexts=(), progress=False)(knowing, [fact])
+    assert edit.fits[0]["first_after"]
+
+
+def test_a_fit_of_one_step_says_first_that_it_writes_nothing(knowing, monkeypatch):
+    with (
+        laws.no_forward(monkeypatch, knowing),
+        warnings.catch_warnings(),
+        pytest.raises(fe.EditWarning, match="steps=1 only reads the loss"),
+    ):
+        warnings.simplefilter("error", fe.EditWarning)
+        made_by("rome", knowing, fit=fe.ValueFit(steps=1))
+
+
+def test_a_box_in_which_no_entry_can_move_is_said_before_the_first_update(kind):
+    model = tiny.model(kind, "gpt2", dtype=torch.bfloat16)
+    with pytest.warns(fe.EditWarning, match="epsilon is 1e-12, less than what torch.bfloat16 resolves"):
+        edit = fe.FineTune(1, epsilon=1e-12, steps=2, progress=False)(model, [laws.FACT])
+    assert not edit.deltas[0].dense.any()
+
+
+def test_knowledge_neurons_are_measured_too(knowing):
+    edit = fe.KnowledgeNeurons(scale=1e-6, share=0.01, progress=False)(knowing, [laws.FACT])
+    assert any("its probability is" in concern for concern in edit.concerns)
+    erased = fe.KnowledgeNeurons(share=0.01, objective=fe.Erase(), progress=False)(knowing, [laws.FACT])
+    assert erased.fits[0]["unlikely"] and erased.fits[0]["target"] == laws.FACT.target_true
+
+
+def test_what_is_measured_is_what_the_model_says_with_the_edit_in_its_weights(knowing):
+    edit = made_by("rome", knowing)
+    (fit,) = edit.fits
+    with edit.applied(knowing):
+        probs = laws.logits(knowing, laws.FACT.text)[0, -1].softmax(-1)
+    token = knowing.tokenizer.encode(" Rome", add_special_tokens=False)[-1]
+    assert fit["prob_after"] == pytest.approx(float(probs[token]), rel=1e-3)
+    assert abs(fit["prob_after"] - fit["prob_before"]) > 0.01
+
+
+def fit(unlikely: bool, before: float, after: float, first_before: bool, first_after: bool) -> dict:
+    return {
+        "target": " Rome",
+        "unlikely": unlikely,
+        "prob_before": before,
+        "prob_after": after,
+        "first_before": first_before,
+        "first_after": first_after,
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (fit(False, 0.01, 0.6, False, True), False),
+        (fit(False, 0.01, 0.4, False, False), True),
+        (fit(False, 0.60, 0.61, True, True), True),  # was said already, and hardly moved
+        (fit(False, 0.60, 0.90, True, True), False),
+        (fit(False, 0.97, 0.97, True, True), False),  # couldn't become much likelier
+        (fit(True, 0.90, 0.01, True, False), False),
+        (fit(True, 0.90, 0.60, True, True), True),
+        (fit(True, 0.30, 0.20, False, False), True),
+        (fit(True, 0.01, 0.01, False, False), False),  # was unlikely already
+        ({"losses": [1.0]}, False),  # a file from before these were measured
+    ],
+)
+def test_failing_is_judged_in_the_sense_of_the_objective(case, expected):
+    assert failed(case) == expected
+
+
+def test_of_many_facts_it_says_how_many_and_one_by_name(model):
+    good, bad = fit(False, 0.0, 0.9, False, True), fit(False, 0.0, 0.1, False, False)
+    (said,) = concerns_of_fits([laws.FACT, laws.OTHER, laws.FACT], [good, bad, bad])
+    assert said.startswith("2 of 3 facts aren't as wanted with it, such as 'Danielle Darrieux'")
+    edit = replace(made(model), fits=(bad,))
+    assert edit.scaled(0.5).concerns == ()  # which wasn't measured
+    assert edit.concerns and edit.concerns == fe.compose([edit]).concerns
+
+
+# ---------------------------------------------------------------------------------------- what is unmet
+
+
+@pytest.mark.parametrize("editor", [fe.Memit, fe.Pmet], ids=["memit", "pmet"])
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_the_stated_share_is_what_is_left_unmet(knowing, editor, share):
+    stats = {layer: laws.stats(knowing, layer) for layer in (1, 2)}
+    quick = {"fit": laws.QUICK, "contexts": laws.CONTEXTS, "progress": False}
+    edit = editor(stats, unmet=share, **quick)(knowing, [laws.FACT, laws.OTHER])
+    for diagnostics in edit.diagnostics:
+        assert sum(diagnostics.unmet) / 2 == pytest.approx(share, rel=1e-6)
+    assert edit.editor["unmet"] == share and edit.editor["weight"] is None
+    assert f"{share:.0%} unmet in the last" in repr(edit)
+    assert "unmet" in repr(editor(stats, **quick)(knowing, [laws.FACT, laws.OTHER]))
+    assert "unmet" not in repr(made_by("rome", knowing))
+
+
+@pytest.mark.parametrize("editor", [fe.Memit, fe.Pmet], ids=["memit", "pmet"])
+def test_a_weight_and_a_share_exclude_each_other(knowing, editor):
+    stats = fe.KeyStats.identity(knowing, 1)
+    with pytest.raises(ValueError, match=r"weight is 1.0 and unmet is 0.1, needed one of the two"):
+        editor({1: stats}, weight=1.0, unmet=0.1)
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="needed a share between 0 and 1"):
+            editor({1: stats}, unmet=share)
+    assert editor({1: stats}).weight == {fe.Memit: 15_000.0, fe.Pmet: 6_000.0}[editor]

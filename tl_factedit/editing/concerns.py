@@ -1,0 +1,179 @@
+"""What gives reason for concern: that an edit disables a model, or doesn't do what it was made for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tl_factedit.backend.protocol import Model, n_layers
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.tokens import Aligned
+from tl_factedit.editing.outcome import MEASURED
+from tl_factedit.editing.value_fit import ValueFit
+
+if TYPE_CHECKING:
+    from tl_factedit.editing.edit import Edit
+
+
+class EditWarning(UserWarning):
+    """The edit may disable the model, or miss what it was made for; the message says why and what to do."""
+
+
+# ROME edits of the model that comes with this package, in 3 layers, with statistics and with the identity, were scaled
+# from 1 to 12 times (168 in all), and the neighbours asked: the bounds are where they begin to fall.
+SMALL_DIVISION = 0.05
+"""Of |uᵀk| / (‖u‖ ‖k‖). One key throughout gives 0.5 to 0.7 there. Gupta et al. 2024 (arXiv:2403.07175) and Yang et al.
+2024 (arXiv:2406.11263) trace disabling edits to denominators near 0, which two different keys can make."""
+
+LARGE_UPDATE = 1.5
+"""Of ‖ΔW‖ / ‖W‖. Neighbourhood 0.998 below 0.3, 0.94 between 0.6 and 1, 0.90 up to 1.5, 0.78 beyond."""
+
+LARGE_OFF_TARGET = 0.2
+"""Of off_target · ‖ΔW‖ / ‖W‖: another token's share says little of an update that is small. Neighbourhood 0.99 below
+0.02, 0.93 between 0.02 and 0.2, 0.74 beyond."""
+
+INEXACT = 0.1
+"""Of what rounding to the weights' type loses: above, the value is another than the one that was fitted."""
+
+LARGE_UNMET = 0.5
+"""Of the share that isn't met in the last layer, mean over facts: above, less than half of the change is written."""
+
+SAME_KEY = 0.999
+"""Of the cosine between two facts' keys."""
+
+UNLIKELY, LIKELY = 0.05, 0.95
+"""An object that is already as unlikely, or as likely, needn't become more so."""
+
+WARNED = "_warned"
+
+
+def callers_level(frame: FrameType) -> int:
+    """How far up from a frame a warning has to point for the first line of whoever called this package."""
+    level = 1
+    ours = {"tl_factedit", contextlib.__name__, "jaxtyping"}
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ours:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def warn_once(change: Any, name: str, concerns: Sequence[str]) -> None:
+    """Say, as an `EditWarning`, what there is to be concerned about in a change; once for each object."""
+    if concerns and not vars(change).get(WARNED):
+        warnings.warn(f"{name}: {'; '.join(concerns)}", EditWarning, stacklevel=callers_level(sys._getframe()))
+        vars(change)[WARNED] = True
+
+
+def failed(fit: Mapping[str, Any]) -> bool:
+    """Whether a change didn't do what was wanted of a fact, in the sense of its objective; False where it is unknown.
+
+    An object that was to become likely isn't what the model says, or was already and hardly moved; one that was to
+    become unlikely is still what the model says, or hardly moved.
+    """
+    if any(name not in fit for name in MEASURED):
+        return False
+    before, after = fit["prob_before"], fit["prob_after"]
+    if fit["unlikely"]:
+        return bool(fit["first_after"] or (before > UNLIKELY and after > before / 2))
+    nothing = fit["first_before"] and before < LIKELY and after - before < (1 - before) / 10
+    return bool(not fit["first_after"] or nothing)
+
+
+def concerns_of_fits(facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What there is to say of facts of which a change didn't do what was wanted."""
+    missed = [(fact, fit) for fact, fit in zip(facts, fits, strict=True) if failed(fit)]
+    if not missed:
+        return
+    fact, fit = missed[0]
+    many = f"{len(missed)} of {len(facts)} facts aren't as wanted with it, such as {fact.name!r}: " if facts[1:] else ""
+    fitted = fit.get("target_prob", ())
+    found = bool(fitted) and (fitted[-1] < 0.5) == fit["unlikely"]
+    if found:
+        remedy = (
+            "it was found how to bring that about, and it isn't written in full: lower the weight (see unmet), or take "
+            "another layer"
+        )
+    elif fitted:
+        remedy = (
+            f"the fit ended at {fitted[-1]:.2g}: take more steps, a larger lr, clamp or ε, or a lower layer (what the "
+            "last one writes at a subject in mid-prompt reaches no answer)"
+        )
+    else:
+        remedy = "take other hyperparameters, or another editor"
+    yield (
+        f"{many}{fit['target']!r} was to become {'unlikely' if fit['unlikely'] else 'likely'}, and its probability is "
+        f"{fit['prob_after']:.2g} with the edit ({fit['prob_before']:.2g} without): {remedy}"
+    )
+
+
+def warn_before(model: Model, facts: Sequence[Fact], prompts: Sequence[Aligned], layer: int, fit: ValueFit) -> None:
+    """Say, as an `EditWarning`, where a fit of values can't change any answer; nothing is run.
+
+    Args:
+        model: Either class.
+        facts: What is to be edited.
+        prompts: Each fact's prompt on its tokens.
+        layer: Where values are fitted, at the last subject token.
+        fit: How.
+    """
+    name = f"the edit of {', '.join(repr(fact.name) for fact in facts[:3])}"
+    why = []
+    deaf = [fact.name for fact, row in zip(facts, prompts, strict=True) if row.last < len(row.ids) - 1]
+    if layer == n_layers(model) - 1 and deaf:
+        why.append(
+            f"layer {layer} is the last, where no token reads what is written at another, and the subject of "
+            f"{deaf[0]!r} ends before its prompt does: choose a lower layer"
+        )
+    if fit.steps == 1:
+        why.append("a fit of steps=1 only reads the loss: take more")
+    if why:
+        warnings.warn(
+            f"{name} can't change the answer: {'; '.join(why)}", EditWarning, stacklevel=callers_level(sys._getframe())
+        )
+
+
+def concerns_of(edit: Edit) -> Iterator[str]:
+    """What `Edit.concerns` says."""
+    weight = {d.layer: d.weight_norm for d in edit.diagnostics}
+    relative = {each.layer: each.norm / weight[each.layer] for each in edit.deltas if each.layer in weight}
+    for layer, size in relative.items():
+        if size > LARGE_UPDATE:
+            yield (
+                f"the update of layer {layer} is {size:.0%} of ‖W‖, and other answers fall from {LARGE_UPDATE:.0%} on: "
+                "make it smaller (a lower clamp, fewer steps, an ε), or write fewer facts"
+            )
+    for d in edit.diagnostics:
+        if abs(d.division_factor) < SMALL_DIVISION:
+            yield (
+                f"the update direction of layer {d.layer} hardly sees its key (division factor "
+                f"{d.division_factor:.3f}), so that the update is huge wherever else it fires: use one key throughout "
+                "(Rome's consistent variant), more tokens for the statistics, or a ridge"
+            )
+        if max(d.off_target, default=0.0) * relative.get(d.layer, 0.0) > LARGE_OFF_TARGET:
+            yield (
+                f"another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer "
+                f"{d.layer} as the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take "
+                "statistics (of more text, or at all instead of the identity), an ε in fine-tuning, or another layer"
+            )
+        if d.exactness > INEXACT:
+            yield (
+                f"rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: load the "
+                "model in float32"
+            )
+    yield from concerns_of_fits(edit.facts, edit.fits)
+    last = [d for d in edit.diagnostics if d.layer == max(edit.layers, default=-1)]
+    unmet = [share for d in last for share in d.unmet]
+    one_key = bool(unmet) and max(d.key_cosine for d in last) > SAME_KEY
+    if one_key:
+        yield (
+            f"two of the facts have one key in layer {max(edit.layers)} (prompts that begin with the same subject), "
+            "which can have one answer only: write them one after the other, or leave one out"
+        )
+    if unmet and not one_key and sum(unmet) / len(unmet) > LARGE_UNMET:
+        yield (
+            f"{sum(unmet) / len(unmet):.0%} of what the facts need is not met in the last layer, {max(edit.layers)}: "
+            "they are hardly written; lower the weight"
+        )

@@ -1,0 +1,79 @@
+"""Whether a change does what it is for: the targets' probabilities before it and with it, each after its own prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_factedit.backend.memory import MOST_TOKENS
+from tl_factedit.backend.protocol import Hook, Model
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import frozen
+from tl_factedit.core.tokens import Aligned, align, batches, pad
+from tl_factedit.editing.objectives import EditTarget, set_subjects
+
+MEASURED = ("prob_before", "prob_after", "first_before", "first_after")
+"""What `outcomes` says of a target; of no other change than the one it was measured with."""
+
+
+def outcomes(
+    model: Model, targets: Sequence[EditTarget], hooks: Sequence[Hook], *, prepend_bos: bool
+) -> list[dict[str, Any]]:
+    """What becomes of each target after its fact's bare prompt (under the embeddings that the target asks for).
+
+    Args:
+        model: Either class, without the change.
+        targets: What is wanted.
+        hooks: That make the change.
+        prepend_bos: BOS policy.
+
+    Returns:
+        For each target ``target`` and ``unlikely``, what was wanted; ``prob_before`` and ``prob_after``, the mean
+        probability of its tokens; ``first_before`` and ``first_after``, whether each of them is the likeliest.
+    """
+    rows = [align(model.tokenizer, target.fact, prepend_bos=prepend_bos) for target in targets]
+    with frozen(model), torch.no_grad():
+        runner = Runner(model)
+        before, after = (_said(runner, targets, rows, each) for each in ((), hooks))
+    return [
+        {
+            "target": target.fact.target_new,
+            "unlikely": target.unlikely,
+            "prob_before": was[0],
+            "prob_after": now[0],
+            "first_before": was[1],
+            "first_after": now[1],
+        }
+        for target, was, now in zip(targets, before, after, strict=True)
+    ]
+
+
+def _said(
+    runner: Runner, targets: Sequence[EditTarget], rows: Sequence[Aligned], hooks: Sequence[Hook]
+) -> list[tuple[float, bool]]:
+    said: list[tuple[float, bool]] = [(math.nan, False)] * len(rows)
+    ids = [_target_ids(row) for row in rows]
+    texts = [torch.cat([row.ids, target[:-1]]) for row, target in zip(rows, ids, strict=True)]
+    for batch in batches([len(text) for text in texts], MOST_TOKENS):
+        at = [(r, len(rows[i].ids) - 1 + t) for r, i in enumerate(batch) for t in range(len(ids[i]))]
+        subjects = set_subjects([(targets[i], rows[i].subject) for i in batch])
+        logits = runner.logits(
+            pad([texts[i] for i in batch], 0),
+            at=(torch.tensor([r for r, _ in at]), torch.tensor([place for _, place in at])),
+            hooks=[*subjects, *hooks],
+        )[0]
+        probs = logits.float().softmax(-1).cpu()
+        for i, own in zip(batch, probs.split([len(ids[i]) for i in batch]), strict=True):
+            wanted = own.gather(-1, ids[i][:, None])[:, 0]
+            said[i] = float(wanted.mean()), bool((wanted == own.amax(-1)).all())
+    return said
+
+
+def _target_ids(row: Aligned) -> Tensor:
+    if row.new_ids is None:
+        raise ValueError("the fact has no target_new")
+    return row.new_ids
