@@ -79,7 +79,7 @@ def main() -> int:
     edit.apply_(model)
     after = fe.evaluate(model, [FACT])
     edit.undo_(model)
-    print(side_by_side(before, after).to_string(index=False))
+    print(before_and_after(before, after).to_string(index=False))
 
     heading("4. Audit: was the fact edited, or was a new one laid over it?")
     verdict = fe.audit(model, edit, [FACT], reference=fe.data.world())
@@ -105,7 +105,7 @@ def main() -> int:
     return 0 if same and same_logits else 1
 
 
-def side_by_side(before: fe.Scores, after: fe.Scores) -> pd.DataFrame:
+def before_and_after(before: fe.Scores, after: fe.Scores) -> pd.DataFrame:
     """Probabilities of both objects on every prompt, before and after."""
     was, now = before.table(), after.table()
     return was[["ask", "prompt", "true"]].assign(

@@ -263,7 +263,7 @@ def test_an_optimisation_that_is_not_finite(model, stats, monkeypatch, bad, step
         return out * bad if len(calls) == step + 1 else out
 
     with laws.untouched(model):
-        monkeypatch.setattr(Runner, "packs", lambda *_: "")  # which runs the model too, to see whether it can
+        monkeypatch.setattr(Runner, "why_not_packed", lambda *_: "")  # which runs the model too, to see whether it can
         monkeypatch.setattr(Runner, "logits", spoil)
         with pytest.raises(RuntimeError, match=f"at step {step}.*lower ValueFit.lr or clamp, or load .* float32"):
             rome(stats)(model, [FACT])

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 import tl_factedit as fe
 from tl_factedit.core import files
-from tl_factedit.editing import layerwise as spreading
+from tl_factedit.editing import layerwise
 from tl_factedit.editing.value_fit import Fitted
 from tl_factedit.editing.values import fit_values
 from tl_factedit.editors import rome as rome_module
@@ -187,7 +187,7 @@ def share_values(model: Any, out: Path) -> None:
                 add_line(out / "values.log", line)
         return [kept[key] for key in keys]
 
-    spreading.fit_values = rome_module.fit_values = shared
+    layerwise.fit_values = rome_module.fit_values = shared
 
 
 def fit_ahead(model: Any, editor: Any, facts: Sequence[fe.Fact]) -> None:

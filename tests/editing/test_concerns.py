@@ -19,15 +19,15 @@ FIT = fe.ValueFit(steps=12)
 def made_by(name: str, model, **options) -> fe.Edit:
     """An edit of one fact by an editor of this name, in layer 1 unless said otherwise."""
     layer, facts = options.pop("layer", 1), [options.pop("fact", laws.FACT)]
-    quiet = {"progress": False, **options}
+    silent = {"progress": False, **options}
     if name == "finetune":
-        return fe.FineTune(layer, **quiet)(model, facts)
-    quiet = {"fit": FIT, "contexts": laws.CONTEXTS, **quiet}
+        return fe.FineTune(layer, **silent)(model, facts)
+    silent = {"fit": FIT, "contexts": laws.CONTEXTS, **silent}
     stats = fe.KeyStats.identity(model, layer)
     if name == "router":
-        return fe.Router(layer, **quiet)(model, facts)
+        return fe.Router(layer, **silent)(model, facts)
     editor = {"rome": fe.Rome, "memit": fe.Memit, "emmet": fe.Emmet, "pmet": fe.Pmet}[name]
-    return editor({layer: stats}, **quiet)(model, facts)
+    return editor({layer: stats}, **silent)(model, facts)
 
 
 NOTHING = {

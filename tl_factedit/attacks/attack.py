@@ -21,7 +21,7 @@ An attack of your own is a frozen value with a ``__call__``::
             def read(runner, indices):      # [fact case quantity], quantities as in `FIRST`
                 ...
             before, after = population.read("whisper", read, settings=repr(self))
-            return Recovery.of("Whisper", population, [Case("quiet", "in a whisper", "underneath")], before, after)
+            return Recovery.of("Whisper", population, [Case("soft", "in a whisper", "underneath")], before, after)
 """
 
 from __future__ import annotations

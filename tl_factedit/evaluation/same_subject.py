@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 class Specificity:
     """What else is known of the changed facts' subjects, before and after.
 
-    An aside is answered if the first token of its ``target_true`` is the model's first choice. Specificity are averaged
+    A fact is answered if the first token of its ``target_true`` is the model's first choice. Answers are averaged
     within a fact first; intervals are 95 % over facts.
 
     Attributes:
         facts: The changed facts.
         same_subject: What was asked, each about the subject of one of the facts.
-        of_fact: Which fact's change each was asked under, [aside].
-        answered_before: In the unedited model, [aside].
-        answered_after: In the changed one, [aside].
-        moved: Kullback-Leibler divergence of the next token after the prompt, changed from unedited, nats, [aside].
+        of_fact: Which fact's change each was asked under, [question].
+        answered_before: In the unedited model, [question].
+        answered_after: In the changed one, [question].
+        moved: Kullback-Leibler divergence of the next token after the prompt, changed from unedited, nats, [question].
         before: Share answered by the unedited model.
         kept: Of these, the share that the changed model answers.
         kl: Mean of `moved`.
@@ -50,22 +50,22 @@ class Specificity:
     facts: tuple[Fact, ...]
     same_subject: tuple[Fact, ...]
     of_fact: tuple[int, ...]
-    answered_before: Bool[Tensor, "aside"]
-    answered_after: Bool[Tensor, "aside"]
-    moved: Float[Tensor, "aside"]
+    answered_before: Bool[Tensor, "question"]
+    answered_after: Bool[Tensor, "question"]
+    moved: Float[Tensor, "question"]
     before: Estimate
     kept: Estimate
     kl: Estimate
 
     def table(self) -> pd.DataFrame:
-        """One row an aside."""
+        """One row a question."""
         import pandas as pd
 
         return pd.DataFrame(
             {
                 "fact": [self.facts[i].name for i in self.of_fact],
-                "prompt": [aside.text for aside in self.same_subject],
-                "true": [aside.target_true for aside in self.same_subject],
+                "prompt": [question.text for question in self.same_subject],
+                "true": [question.target_true for question in self.same_subject],
                 "before": self.answered_before.tolist(),
                 "after": self.answered_after.tolist(),
                 "kl": self.moved.tolist(),
@@ -96,15 +96,15 @@ def specificity(
     """
     facts, model, bos = population.facts, population.model, population.prepend_bos
     pairs = pair_same_subject(facts, same_subject)
-    rows = [encode(model.tokenizer, aside.text, prepend_bos=bos)[0] for _, aside in pairs]
+    rows = [encode(model.tokenizer, question.text, prepend_bos=bos)[0] for _, question in pairs]
     true = torch.tensor(
-        [int(continuation(model.tokenizer, aside.text, aside.old, prepend_bos=bos)[0]) for _, aside in pairs],
+        [int(continuation(model.tokenizer, q.text, q.old, prepend_bos=bos)[0]) for _, q in pairs],
         dtype=torch.long,
     )
     ends = [torch.tensor([len(row) - 1]) for row in rows]
 
-    def said(runner: Runner, chosen: Sequence[int]) -> Float[Tensor, "aside vocab"]:
-        """The log-probabilities that follow some same_subject."""
+    def said(runner: Runner, chosen: Sequence[int]) -> Float[Tensor, "question vocab"]:
+        """The log-probabilities that follow some of the questions."""
         found = {
             i: each
             for some in batches([len(rows[i]) for i in chosen], batch_tokens)
@@ -144,7 +144,7 @@ def specificity(
 
     return Specificity(
         facts=facts,
-        same_subject=tuple(aside for _, aside in pairs),
+        same_subject=tuple(question for _, question in pairs),
         of_fact=tuple(of_fact.tolist()),
         answered_before=before,
         answered_after=after,
@@ -156,18 +156,18 @@ def specificity(
 
 
 def pair_same_subject(facts: Sequence[Fact], same_subject: Sequence[Fact]) -> list[tuple[int, Fact]]:
-    """Each aside with each fact of its subject, once.
+    """Each question with each fact of its subject, once.
 
     Raises:
-        ValueError: An aside about a subject that no fact has, or that is one of the facts itself.
+        ValueError: A fact about a subject that no fact has, or that is one of the facts itself.
     """
     about: dict[str, list[int]] = {}
     for i, fact in enumerate(facts):
         about.setdefault(fact.subject, []).append(i)
     asked = {fact.text for fact in facts}
-    for aside in same_subject:
-        if aside.subject not in about:
-            raise ValueError(f"aside {aside.name!r} is about {aside.subject!r}, needed the subject of a changed fact")
-        if aside.text in asked:
-            raise ValueError(f"aside {aside.name!r} asks what is changed, {aside.text!r}: needed another relation")
-    return list(dict.fromkeys((i, aside) for aside in same_subject for i in about[aside.subject]))
+    for question in same_subject:
+        if question.subject not in about:
+            raise ValueError(f"{question.name!r} is about {question.subject!r}, needed the subject of a changed fact")
+        if question.text in asked:
+            raise ValueError(f"{question.name!r} asks what is changed, {question.text!r}: needed another relation")
+    return list(dict.fromkeys((i, question) for question in same_subject for i in about[question.subject]))
