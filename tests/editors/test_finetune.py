@@ -88,7 +88,7 @@ def test_it_works_in_every_mode_and_leaves_everything_as_it_was(kind, mode):
 
 STAGES = {
     "the fingerprint is taken": "tl_factedit.editing.inputs.base_fingerprint",
-    "texts are aligned": "tl_factedit.editing.inputs.align",
+    "texts are aligned": "tl_factedit.editing.inputs.align_all",
     "rows are run up to the layer": "tl_factedit.editing.training_rows.Runner.capture",
     "the loss is taken": "tl_factedit.editing.weight_descent.Runner.logits",
     "gradients are taken": "torch.autograd.grad",

@@ -106,7 +106,7 @@ def test_it_works_in_every_mode_and_leaves_everything_as_it_was(kind, mode):
 @pytest.mark.parametrize(
     "stage",
     [
-        "tl_factedit.editing.inputs.align",
+        "tl_factedit.editing.inputs.align_all",
         "tl_factedit.editing.neuron_attribution.Runner.why_not_packed",
         "tl_factedit.editing.neuron_attribution.Runner.remember",
         "tl_factedit.editing.neuron_attribution.Runner.logits",

@@ -78,7 +78,7 @@ def test_the_weights_stay_and_come_back_and_the_same_edit_comes_again(kind, arch
     "stage",
     [
         "tl_factedit.stats.key_stats.KeyStats.check",
-        "tl_factedit.editing.inputs.align",
+        "tl_factedit.editing.inputs.align_all",
         "tl_factedit.editing.layerwise.prefixes",
         "tl_factedit.editing.layerwise.fit_values",
         "tl_factedit.editing.values.Runner.remember",

@@ -340,7 +340,7 @@ STAGES = {
     "statistics are checked": "tl_factedit.stats.key_stats.KeyStats.check",
     "contexts are drawn": "tl_factedit.stats.sampling.SampledContexts.draw",
     "a context's token is sampled": "tl_factedit.stats.sampling.Runner.logits",
-    "texts are aligned": "tl_factedit.editing.inputs.align",
+    "texts are aligned": "tl_factedit.editing.inputs.align_all",
     "keys are captured": "tl_factedit.editing.values.Runner.capture",
     "the clean run is remembered": "tl_factedit.editing.values.Runner.remember",
     "the loss is taken": "torch.autograd.grad",
