@@ -182,7 +182,7 @@ def _of_all(facts: Iterable[Fact], call: Callable[[Fact], T]) -> list[T]:
 
 
 def check_room(
-    ids: Int[Tensor, "pos"], targets: Iterable[Int[Tensor, "target"] | None], room: int | None, text: str
+    ids: Int[Tensor, "pos"], targets: Iterable[Int[Tensor, "_"] | None], room: int | None, text: str
 ) -> None:
     """Check that a text with its longest target fits into the model's context.
 
