@@ -79,5 +79,5 @@ def plan_by_relation(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[lis
 
 def objects_with_subjects(facts: Sequence[Fact], *, least: int = LEAST_FOR_AN_OBJECT) -> list[str]:
     """The objects that enough different subjects have, in the order of their names."""
-    counts = Counter(target for target in {fact.subject: fact.target_true for fact in facts}.values())
+    counts = Counter(target for target in {fact.subject: fact.old for fact in facts}.values())
     return sorted(target for target, count in counts.items() if count >= least)

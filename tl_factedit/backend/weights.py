@@ -123,7 +123,7 @@ def down_proj(model: Model, layer: int) -> DownProj:
         if inner is None:
             raise UnsupportedModelError(_no_single_w_out(where, mlp))
         transposed = _is_transposed(inner, int(model.cfg.d_model), f"{where}.out")
-        param, bias = inner.weight, getattr(inner, "bias", None)
+        param, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
         value_at: Place = f"{where}.out.hook_out"
         owner = inner
     else:
