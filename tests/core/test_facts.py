@@ -138,7 +138,11 @@ def test_a_fact_to_inject_needs_no_old_object():
         Fact("Rome", "{} is in", None)
 
 
-@pytest.mark.parametrize("given", ["The Eiffel Tower is in", b"x", {"subject": "Rome"}, 3, None, object()], ids=lambda given: type(given).__name__)
+@pytest.mark.parametrize(
+    "given",
+    ["The Eiffel Tower is in", b"x", {"subject": "Rome"}, 3, None, object()],
+    ids=lambda given: type(given).__name__,
+)
 def test_what_is_no_fact_is_refused_at_the_door(given):
     door = inspect.unwrap(as_facts)  # past the type checks of this test suite, which a user doesn't have
     with pytest.raises(ValueError, match=r"needed Facts, such as fe\.Fact"):
