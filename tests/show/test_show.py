@@ -620,12 +620,13 @@ def outlined(page: Page) -> tuple[int, int]:
 def test_the_box_marks_the_largest_effect_and_an_empty_last_subject_token_is_said(made):
     trace = made["trace"]
     stop, last = trace.subject[0][1], len(trace.tokens[0]) - 1
-    page = Page(show.trace(with_effect(trace, {(2, last): 0.4, (1, stop - 1): 0.01})).html)
-    assert outlined(page) == (2, last)
+    assert last > stop
+    page = Page(show.trace(with_effect(trace, {(2, stop): 0.4, (1, stop - 1): 0.01, (2, last): 0.5})).html)
+    assert outlined(page) == (2, stop)  # the last token of the prompt has all of the effect in any trace
     assert "the last subject token carries next to nothing (at most 0.010, in layer 1)" in page.words()
-    page = Page(show.trace(with_effect(trace, {(2, last): 0.4, (1, stop - 1): 0.1})).html)
-    assert outlined(page) == (2, last) and "the last subject token's largest is 0.100, in layer 1" in page.words()
-    page = Page(show.trace(with_effect(trace, {(2, last): 0.1, (1, stop - 1): 0.4})).html)
+    page = Page(show.trace(with_effect(trace, {(2, stop): 0.4, (1, stop - 1): 0.1})).html)
+    assert outlined(page) == (2, stop) and "the last subject token's largest is 0.100, in layer 1" in page.words()
+    page = Page(show.trace(with_effect(trace, {(2, stop): 0.1, (1, stop - 1): 0.4})).html)
     assert outlined(page) == (1, stop - 1) and "that is the last subject token" in page.words()
 
 
@@ -666,6 +667,9 @@ def test_the_average_of_many_facts_shows_its_own_numbers_with_intervals(made):
     assert numbers == pytest.approx(want, abs=6e-5)
     assert "(2 facts)" in titles[0]
     assert "95 % bootstrap over 2 facts" in page.words()
+    rows = [r for r in range(len(ROLES)) if bool(found.n[r].any())]
+    earlier = found.mean[rows[:-1]].nan_to_num(-math.inf)  # all but the prompts' last token
+    assert outlined(page) == divmod(int(earlier.argmax()), earlier.shape[1])[::-1]
     large = dataclasses.replace(trace, clean=trace.corrupted + 0.5)
     assert "share of the total effect" in Page(show.average(large, normalised=True).html).words()
     with pytest.raises(ValueError, match=r"no fact has a total effect of 0\.05"):

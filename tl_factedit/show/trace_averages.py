@@ -26,7 +26,8 @@ from tl_factedit.show.trace_words import (
 def average(trace: Trace, *, normalised: bool = False) -> Picture:
     """The mean effects of many facts, by what a token is in its prompt and by layer.
 
-    The box marks the largest of them; what the last subject token carries stands below the drawing.
+    The box marks the largest of them anywhere but at the prompts' last token, where the last layers have all of the
+    effect whatever the facts. What the last subject token carries stands below the drawing.
 
     Args:
         trace: A trace of several facts, from `causal_trace`.
@@ -50,7 +51,8 @@ def average(trace: Trace, *, normalised: bool = False) -> Picture:
     unit = "share of the total effect" if normalised else f"mean effect, {UNITS.get(trace.metric, trace.metric)}"
     at_subject = names.index("last subject") if "last subject" in names else 0
     peak = int(mean[at_subject].nan_to_num(-math.inf).argmax())
-    best_row, best_layer = divmod(int(mean.nan_to_num(-math.inf).argmax()), mean.shape[1])
+    earlier = mean[: len(names) - (names[-1] == ROLES[-1])].nan_to_num(-math.inf)
+    best_row, best_layer = divmod(int(earlier.argmax()), earlier.shape[1])
 
     def tooltip(row: int, layer: int) -> str:
         value = number(float(mean[row, layer]), digits, sign=True)
@@ -79,7 +81,7 @@ def average(trace: Trace, *, normalised: bool = False) -> Picture:
         f"{severed_of(trace)} ",
         tag("b", f"Clean {number(float(trace.clean.nanmean()))}"),
         f", corrupted {number(float(trace.corrupted.nanmean()))}, over {sum(trace.corruptible)} facts. ",
-        f"The largest mean effect is {number(float(mean[best_row, best_layer]))} ",
+        f"The largest mean effect before the last token is {number(float(mean[best_row, best_layer]))} ",
         f"[{number(float(low[best_row, best_layer]))}, {number(float(high[best_row, best_layer]))}] ",
         f"(95 % bootstrap over {count} facts), at the token that is {names[best_row]}, in layer {best_layer}; ",
         at_last_subject_token(
@@ -90,7 +92,7 @@ def average(trace: Trace, *, normalised: bool = False) -> Picture:
     warning = tag("p", f"{unknown} of the facts aren't what the clean model says first.") if unknown else None
     keys = [
         (tag("b", "*"), "token of the subject, which is corrupted"),
-        (box_swatch("#fff", outlined=True), "largest mean effect"),
+        (box_swatch("#fff", outlined=True), "largest mean effect before the last token"),
         (box_swatch("#fff", hatched=True), "window cut by the model's end: fewer layers restored")
         if trace.partial_window
         else None,

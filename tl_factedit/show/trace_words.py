@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise
-from tl_factedit.locate.trace_result import Trace
+from tl_factedit.locate.trace_result import LEAST_SHARE, Trace
 from tl_factedit.show.markup import number
 
 HOW = "trace = fe.causal_trace(model, facts), and then fe.show.trace(trace)"
@@ -24,9 +24,6 @@ COMPONENTS = {
 UNITS = {"prob": "probability", "logprob": "nats", "logit_diff": "logits", "kl": "nats"}
 """The unit of each metric."""
 
-NEGLIGIBLE = 0.05
-"""A share of the total effect below which the last subject token is said to carry next to nothing."""
-
 VERBS = {"denoise": ("restored", "restored − corrupted"), "noise": ("corrupted", "clean − corrupted there")}
 """What is done to a cell in each direction, and which difference is shown."""
 
@@ -38,12 +35,12 @@ def at_last_subject_token(effect: float, layer: int, total: float, *, best: bool
         effect: Its largest effect.
         layer: The layer of that.
         total: The total effect, with which it is compared.
-        best: Whether it is the largest effect of all tokens.
+        best: Whether it is the largest effect that the picture marks.
     """
     if best:
         return "that is the last subject token. "
     found = f"{number(effect)}, in layer {layer}"
-    if effect < NEGLIGIBLE * total:
+    if not (effect > 0 and effect >= LEAST_SHARE * abs(total)):
         return f"the last subject token carries next to nothing (at most {found}) and can't say where to edit. "
     return f"the last subject token's largest is {found}. "
 

@@ -29,8 +29,8 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
     """A layer × token heat map of one fact's trace, as in Meng et al. 2022 (arXiv:2202.05262), fig. 1.
 
     White is no effect; positions before the subject, 0 by construction, are grey. One unit has the same depth of colour
-    on both sides of 0. The box marks the largest effect of all; what the last subject token carries stands below the
-    drawing, also if that is next to nothing.
+    on both sides of 0. The box marks the largest effect anywhere but at the prompt's last token, where the last layers
+    have all of it whatever the fact. What the last subject token carries stands below the drawing.
 
     Args:
         trace: A trace from `causal_trace`.
@@ -54,7 +54,8 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
     layers = effect.shape[0]
     at_subject = effect[:, stop - 1]
     peak = int(at_subject.nan_to_num(-math.inf).argmax())
-    best_layer, best_position = divmod(int(effect.nan_to_num(-math.inf).argmax()), len(pieces))
+    earlier = effect[:, : max(stop, len(pieces) - 1)].nan_to_num(-math.inf)
+    best_layer, best_position = divmod(int(earlier.argmax()), earlier.shape[1])
     digits = 4 if trace.metric == "prob" else 3
 
     def tooltip(layer: int, position: int) -> str:
@@ -84,7 +85,7 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
     )
     keys = [
         (tag("b", "*"), "token of the subject, which is corrupted"),
-        (box_swatch("#fff", outlined=True), "largest effect"),
+        (box_swatch("#fff", outlined=True), "largest effect before the last token"),
         (box_swatch(NEUTRAL), "before the subject: 0 exactly") if start else None,
         (box_swatch("#fff", hatched=True), "window cut by the model's end: fewer layers restored")
         if trace.partial_window
@@ -96,7 +97,7 @@ def trace(trace: Trace, fact: int = 0) -> Picture:
         f"{difference}.{severed_of(trace)} ",
         tag("b", f"Clean {number(float(trace.clean[fact]))}"),
         f", corrupted {number(float(trace.corrupted[fact]))}: total effect {number(total)}. ",
-        f"The largest effect is {number(float(effect[best_layer, best_position]))}",
+        f"The largest effect before the last token is {number(float(effect[best_layer, best_position]))}",
         f" ± {number(float(spread[best_layer, best_position]))} (sd over samples)" if samples > 1 else "",
         f", at {token(pieces[best_position])} in layer {best_layer}; ",
         at_last_subject_token(
