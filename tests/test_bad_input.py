@@ -391,7 +391,7 @@ for call in (
     lambda: fe.evaluate(model, new),
     lambda: fe.audit(model, edit, new),
     lambda: fe.Rome(stats, objective=fe.Erase(), **quick)(model, new),
-    lambda: fe.attacks.read_out(model, edit, [new]),
+    lambda: fe.attacks.ReadOut()(fe.Population.of(model, edit, [new])),
 ):
     try:
         call()

@@ -188,10 +188,10 @@ def main() -> None:
         )
     print(verdict)
     print(f"{wall:.0f} s, {cpu:.0f} CPU-s, {peak():.1f} GiB")
-    for what in ("erasure_success", "knock_out", "read_out", "retention", "same_subject", "drift"):
+    for what in ("erasure_success", "attacks", "retention", "specificity", "drift"):
         print(what, getattr(verdict, what))
-    if verdict.knock_out is not None:
-        print(verdict.knock_out.table().round(3).to_string())
+    for recovery in verdict.attacks:
+        print(recovery.table().round(3).to_string())
     (args.out / f"verdict-{args.what}.txt").write_text(f"{verdict}\n{wall:.0f} s, {cpu:.0f} CPU-s\n")
 
 

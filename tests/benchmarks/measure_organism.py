@@ -118,7 +118,8 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
             calibration=calibration,
             progress=False,
         )
-        f, knocked = verdict.findings, verdict.knock_out
+        f, knocked = verdict.findings, verdict.attack("knock-out")
+        of = {finding.attack: finding for finding in f.attacks}
         line = {
             "oracle": which,
             "part": part,
@@ -129,12 +130,12 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
             "neighbours fell": f"{f.neighbour_loss:.2f}",
             "same_subject fell": f"{f.specificity_loss:.2f}",
             "perplexity": f"{f.perplexity:.4f}",
-            "holds": f.knock_out_holds,
-            "mask": f"{f.mask:.3f}",
-            "best": None if knocked is None else knocked.best,
-            "mask at most": f.knock_out_at_most,
-            "of unedited": [] if knocked is None else [round(float(x), 2) for x in knocked.of_unedited],
-            "route old": f"{f.route_old:.2f}",
+            "covers": of["knock-out"].covers,
+            "knock-out": f"{of['knock-out'].strongest:.3f}",
+            "best": of["knock-out"].case,
+            "knock-out at most": of["knock-out"].at_most,
+            "of unedited": [] if knocked is None else [round(float(x), 2) for x in knocked.extra["of_unedited"]],
+            "route old": f"{of['indirect routes'].strongest:.2f}",
             "route new": f"{f.route_new:.2f}",
             "native": f"{f.native:.2f}",
             "adaptive": None if f.adaptive is None else f"{f.adaptive:.2f}",

@@ -268,11 +268,11 @@ def test_it_is_audited_as_an_edit_is(kind):
         erasure = erase_states(some, eraser_of(some, layer), layer, known)
         with laws.untouched(some):
             verdict = fe.audit(some, erasure, known, reference=others)
-        found = verdict.knock_out
+        found = verdict.attack("knock-out")
         with erasure.applied(some):
             log_p = laws.logits(some, known[0].text)[0, -1].log_softmax(-1)
         old = int(some.to_tokens(known[0].target_true, prepend_bos=False)[0, 0])
-        said = found.after.at(fact=0, window=(), quantity="logp_old")
+        said = found.after.at(fact=0, case=(), quantity="logp_old")
         assert float(said) == pytest.approx(float(log_p[old]), abs=1e-4)
         assert verdict.label not in ("ERASED", "MOVED", "LATENT")  # two facts are no evidence of absence
 
