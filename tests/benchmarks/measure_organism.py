@@ -139,7 +139,7 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
             "route new": f"{f.route_new:.2f}",
             "native": f"{f.native:.2f}",
             "adaptive": None if f.adaptive is None else f"{f.adaptive:.2f}",
-            "read-out": f"{f.readout:.2f}",
+            "read-out": f"{of['read-out'].strongest:.2f}",
             "reasons": verdict.reasons,
             "missing": verdict.missing,
         }
