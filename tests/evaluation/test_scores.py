@@ -317,11 +317,12 @@ def test_what_cannot_be_scored_is_named_before_anything_is_run(kind, facts, mess
         evaluate(shared(kind, "gpt2"), facts)
 
 
-def test_a_target_that_merges_with_a_paraphrase_is_named_before_anything_is_run(kind, monkeypatch):
+@pytest.mark.filterwarnings("ignore:target 'ity' goes on inside", "ignore:target 'old' goes on inside")
+def test_a_target_that_merges_with_its_prompt_is_named_before_anything_is_run(kind, monkeypatch):
     model = tiny.model(kind, "llama", tok=tiny.tokenizer("bytebpe"), n_layers=1)
     monkeypatch.setattr(Runner, "logits", None)
-    with pytest.raises(ValueError, match="merges with the last token of 'Rome is near '"):
-        evaluate(model, [Fact("Rome", "{}:", "Italy", "Spain", paraphrases=["{} is near "])])
+    with pytest.raises(ValueError, match="merges with the last token of 'Rome is near the c'"):
+        evaluate(model, [Fact("Rome", "{} is near the c", "ity", "old")])
 
 
 def test_a_prompt_whose_objects_are_one_compares_nothing(kind):

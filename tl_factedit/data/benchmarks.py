@@ -212,7 +212,7 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} isn't JSON: {error}") from error
 
 
-def _text(record: Mapping[str, Any], field: str) -> str:
+def _text(record: Any, field: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise ValueError(f"{field} is {value!r}, a {type(value).__name__}: needed text")
