@@ -160,5 +160,5 @@ def test_seats_are_cities_and_asides_are_the_persons_other_attributes():
     told = {(f.subject, f.text): f.target_true for f in fe.models.organism_facts("city", "oracle0", 3)}
     assert all(told[a.subject, a.text] == a.target_true for a in same_subject if a.relation == "city")
     assert fe.models.organism_routes(fe.models.organism_facts("field", n=2)) == []
-    with pytest.raises(ValueError, match="none of the organism's people"):
+    with pytest.raises(ValueError, match="isn't one of the organism's people"):
         fe.models.organism_same_subject([laws.FACT])

@@ -144,7 +144,7 @@ def test_an_override_where_no_layer_can_be_spared_is_not_called_erased(kind):
     verdict = audited(kind, route, facts, reference=REFERENCE[:60], texts=())
     assert verdict.findings.efficacy.mean > 0.9 and verdict.attack("knock-out").strongest.mean < 0.1
     assert next(each for each in verdict.findings.attacks if each.attack == "knock-out").covers is False
-    assert any("can't spare those layers" in line for line in verdict.missing)
+    assert any("the unedited model can't spare it" in line for line in verdict.missing)
 
 
 def test_a_model_that_was_never_trained_is_not_called_erased(kind):

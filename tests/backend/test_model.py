@@ -16,7 +16,7 @@ from tl_factedit.backend.fingerprint import fingerprint
 from tl_factedit.backend.hook_names import EMBED, component_hook, resid_post, resid_pre
 from tl_factedit.backend.loading import from_hf, from_hub
 from tl_factedit.backend.packing import gather
-from tl_factedit.backend.protocol import UnsupportedModelError, bos_policy, check_layer, kind, layout, n_layers
+from tl_factedit.backend.protocol import UnsupportedModelError, blocks, bos_policy, check_layer, kind, layout, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import down_proj
@@ -639,7 +639,7 @@ def test_a_transformers_model_is_refused_with_the_way_out():
 
 @pytest.mark.parametrize("ask", [n_layers, bos_policy, fingerprint], ids=lambda ask: ask.__name__)
 def test_whatever_is_asked_first_refuses_a_transformers_model(ask, monkeypatch):
-    for each in (kind, n_layers):  # past the type checks of this test suite
+    for each in (kind, blocks, n_layers):  # past the type checks of this test suite
         for module in ("protocol", "fingerprint"):
             monkeypatch.setattr(f"tl_factedit.backend.{module}.{each.__name__}", inspect.unwrap(each), raising=False)
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel is neither.*from_hf"):

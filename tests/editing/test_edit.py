@@ -555,7 +555,7 @@ def moved_by(model, edit: fe.Edit, layer: int, text: str) -> torch.Tensor:
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 def test_spill_is_the_most_that_another_token_gets_beside_the_one_that_is_meant(form):
     model = tiny.model(*form)
-    edit = dataclasses.replace(two_layers(model), facts=(laws.FACT, laws.OTHER))
+    edit = dataclasses.replace(two_layers(model), facts=(laws.FACT, laws.OTHER), fits=({}, {}))
     with laws.untouched(model):
         found, ends = fe.editing.off_target_share(model, edit), fe.editing.off_target_share(model, edit, at="end")
         near = fe.editing.off_target_share(model, edit, neighbours=True)

@@ -8,6 +8,8 @@ import tiny
 import torch
 from oracles import untouched
 
+from tl_factedit.backend.bridge import BridgeBackend
+from tl_factedit.backend.hooked import HookedBackend
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
@@ -294,8 +296,8 @@ def test_the_model_is_left_as_it_was_also_by_an_error(kind, arch, monkeypatch):
     def refuse(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Runner, "_hooked_logits", refuse)
-    monkeypatch.setattr(Runner, "_bridge_logits", refuse)
+    for backend in (HookedBackend, BridgeBackend):
+        monkeypatch.setattr(backend, "logits", refuse)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, FACTS)
     assert untouched.state(model) == before

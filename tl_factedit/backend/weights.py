@@ -176,7 +176,8 @@ def _is_transposed(inner: nn.Module, d_model: int, where: str) -> bool:
         UnsupportedModelError: It answers something else: an adapter lies over it, or its weight is made from others.
     """
     param, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
-    if param is None or (type(param) is Tensor and param.is_floating_point()):
+    wraps = param is None and any(True for _ in inner.children())
+    if wraps or (type(param) is Tensor and param.is_floating_point()):
         raise UnsupportedModelError(_more_than_w_out(where, inner))
     name = type(inner).__name__
     if type(inner) is nn.Linear or name == "Conv1D":  # these answer so by their definition
