@@ -1,20 +1,25 @@
 """Ways back to the old object. One attack a file."""
 
 from tl_factedit.attacks.attack import Attack, Case, Recovery
+from tl_factedit.attacks.cells import Cell
 from tl_factedit.attacks.context import ContextAttack, QuestionPrefix, RepeatPrefix, TextPrefix
 from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
+from tl_factedit.attacks.footprint import Footprint, footprint
 from tl_factedit.attacks.knockout import KnockOut
 from tl_factedit.attacks.readout import ReadOut
 from tl_factedit.attacks.relearning import Relearn, relearning_rate
 from tl_factedit.attacks.reversal import WeightReversal
 from tl_factedit.attacks.routes import FollowRoutes, Routes, follow_routes
+from tl_factedit.attacks.silencing import Silencing
 
 __all__ = [
     "Attack",
     "Case",
+    "Cell",
     "ContextAttack",
     "DisjointRelearning",
     "FollowRoutes",
+    "Footprint",
     "KnockOut",
     "QuestionPrefix",
     "ReadOut",
@@ -22,8 +27,10 @@ __all__ = [
     "Relearn",
     "RepeatPrefix",
     "Routes",
+    "Silencing",
     "TextPrefix",
     "WeightReversal",
     "follow_routes",
+    "footprint",
     "relearning_rate",
 ]

@@ -112,6 +112,7 @@ class Recovery:
         after: Float[Tensor, "fact case quantity"] | Reading,
         *,
         known: Bool[Tensor, "fact"] | None = None,
+        common: Float[Tensor, "fact case"] | None = None,
         extra: Mapping[str, Float[Tensor, "case"]] | None = None,
         details: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -126,6 +127,9 @@ class Recovery:
                 has the cases' keys and these quantities among others.
             after: The changed model, the same.
             known: Which facts count; None for those that the unedited model knows, `Population.known`.
+            common: How often each fact's old object comes first in the changed model, under the same attack, for
+                subjects who don't have it; NaN where that wasn't looked into. Of a case, the larger of the two nulls
+                counts: the mean of the controls, or this.
             extra: See `Recovery`.
             details: See `Recovery`.
             seed: Seed of the bootstrap.
@@ -157,6 +161,12 @@ class Recovery:
             )
             for name in ("old_first", "control_first")
         )
+        extra = dict(extra or {})
+        if common is not None:
+            null = torch.where(counts & ~old.isnan(), common.to(old), math.nan)
+            larger = null.nanmean(0) > torch.where(null.isnan(), math.nan, control).nanmean(0)
+            control = torch.where(larger & ~null.isnan(), null, control)
+            extra["common"] = null.nanmean(0)
         return cls(
             attack=attack,
             facts=population.facts,
@@ -166,7 +176,7 @@ class Recovery:
             after=readings[1],
             excess=excess(old, control, seed=seed),
             corrected=excess(old, control, tests=max(1, int(tested.sum())), seed=seed),
-            extra=dict(extra or {}),
+            extra=extra,
             details=dict(details or {}),
         )
 

@@ -1,19 +1,22 @@
-"""Knock-out: does the old object come back when one layer's MLP has nothing to say of the subject?
+"""Knock-out: does the old object come back when some components have nothing to say of the subject?
 
-At the last subject token the MLP output of a layer (or of a few in a row) is replaced by its mean over reference
-subjects, and everything above is run again::
+What a component (an MLP, an attention) says at some tokens is replaced by what it says of other subjects there, and
+everything above is run again::
 
-    mlp_out[l][S]  ←  mean over reference facts r of the same relation, mlp_out[l][S_r]
+    c[l][p]  ←  mean over reference facts r of the same relation, c[l][p_r]          (or of one of them: a resample)
 
-An edit that lies over a fact leaves a way to the old object that goes past it, and without the edited layer the old
-object is back. A model that never learnt the old object has no such way. Two things have to be seen to: a layer without
-which the *unedited* model doesn't know the fact either can't tell, and is masked; and an object comes first by chance
-too, so what counts is the excess over control objects.
+Two questions are asked so, and the change's footprint (`footprint`) tells which a case asks. *Off*: the cells silenced
+cover half or more of what the change wrote; what comes back then is stored elsewhere, and the change left it. *On*:
+they don't; the change is in force, and what comes back lies underneath.
+
+Three things have to be seen to. A case in which the *unedited* model doesn't know the fact either can't tell, and is
+masked. An object comes first by chance too, so what counts is the excess over control objects. And an object that many
+subjects have comes first because it is common: where the old object comes back, it is looked how often that same object
+leads under the same knock-out for subjects who don't have it, and the larger of both nulls counts.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -21,65 +24,86 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery
-from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
-from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
+from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order
+from tl_factedit.attacks.footprint import WHOLE, Footprint, footprint_of
+from tl_factedit.attacks.replacements import Replacements
+from tl_factedit.attacks.silencing import NOTHING, Asked, Silencing, says_under
+from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import Aligned, align, batches, pad
-from tl_factedit.measure.first_tokens import FIRST, FirstTokens, firsts, with_new_objects
+from tl_factedit.core.tokens import Aligned, align
+from tl_factedit.measure.change import Change
+from tl_factedit.measure.first_tokens import FIRST, firsts, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population, Read
 from tl_factedit.measure.reading import Reading
 
 Window: TypeAlias = tuple[int, ...]
-"""Layers knocked out together; empty: none."""
+"""Neighbouring layers."""
 
 SURVIVES = 0.5
-"""A window is looked at if the unedited model keeps its answer for this share of the facts, or more."""
+"""A case counts if the unedited model keeps its answer under it for this share of the facts, or more."""
+OFF = 0.5
+"""Cells that cover this share of what was written switch the change off."""
 LEAST_REFERENCES = 5
 """With fewer, the mean is still about somebody."""
-
-ENOUGH_TOKENS = 128
-"""In one forward pass: with fewer, most of the time isn't spent on arithmetic."""
+LOOKED_INTO = 0.02
+"""Where the excess over controls is larger, it is looked whether the object is merely common."""
+ROOM = 2**29
+"""Bytes that what stands in may take."""
+MOST_OWNERS = 40
+"""Subjects who don't have an object, asked how often it leads for them."""
 
 QUANTITIES = ("old_first", "new_first", "control_first", "logp_old", "logp_new", "logp_control")
 
 
 @dataclass(frozen=True)
 class KnockOut:
-    """Knock out layers at the last subject token, in the unedited and in the changed model.
+    """Silence components in the unedited and in the changed model.
 
-    The population's references give the mean. Those about a subject that the change was made for, or that is asked, are
-    left out by themselves: with a change for each fact the other facts will do.
+    What is silenced: every component of every layer at every place alone; neighbouring layers together (`widths`); what
+    the footprint names (the 1, 2, 4 … cells that cover most of what was written, and the fewest that cover all of it);
+    and what is asked for (`cells`). Cases that switch the change off are also asked with a resample in place of the
+    mean, and by half where the unedited model can't spare them.
 
-    Beside what every `Recovery` has, ``before`` and ``after`` hold the case ``()`` (nothing knocked out) and
-    the log-probabilities ``logp_old``, ``logp_new`` and ``logp_control`` in nats; ``extra`` has ``survives`` (the share
-    of the known facts whose old object is first in the unedited model under the same knock-out), ``of_unedited`` (the
-    mean excess as a share of the unedited model's own) and ``half_strength`` (the excess with half of the layer's own
-    output and half of the mean; descriptive); ``details`` has ``half`` (that reading) and ``references`` (over how many
-    references each fact's mean is).
+    The population's references say what stands in. Those about a subject that the change was made for, or that is
+    asked, are left out by themselves: with a change for each fact the other facts will do.
+
+    Keys are `Silencing`s. Beside what every `Recovery` has, ``before`` and ``after`` hold the case `NOTHING` (nothing
+    silenced) and the log-probabilities ``logp_old``, ``logp_new`` and ``logp_control`` in nats; ``extra`` has
+    ``cover`` (the mean share of what was written that goes), ``survives`` (the share of the known facts whose old
+    object is first in the unedited model under the same knock-out) and ``of_unedited`` (the mean excess as a share of
+    the unedited model's own); ``details`` has ``footprint``, ``references`` (over how many references each fact's mean
+    is), ``whole`` (whether a case that takes out all that was written could be tested) and ``disagree`` (cases whose
+    mean and resample differ by more than a third of the facts).
 
     Attributes:
-        widths: How many neighbouring layers to knock out together: 1 for each alone; 3 for three in a row. An edit of
-            several layers needs as many. All windows are corrected for together.
-        half: Whether to also read the changed model at half strength.
-        means_of: ``"audited"`` takes the mean in the model that is audited, ``"unedited"`` in the unedited one, once
-            for all. Both are the same where a change leaves reference subjects alone bit for bit, as a router does. A
-            weight edit doesn't quite; ``"unedited"`` saves a pass over all references for each change then.
+        components: ``"mlp"``, ``"attn"``.
+        places: ``"subject"`` (its last token), ``"last"`` (of the prompt), ``"all"`` (every token from the subject's
+            first on).
+        widths: How many neighbouring layers to silence together: 1 for each alone; 3 for three in a row.
+        cells: Further cells to silence together.
+        resample: Whether cases that switch the change off are also asked with a resample.
+        means_of: ``"audited"`` takes what stands in from the model that is audited, ``"unedited"`` from the unedited
+            one, once for all. Both are the same where a change leaves reference subjects alone bit for bit, as a router
+            does. A weight edit doesn't quite; ``"unedited"`` saves a pass over all references for each change then.
         most_references: How many of a fact's references its mean is over at most, drawn with `seed`: the mean of a
             hundred is within a tenth of their spread of that of all, and each is run in every changed model.
         partial: Whether facts that can't be asked (no controls, or too few references) are left out, with a note in
             ``details["left_out"]``, instead of being refused.
         batch_tokens: Most tokens in one forward pass.
-        seed: Seed of the bootstrap, and of that draw.
+        seed: Seed of the bootstrap, and of the draws.
     """
 
+    components: Sequence[Silenceable] = COMPONENTS
+    places: Sequence[Place] = PLACES
     widths: Sequence[int] = (1,)
-    half: bool = True
+    cells: Sequence[Sequence[Cell]] = ()
+    resample: bool = True
     means_of: Literal["audited", "unedited"] = "audited"
     most_references: int = 100
     partial: bool = False
@@ -87,11 +111,12 @@ class KnockOut:
     seed: int = 0
 
     def __call__(self, population: Population, /) -> Recovery:
-        """Knock out every window of layers.
+        """Knock out.
 
         Raises:
             ValueError: A fact without ``target_new``; fewer than five references of a fact's relation; ``"unedited"``
-                means for another model; a width that the model hasn't got layers for.
+                means for another model; a width or a cell that the model hasn't got layers for; an unknown component or
+                place.
         """
         with_new_objects(population.facts)
         if self.partial:
@@ -102,57 +127,116 @@ class KnockOut:
                 "there"
             )
         layers = n_layers(population.model)
-        windows = windows_of(layers, self.widths)
-        rows = population.first_tokens
+        singles = self._singles(layers)
         use = self._used(population)
-        others = [
-            align(population.model.tokenizer, fact, prepend_bos=population.prepend_bos) for fact in population.reference
-        ]
-        kept: list[Tensor] = []
-
-        def read(strengths: tuple[float, ...], own: bool) -> Read[Tensor]:
-            def of_model(runner: Runner, indices: tuple[int, ...]) -> Tensor:
-                chosen = list(indices)
-                states = _states(runner, others, use[chosen].any(0), self.batch_tokens) if own else kept[0]
-                means = _mean(states, use[chosen])
-                return _read(runner, [rows[i] for i in chosen], means, [(), *windows], strengths, self.batch_tokens)
-
-            return of_model
-
+        written = footprint_of(population, batch_tokens=self.batch_tokens)
+        sets = list(dict.fromkeys([*singles, *_of_footprint(written, self.places), *map(in_order, self.cells)]))
+        cover = torch.stack([written.cover(cells) for cells in sets])
+        off = [not float(mean) < OFF for mean in cover.nanmean(1)]  # nothing written: nothing is in force
+        silencings = [Silencing(cells) for cells in sets]
+        for cells, is_off in zip(sets, off, strict=True):
+            if is_off:
+                silencings += [Silencing(cells, "resample")] * self.resample + [Silencing(cells, "half")]
+        rows = population.first_tokens
+        bos, tokenizer = population.prepend_bos, population.model.tokenizer
+        asking = _Asking(
+            rows=[align(tokenizer, fact, prepend_bos=bos) for fact in population.facts],
+            objects=[row.objects for row in rows],
+            references=[align(tokenizer, fact, prepend_bos=bos) for fact in population.reference],
+            use=use,
+            drawn=_drawn(use, self.seed),
+            batch_tokens=self.batch_tokens,
+        )
         settings = {
             "reference": [asdict(fact) for fact in population.reference] if population.cache else (),
-            "settings": (windows, self.half, self.means_of, self.most_references, self.batch_tokens, self.seed),
+            "settings": (silencings, self.means_of, self.most_references, self.batch_tokens, self.seed),
         }
+        given = None
         if self.means_of == "unedited":
             with frozen(population.model), torch.no_grad():
-                kept.append(_states(Runner(population.model), others, use.any(0), self.batch_tokens))
-        strengths = (1.0, 0.5) if self.half else (1.0,)
-        before = population.unedited("knock-out", read((1.0,), own=True), settings=settings)[:, 0]
-        after = population.after("knock-out", read(strengths, self.means_of == "audited"), settings=settings)
+                given = asking.standing_in(Runner(population.model), range(len(rows)))
+        before = population.unedited("knock-out", asking.reader([NOTHING, *silencings]), settings=settings)
+        after = population.after("knock-out", asking.reader([NOTHING, *silencings], given), settings=settings)
         known = before[:, 0, 0] == 1
         survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
-        read_later = any(row.last < len(row.ids) - 1 for row in rows)
-        masked = _masked(windows, survives, (layers - 1,) if read_later else None)
-        cases = [Case(window, _label(window), "elsewhere", masked.get(window, ""), window) for window in windows]
-        half = _reading(population.facts, windows, after[:, 1]) if self.half else None
-        found = Recovery.of(
-            "knock-out",
-            population,
-            cases,
-            _reading(population.facts, windows, before),
-            _reading(population.facts, windows, after[:, 0]),
-            known=known,
-            extra={"survives": survives},
-            details={"half": half, "references": tuple(use.sum(1).tolist())},
-            seed=self.seed,
+        unread = None if any(row.last == len(row.ids) - 1 for row in rows) else layers - 1
+        cover_of, off_of = dict(zip(sets, cover, strict=True)), dict(zip(sets, off, strict=True))
+        spared = {s: float(share) for s, share in zip(silencings, survives, strict=True)}
+        cases = [
+            Case(
+                s,
+                str(s),
+                "elsewhere" if off_of[s.cells] else "underneath",
+                _masked(s, spared, unread),
+                tuple(sorted({cell.layer for cell in s.cells})),
+            )
+            for s in silencings
+        ]
+        readings = [_reading(population.facts, [NOTHING, *silencings], each) for each in (before, after)]
+        found = Recovery.of("knock-out", population, cases, *readings, known=known, seed=self.seed)
+        common = self._common(population, asking, found, settings)
+        if common is not None:
+            found = Recovery.of("knock-out", population, cases, *readings, known=known, common=common, seed=self.seed)
+        own = torch.stack([readings[0].at(case=s, quantity="old_first") for s in silencings], 1)
+        chance = torch.stack([readings[0].at(case=s, quantity="control_first") for s in silencings], 1)
+        return replace(
+            found,
+            extra={
+                **found.extra,
+                "cover": torch.stack([cover_of[s.cells].nanmean() for s in silencings]),
+                "survives": survives,
+                "of_unedited": found.excess.mean / (own - chance)[known].nanmean(0),
+            },
+            details={
+                "footprint": written,
+                "references": tuple(use.sum(1).tolist()),
+                "whole": any(
+                    not case.masked and s.by != "half" and bool((cover_of[s.cells] >= WHOLE).all())
+                    for case, s in zip(cases, silencings, strict=True)
+                ),
+                "disagree": _disagreeing(found),
+            },
         )
-        own = torch.stack([found.before.at(case=w, quantity="old_first") for w in windows], 1)
-        chance = torch.stack([found.before.at(case=w, quantity="control_first") for w in windows], 1)
-        extra = {"survives": survives, "of_unedited": found.excess.mean / (own - chance)[known].nanmean(0)}
-        if half is not None:
-            gaps = [half.at(case=w, quantity="old_first") - half.at(case=w, quantity="control_first") for w in windows]
-            extra["half_strength"] = torch.stack(gaps, 1)[known].nanmean(0)
-        return replace(found, extra=extra)
+
+    def _singles(self, layers: int) -> list[Cells]:
+        """Each component at each place, of each window of layers."""
+        for given, known, what in ((self.components, COMPONENTS, "component"), (self.places, PLACES, "place")):
+            for name in given:
+                if name not in known:
+                    raise ValueError(f"{what} {name!r} is unknown, needed one of {known}")
+        for cell in (cell for cells in self.cells for cell in cells):
+            if not 0 <= cell.layer < layers or cell.component not in COMPONENTS or cell.place not in PLACES:
+                raise ValueError(f"{cell} is none of the model's cells: it has layers 0 to {layers - 1}")
+        return [
+            in_order(Cell(component, layer, place) for layer in window)
+            for component in self.components
+            for place in self.places
+            for window in windows_of(layers, self.widths)
+        ]
+
+    def _common(
+        self, population: Population, asking: _Asking, found: Recovery, settings: Any
+    ) -> Float[Tensor, "fact case"] | None:
+        """How often a fact's old object leads for subjects who don't have it; NaN where it wasn't looked into.
+
+        In the changed model, if it is one for all facts; of a change for each, in the unedited one.
+        """
+        looked = [i for i, mean in enumerate(found.excess.mean.tolist()) if mean > LOOKED_INTO]
+        if not looked:
+            return None
+        silencings = [found.cases[i].key for i in looked]
+        owners = _owners(population, self.seed)
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Tensor:
+            return asking.owners_under(runner, indices, owners, silencings)  # type: ignore[arg-type]
+
+        settings = {**settings, "silencings": silencings, "owners": owners}
+        one = len(population.parts) == 1 and not isinstance(population.changed, Change)
+        reading = population.after if one else population.unedited
+        leads = reading("knock-out of subjects without the object", read, settings=settings)
+        common = torch.full((len(population.facts), len(found.cases)), math.nan)
+        common[:, looked] = leads
+        return common
 
     def _of_those_that_can_be_asked(self, population: Population) -> Recovery:
         """The same of the facts that have controls, and references enough."""
@@ -175,12 +259,9 @@ class KnockOut:
         if able:
             found = strict(population.asking(able))
             return replace(found, details={**found.details, "left_out": tuple(notes)})
-        windows = windows_of(n_layers(population.model), self.widths)
-        cases = [
-            Case(window, _label(window), "elsewhere", "no fact has references and controls", window)
-            for window in windows
-        ]
-        nothing = torch.full((len(population.facts), len(windows), len(FIRST)), math.nan)
+        silencings = [Silencing(cells) for cells in self._singles(n_layers(population.model))]
+        cases = [Case(s, str(s), "elsewhere", "no fact has references and controls") for s in silencings]
+        nothing = torch.full((len(population.facts), len(cases), len(FIRST)), math.nan)
         return Recovery.of(
             "knock-out",
             population,
@@ -188,7 +269,7 @@ class KnockOut:
             nothing,
             nothing,
             known=torch.zeros(len(population.facts), dtype=torch.bool),
-            details={"left_out": tuple(notes)},
+            details={"left_out": tuple(notes), "whole": False},
         )
 
     def _used(self, population: Population) -> Bool[Tensor, "fact reference"]:
@@ -203,31 +284,43 @@ class KnockOut:
         )
 
 
-def _label(window: Window) -> str:
-    """In words."""
-    return f"MLP of layer {window[0]}" if len(window) == 1 else f"MLPs of layers {window[0]}–{window[-1]}"
-
-
-def _masked(windows: Sequence[Window], survives: Float[Tensor, "window"], unread: Window | None) -> dict[Window, str]:
-    why = {}
-    for window, share in zip(windows, survives.tolist(), strict=True):
-        if math.isnan(share):
-            why[window] = "the unedited model knows none of the facts"
-        elif window == unread:
-            why[window] = "after the last layer nothing reads the last subject token"
-        elif share < SURVIVES:
-            why[window] = (
-                f"the unedited model keeps its answer in {share:.0%} of the facts it knows, needed {SURVIVES:.0%}"
-            )
-    return why
-
-
 def windows_of(layers: int, widths: Sequence[int]) -> tuple[Window, ...]:
     """All windows of neighbouring layers of these widths, whole ones only, narrow ones first."""
     if not widths or min(widths) < 1 or max(widths) > layers:
         raise ValueError(f"widths are {tuple(widths)}, needed some between 1 and the model's {layers} layers")
     return tuple(
         tuple(range(start, start + width)) for width in sorted(set(widths)) for start in range(layers - width + 1)
+    )
+
+
+def _of_footprint(written: Footprint, places: Sequence[Place]) -> list[Cells]:
+    """The cells that cover most of what was written, and those that cover all of it."""
+    whole = written.whole()
+    return [*(cells for place in places for cells in written.nested(place)), *([] if whole is None else [whole])]
+
+
+def _masked(silencing: Silencing, spared: dict[Silencing, float], unread: int | None) -> str:
+    share = spared[silencing]
+    if math.isnan(share):
+        return "the unedited model knows none of the facts"
+    if all(cell.layer == unread and cell.place == "subject" for cell in silencing.cells):
+        return "after the last layer nothing reads the last subject token"
+    if silencing.by == "half" and spared[silencing._replace(by="mean")] >= SURVIVES:
+        return "the unedited model can spare it whole"
+    if share < SURVIVES:
+        return f"the unedited model keeps its answer in {share:.0%} of the facts it knows, needed {SURVIVES:.0%}"
+    return ""
+
+
+def _disagreeing(found: Recovery) -> tuple[str, ...]:
+    """Cells whose mean and resample don't say the same."""
+    means = {case.key: float(found.at(case.key).mean) for case in found.cases if not case.masked}
+    return tuple(
+        str(key)
+        for key, mean in means.items()
+        if isinstance(key, Silencing)
+        and key.by == "mean"
+        and abs(means.get(key._replace(by="resample"), mean) - mean) > 1 / 3
     )
 
 
@@ -248,133 +341,130 @@ def _uses(fact: Fact, reference: Sequence[Fact], touched: frozenset[str]) -> Boo
     return use
 
 
-def _first_of(use: Bool[Tensor, "reference"], order: Int[Tensor, "reference"], most: int) -> Bool[Tensor, "reference"]:
+def _first_of(use: Bool[Tensor, "reference"], order: Tensor, most: int) -> Bool[Tensor, "reference"]:
     """As many of those that can be used as are wanted, the first in some order."""
     if most < LEAST_REFERENCES:
         raise ValueError(f"most_references is {most}, needed {LEAST_REFERENCES} at least")
     return torch.zeros_like(use).index_fill(0, order[use[order]][:most], True)
 
 
+def _drawn(use: Bool[Tensor, "fact reference"], seed: int) -> list[int]:
+    """For each fact one of its references, whichever facts are asked beside it."""
+    order = torch.randperm(use.shape[1], generator=torch.Generator().manual_seed(seed + 1))
+    return [int(order[row[order]][i % int(row.sum())]) for i, row in enumerate(use)]
+
+
+def _owners(population: Population, seed: int) -> tuple[tuple[int, ...], ...]:
+    """For each fact, references of its relation who have another object: their places."""
+    order = torch.randperm(len(population.reference), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = []
+    for i, fact in enumerate(population.facts):
+        touched, others = population.touched_with(i), list[int]()
+        for r in order:
+            other = population.reference[r]
+            if other.group == fact.group and other.subject not in touched and other.target_true != fact.target_true:
+                others.append(r)
+        found.append(tuple(others[:MOST_OWNERS]))
+    return tuple(found)
+
+
 # ------------------------------------------------------------------------------------ running
 
 
-def _states(
-    runner: Runner, rows: Sequence[Aligned], used: Bool[Tensor, "reference"], batch_tokens: int
-) -> Float[Tensor, "reference layer d_model"]:
-    """The MLP outputs of all layers at the last subject tokens, 0 where unused; nothing after them is run."""
-    places = [component_hook("mlp", layer) for layer in range(runner.n_layers)]
-    needed = used.nonzero()[:, 0].tolist()
-    # Beginnings shared by prompts of one subject are run for each: this is the smaller part of the work.
-    heads = [rows[i].ids[: rows[i].last + 1] for i in needed]
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    for some in batches([len(head) for head in heads], batch_tokens):
-        caught = runner.capture(pad([heads[i] for i in some], 0), places)
-        ends = torch.tensor([len(heads[i]) - 1 for i in some])
-        at_end = torch.stack([caught[place][torch.arange(len(some)), ends] for place in places], 1)
-        for i, state in zip(some, at_end, strict=True):
-            found[needed[i]] = state
-    nothing = torch.zeros_like(found[needed[0]])
-    return torch.stack([state if len(state) else nothing for state in found])
+Standing: TypeAlias = tuple[list[Asked], Replacements]
+"""The prompts of some facts, and what stands in for what they say."""
 
 
-def _mean(
-    states: Float[Tensor, "reference layer d_model"], use: Bool[Tensor, "fact reference"]
-) -> Float[Tensor, "fact layer d_model"]:
-    weights = use.to(states.device).double()
-    total = torch.einsum("fr,rld->fld", weights, states.double())
-    return (total / weights.sum(1)[:, None, None]).to(states.dtype)
+@dataclass(frozen=True, eq=False)
+class _Asking:
+    """The facts and their references, as they are run."""
+
+    rows: Sequence[Aligned]
+    objects: Sequence[tuple[int, ...]]
+    references: Sequence[Aligned]
+    use: Bool[Tensor, "fact reference"]
+    drawn: Sequence[int]
+    batch_tokens: int
+
+    def reader(self, silencings: Sequence[Silencing], given: Standing | None = None) -> Read[Tensor]:
+        """Reads `QUANTITIES` of facts under silencings; what stands in comes from the model itself, unless given."""
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact silencing quantity"]:
+            out = torch.full((len(indices), len(silencings), len(QUANTITIES)), math.nan)
+            for some in self._few_sources(runner, [i for i in indices if self.objects[i]]):
+                asked, replacements = self.standing_in(runner, some) if given is None else _some_of(given, some)
+
+                def quantities(i: int, log_p: Float[Tensor, "vocab"], some: Sequence[int] = some) -> Tensor:
+                    found = log_p[list(self.objects[some[i]])]
+                    first = firsts(found)
+                    return torch.stack([*first[:2], first[2:].mean(), *found[:2], found[2:].mean()])
+
+                says = says_under(runner, asked, replacements, silencings, quantities, self.batch_tokens)
+                out[[indices.index(i) for i in some]] = says
+            return out
+
+        return read
+
+    def owners_under(
+        self,
+        runner: Runner,
+        indices: tuple[int, ...],
+        owners: Sequence[Sequence[int]],
+        silencings: Sequence[Silencing],
+    ) -> Float[Tensor, "fact silencing"]:
+        """How often each fact's old object leads for references who don't have it; NaN where there are none."""
+        out = torch.full((len(indices), len(silencings)), math.nan)
+        for some in self._few_sources(runner, [i for i in indices if self.objects[i] and owners[i]]):
+            asked, replacements = self.standing_in(runner, some)
+            asking: dict[int, list[int]] = {}  # the facts that ask each reference
+            for place, i in enumerate(some):
+                for r in owners[i]:
+                    asking.setdefault(r, []).append(place)
+            # A reference is silenced by what stands in for the first fact that asks it: those of a relation share it.
+            prompts = [replace(asked[places[0]], row=self.references[r]) for r, places in asking.items()]
+            ask = list(asking.values())
+
+            def leads(p: int, log_p: Tensor, some: Sequence[int] = some, ask: list[list[int]] = ask) -> Tensor:
+                found = torch.full((len(some),), math.nan)
+                for place in ask[p]:
+                    found[place] = firsts(log_p[list(self.objects[some[place]])])[0]
+                return found
+
+            says = says_under(runner, prompts, replacements, silencings, leads, self.batch_tokens)
+            out[[indices.index(i) for i in some]] = says.nanmean(0).T
+        return out
+
+    def _few_sources(self, runner: Runner, chosen: Sequence[int]) -> list[Sequence[int]]:
+        """The facts in as many at once as what stands in for them leaves room for."""
+        length = max((len(row.ids) for row in self.references), default=1)
+        numbers = 2 * 2 * runner.n_layers * length * int(runner.model.cfg.d_model)
+        at_once = max(1, ROOM // (8 * numbers))
+        return [chosen[i : i + at_once] for i in range(0, len(chosen), at_once)]
+
+    def standing_in(self, runner: Runner, chosen: Sequence[int]) -> Standing:
+        """The prompts of some facts, and what stands in for what they say."""
+        sources: dict[tuple[int, ...], int] = {}
+
+        def source(counted: Sequence[int]) -> int:
+            return sources.setdefault(tuple(counted), len(sources))
+
+        asked = [
+            Asked(self.rows[i], source(self.use[i].nonzero()[:, 0].tolist()), source([self.drawn[i]])) for i in chosen
+        ]
+        weights = torch.zeros(len(sources), len(self.references))
+        for counted, s in sources.items():
+            weights[s, list(counted)] = 1.0
+        return asked, Replacements.read(runner, self.references, weights, self.batch_tokens)
 
 
-def _read(
-    runner: Runner,
-    rows: Sequence[FirstTokens],
-    means: Float[Tensor, "fact layer d_model"],
-    windows: Sequence[Window],
-    strengths: Sequence[float],
-    batch_tokens: int,
-) -> Float[Tensor, "fact strength window quantity"]:
-    """`QUANTITIES` under each window's knock-out: only the blocks from its first layer on are run for it."""
-    enough = min(ENOUGH_TOKENS, batch_tokens)
-    alone = _passes(windows, runner.n_layers, 1, 0)
-    most = len(strengths) * max(len(here) for _, here in alone)
-    streams = [*(resid_pre(layer) for layer in range(runner.n_layers)), resid_post(runner.n_layers - 1)]
-    out = torch.full((len(rows), len(strengths), len(windows), len(QUANTITIES)), math.nan)
-    asked = [i for i, row in enumerate(rows) if row.objects]
-    for batch in batches([most * len(rows[i].ids) for i in asked], batch_tokens):
-        some = [asked[i] for i in batch]
-        tokens = pad([rows[i].ids for i in some], 0)
-        ends = torch.tensor([len(rows[i].ids) - 1 for i in some])
-        last = torch.tensor([rows[i].last for i in some])
-        clean = runner.capture(tokens, streams)
-        for begin, here in _passes(windows, runner.n_layers, len(strengths) * tokens.numel(), enough):
-            # All facts under the first of these cells, then all under the next …
-            cells = list(itertools.product(range(len(strengths)), here))
-            hooks: list[Hook] = []
-            for layer in sorted({layer for w in here for layer in windows[w]}):
-                holding = [(j, strengths[s]) for j, (s, w) in enumerate(cells) if layer in windows[w]]
-                place = torch.cat([torch.arange(len(some)) + j * len(some) for j, _ in holding])
-                share = torch.tensor([strength for _, strength in holding]).repeat_interleave(len(some))
-                mean = means[some, layer].repeat(len(holding), 1)
-                hooks.append((component_hook("mlp", layer), _mix(place, last.repeat(len(holding)), mean, share)))
-            log_p = runner.logits(
-                tokens.repeat(len(cells), 1),
-                at=ends.repeat(len(cells))[:, None],
-                start=(begin, clean[streams[begin]].repeat(len(cells), 1, 1)),
-                hooks=hooks,
-            )[:, 0]
-            log_p = log_p.float().log_softmax(-1).cpu()
-            for (s, w), found in zip(cells, log_p.split(len(some)), strict=True):
-                for i, row in zip(some, found, strict=True):
-                    out[i, s, w] = _quantities(row, rows[i].objects)
-    return out
+def _some_of(given: Standing, chosen: Sequence[int]) -> Standing:
+    return [given[0][i] for i in chosen], given[1]
 
 
-def _passes(windows: Sequence[Window], layers: int, tokens: int, enough: int) -> list[tuple[int, list[int]]]:
-    """Which windows are run together, and from which block on.
-
-    Those that begin at one layer go together. Where they are few tokens, as with one fact, those that begin at the
-    next layers go with them: running some blocks that nothing changed costs less than another pass.
-
-    Args:
-        windows: All of them.
-        layers: How many the model has.
-        tokens: What one window costs.
-        enough: How many tokens a pass may have through those that begin higher.
-    """
-    begins: dict[int, list[int]] = {}
-    for w, window in enumerate(windows):
-        begins.setdefault(window[0] if window else layers, []).append(w)
-    passes: list[tuple[int, list[int]]] = []
-    for begin, here in sorted(begins.items()):
-        if passes and begin < layers and (len(passes[-1][1]) + len(here)) * tokens <= enough:
-            passes[-1][1].extend(here)
-        else:
-            passes.append((begin, list(here)))
-    return passes
-
-
-def _mix(rows: Tensor, positions: Tensor, mean: Float[Tensor, "row d_model"], share: Float[Tensor, "row"]) -> HookFn:
-    """At one position of some rows, the mean in place of a share of what stands there."""
-
-    def hook_fn(value: Tensor, hook: Any = None) -> Tensor:
-        mixed = value.clone()
-        own, new, a = mixed[rows, positions], mean.to(value), share.to(value)[:, None]
-        mixed[rows, positions] = torch.where(a == 1, new, (1 - a) * own + a * new)
-        return mixed
-
-    return hook_fn
-
-
-def _quantities(log_p: Float[Tensor, "vocab"], objects: tuple[int, ...]) -> Float[Tensor, "quantity"]:
-    found = log_p[list(objects)]
-    first = firsts(found)
-    return torch.stack([*first[:2], first[2:].mean(), *found[:2], found[2:].mean()])
-
-
-def _reading(facts: Sequence[Fact], windows: Sequence[Window], values: Tensor) -> Reading:
+def _reading(facts: Sequence[Fact], silencings: Sequence[Silencing], values: Tensor) -> Reading:
     return Reading(
-        name="knock-out at the last subject token",
+        name="knock-out",
         values=values,
-        axes={"fact": range(len(facts)), "case": [(), *windows], "quantity": QUANTITIES},
+        axes={"fact": range(len(facts)), "case": list(silencings), "quantity": QUANTITIES},
         unit="1 where first among the objects (of controls the mean), nats (logp)",
     )

@@ -9,7 +9,7 @@ value included: then this is a knock-out of the layer at that key, found in the 
 directions go too, so neighbours are read as well, and the unedited model under the same loss: where that loses the
 fact, that nothing comes back says nothing.
 
-All changed layers lose their directions together. W'_q stands in the model's weights while it is read, and is taken
+Each changed layer loses its directions alone, and all of them together. W'_q stands in the model's weights while it is read, and is taken
 back bit for bit; an override that is no weight, such as a router, keeps answering.
 """
 
@@ -19,14 +19,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery
-from tl_factedit.backend.protocol import Model, check_layer
+from tl_factedit.backend.protocol import Model, check_layer, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj, down_proj, write_all
 from tl_factedit.core.estimate import over_facts_each
@@ -37,32 +37,36 @@ from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_
 from tl_factedit.measure.population import BATCH_TOKENS, Part, Population
 from tl_factedit.measure.reading import Reading
 
-if TYPE_CHECKING:
-    pass
-
 QUANTITIES = ("old_first", "new_first", "control_first", "neighbours")
-DROPPED = (1, 2, 4, 8, 16)
+DROPPED = (16, 32, 64)
+SURVIVES = 0.5
+"""A case counts if the unedited model keeps its answer under it for this share of the facts, or more."""
+
+
+Loss: TypeAlias = tuple[tuple[int, ...] | None, int]
+"""The layers that lose directions (None: all that were changed), and how many each loses."""
 
 
 @dataclass(frozen=True)
 class WeightReversal:
     """Drop the largest singular directions of the changed ``W_out``, in the unedited and in the changed model.
 
-    The cases are the numbers of directions that each layer loses. ``before`` and ``after`` also hold the case 0
-    (nothing dropped) and the quantity ``neighbours``, the share of neighbours that are answered rightly; ``extra`` has
+    The cases are the numbers of directions that all layers lose together and, where a change wrote several for all
+    facts, pairs of a layer and a number that it loses alone. A case in which the unedited model doesn't know the facts
+    either is masked. ``before`` and ``after`` also hold the case 0 (nothing dropped) and the quantity ``neighbours``, the share of neighbours that are answered rightly; ``extra`` has
     ``survives``, the share of the known facts whose old object is still first in the unedited model under the same
     loss, and ``neighbours``; ``details`` has ``neighbours`` with its intervals (`Estimates`, [case]) and ``layers``,
     those that lost directions for each fact.
 
     Attributes:
-        dropped: How many directions to drop, each tried alone.
-        layers: From which layers; None for those that the change names. Another model names none.
+        dropped: How many directions to drop, each tried alone; None for 16, 32 and 64, of narrow matrices fewer.
+        layers: From which layers; None for those whose ``W_out`` the change wrote.
         neighbours: How many of each fact's neighbours to ask.
         batch_tokens: Most tokens in one forward pass.
         seed: Seed of the bootstrap.
     """
 
-    dropped: Sequence[int] = DROPPED
+    dropped: Sequence[int] | None = None
     layers: Sequence[int] | None = None
     neighbours: int = 4
     batch_tokens: int = BATCH_TOKENS
@@ -72,8 +76,8 @@ class WeightReversal:
         """Drop the directions.
 
         Raises:
-            ValueError: A fact without ``target_new``; another model without `layers`; more directions than a weight
-                has, or none.
+            ValueError: A fact without ``target_new``; another model whose ``W_out`` are the unedited one's, without
+                `layers`; more directions than a weight has, or none.
         """
         facts = with_new_objects(population.facts)
         model = population.model
@@ -82,49 +86,89 @@ class WeightReversal:
             for i in part.indices:
                 of_fact[i] = _where(model, part, self.layers)
         most = min(min(down_proj(model, layer).W.shape) for layers in set(of_fact) for layer in layers)
-        dropped = tuple(sorted(set(self.dropped)))
+        some = [count for count in DROPPED if count <= most // 2] or [1] if self.dropped is None else self.dropped
+        dropped = tuple(sorted(set(some)))
         if not dropped or dropped[0] < 1 or dropped[-1] > most:
             raise ValueError(f"dropped is {dropped}, needed numbers of directions from 1 to {most}")
         asked = [_WithNeighbours.of(model.tokenizer, fact, population.prepend_bos, self.neighbours) for fact in facts]
 
-        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact dropped quantity"]:
-            out = torch.full((len(indices), 1 + len(dropped), len(QUANTITIES)), math.nan)
+        alone = of_fact[0] if len(set(of_fact)) == 1 and len(of_fact[0]) > 1 else ()
+        losses: list[Loss] = [(None, count) for count in dropped]
+        losses += [((layer,), count) for layer in alone for count in dropped]
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact loss quantity"]:
+            out = torch.full((len(indices), 1 + len(losses), len(QUANTITIES)), math.nan)
             for layers in dict.fromkeys(of_fact[i] for i in indices):
                 rows = [row for row, i in enumerate(indices) if of_fact[i] == layers]
                 here = [asked[indices[row]] for row in rows]
-                out[rows] = _read(runner.model, here, layers, dropped, self.batch_tokens)
+                out[rows] = _read(runner.model, here, layers, [(None, 0), *losses], self.batch_tokens)
             return out
 
         def settings(indices: tuple[int, ...]) -> object:
-            return dropped, [of_fact[i] for i in indices], self.neighbours, self.batch_tokens
+            return losses, [of_fact[i] for i in indices], self.neighbours, self.batch_tokens
 
         before, after = population.read("weight reversal", read, settings=settings)
         known = before[:, 0, 0] == 1
         counted = torch.where(known[:, None, None], after, math.nan)[:, 1:]
         near = over_facts_each(counted[..., 3], seed=self.seed)
+        survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
+        cases = [
+            Case(_key(loss), _label(loss), "underneath", _masked(share))
+            for loss, share in zip(losses, survives.tolist(), strict=True)
+        ]
         return Recovery.of(
             "weight reversal",
             population,
-            [Case(q, f"{q} direction{'s' * (q > 1)} dropped", "underneath") for q in dropped],
-            _reading(facts, dropped, before),
-            _reading(facts, dropped, after),
+            cases,
+            _reading(facts, losses, before),
+            _reading(facts, losses, after),
             known=known,
-            extra={
-                "survives": torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0),
-                "neighbours": near.mean,
-            },
+            extra={"survives": survives, "neighbours": near.mean},
             details={"neighbours": near, "layers": tuple(of_fact)},
             seed=self.seed,
         )
 
 
 def _where(model: Model, part: Part, layers: Sequence[int] | None) -> tuple[int, ...]:
-    if layers is None and not isinstance(part.changed, Change):
-        raise ValueError("another model names no layers that it was changed in, needed layers=[...]")
-    chosen = tuple(sorted(set(part.changed.layers if layers is None else layers)))  # type: ignore[union-attr]
+    chosen = tuple(sorted(set(_written(part) if layers is None else layers)))
     if not chosen:
-        raise ValueError("layers is empty, needed one at least")
+        raise ValueError(
+            "no W_out differs from the unedited model's, needed layers=[...]"
+            if layers is None
+            else "layers is empty, needed one at least"
+        )
     return tuple(check_layer(model, layer) for layer in chosen)
+
+
+def _written(part: Part) -> tuple[int, ...]:
+    """The layers whose ``W_out`` a change wrote."""
+    if isinstance(part.changed, Change):
+        return part.changed.layers
+    there = part.changed
+    return tuple(
+        layer
+        for layer in range(n_layers(part.unedited))
+        if not torch.equal(down_proj(part.unedited, layer).W, down_proj(there, layer).W)
+    )
+
+
+def _key(loss: Loss) -> int | tuple[int, int]:
+    layers, count = loss
+    return count if layers is None else (layers[0], count)
+
+
+def _label(loss: Loss) -> str:
+    layers, count = loss
+    where = "" if layers is None else f" of layer {layers[0]} alone"
+    return f"{count} direction{'s' * (count > 1)}{where} dropped"
+
+
+def _masked(share: float) -> str:
+    if math.isnan(share):
+        return "the unedited model knows none of the facts"
+    if share < SURVIVES:
+        return f"the unedited model keeps its answer in {share:.0%} of the facts it knows, needed {SURVIVES:.0%}"
+    return ""
 
 
 # ------------------------------------------------------------------------------------ what is asked
@@ -171,19 +215,22 @@ def _largest(weight: Float[Tensor, "d_mlp d_model"], most: int) -> Float[Tensor,
 
 
 def _read(
-    model: Model, asked: Sequence[_WithNeighbours], layers: Sequence[int], dropped: Sequence[int], batch_tokens: int
-) -> Float[Tensor, "fact dropped quantity"]:
+    model: Model, asked: Sequence[_WithNeighbours], layers: Sequence[int], losses: Sequence[Loss], batch_tokens: int
+) -> Float[Tensor, "fact loss quantity"]:
     rows = [ids for one in asked for ids in (one.fact.ids, *(ids for ids, _ in one.neighbours))]
     owner = [(i, j) for i, one in enumerate(asked) for j in range(-1, len(one.neighbours))]
-    out = torch.full((len(asked), 1 + len(dropped), len(QUANTITIES)), math.nan)
-    sites = [down_proj(model, layer) for layer in layers]
-    directions = [_largest(site.W, dropped[-1]) for site in sites]
+    out = torch.full((len(asked), len(losses), len(QUANTITIES)), math.nan)
+    sites = {layer: down_proj(model, layer) for layer in layers}
+    most = max(count for _, count in losses)
+    directions = {layer: _largest(site.W, most) for layer, site in sites.items()}
     runner = Runner(model)
-    for q, count in enumerate((0, *dropped)):
+    for q, (some, count) in enumerate(losses):
         right: dict[int, list[float]] = {}
+        losing = layers if some is None else some
         with ExitStack() as stack:
             if count:
-                stack.enter_context(_dropped(sites, directions, count))
+                writing = _dropped([sites[layer] for layer in losing], [directions[layer] for layer in losing], count)
+                stack.enter_context(writing)
             for row, logits in at_the_ends(runner, rows, batch_tokens):
                 i, j = owner[row]
                 fact = asked[i].fact
@@ -198,10 +245,10 @@ def _read(
     return out
 
 
-def _reading(facts: Sequence[Fact], dropped: Sequence[int], values: Tensor) -> Reading:
+def _reading(facts: Sequence[Fact], losses: Sequence[Loss], values: Tensor) -> Reading:
     return Reading(
         name="weight-side reversal",
         values=values,
-        axes={"fact": range(len(facts)), "case": [0, *dropped], "quantity": QUANTITIES},
+        axes={"fact": range(len(facts)), "case": [0, *map(_key, losses)], "quantity": QUANTITIES},
         unit="1 where first among the objects (of controls the mean), share of neighbours",
     )

@@ -17,22 +17,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tl_factedit.attacks.attack import Attack
-from tl_factedit.attacks.knockout import KnockOut, windows_of
+from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
+from tl_factedit.attacks.knockout import KnockOut
 from tl_factedit.attacks.readout import ReadOut
+from tl_factedit.attacks.reversal import WeightReversal
 from tl_factedit.attacks.routes import FollowRoutes, Route
 from tl_factedit.auditing.calibration import Calibration, check_apart, unchanged
 from tl_factedit.auditing.findings import Thresholds
-from tl_factedit.auditing.gather import Plan, findings_of, gather, is_erasure, widths_written, with_controls
+from tl_factedit.auditing.gather import Plan, findings_of, gather, is_erasure, with_controls
 from tl_factedit.auditing.rules import judge
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.auditing.wording import (
     describe_context,
-    of_written_layers,
+    of_what_was_written,
     recoverable_axis,
     retained_axis,
     what_is_missing,
 )
-from tl_factedit.backend.protocol import Model, as_layers, n_layers
+from tl_factedit.backend.protocol import Model
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
 from tl_factedit.core.tokens import check_all
 from tl_factedit.editing.edit import Edit
@@ -52,8 +54,8 @@ def audit(
     texts: Sequence[str] = (),
     calibration: Calibration | None = None,
     attacks: Sequence[Attack] = (),
+    full: bool = False,
     objective: Objective | None = None,
-    widths: Sequence[int] | None = None,
     thresholds: Thresholds | None = None,
     prepend_bos: bool | None = None,
     seed: int = 0,
@@ -81,10 +83,11 @@ def audit(
         calibration: The same kind of change made for other subjects (`Calibration`).
         attacks: Further attacks, beside those that every audit makes (`KnockOut`, `ReadOut`, and `FollowRoutes` where
             routes are given); one of the same type takes the place of the default one.
+        full: Whether to also drop the largest directions of the changed weights (`WeightReversal`) and, of one change
+            for all facts, to teach some facts and look at the others (`DisjointRelearning`): what a claim of absence
+            needs where not all that was written can be silenced.
         objective: What the change was to bring about: of `Erase` that the old object no longer leads, of anything else
             that the new one does. None: what an edit was made with, and `Inject` for anything else.
-        widths: How many layers to knock out together; None: one, and as many as reach from the first that the change
-            wrote to the last.
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
         prepend_bos: BOS policy of a model changed in another way; None for its default. An edit has its own.
         seed: Seed of the bootstraps.
@@ -108,11 +111,8 @@ def audit(
     """
     population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress)
     erasing = is_erasure(population, objective)
-    spans = widths_written(population) if widths is None else as_layers(widths)
-    if widths is not None:
-        windows_of(n_layers(model), spans)
     plan = Plan(
-        attacks=_with_defaults(attacks, spans, tuple(routes), seed),
+        attacks=_with_defaults(population, attacks, tuple(routes), full, seed),
         routes=tuple(routes),
         same_subject=tuple(same_subject),
         texts=tuple(texts),
@@ -127,11 +127,12 @@ def audit(
     found = judge(findings, thresholds)
     return Verdict(
         label=found.label,
-        level="per edit" if findings.one else "population",
+        level="per edit" if findings.few else "population",
+        by=found.by,
         retained=retained_axis(findings, evidence.retention),
         recoverable=recoverable_axis(findings),
-        reasons=(*found.reasons, *of_written_layers(evidence), *describe_context(evidence)),
-        missing=(*found.missing, *what_is_missing(evidence, widths_given=widths is not None)),
+        reasons=(*found.reasons, *of_what_was_written(evidence), *describe_context(evidence)),
+        missing=(*found.missing, *what_is_missing(evidence)),
         power=found.power,
         findings=findings,
         thresholds=thresholds,
@@ -180,11 +181,15 @@ def _population(
 
 
 def _with_defaults(
-    attacks: Sequence[Attack], widths: Sequence[int], routes: tuple[Route, ...], seed: int
+    population: Population, attacks: Sequence[Attack], routes: tuple[Route, ...], full: bool, seed: int
 ) -> tuple[Attack, ...]:
-    """The attacks that every audit makes, and the user's own."""
-    usual: list[Attack] = [KnockOut(widths=tuple(widths), partial=True, seed=seed), ReadOut(seed=seed)]
+    """The attacks that every audit makes, those of a full one, and the user's own."""
+    usual: list[Attack] = [KnockOut(partial=True, seed=seed), ReadOut(seed=seed)]
     if routes:
         usual.append(FollowRoutes(routes))
+    if full:
+        usual.append(WeightReversal(seed=seed))
+        if not isinstance(population.changed, Sequence):
+            usual.append(DisjointRelearning(seed=seed))
     own = {type(attack) for attack in attacks}
     return (*(attack for attack in usual if type(attack) not in own), *attacks)

@@ -12,6 +12,16 @@ from tl_factedit.core.estimate import Estimate
 Label = Literal["FAILED", "DAMAGED", "ERASED", "MOVED", "INSERTED", "LATENT", "SCARRED", "INCONCLUSIVE"]
 
 
+LEAST_FACTS = 10
+"""With fewer a label speaks of these edits alone."""
+
+LEAST_ERASED = 50
+"""Facts that an absence is claimed of."""
+
+LEAST_ROUTES = 10
+"""Facts whose indirect routes have to be looked at before an absence is claimed."""
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """What counts as how much: declared beforehand, and part of a verdict.
@@ -54,8 +64,8 @@ class AttackFinding:
             no correction is due.
         least: The smallest corrected upper end of any case: below 0 the old object does worse than its controls.
         tests: How many cases were tried (that the unedited model survives).
-        covers: Of attacks that switch off what the change wrote, whether one of the cases that were tested takes out
-            all of it; None where it isn't known what was written, or where nothing is switched off.
+        covers: Of attacks that switch off what the change wrote, whether a case that was tested takes out all of it;
+            None of attacks that switch nothing off.
     """
 
     attack: str
@@ -68,7 +78,7 @@ class AttackFinding:
     covers: bool | None = None
 
     @classmethod
-    def of(cls, recovery: Recovery, shows: Shows, covers: bool | None = None) -> AttackFinding | None:
+    def of(cls, recovery: Recovery, shows: Shows) -> AttackFinding | None:
         """Of the cases that ask one question; None if there are none."""
         found = recovery.showing(shows)
         if found is None:
@@ -82,7 +92,7 @@ class AttackFinding:
             at_most=found.at_most,
             least=float(ends.min()) if len(ends) else math.nan,
             tests=int(recovery.tested.sum()),
-            covers=covers,
+            covers=recovery.details.get("whole") if shows == "elsewhere" else None,
         )
 
 
@@ -121,6 +131,11 @@ class Findings:
         """Whether a single fact was asked: there are no intervals, and its label is descriptive."""
         return (self.facts or self.efficacy.n) < 2
 
+    @property
+    def few(self) -> bool:
+        """Whether the facts are too few to speak of a population: nothing is claimed beyond what shows."""
+        return (self.facts or self.efficacy.n) < LEAST_FACTS
+
     def showing(self, *shows: Shows) -> tuple[AttackFinding, ...]:
         """The attacks' findings on some of the questions."""
         return tuple(finding for finding in self.attacks if finding.shows in shows)
@@ -132,6 +147,7 @@ class Judgement:
 
     Attributes:
         label: The verdict.
+        by: Of INSERTED, the questions that brought the old object back: ``"elsewhere"``, ``"underneath"``, or both.
         reasons: Why, with the numbers.
         missing: What was not gathered, or not precisely enough, for a stronger label.
         power: The smallest effects that these findings would have shown, with 80 % probability.
@@ -141,3 +157,4 @@ class Judgement:
     reasons: tuple[str, ...]
     missing: tuple[str, ...]
     power: tuple[str, ...]
+    by: frozenset[str] = frozenset()

@@ -14,7 +14,6 @@ from tl_factedit.attacks.routes import Route, Routes, check_routes
 from tl_factedit.auditing.findings import AttackFinding, Findings
 from tl_factedit.auditing.retained import Calibration, Retention, retention
 from tl_factedit.auditing.upstream import Upstream, all_upstream
-from tl_factedit.backend.fingerprint import fingerprint
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, over_facts
@@ -27,8 +26,7 @@ from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
 from tl_factedit.evaluation.same_subject import Specificity, pair_same_subject, specificity
 from tl_factedit.evaluation.scores import Answer, Scores, evaluate, scores_of
 from tl_factedit.evaluation.text_drift import Drift, drift, encode_texts
-from tl_factedit.measure.change import Change
-from tl_factedit.measure.population import Part, Population
+from tl_factedit.measure.population import Population
 from tl_factedit.measure.reading import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
 
@@ -82,7 +80,6 @@ class Evidence:
     upstream: Upstream | None
     dose: Dose | None
     gains: tuple[Gains, ...]
-    written: tuple[tuple[int, ...] | None, ...]
 
     @property
     def routes(self) -> Routes | None:
@@ -136,7 +133,6 @@ def gather(population: Population, plan: Plan) -> Evidence:
         else tuple(
             gains(model, alone, text) for fact in facts for text in (fact.text, *map(fact.fill, fact.paraphrases))
         ),
-        written=tuple(_layers_written(part) for part in population.parts),
     )
 
 
@@ -153,7 +149,7 @@ def findings_of(evidence: Evidence, *, erasing: bool, facts: int) -> Findings:
             finding
             for recovery in evidence.attacks
             for shows in ("elsewhere", "underneath", "residue")
-            if (finding := AttackFinding.of(recovery, shows, _takes_out_all(recovery, evidence.written))) is not None
+            if (finding := AttackFinding.of(recovery, shows)) is not None
         ),
         route_new=None if routes is None else routes.new,
         native=None if kept is None or kept.native is None else kept.native.pooled,
@@ -182,12 +178,6 @@ def with_controls(fact: Fact, among: Sequence[Fact]) -> Fact:
     return fact.but(controls=[each for each in targets if each not in (fact.target_true, fact.target_new)])
 
 
-def widths_written(population: Population) -> list[int]:
-    """How many layers to knock out together: one, and as many as reach from the first that was written to the last."""
-    written = [layers for part in population.parts if (layers := _layers_written(part))]
-    return sorted({1, max((max(layers) - min(layers) + 1 for layers in written), default=1)})
-
-
 def _scores_and_lens(population: Population) -> tuple[Scores, Scores, Comparison]:
     """Scores and lens of each fact, before and under the change that serves it; the provenance is that of the first."""
     facts, bos = population.facts, population.prepend_bos
@@ -210,24 +200,6 @@ def _scores_and_lens(population: Population) -> tuple[Scores, Scores, Comparison
     reading: Reading = replace(lens_before, values=torch.stack([values[i] for i in range(len(facts))]))
     after = scores_of(facts, tuple(answers), Provenance.from_json(json.loads(provenance[0])))
     return before, after, Comparison(lens_before, reading)
-
-
-def _layers_written(part: Part) -> tuple[int, ...] | None:
-    """The layers that a change wrote; None for another model that differs in more than ``W_out``."""
-    if isinstance(part.changed, Change):
-        return part.changed.layers
-    here, there = fingerprint(part.unedited), fingerprint(part.changed)
-    if (here.rest, here.layout, len(here.w_out)) != (there.rest, there.layout, len(there.w_out)):
-        return None
-    return tuple(i for i, both in enumerate(zip(here.w_out, there.w_out, strict=True)) if both[0] != both[1])
-
-
-def _takes_out_all(recovery: Recovery, written: Sequence[tuple[int, ...] | None]) -> bool | None:
-    """Whether all that was written is switched off by some case that could be tested; None where nobody can tell."""
-    if not any(case.layers for case in recovery.cases) or any(layers is None for layers in written):
-        return None
-    tested = [set(case.layers) for case in recovery.cases if not case.masked]
-    return all(any(set(layers or ()) <= off for off in tested) for layers in written)
 
 
 def _loss_of_neighbours(before: Scores, after: Scores) -> Estimate | None:

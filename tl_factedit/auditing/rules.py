@@ -27,7 +27,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from tl_factedit.auditing.findings import AttackFinding, Findings, Judgement, Label, Thresholds
+from tl_factedit.auditing.findings import (
+    LEAST_ERASED,
+    LEAST_FACTS,
+    LEAST_ROUTES,
+    AttackFinding,
+    Findings,
+    Judgement,
+    Label,
+    Thresholds,
+)
 from tl_factedit.auditing.power import Z_ONE_SIDED, has_interval, power_of, standard_error
 from tl_factedit.core.estimate import Estimate
 
@@ -38,6 +47,7 @@ class Ruling:
 
     Attributes:
         label: Its label if it applies; None to go on with the next rule.
+        by: Of INSERTED, which questions decided.
         reasons: What it found, with the numbers.
         missing: What it would have needed, or needed more precisely.
     """
@@ -45,6 +55,7 @@ class Ruling:
     label: Label | None = None
     reasons: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    by: frozenset[str] = frozenset()
 
 
 Rule: TypeAlias = Callable[[Findings, Thresholds], Ruling]
@@ -65,7 +76,7 @@ def judge(findings: Findings, thresholds: Thresholds | None = None) -> Judgement
         reasons += ruling.reasons
         missing += [what for what in ruling.missing if what not in missing]
         if ruling.label is not None:
-            return Judgement(ruling.label, tuple(reasons), tuple(missing), power_of(findings, thresholds))
+            return Judgement(ruling.label, tuple(reasons), tuple(missing), power_of(findings, thresholds), ruling.by)
     return Judgement("INCONCLUSIVE", tuple(reasons), tuple(missing), power_of(findings, thresholds))
 
 
@@ -119,13 +130,13 @@ def damaged(f: Findings, t: Thresholds) -> Ruling:
 
 def inserted(f: Findings, t: Thresholds) -> Ruling:
     """An attack brings the old object back."""
-    found, ways = Ruling(), list[str]()
+    found, ways, by = Ruling(), list[str](), set[str]()
     for finding in f.showing("elsewhere", "underneath"):
         value, name = finding.strongest, finding.attack
         if finding.covers is False:
             found.missing.append(
                 f"{name} of all that the change wrote: the unedited model can't spare it, so that what lies over the "
-                "fact there wouldn't show"
+                "fact there wouldn't show (full=True asks the weights instead)"
             )
         if not value.n:
             found.missing.append(f"{name}: no case could be tested")
@@ -135,9 +146,10 @@ def inserted(f: Findings, t: Thresholds) -> Ruling:
             f"{name} ({finding.case}): the old object is back in excess of controls in {value:.2f} ({corrected})"
         )
         if _enough(f, value, name, found) and _is_present(value, t):
-            ways.append(name)
+            ways += [name] * (name not in ways)
+            by.add(finding.shows)
     if not any(finding.strongest.n for finding in f.showing("elsewhere")):
-        found.missing.append("knock-out of layers at the last subject token (needs references and controls)")
+        found.missing.append("knock-out of what the change wrote (needs references and controls)")
     if not any(finding.strongest.n for finding in f.showing("underneath")):
         found.missing.append("indirect routes (two-hop, reverse): none were given, or the model knows none")
     if ways:
@@ -146,7 +158,7 @@ def inserted(f: Findings, t: Thresholds) -> Ruling:
         found.reasons.append(
             f"{' and '.join(ways)} {verb} the old object back: {what}" + (" (one fact: descriptive)" if f.one else "")
         )
-        return Ruling("INSERTED", found.reasons, found.missing)
+        return Ruling("INSERTED", found.reasons, found.missing, frozenset(by))
     return found
 
 
@@ -161,7 +173,7 @@ def moved(f: Findings, t: Thresholds) -> Ruling:
             found.missing.append(f"a decoder of the old object {what}")
         else:
             found.reasons.append(f"retained {what}: ρ = {rho:.2f} (1: as before, 0: nothing)")
-    if f.one or f.native is None or f.adaptive is None or not (has_interval(f.native) and has_interval(f.adaptive)):
+    if f.few or f.native is None or f.adaptive is None or not (has_interval(f.native) and has_interval(f.adaptive)):
         return found
     if _is_zero(f.native, t) and f.adaptive.low > t.retained and _no_way_back(f, t, found):
         found.reasons.append(
@@ -175,7 +187,7 @@ def moved(f: Findings, t: Thresholds) -> Ruling:
 def latent(f: Findings, t: Thresholds) -> Ruling:
     """A decoder or another residue, and no way back."""
     found = Ruling()
-    if f.one:
+    if f.few:
         return found
     residues = [
         what
@@ -204,7 +216,7 @@ def latent(f: Findings, t: Thresholds) -> Ruling:
 def scarred(f: Findings, t: Thresholds) -> Ruling:
     """Marked as what the answer is not."""
     found = Ruling()
-    if f.one:
+    if f.few:
         return found
     for what, value in (
         ("the decoder puts the old object below its null", f.native),
@@ -225,21 +237,26 @@ def scarred(f: Findings, t: Thresholds) -> Ruling:
 def erased(f: Findings, t: Thresholds) -> Ruling:
     """Nothing of it, by measurements that would have shown it."""
     found = Ruling()
-    if f.one:
-        found.missing.append("more facts: of one, an absence can't be shown")
+    if f.few:
+        found.missing.append(f"more facts: of fewer than {LEAST_FACTS}, an absence can't be shown")
         return found
     shown = _no_way_back(f, t, found)
+    if (f.facts or f.efficacy.n) < LEAST_ERASED:
+        shown = False
+        found.missing.append(f"more facts: an absence is claimed of {LEAST_ERASED} at least")
+    if not f.paraphrase.n:
+        shown = False
     for what, rho in (("native", f.native), ("adaptive", f.adaptive)):
         if rho is None or not has_interval(rho):
             shown = False
-        elif not _is_zero(rho, t):
+        elif not _is_zero(rho, t) or rho.low > t.retained:
             shown = False
             found.missing.append(
                 f"more facts: ρ of the {what} decoder, {rho:.2f}, isn't within ±{t.equal:g} by its 90 % interval"
             )
-    if not f.erasing and (f.route_new is None or f.route_new.n < 2):
+    if not f.erasing and (f.route_new is None or f.route_new.n < LEAST_ROUTES):
         shown = False
-        found.missing.append("indirect routes to what follows from the new object")
+        found.missing.append(f"indirect routes to what follows from the new object, of {LEAST_ROUTES} facts at least")
     elif not f.erasing and f.route_new is not None and f.route_new.mean < t.follows:
         shown = False
         found.reasons.append(
@@ -252,11 +269,19 @@ def erased(f: Findings, t: Thresholds) -> Ruling:
             found.missing.append(
                 f"more facts: {finding.attack} may still find {may} of the old object, needed less than {t.equal:g}"
             )
-    if not any(loss is not None and has_interval(loss) for loss in (f.neighbour_loss, f.specificity_loss)):
+    for what, loss, most in (
+        ("neighbours", f.neighbour_loss, t.loss),
+        ("the subject's other facts", f.specificity_loss, t.loss),
+        ("perplexity on plain text", f.perplexity, t.perplexity),
+    ):
+        if loss is None or not has_interval(loss):
+            shown = False
+            found.missing.append(f"{what}: a model that is broken as a whole has nothing of a fact")
+        elif not loss.high <= most:
+            shown = False
+            found.missing.append(f"more of {what}: it may have suffered, {loss:.2f}, needed {most:g} at most")
+    if not any(finding.strongest.n for finding in f.showing("residue")):
         shown = False
-        found.missing.append(
-            "neighbours or other facts of the subjects: a model that is broken as a whole has nothing of a fact"
-        )
     if shown:
         found.reasons.append("nothing of the old object was found, by measurements that would have shown it")
         return Ruling("ERASED", found.reasons, found.missing)
@@ -286,14 +311,20 @@ def _is_zero(rho: Estimate, t: Thresholds) -> bool:
 
 
 def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
-    """Whether attacks of both questions were run, and each bounds what it may bring back."""
-    shown = True
-    for shows in ("elsewhere", "underneath"):
-        shown = shown and any(finding.strongest.n > 1 for finding in f.showing(shows))
-    for finding in f.showing("elsewhere", "underneath"):
-        if finding.covers is False:
-            shown = False
-        if finding.strongest.n > 1 and not finding.at_most <= t.absent:
+    """Whether attacks of both questions were run, and each bounds what it may bring back.
+
+    Without all that was written there must be no way back; where not all of it can be silenced, the weights are asked
+    instead: by their largest directions, and by teaching other facts.
+    """
+    tested = [finding for finding in f.showing("elsewhere", "underneath") if finding.strongest.n > 1]
+    asked = {finding.attack for finding in tested}
+    switched_off = any(finding.shows == "elsewhere" and finding.covers is not False for finding in tested)
+    shown = switched_off or {"weight reversal", "disjoint relearning"} <= asked
+    if not shown and asked:
+        found.missing.append("the changed weights themselves (full=True): not all that was written can be silenced")
+    shown = shown and any(finding.shows == "underneath" for finding in tested)
+    for finding in tested:
+        if not finding.at_most <= t.absent:
             shown = False
             found.missing.append(
                 f"more facts: {finding.attack} may still bring back the old object in {finding.at_most:.2f}, needed "

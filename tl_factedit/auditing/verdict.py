@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tl_factedit.attacks.attack import Recovery
+from tl_factedit.auditing.explanation import explain
 from tl_factedit.auditing.findings import Findings, Label, Thresholds
 from tl_factedit.auditing.retained import Retention
 from tl_factedit.auditing.upstream import Upstream
@@ -45,7 +46,9 @@ class Verdict:
     Attributes:
         label: FAILED, DAMAGED, INSERTED, MOVED, LATENT, SCARRED, ERASED or INCONCLUSIVE; see
             `tl_factedit.auditing.rules`.
-        level: ``"per edit"`` (one fact: descriptive) or ``"population"``.
+        level: ``"per edit"`` (fewer than ten facts: descriptive) or ``"population"``.
+        by: Of INSERTED, which questions brought the old object back: ``"elsewhere"`` (with what the change wrote switched
+            off), ``"underneath"`` (with the change in force), or both.
         retained: Is the old object still decodable, at places that the change can have touched?
         recoverable: Does it come back by a way that goes past the change?
         reasons: Why this label, with the numbers.
@@ -69,6 +72,7 @@ class Verdict:
 
     label: Label
     level: Literal["per edit", "population"]
+    by: frozenset[str]
     retained: Axis
     recoverable: Axis
     reasons: tuple[str, ...]
@@ -139,9 +143,14 @@ class Verdict:
         best = max(ways, key=lambda found: found.strongest.mean)
         return dict(zip(best.facts, best.old_back.tolist(), strict=True))
 
+    def explain(self) -> str:
+        """The label in a sentence or two: what was found, by which question, and what was foreseeable."""
+        return explain(self)
+
     def __repr__(self) -> str:
         """Label, reasons and what is missing."""
-        lines = [f"Verdict: {self.label} ({self.level}, {len(self.facts)} facts)"]
+        by = f" by what is {' and '.join(sorted(self.by))}" if self.by else ""
+        lines = [f"Verdict: {self.label}{by} ({self.level}, {len(self.facts)} facts)", f"  {self.explain()}"]
         lines += [f"  {reason}" for reason in self.reasons]
         lines += [f"  retained: {self.retained.says}", f"  recoverable: {self.recoverable.says}"]
         for what, found in (("what would have shown", self.power), ("not gathered", self.missing)):
@@ -156,5 +165,7 @@ class Verdict:
             for what, lines in lists
             if lines
         )
-        head = f"<h3>{self.label}</h3><p>{self.level}, {len(self.facts)} facts</p>"
+        by = f" ({' and '.join(sorted(self.by))})" if self.by else ""
+        head = f"<h3>{self.label}{by}</h3><p>{html.escape(self.explain())}</p>"
+        head += f"<p>{self.level}, {len(self.facts)} facts</p>"
         return head + shown + self.table().to_html(float_format="{:.3f}".format, index=False)

@@ -4,40 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tl_factedit.attacks.footprint import WHOLE
 from tl_factedit.auditing.findings import Findings
 from tl_factedit.auditing.gather import Evidence
 from tl_factedit.auditing.retained import Retention
 from tl_factedit.auditing.verdict import Axis
 
 
-def what_is_missing(evidence: Evidence, *, widths_given: bool) -> Iterator[str]:
+def what_is_missing(evidence: Evidence) -> Iterator[str]:
     """What was left out, and what couldn't tell anything."""
     for recovery in evidence.attacks:
         yield from recovery.details.get("left_out", ())
     if evidence.retention is not None:
         yield from evidence.retention.why
     for recovery in evidence.attacks:
+        why: dict[str, list[str]] = {}
         for case in recovery.cases:
-            if case.masked:
-                yield f"{recovery.attack} of {case.label} tells nothing: {case.masked}"
-    switches_off = any(case.layers for recovery in evidence.attacks for case in recovery.cases)
-    if switches_off and not widths_given and None in evidence.written:
-        yield "knock-outs of several layers together (widths=): what is in two of them wouldn't show in one"
+            # What is on, and untested, is in nobody's way; that half of a silencing wasn't needed is no gap.
+            if case.masked and case.shows == "elsewhere" and "can spare it whole" not in case.masked:
+                why.setdefault(case.masked, []).append(case.label)
+        for reason, labels in why.items():
+            few = "; ".join(labels[:3]) + (f" and {len(labels) - 3} more" if labels[3:] else "")
+            yield f"{recovery.attack} of {few} tells nothing: {reason}"
+        if recovery.details.get("disagree"):
+            yield f"{recovery.attack}: mean and resample disagree on {'; '.join(recovery.details['disagree'])}"
 
 
-def of_written_layers(evidence: Evidence) -> Iterator[str]:
-    """What an attack that switches off the changed layers themselves says less of."""
-    changed = {layer for layers in evidence.written for layer in layers or ()}
+def of_what_was_written(evidence: Evidence) -> Iterator[str]:
+    """What was foreseeable: what comes back without the change is what the unedited model says without it too."""
     for recovery in evidence.attacks:
-        best = recovery.best
-        if best is None or not changed or not changed <= set(best.layers) or "of_unedited" not in recovery.extra:
+        off = recovery.showing("elsewhere")
+        if off is None or off.best is None or "cover" not in off.extra:
             continue
-        share = float(recovery.extra["of_unedited"][recovery.keys.index(best.key)])
-        yield (
-            f"the strongest {recovery.attack} takes out all that the change wrote: what comes back ({share:.2f} of "
-            "what the unedited model says under it) is what that model knows by other ways; it shows that such ways "
-            "exist, and that the change left them"
-        )
+        place = off.keys.index(off.best.key)
+        cover, survives, share = (float(off.extra[name][place]) for name in ("cover", "survives", "of_unedited"))
+        if cover >= WHOLE:
+            yield (
+                f"the strongest {recovery.attack} takes out all that the change wrote ({off.best.label}), and the "
+                f"unedited model keeps {survives:.0%} of its answers under it: that such ways exist was foreseeable "
+                f"from it alone; the change left {share:.2f} of what it says there"
+            )
 
 
 def retained_axis(findings: Findings, kept: Retention | None) -> Axis:

@@ -1,0 +1,75 @@
+"""Cells: where something can be silenced, or was written: a component of a block, at some tokens of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+Silenceable: TypeAlias = Literal["mlp", "attn"]
+"""What a block adds to the residual stream."""
+
+Place: TypeAlias = Literal["subject", "last", "all"]
+"""The last subject token; the last token of the prompt; every token from the subject's first on."""
+
+COMPONENTS: tuple[Silenceable, ...] = ("mlp", "attn")
+PLACES: tuple[Place, ...] = ("subject", "last", "all")
+
+
+class Cell(NamedTuple):
+    """One component of one block, at one place."""
+
+    component: Silenceable
+    layer: int
+    place: Place
+
+
+Cells: TypeAlias = tuple[Cell, ...]
+"""Silenced together; none: nothing is."""
+
+
+def positions(place: Place, subject: tuple[int, int], length: int) -> range:
+    """The positions that a place means in a prompt.
+
+    Args:
+        place: See `Place`.
+        subject: (start, stop) of the subject.
+        length: Of the prompt, in tokens.
+    """
+    start, stop = subject
+    return {"subject": range(stop - 1, stop), "last": range(length - 1, length), "all": range(start, length)}[place]
+
+
+def in_order(cells: Iterable[Cell]) -> Cells:
+    """Each once, sorted by layer, component and place."""
+    return tuple(sorted(set(cells), key=lambda cell: (cell.layer, cell.component, PLACES.index(cell.place))))
+
+
+def describe(cells: Sequence[Cell]) -> str:
+    """In words: "MLP of layer 5 at the subject", "attention and MLPs of layers 2 to 4 from the subject on"."""
+    if not cells:
+        return "nothing"
+    by_place: dict[Place, list[Cell]] = {}
+    for cell in in_order(cells):
+        by_place.setdefault(cell.place, []).append(cell)
+    where = {"subject": "at the subject", "last": "at the last token", "all": "from the subject on"}
+    return " and ".join(f"{_components(here)} {where[place]}" for place, here in by_place.items())
+
+
+def _components(cells: Sequence[Cell]) -> str:
+    layers = {name: tuple(cell.layer for cell in cells if cell.component == name) for name in COMPONENTS}
+    if layers["mlp"] == layers["attn"]:
+        return f"attention and MLP{'s' * (len(layers['mlp']) > 1)} of {_layers(layers['mlp'])}"
+    names = {"mlp": "MLP", "attn": "attention"}
+    return " and ".join(
+        f"{names[name]}{'s' * (len(here) > 1 and name == 'mlp')} of {_layers(here)}"
+        for name, here in layers.items()
+        if here
+    )
+
+
+def _layers(layers: Sequence[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if layers[-1] - layers[0] == len(layers) - 1:
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layers {', '.join(map(str, layers[:-1]))} and {layers[-1]}"

@@ -1,0 +1,63 @@
+"""A verdict in a sentence or two, for people who read nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tl_factedit.attacks.attack import Recovery
+
+if TYPE_CHECKING:
+    from tl_factedit.auditing.verdict import Verdict
+
+SAYS = {
+    "FAILED": "The change doesn't do what it was made for, so that there is nothing to audit.",
+    "DAMAGED": "The change breaks what it should have left alone; what became of the old object is beside the point.",
+    "MOVED": "The old object is gone from where facts are encoded and nothing tried brings it back, but it can still be "
+    "decoded in another code.",
+    "LATENT": "Nothing tried brings the old object back, but traces of it are still found.",
+    "SCARRED": "Nothing tried brings the old object back, and it is marked as what the answer is not.",
+    "ERASED": "Nothing of the old object was found, by measurements that would have shown it.",
+    "INCONCLUSIVE": "What was measured supports no stronger label.",
+}
+
+
+def explain(verdict: Verdict) -> str:
+    """What was found, by which question, and what was foreseeable from the unedited model."""
+    if verdict.label != "INSERTED":
+        missing = f" First of what is missing: {verdict.missing[0]}." if verdict.label == "INCONCLUSIVE" else ""
+        return SAYS[verdict.label] + (missing if verdict.missing else "")
+    sentences = [_off(verdict)] if "elsewhere" in verdict.by else []
+    under = _strongest(verdict, "underneath")
+    if under is not None and under.best is not None:
+        share = f"{under.share('old_first', under.best.key):.2f}"
+        if "underneath" in verdict.by:
+            sentences.append(
+                f"With the change in force the old object comes back in {share} of the facts ({under.attack}, "
+                f"{under.best.label}): the change is a mask even while it acts."
+            )
+        else:
+            sentences.append(
+                f"With the change in force nothing tried is shown to bring it back (at most {under.at_most:.2f} beyond "
+                "its controls)."
+            )
+    return " ".join(sentences)
+
+
+def _off(verdict: Verdict) -> str:
+    found = _strongest(verdict, "elsewhere")
+    assert found is not None and found.best is not None  # or it wouldn't have decided
+    key = found.best.key
+    with_it, without = found.share("old_first", key), found.share("old_first", key, before=True)
+    return (
+        f"With {found.best.label} silenced the changed model names the old object in {with_it:.2f} of the facts; the "
+        f"unedited model did in {without:.2f}, so that a way past the change was foreseeable."
+    )
+
+
+def _strongest(verdict: Verdict, shows: str) -> Recovery | None:
+    found = [
+        mine
+        for recovery in verdict.attacks
+        if (mine := recovery.showing(shows)) is not None and mine.best is not None  # type: ignore[arg-type]
+    ]
+    return max(found, key=lambda recovery: recovery.strongest.mean, default=None)
