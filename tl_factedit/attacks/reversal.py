@@ -119,9 +119,11 @@ class WeightReversal:
 
 
 def _where(model: Model, part: Part, layers: Sequence[int] | None) -> tuple[int, ...]:
-    if layers is None and not isinstance(part.changed, Change):
-        raise ValueError("another model names no layers that it was changed in, needed layers=[...]")
-    chosen = tuple(sorted(set(part.changed.layers if layers is None else layers)))  # type: ignore[union-attr]
+    if layers is None:
+        if not isinstance(part.changed, Change):
+            raise ValueError("another model names no layers that it was changed in, needed layers=[...]")
+        layers = part.changed.layers
+    chosen = tuple(sorted(set(layers)))
     if not chosen:
         raise ValueError("layers is empty, needed one at least")
     return tuple(check_layer(model, layer) for layer in chosen)
