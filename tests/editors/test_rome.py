@@ -297,7 +297,7 @@ def test_given_contexts_get_the_bare_one_in_front(case):
 @pytest.mark.parametrize("facts", [[], [laws.FACT, laws.OTHER]], ids=["none", "two"])
 def test_it_takes_one_fact(case, facts, monkeypatch):
     model, stats = case
-    with laws.untouched(model), laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="one fact|empty"):
+    with laws.untouched(model), laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match=r"one fact|empty"):
         editor(stats)(model, facts)
 
 

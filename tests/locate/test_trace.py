@@ -869,8 +869,8 @@ def test_given_noise_of_a_wrong_shape_is_refused_before_a_block_is_run(kind, arc
         traced(model, GOOD, corruption=fe.GivenNoise(torch.zeros(shape)))
     with pytest.raises(ValueError, match="the subject 'Rome' has 1 tokens"):
         traced(model, [GOOD, fact], corruption=fe.GivenNoise(torch.zeros(2, 2, 32)))
-    # A Runner asks the first block for one token, to see what blocks return, and for two rows of three, to see that it is
-    # causal; no fact has been run.
+    # A Runner asks the first block for one token, to see what blocks return, and for two rows of three, to see that it
+    # is causal; no fact has been run.
     assert all(tuple(resid.shape[:2]) in ((1, 1), (2, 3)) for resid in seen)
 
 

@@ -203,7 +203,7 @@ class _Attack:
         places = range(len(bare.named))
         if controls is not None and controls < len(places):
             places = random.Random(f"{seed} {fact.name}").sample(places, controls)
-        objects = [fact.target_true, *(bare.named[i] for i in places)]
+        objects = [fact.old, *(bare.named[i] for i in places)]
         prompts = tuple(tuple(_ids(model, fact, prefix(fact, o), bos, bare) for o in objects) for prefix in prefixes)
         return cls(bare, tuple(places), prompts)
 

@@ -9,8 +9,8 @@ value included: then this is a knock-out of the layer at that key, found in the 
 directions go too, so neighbours are read as well, and the unedited model under the same loss: where that loses the
 fact, that nothing comes back says nothing.
 
-Each changed layer loses its directions alone, and all of them together. W'_q stands in the model's weights while it is read, and is taken
-back bit for bit; an override that is no weight, such as a router, keeps answering.
+Each changed layer loses its directions alone, and all of them together. W'_q stands in the model's weights while it is
+read, and is taken back bit for bit; an override that is no weight, such as a router, keeps answering.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class WeightReversal:
 
     The cases are the numbers of directions that all layers lose together and, where a change wrote several for all
     facts, pairs of a layer and a number that it loses alone. A case in which the unedited model doesn't know the facts
-    either is masked. ``before`` and ``after`` also hold the case 0 (nothing dropped) and the quantity ``neighbours``, the share of neighbours that are answered rightly; ``extra`` has
-    ``survives``, the share of the known facts whose old object is still first in the unedited model under the same
+    either is masked. ``before`` and ``after`` also hold the case 0 (nothing dropped) and the quantity ``neighbours``,
+    the share of neighbours that are answered rightly; ``extra`` has ``survives``, the share of the known facts whose old object is still first in the unedited model under the same
     loss, and ``neighbours``; ``details`` has ``neighbours`` with its intervals (`Estimates`, [case]) and ``layers``,
     those that lost directions for each fact.
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 SAYS = {
     "FAILED": "The change doesn't do what it was made for, so that there is nothing to audit.",
     "DAMAGED": "The change breaks what it should have left alone; what became of the old object is beside the point.",
-    "MOVED": "The old object is gone from where facts are encoded and nothing tried brings it back, but it can still be "
-    "decoded in another code.",
+    "MOVED": "The old object is gone from where facts are encoded and nothing tried brings it back, but it can still "
+    "be decoded in another code.",
     "LATENT": "Nothing tried brings the old object back, but traces of it are still found.",
     "SCARRED": "Nothing tried brings the old object back, and it is marked as what the answer is not.",
     "ERASED": "Nothing of the old object was found, by measurements that would have shown it.",

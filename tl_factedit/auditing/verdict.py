@@ -47,8 +47,8 @@ class Verdict:
         label: FAILED, DAMAGED, INSERTED, MOVED, LATENT, SCARRED, ERASED or INCONCLUSIVE; see
             `tl_factedit.auditing.rules`.
         level: ``"per edit"`` (fewer than ten facts: descriptive) or ``"population"``.
-        by: Of INSERTED, which questions brought the old object back: ``"elsewhere"`` (with what the change wrote switched
-            off), ``"underneath"`` (with the change in force), or both.
+        by: Of INSERTED, which questions brought the old object back: ``"elsewhere"`` (with what the change wrote
+            switched off), ``"underneath"`` (with the change in force), or both.
         retained: Is the old object still decodable, at places that the change can have touched?
         recoverable: Does it come back by a way that goes past the change?
         reasons: Why this label, with the numbers.

@@ -117,6 +117,7 @@ def carries_hooks(model: Model) -> bool:
 
 def _roots(model: Model) -> list[Any]:
     # A bridge's own modules() leaves out what it didn't wrap, such as GPT-2's dropout of the embeddings.
+    # (`Model` is what both classes have, and only a bridge has this.)
     return [model, *([model.original_model] if kind(model) == "bridge" else [])]  # type: ignore[attr-defined]
 
 

@@ -136,8 +136,8 @@ def down_proj(model: Model, layer: int) -> DownProj:
         post_norm = bool(getattr(model.cfg, "use_normalization_before_and_after", False))
         value_at = mlp if post_norm else f"blocks.{layer}.hook_mlp_out"
         owner = mlp
-    _check_weight(param, where, model.cfg.d_model, transposed)
-    return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at, owner)  # type: ignore[arg-type]
+    param = _check_weight(param, where, model.cfg.d_model, transposed)
+    return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at, owner)
 
 
 def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp d_model"]]) -> None:
@@ -225,7 +225,8 @@ def _no_single_w_out(where: str, mlp: nn.Module) -> str:
     )
 
 
-def _check_weight(param: Tensor | None, where: str, d_model: int, transposed: bool) -> None:
+def _check_weight(param: Tensor | None, where: str, d_model: int, transposed: bool) -> nn.Parameter:
+    """The weight itself, if it can be written in place."""
     if not isinstance(param, nn.Parameter) or not param.is_floating_point() or param.ndim != 2:
         given = type(param).__name__ if not isinstance(param, Tensor) else f"{param.dtype} {tuple(param.shape)}"
         raise UnsupportedModelError(
@@ -245,3 +246,4 @@ def _check_weight(param: Tensor | None, where: str, d_model: int, transposed: bo
     if param.shape[0 if transposed else 1] != d_model:
         needed = f"[{d_model}, d_mlp]" if transposed else f"[d_mlp, {d_model}]"
         raise UnsupportedModelError(f"{where}: W_out is {tuple(param.shape)}, needed {needed}")
+    return param

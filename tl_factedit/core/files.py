@@ -204,10 +204,15 @@ def of_kind(value: Any, kind: type[T], what: str) -> T:
     Raises:
         ValueError: It isn't; `what` names it.
     """
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
+    if not _fits(value, kind):
         raise ValueError(f"{what} is {value!r}, needed a value of type {kind.__name__}")
-    return value  # type: ignore[return-value]
+    return value
+
+
+def _fits(value: Any, kind: type[Any]) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
@@ -51,11 +51,15 @@ UNLIKELY, LIKELY = 0.05, 0.95
 WARNED = "_warned"
 
 
-def callers_level(frame: FrameType) -> int:
-    """How far up from a frame a warning has to point for the first line of whoever called this package."""
+def callers_level(frame: FrameType | None) -> int:
+    """How far up from a frame a warning has to point for the first line of whoever called this package.
+
+    Args:
+        frame: Where the warning is given (``inspect.currentframe()``); None where Python can't say: 1.
+    """
     level = 1
     ours = {"tl_factedit", contextlib.__name__, "jaxtyping"}
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ours:
+    while frame and frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in ours:
         level, frame = level + 1, frame.f_back
     return level
 
@@ -63,7 +67,7 @@ def callers_level(frame: FrameType) -> int:
 def warn_once(change: Any, name: str, concerns: Sequence[str]) -> None:
     """Say, as an `EditWarning`, what there is to be concerned about in a change; once for each object."""
     if concerns and not vars(change).get(WARNED):
-        warnings.warn(f"{name}: {'; '.join(concerns)}", EditWarning, stacklevel=callers_level(sys._getframe()))
+        warnings.warn(f"{name}: {'; '.join(concerns)}", EditWarning, stacklevel=callers_level(inspect.currentframe()))
         vars(change)[WARNED] = True
 
 
@@ -131,7 +135,9 @@ def warn_before(model: Model, facts: Sequence[Fact], prompts: Sequence[Aligned],
         why.append("a fit of steps=1 only reads the loss: take more")
     if why:
         warnings.warn(
-            f"{name} can't change the answer: {'; '.join(why)}", EditWarning, stacklevel=callers_level(sys._getframe())
+            f"{name} can't change the answer: {'; '.join(why)}",
+            EditWarning,
+            stacklevel=callers_level(inspect.currentframe()),
         )
 
 

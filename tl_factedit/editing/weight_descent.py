@@ -6,7 +6,7 @@ layers everything is run once. Above it every token moves, those before the subj
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class WeightDescent:
                 f"the edit of {names} can't change the answer: epsilon is {schedule.epsilon}, less than what "
                 f"{sites[0].W.dtype} resolves at any entry: take a larger one, or load the model in float32",
                 EditWarning,
-                stacklevel=callers_level(sys._getframe()),
+                stacklevel=callers_level(inspect.currentframe()),
             )
         self.adam = Adam(self.weights, schedule.lr)
 

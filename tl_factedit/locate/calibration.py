@@ -62,11 +62,12 @@ def calibrate_noise(
     check_memory(memory)
     rows = align_all(model, facts, prepend_bos=bos_policy(model, prepend_bos))
     with frozen(model), torch.no_grad():
-        start = ask(model, facts, rows, noise or GaussianNoise())
-        fixed = start.corruption
+        noise = noise or GaussianNoise()
+        start = ask(model, facts, rows, noise)
+        fixed = noise.calibrated(start.subjects)
 
         def share(scale: float) -> float:
-            return _share(_scaled(start, dataclasses.replace(fixed, scale=scale)), memory)  # type: ignore[type-var]
+            return _share(_scaled(start, dataclasses.replace(fixed, scale=scale)), memory)
 
         low, high = 0.0, 1.0
         if (least := share(low)) > lost + tolerance:
@@ -86,7 +87,7 @@ def calibrate_noise(
             scale = (low + high) / 2
             found = share(scale)
             low, high = (scale, high) if found < lost else (low, scale)
-        return dataclasses.replace(fixed, scale=scale)  # type: ignore[type-var,return-value]
+        return dataclasses.replace(fixed, scale=scale)
 
 
 def _scaled(questions: TraceInputs, noise: Noise) -> TraceInputs:

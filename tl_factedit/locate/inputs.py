@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,13 +162,13 @@ def _contrast(corruption: Corruption, subject: Subject, row: Aligned, samples: i
     return None if row.new_ids is None else row.new_ids[:1].expand(samples)
 
 
-def _width(cfg: object, place: str) -> int:
+def _width(cfg: Any, place: str) -> int:
     """How many numbers a place has for a token."""
     if place.endswith("mlp.hook_post"):
-        return int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)  # type: ignore[attr-defined]
+        return int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
     if place.endswith("attn.hook_z"):
-        return int(cfg.n_heads * cfg.d_head)  # type: ignore[attr-defined]
-    return int(cfg.d_model)  # type: ignore[attr-defined]
+        return int(cfg.n_heads * cfg.d_head)
+    return int(cfg.d_model)
 
 
 def donor_texts(questions: TraceInputs) -> tuple[tuple[str, ...], ...]:

@@ -87,7 +87,7 @@ def unembed(runner: Runner, stream: Float[Tensor, "*row d_model"]) -> Float[Tens
         stream: Residual streams.
     """
     rows = stream.reshape(-1, 1, stream.shape[-1])
-    rows = rows.to(device(runner.model), next(iter(runner.model.parameters())).dtype)  # type: ignore[attr-defined]
+    rows = rows.to(device(runner.model), next(iter(runner.model.parameters())).dtype)
     tokens = torch.zeros(len(rows), 1, dtype=torch.long)
     logits = runner.logits(tokens, start=(runner.n_layers, rows)).float()
     return logits.reshape(*stream.shape[:-1], logits.shape[-1])

@@ -165,7 +165,7 @@ def _lens_lines(lens: Comparison, place: str, old: str, new: str) -> list[Line]:
     return [
         Line(
             f"{name} object, {when}",
-            [float(layer) for layer in reading.axes["layer"]],  # type: ignore[arg-type]
+            [float(layer) for layer in reading.axes["layer"]],  # type: ignore[arg-type] (this axis has numbers)
             reading.at(position=place, quantity=quantity).nanmean(0).tolist(),
             colour,
             dashed=when == "before",

@@ -113,8 +113,7 @@ def rows(cells: Iterable[Iterable[str | None]], name: str = "td", **attributes: 
     """Table rows; a cell that is a ``td`` or ``th`` already stays as it is."""
 
     def cell(value: str | None) -> Html:
-        ready = isinstance(value, Html) and value.startswith(("<td", "<th"))
-        return value if ready else tag(name, value)  # type: ignore[return-value]
+        return value if isinstance(value, Html) and value.startswith(("<td", "<th")) else tag(name, value)
 
     return join(*(tag("tr", *map(cell, row), **attributes) for row in cells))
 

@@ -122,7 +122,7 @@ def sample_texts(
         while len(texts) < wanted:
             count = min(batch, wanted - len(texts))
             begin = torch.full((count, 1), start, device=where)
-            made: Any = model.generate(  # type: ignore[attr-defined]
+            made: Any = model.generate(
                 begin,
                 max_new_tokens=length,
                 stop_at_eos=False,
