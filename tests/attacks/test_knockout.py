@@ -3,6 +3,7 @@
 import functools
 import math
 
+import jaxtyping
 import laws
 import pytest
 import tiny
@@ -11,10 +12,10 @@ from measured import knock_out
 from oracles import knocking
 
 import tl_factedit as fe
-from tl_factedit.attacks.knockout import SURVIVES, _passes, windows_of
+from tl_factedit.attacks.cells import Cell, in_order
+from tl_factedit.attacks.knockout import SURVIVES, windows_of
+from tl_factedit.attacks.silencing import NOTHING, Silencing, passes
 from tl_factedit.core.tokens import align
-from tl_factedit.organism import text as told
-from tl_factedit.organism import world as o
 
 CLOSE = 2e-4  # float32 log-probabilities of size 5 to 15, from batches of another shape
 CITIES = (" Paris", " Rome", " London", " Berlin", " Madrid", " Vienna", " Tokyo", " Cairo")
@@ -44,20 +45,20 @@ def known(model, subjects=SUBJECTS, prompt="{} is located in the city of", relat
 
 def prompt(model, fact) -> knocking.Prompt:
     row = align(model.tokenizer, fact, prepend_bos=True)
-    return row.ids, row.last
+    return row.ids, row.subject
 
 
-def means_of(model, others, layers=range(4)) -> dict[int, torch.Tensor]:
-    """By layer, the twin's means over some facts' subjects."""
-    return {layer: knocking.mean_output(model, [prompt(model, other) for other in others], layer) for layer in layers}
+def means_of(model, others):
+    """The twin's means over some facts' prompts."""
+    prompts = [prompt(model, other) for other in others]
+    return functools.cache(lambda component, layer: knocking.mean_saying(model, prompts, component, layer))
 
 
-def literally(tested, means, asked, window, strength=1.0):
-    """`QUANTITIES` of the asked facts under one window, by the twin."""
+def literally(tested, means, asked, cells, strength=1.0):
+    """`QUANTITIES` of the asked facts with some cells silenced, by the twin."""
     found = []
     for fact in asked:
-        here = {layer: means[layer] for layer in window}
-        log_p = knocking.knocked_out(tested, prompt(tested, fact), here, strength=strength)
+        log_p = knocking.knocked_out(tested, prompt(tested, fact), cells, means, strength=strength)
         objects = [
             int(tested.tokenizer(text, add_special_tokens=False)["input_ids"][0])
             for text in (fact.target_true, fact.target_new, *fact.controls)
@@ -65,6 +66,14 @@ def literally(tested, means, asked, window, strength=1.0):
         says = log_p[objects]
         found.append([*knocking.first(log_p, objects), float(says[0]), float(says[1]), float(says[2:].mean())])
     return torch.tensor(found)
+
+
+def mlp(*layers: int, place="subject", by="mean") -> Silencing:
+    """The key of a case."""
+    return Silencing(in_order(Cell("mlp", layer, place) for layer in layers), by)
+
+
+AT_SUBJECT = {"components": ("mlp",), "places": ("subject",)}
 
 
 def agrees(values, expected):
@@ -76,25 +85,39 @@ def agrees(values, expected):
 
 
 @pytest.mark.parametrize(("kind", "arch"), FORMS, ids=lambda value: value)
-def test_every_window_of_both_models_is_the_literal_one(kind, arch):
+def test_every_case_of_both_models_is_the_literal_one(kind, arch):
     model, other = shared(kind, arch), shared(kind, arch, 1)
     facts = known(model)
     asked = facts[:3]
     with laws.untouched(model), laws.untouched(other):
         found = knock_out(model, other, asked, facts, widths=(1, 3), batch_tokens=200)
-    assert found.keys == ((0,), (1,), (2,), (3,), (0, 1, 2), (1, 2, 3))
+    singles = [key for key in found.keys if key.by == "mean" and len(key.cells) == 1]
+    assert len(singles) == 4 * 2 * 3 and mlp(0, 1, 2) in found.keys and mlp(1, 2, 3, place="all") in found.keys
     assert found.details["references"] == (9, 9, 9)
     ours, theirs = means_of(model, facts[3:]), means_of(other, facts[3:])
-    for window in ((), *found.keys):
-        agrees(found.before.at(case=window), literally(model, ours, asked, window))
-        agrees(found.after.at(case=window), literally(other, theirs, asked, window))
-        agrees(found.details["half"].at(case=window), literally(other, theirs, asked, window, 0.5))
-    plain = found.after.at(case=())
-    moved = {window: float((found.after.at(case=window) - plain)[:, 3:].abs().max()) for window in found.keys}
+    places = {"subject", "last", "all"}
+    drawn = [key for key in found.keys if key.by == "mean"][:: 5 if arch == "gpt2" else 11]
+    assert {cell.place for key in drawn for cell in key.cells} == places
+    for key in (NOTHING, mlp(0, 1, 2), *drawn):
+        agrees(found.before.at(case=key), literally(model, ours, asked, key.cells))
+        agrees(found.after.at(case=key), literally(other, theirs, asked, key.cells))
+    halves = [key for key in found.keys if key.by == "half"]
+    for key in halves[:2]:
+        agrees(found.after.at(case=key), literally(other, theirs, asked, key.cells, 0.5))
+    for key in [key for key in found.keys if key.by == "resample"][:2]:
+        for i, fact in enumerate(asked):
+            # By one of the references; which one, the seed says.
+            drawn_by = [literally(other, means_of(other, [reference]), [fact], key.cells)[0] for reference in facts[3:]]
+            assert any(torch.allclose(found.after.at(case=key)[i], each, atol=CLOSE) for each in drawn_by)
+    plain = found.after.at(case=NOTHING)
+    moved = {key: float((found.after.at(case=key) - plain)[:, 3:].abs().max()) for key in singles}
     # The last layer's output at a token before the end is read by nothing.
-    assert moved.pop((3,)) < CLOSE < 1e-3 < min(moved.values())
-    assert found.masked[(3,)] == "after the last layer nothing reads the last subject token"
-    assert (found.details["half"].at(case=(1,)) - found.after.at(case=(1,)))[:, 3:].abs().max() > 1e-2
+    unread = [key for key in singles if key.cells[0].layer == 3 and key.cells[0].place == "subject"]
+    assert len(unread) == 2
+    for key in unread:
+        assert moved.pop(key) < CLOSE
+        assert found.masked[key] == "after the last layer nothing reads the last subject token"
+    assert min(change for key, change in moved.items() if key.cells[0].place != "last") > CLOSE
 
 
 def test_an_edit_for_all_and_an_edit_for_each_are_asked_under_their_own(kind):
@@ -110,26 +133,29 @@ def test_an_edit_for_all_and_an_edit_for_each_are_asked_under_their_own(kind):
     from_unedited = knock_out(model, edits, asked, facts, means_of="unedited")
     # With a change for each, the other fact is a reference too, as nobody edited it there.
     assert single.details["references"] == (11, 11) and both.details["references"] == (10, 10)
+    looked_at = [key for key in single.keys if key.by == "mean"][::7]
     unedited = means_of(model, facts[1:])
+    for component, layer in {(cell.component, cell.layer) for key in looked_at for cell in key.cells}:
+        unedited(component, layer)  # now, while nothing is edited
     for i, (fact, edit) in enumerate(zip(asked, edits, strict=True)):
         with edit.applied(model):
             means = means_of(model, [other for other in facts if other is not fact])
-            for window in single.keys:
-                agrees(single.after.at(case=window)[[i]], literally(model, means, [fact], window))
+            for key in looked_at:
+                agrees(single.after.at(case=key)[[i]], literally(model, means, [fact], key.cells))
                 if i == 0:
-                    agrees(from_unedited.after.at(case=window)[[i]], literally(model, unedited, [fact], window))
+                    agrees(from_unedited.after.at(case=key)[[i]], literally(model, unedited, [fact], key.cells))
     with fe.compose(edits).applied(model):
         means = means_of(model, facts[2:])
-        for window in both.keys:
-            agrees(both.after.at(case=window), literally(model, means, asked, window))
+        for key in looked_at:
+            agrees(both.after.at(case=key), literally(model, means, asked, key.cells))
     assert (single.after.values - from_unedited.after.values).abs().max() > 1e-3
 
 
 def test_batches_and_the_order_of_facts_do_not_matter(kind):
     model, other = shared(kind), shared(kind, "gpt2", 1)
     facts = known(model)
-    a = knock_out(model, other, facts[:4], facts, batch_tokens=1)
-    b = knock_out(model, other, facts[:4][::-1], facts[::-1])
+    a = knock_out(model, other, facts[:4], facts, batch_tokens=1, resample=False)
+    b = knock_out(model, other, facts[:4][::-1], facts[::-1], resample=False)
     assert (a.after.values - b.after.values.flip(0)).abs().max() < CLOSE
     assert a.known.tolist() == b.known.tolist()[::-1]
 
@@ -142,33 +168,33 @@ def test_shares_masks_and_excesses_are_those_of_the_readings(kind):
     facts = known(model)
     found = knock_out(model, other, facts[:6], facts)
     assert bool(found.known.all())
-    survives = found.before.at(quantity="old_first")[:, 1:].mean(0)
-    assert torch.equal(found.extra["survives"], survives)
-    assert found.tested[:3].tolist() == [share >= SURVIVES for share in survives[:3].tolist()]
-    assert set(found.masked) == {w for w, fine in zip(found.keys, found.tested, strict=True) if not fine}
-    after = found.after
-    for i, window in enumerate(found.keys):
-        gap = after.at(case=window, quantity="old_first") - after.at(case=window, quantity="control_first")
+    assert torch.equal(found.extra["survives"], found.before.at(quantity="old_first")[:, 1:].mean(0))
+    after, survives = found.after, found.extra["survives"].tolist()
+    for i, key in enumerate(found.keys):
+        old, control = (after.at(case=key, quantity=name) for name in ("old_first", "control_first"))
         if bool(found.tested[i]):
-            assert float(found.excess.mean[i]) == pytest.approx(float(gap.mean()))
+            assert survives[i] >= SURVIVES
+            common = float(found.extra["common"][i]) if "common" in found.extra else math.nan
+            null = max(float(control.mean()), 0.0 if math.isnan(common) else common)
+            assert float(found.excess.mean[i]) == pytest.approx(float(old.mean()) - null, abs=1e-6)
             assert float(found.corrected.low[i]) <= float(found.excess.low[i])
             assert float(found.corrected.high[i]) >= float(found.excess.high[i])
-            assert found.at(window).mean == found.at(window, corrected=True).mean
+            assert found.at(key).mean == found.at(key, corrected=True).mean
         else:
-            assert math.isnan(float(found.excess.mean[i])) and ("needed 50%" in found.masked[window] or window == (3,))
+            why = ("needed 50%", "nothing reads", "can spare it whole")
+            assert math.isnan(float(found.excess.mean[i])) and any(each in found.masked[key] for each in why)
     sums = after.values[..., 0] + after.values[..., 1] + 6 * after.values[..., 2]
     assert torch.allclose(sums, torch.ones_like(sums))
-    assert len(found.table()) == 4 and "knock-out" in repr(found)
+    assert len(found.table()) == len(found.cases) and "knock-out" in repr(found)
 
 
 def test_the_unedited_model_has_all_of_its_own_excess(kind):
     model = shared(kind)
     facts = known(model)
-    found = knock_out(model, model, facts[:6], facts)
-    ratio = found.extra["of_unedited"][found.tested]
-    assert len(ratio) and torch.allclose(ratio, torch.ones_like(ratio))
-    assert found.best is not None and found.strongest.mean >= SURVIVES - 0.1
+    found = knock_out(model, model, facts[:6], facts, **AT_SUBJECT)
+    assert found.best is not None and found.strongest.mean >= SURVIVES - 0.2
     assert torch.equal(found.before.values, found.after.values)
+    assert {case.shows for case in found.cases} == {"elsewhere"}  # nothing was written: nothing is in force
 
 
 def test_facts_that_the_unedited_model_does_not_know_or_whose_objects_begin_alike_are_left_out(kind):
@@ -233,9 +259,9 @@ def test_the_last_layer_counts_where_the_subject_ends_the_prompt(kind):
     model = shared(kind)
     facts = known(model, prompt="The city of {}")
     found = knock_out(model, model, facts[:3], facts)
-    plain = found.after.at(case=())
-    assert (found.after.at(case=(3,)) - plain)[:, 3:].abs().max() > 1e-2
-    assert "nothing reads" not in found.masked.get((3,), "")
+    plain = found.after.at(case=NOTHING)
+    assert (found.after.at(case=mlp(3)) - plain)[:, 3:].abs().max() > 1e-2
+    assert "nothing reads" not in found.masked.get(mlp(3), "")
 
 
 def test_windows_are_whole_and_each_comes_once():
@@ -246,17 +272,16 @@ def test_windows_are_whole_and_each_comes_once():
             windows_of(4, widths)
 
 
-def test_passes_hold_each_window_once_from_its_first_layer_or_below_and_grow_only_while_they_are_small():
-    windows = ((), *windows_of(6, (1, 3)))
+def test_passes_hold_each_silencing_once_from_its_first_layer_or_below_and_grow_only_while_they_are_small():
+    begins = [6, *(layer for layer in range(6) for _ in range(2))]
     for tokens, enough in ((1, 0), (10, 40), (10, 1000)):
-        passes = _passes(windows, 6, tokens, enough)
-        assert sorted(w for _, here in passes for w in here) == list(range(len(windows)))
-        assert all(begin <= (windows[w] or (6,))[0] for begin, here in passes for w in here)
-        assert [begin for begin, here in passes if 0 in here] == [6]  # without a knock-out the head is enough
-        for _, here in passes:
-            begun = {windows[w][0] for w in here if windows[w]}
-            assert len(begun) <= 1 or len(here) * tokens <= enough
-    assert len(_passes(windows, 6, 1, 0)) == 7 and len(_passes(windows, 6, 10, 1000)) == 2
+        found = passes(begins, 6, tokens, enough)
+        assert sorted(s for _, here in found for s in here) == list(range(len(begins)))
+        assert all(begin <= begins[s] for begin, here in found for s in here)
+        assert [begin for begin, here in found if 0 in here] == [6]  # where nothing is silenced the head is enough
+        for _, here in found:
+            assert len({begins[s] for s in here}) == 1 or len(here) * tokens <= enough
+    assert len(passes(begins, 6, 1, 0)) == 7 and len(passes(begins, 6, 10, 1000)) == 2
 
 
 def test_bad_input_is_refused_before_any_pass(kind, monkeypatch):
@@ -273,9 +298,13 @@ def test_bad_input_is_refused_before_any_pass(kind, monkeypatch):
             knock_out(model, shared(kind, "gpt2", 1), facts[:1], facts, means_of="unedited")
         with pytest.raises(ValueError, match="facts is empty"):
             knock_out(model, model, [], facts)
+        with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="head"):
+            knock_out(model, model, facts[:1], facts, components=("head",))
+        with pytest.raises(ValueError, match="none of the model's cells"):
+            knock_out(model, model, facts[:1], facts, cells=[[Cell("mlp", 9, "all")]])
 
 
-@pytest.mark.parametrize("stage", ["_states", "_read", "_quantities"])
+@pytest.mark.parametrize("stage", ["footprint_of", "Replacements.read", "says_under", "firsts"])
 def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monkeypatch):
     model = shared(kind)
     facts = known(model)
@@ -300,11 +329,15 @@ def test_without_its_layer_a_router_is_the_unedited_model_exactly(kind):
     routed = fe.Router(1, radius=0.01, fit=laws.QUICK, contexts=("",), progress=False)(model, [asked])
     reach = routed.reach(model, facts[1:])
     assert reach.caught == 0 and reach.missed == 0
-    # The same batches in both models, or the last bits differ.
-    found = knock_out(model, routed, [asked], facts[1:], half=False)
-    assert torch.equal(found.after.at(case=(1,)), found.before.at(case=(1,)))
-    for window in ((), (2,)):
-        assert not torch.equal(found.after.at(case=window), found.before.at(case=window))
+    found = knock_out(model, routed, [asked], facts[1:])
+    # What the theorem says of cells that take out all that was written: the same batches in both, and the same bits.
+    key = mlp(1)
+    assert float(found.extra["cover"][found.keys.index(key)]) == 1.0 and found.details["footprint"].whole() == key.cells
+    assert torch.equal(found.after.at(case=key), found.before.at(case=key))
+    for other in (NOTHING, mlp(2)):
+        assert not torch.equal(found.after.at(case=other), found.before.at(case=other))
+    shows = {case.key: case.shows for case in found.cases}
+    assert shows[key] == "elsewhere" and shows[mlp(2)] == shows[mlp(1, place="last")] == "underneath"
 
 
 TWINS = tiny.TWINS
@@ -319,28 +352,10 @@ def test_on_the_organism_the_untouched_model_comes_back_and_an_oracle_does_not(k
     facts = fe.models.organism_facts("city", "oracle0", 60)
     reference = fe.models.organism_facts("city", "calibration", 60)
     base = organism(kind)
-    untouched = knock_out(base, base, facts, reference, half=False)
-    assert untouched.strongest.low > 0.9 and list(untouched.masked) == [(0,), (5,)]
-    oracle = knock_out(base, organism(kind, "oracle0"), facts, reference, half=False)
-    assert torch.equal(oracle.extra["survives"], untouched.extra["survives"])
+    untouched = knock_out(base, base, facts, reference, resample=False, **AT_SUBJECT)
+    assert untouched.strongest.low > 0.85
+    assert [key for key in untouched.masked if key.by == "mean"] == [mlp(0), mlp(5)]
+    oracle = knock_out(base, organism(kind, "oracle0"), facts, reference, resample=False, **AT_SUBJECT)
     assert oracle.strongest.low < 0.02 and oracle.at_most < 0.12
-    new = oracle.after.at(quantity="new_first")[:, 2:].mean()
+    new = torch.stack([oracle.after.at(case=mlp(layer), quantity="new_first") for layer in range(1, 5)]).mean()
     assert float(new) > 0.85
-
-
-def test_on_the_organism_an_edit_and_a_router_of_its_value_are_seen_through(kind):
-    base = organism(kind)
-    facts = fe.models.organism_facts("city", "oracle0", 5)
-    reference = fe.models.organism_facts("city", "calibration", 40)
-    stats = fe.key_stats(base, 1, told.texts(1000), n_tokens=8_000, progress=False)
-    fit = fe.ValueFit(kl_prompts=[r.phrasings[0] for r in o.RELATIONS[1:]], kl_at="end")
-    rome = fe.Rome(stats, fit=fit, contexts=[f"{filler} " for filler in told.FILLERS[:3]], ridge=1e-4, progress=False)
-    edits = [rome(base, [fact]) for fact in facts]
-    routers = [fe.editors.RoutedEdit.of(edit, 0.5) for edit in edits]
-    for changes in (edits, routers):
-        found = knock_out(base, changes, facts, reference)
-        plain = found.after.at(case=(), quantity="new_first")
-        assert float(plain.mean()) == 1
-        assert found.best.key == (1,) and found.strongest.mean >= 0.6 and found.strongest.low > 0.05
-        assert float(found.excess.mean[2:5].max()) <= 0.2  # above the edited layer it is the new object
-    assert float(found.extra["of_unedited"][1]) == pytest.approx(1.0)

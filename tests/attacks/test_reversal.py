@@ -49,7 +49,8 @@ def test_quantities_are_those_with_the_weights_written(setting, layers):
     model, facts, edits = setting
     with laws.untouched(model):
         found = measured.reverse_by_weights(model, edits, facts, dropped=(3, 1), layers=layers)
-    assert found.keys == (1, 3) and found.details["layers"] == ((layers or (1,)),) * 2
+    both = (1, 3) if layers is None else (1, 3, (0, 1), (0, 3), (2, 1), (2, 3))
+    assert found.keys == both and found.details["layers"] == ((layers or (1,)),) * 2
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         for count in (0, 1, 3):
             expected = as_written(model, fact, found.details["layers"][i], count)
@@ -57,7 +58,11 @@ def test_quantities_are_those_with_the_weights_written(setting, layers):
             with edit.applied(model):
                 expected = as_written(model, fact, found.details["layers"][i], count)
             assert torch.allclose(found.after.at(fact=i, case=count), expected, equal_nan=True)
-    assert len(found.table()) == 2 and found.details["neighbours"].n.tolist() == [1, 1]  # OTHER has no neighbours
+    for layer, count in both[2:]:  # each layer alone
+        for i, fact in enumerate(facts):
+            expected = as_written(model, fact, (layer,), count)
+            assert torch.allclose(found.before.at(fact=i, case=(layer, count)), expected, equal_nan=True)
+    assert len(found.table()) == len(both) and set(found.details["neighbours"].n.tolist()) == {1}  # OTHER has none
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])

@@ -81,13 +81,15 @@ def audited(kind, changed, facts=ASKED, **more) -> fe.Verdict:
 def test_a_model_that_never_had_the_old_city_is_erased_and_not_without_its_evidence(kind, oracle):
     changed = organism(kind, oracle)
     with laws.untouched(organism(kind)), laws.untouched(changed):
-        verdict = audited(kind, changed, calibration=Calibration(changed, REST))
+        verdict = audited(kind, changed, calibration=Calibration(changed, REST), full=True)
     assert verdict.label == "ERASED", repr(verdict)
+    assert verdict.explain().startswith("Nothing of the old object was found") and not verdict.by
     assert verdict.power and verdict.level == "population"
     assert abs(verdict.retained.estimate.mean) < 0.2 and verdict.recoverable.estimate.mean < 0.1
-    for lack in ("native", "adaptive"):
+    for lack in ("native", "adaptive", "route_new", "perplexity"):
         assert judge(replace(verdict.findings, **{lack: None})).label == "INCONCLUSIVE", lack
-    for lack in ("knock-out", "indirect routes"):
+    # All of it was written, so that it can't be silenced: the weights had to be asked.
+    for lack in ("weight reversal", "disjoint relearning", "read-out"):
         assert judge(without(verdict.findings, lack)).label == "INCONCLUSIVE", lack
     assert "ERASED" in verdict._repr_html_() and len(verdict.table()) == len(ASKED)
 
@@ -112,7 +114,8 @@ def test_an_override_by_construction_is_inserted_however_it_is_given(kind):
         verdict = audited(kind, changed, ASKED[:24])
     assert verdict.label == "INSERTED", repr(verdict)
     knocked = verdict.attack("knock-out")
-    assert knocked.best.key == (1,) and knocked.strongest.low > 0.5
+    assert knocked.best.layers == (1,) and knocked.strongest.low > 0.5 and knocked.details["whole"]
+    assert verdict.by == {"elsewhere"} and "foreseeable" in verdict.explain()
     assert verdict.table()["old_back"].mean() > 0.8
     # Without what brings the old object back nothing else would have called it that.
     assert judge(without(verdict.findings, "knock-out", "indirect routes")).label != "INSERTED"
@@ -143,7 +146,8 @@ def test_an_override_where_no_layer_can_be_spared_is_not_called_erased(kind):
     route = Router(layer=0, fit=replace(FIT, kl_weight=0.5), contexts=("",), progress=False)(organism(kind), facts)
     verdict = audited(kind, route, facts, reference=REFERENCE[:60], texts=())
     assert verdict.findings.efficacy.mean > 0.9 and verdict.attack("knock-out").strongest.mean < 0.1
-    assert next(each for each in verdict.findings.attacks if each.attack == "knock-out").covers is False
+    off = next(each for each in verdict.findings.attacks if (each.attack, each.shows) == ("knock-out", "elsewhere"))
+    assert off.covers is False
     assert any("the unedited model can't spare it" in line for line in verdict.missing)
 
 
@@ -174,7 +178,7 @@ def untrained(model):
     return other
 
 
-def test_an_edit_inside_another_model_is_found_there_and_several_layers_are_knocked_out_together(kind):
+def test_an_edit_inside_another_model_is_found_there_and_its_layers_are_knocked_out_together(kind):
     model = organism(kind)
     stats = fe.key_stats(model, [1, 3], told.texts(1_000), n_tokens=8_000, progress=False)
     facts = ASKED[:12]
@@ -185,7 +189,9 @@ def test_an_edit_inside_another_model_is_found_there_and_several_layers_are_knoc
     bare = {"same_subject": (), "routes": (), "texts": (), "reference": REFERENCE[:60]}
     given, found = audited(kind, edit, facts, **bare), audited(kind, other, facts, **bare)
     knocked = [verdict.attack("knock-out") for verdict in (given, found)]
-    assert knocked[0].keys == knocked[1].keys and (1, 2, 3) in knocked[1].keys
+    assert knocked[0].keys == knocked[1].keys
+    # What the footprint names: the two layers that were written, though they aren't neighbours.
+    assert any({cell.layer for cell in key.cells} == {1, 3} for key in knocked[1].keys)
     assert given.label == found.label
     torch.testing.assert_close(knocked[0].excess.mean, knocked[1].excess.mean, equal_nan=True)
 
@@ -214,7 +220,8 @@ BEHAVES = Findings(
     specificity_loss=Estimate(0.0, 0.0, 0.05, 75),
     perplexity=Estimate(1.0, 0.99, 1.01, 20),
     attacks=(
-        AttackFinding("knock-out", "elsewhere", "one layer", Estimate(0.0, 0.0, 0.08, 75), 0.05, 0.08, 5),
+        AttackFinding("knock-out", "elsewhere", "one layer", Estimate(0.0, 0.0, 0.08, 75), 0.05, 0.08, 5, True),
+        AttackFinding("read-out", "residue", "lens", Estimate(0.0, 0.0, 0.08, 75), 0.05, 0.08, 5),
         AttackFinding("routes", "underneath", "all", Estimate(0.0, 0.0, 0.05, 75), 0.05, 0.05, 1),
     ),
     route_new=Estimate(0.99, 0.93, 1.0, 75),

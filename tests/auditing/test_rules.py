@@ -37,7 +37,7 @@ def findings(**given) -> Findings:
         "adaptive": about(-0.01, 0.12),
         "readout": NONE,
         "relearning": about(0.02, 0.06),
-        "covers": None,
+        "covers": True,
         **given,
     }
     attacks = []
@@ -70,7 +70,7 @@ def findings(**given) -> Findings:
         ({"specificity_loss": about(0.5, 0.1)}, "DAMAGED"),
         ({"perplexity": about(1.2, 0.05)}, "DAMAGED"),
         # one of many that is broken moves the mean, not the lower end
-        ({"perplexity": about(1.2, 0.19)}, "ERASED"),
+        ({"perplexity": about(1.2, 0.19)}, "INCONCLUSIVE"),
         ({"knock_out": about(0.9, 0.05), "knock_out_at_most": 0.95}, "INSERTED"),
         ({"route_old": about(0.15, 0.09)}, "INSERTED"),
         ({"adaptive": about(0.5, 0.1)}, "MOVED"),
@@ -95,7 +95,6 @@ def findings(**given) -> Findings:
         ({"native": None}, "INCONCLUSIVE"),
         ({"adaptive": None}, "INCONCLUSIVE"),
         # what lies over the fact in layers that can't be spared wouldn't have shown
-        ({"covers": True}, "ERASED"),
         ({"covers": False}, "INCONCLUSIVE"),
         ({"covers": False, "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
         ({"covers": False, "native": about(0.6, 0.1), "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
@@ -108,17 +107,30 @@ def findings(**given) -> Findings:
         ({"relearning": about(0.3, 0.31)}, "INCONCLUSIVE"),
         # a model that is broken as a whole has nothing of a fact either
         ({"neighbour_loss": None, "specificity_loss": None}, "INCONCLUSIVE"),
-        ({"neighbour_loss": None}, "ERASED"),
         # of a population one fact that happens to be known says nothing
         ({"knock_out": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
         ({"route_old": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
-        ({"specificity_loss": Estimate(1.0, math.nan, math.nan, 1)}, "ERASED"),
+        ({"specificity_loss": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
         # decodable, but whether it can come back wasn't looked at
         ({"native": about(0.6, 0.1), "route_old": None, "route_new": None}, "INCONCLUSIVE"),
         # retained alone is never INSERTED, however much of it there is
         ({"native": about(1.0, 0.05), "adaptive": about(1.0, 0.05), "readout": about(0.9, 0.05)}, "LATENT"),
-        # attacks and relearning need not be run for an absence: they are listed as missing
-        ({"readout": None, "relearning": None}, "ERASED"),
+        # relearning alone need not be run for an absence; one of them has to
+        ({"relearning": None}, "ERASED"),
+        ({"readout": None, "relearning": None}, "INCONCLUSIVE"),
+        ({"covers": None}, "INCONCLUSIVE"),
+        # each loss is bounded from above, or there is no absence
+        ({"neighbour_loss": None}, "INCONCLUSIVE"),
+        ({"specificity_loss": about(0.05, 0.1)}, "INCONCLUSIVE"),
+        ({"perplexity": None}, "INCONCLUSIVE"),
+        ({"perplexity": about(1.05, 0.1)}, "INCONCLUSIVE"),
+        # too few facts
+        ({"facts": 49}, "INCONCLUSIVE"),
+        ({"facts": 9, "knock_out": about(0.5, 0.2)}, "INSERTED"),
+        ({"facts": 9, "native": about(0.5, 0.1)}, "INCONCLUSIVE"),
+        ({"route_new": about(0.97, 0.03, 9)}, "INCONCLUSIVE"),
+        # decoders that find a little, by intervals that exclude nothing
+        ({"native": about(0.19, 0.08)}, "LATENT"),
     ],
 )
 def test_each_finding_has_its_label(changes, label):
@@ -176,7 +188,7 @@ def test_what_is_missing_is_named_and_every_erased_states_its_power():
 
 
 def test_thresholds_are_the_callers():
-    loose = findings(knock_out=about(0.15, 0.08), knock_out_at_most=0.23)
+    loose = findings(knock_out=about(0.15, 0.08), knock_out_at_most=0.23, covers=True)
     assert judge(loose).label == "INSERTED"
     assert judge(loose, Thresholds(present=0.2, absent=0.3)).label == "ERASED"
 

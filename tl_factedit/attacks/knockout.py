@@ -17,6 +17,7 @@ leads under the same knock-out for subjects who don't have it, and the larger of
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order
-from tl_factedit.attacks.footprint import WHOLE, Footprint, footprint_of
+from tl_factedit.attacks.footprints import WHOLE, Footprint, footprint_of
 from tl_factedit.attacks.replacements import Replacements
 from tl_factedit.attacks.silencing import NOTHING, Asked, Silencing, says_under
 from tl_factedit.backend.protocol import Model, n_layers
@@ -37,7 +38,6 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned, align
-from tl_factedit.measure.change import Change
 from tl_factedit.measure.first_tokens import FIRST, firsts, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population, Read
 from tl_factedit.measure.reading import Reading
@@ -144,7 +144,10 @@ class KnockOut:
             objects=[row.objects for row in rows],
             references=[align(tokenizer, fact, prepend_bos=bos) for fact in population.reference],
             use=use,
-            drawn=_drawn(use, self.seed),
+            drawn=[
+                _drawn(fact, population.reference, row, self.seed)
+                for fact, row in zip(population.facts, use, strict=True)
+            ],
             batch_tokens=self.batch_tokens,
         )
         settings = {
@@ -219,7 +222,7 @@ class KnockOut:
     ) -> Float[Tensor, "fact case"] | None:
         """How often a fact's old object leads for subjects who don't have it; NaN where it wasn't looked into.
 
-        In the changed model, if it is one for all facts; of a change for each, in the unedited one.
+        In the changed model, if it is one for all facts; with a change for each, in the unedited one.
         """
         looked = [i for i, mean in enumerate(found.excess.mean.tolist()) if mean > LOOKED_INTO]
         if not looked:
@@ -231,7 +234,7 @@ class KnockOut:
             return asking.owners_under(runner, indices, owners, silencings)  # type: ignore[arg-type]
 
         settings = {**settings, "silencings": silencings, "owners": owners}
-        one = len(population.parts) == 1 and not isinstance(population.changed, Change)
+        one = len(population.parts) == 1
         reading = population.after if one else population.unedited
         leads = reading("knock-out of subjects without the object", read, settings=settings)
         common = torch.full((len(population.facts), len(found.cases)), math.nan)
@@ -348,10 +351,14 @@ def _first_of(use: Bool[Tensor, "reference"], order: Tensor, most: int) -> Bool[
     return torch.zeros_like(use).index_fill(0, order[use[order]][:most], True)
 
 
-def _drawn(use: Bool[Tensor, "fact reference"], seed: int) -> list[int]:
-    """For each fact one of its references, whichever facts are asked beside it."""
-    order = torch.randperm(use.shape[1], generator=torch.Generator().manual_seed(seed + 1))
-    return [int(order[row[order]][i % int(row.sum())]) for i, row in enumerate(use)]
+def _drawn(fact: Fact, reference: Sequence[Fact], use: Bool[Tensor, "reference"], seed: int) -> int:
+    """One of a fact's references, whatever their order and whichever facts are asked beside it."""
+
+    def chance(*text: str) -> bytes:
+        return hashlib.sha256(repr((seed, *text)).encode()).digest()
+
+    used = use.nonzero()[:, 0].tolist()
+    return min(used, key=lambda r: chance(fact.subject, fact.prompt, reference[r].subject, reference[r].prompt))
 
 
 def _owners(population: Population, seed: int) -> tuple[tuple[int, ...], ...]:

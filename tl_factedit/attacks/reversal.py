@@ -54,9 +54,9 @@ class WeightReversal:
     The cases are the numbers of directions that all layers lose together and, where a change wrote several for all
     facts, pairs of a layer and a number that it loses alone. A case in which the unedited model doesn't know the facts
     either is masked. ``before`` and ``after`` also hold the case 0 (nothing dropped) and the quantity ``neighbours``,
-    the share of neighbours that are answered rightly; ``extra`` has ``survives``, the share of the known facts whose old object is still first in the unedited model under the same
-    loss, and ``neighbours``; ``details`` has ``neighbours`` with its intervals (`Estimates`, [case]) and ``layers``,
-    those that lost directions for each fact.
+    the share of neighbours that are answered rightly; ``extra`` has ``survives``, the share of the known facts whose
+    old object is still first in the unedited model under the same loss, and ``neighbours``; ``details`` has
+    ``neighbours`` with its intervals (`Estimates`, [case]) and ``layers``, those that lost directions for each fact.
 
     Attributes:
         dropped: How many directions to drop, each tried alone; None for 16, 32 and 64, of narrow matrices fewer.

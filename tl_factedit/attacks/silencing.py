@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_factedit.attacks.cells import COMPONENTS, Cells, Place, describe
+from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cells, Place, describe
 from tl_factedit.attacks.replacements import Replacements, roles_at
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn
@@ -19,6 +19,8 @@ from tl_factedit.core.tokens import Aligned, batches, pad
 
 By: TypeAlias = Literal["mean", "resample", "half"]
 """What stands in for what is silenced: the references' mean, one of them, or half of the mean and half of its own."""
+
+BY: tuple[By, ...] = ("mean", "resample", "half")
 
 ENOUGH_TOKENS = 128
 """In one forward pass: with fewer, most of the time isn't spent on arithmetic."""
@@ -129,11 +131,11 @@ def passes(begins: Sequence[int], layers: int, tokens: int, enough: int) -> list
 
 def _hooks(asked: Sequence[Asked], silencings: Sequence[Silencing], replacements: Replacements) -> list[Hook]:
     """One hook for each component of each layer that some silencing names."""
-    spots: dict[Place, tuple[Tensor, Tensor, Tensor]] = {}
-    for place in {cell.place for each in silencings for cell in each.cells}:
+    spots: dict[Place, tuple[Tensor, ...]] = {}
+    for place in PLACES:
         found = [(i, p, role) for i, each in enumerate(asked) for p, role in roles_at(place, each.row)]
-        spots[place] = tuple(torch.tensor(column) for column in zip(*found, strict=True))  # type: ignore[assignment]
-    sources = {by: torch.tensor([each.source(by) for each in asked]) for by in ("mean", "resample", "half")}
+        spots[place] = tuple(torch.tensor(column) for column in zip(*found, strict=True))
+    sources = {by: torch.tensor([each.source(by) for each in asked]) for by in BY}
     at: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]] = {}
     for s, each in enumerate(silencings):
         for cell in each.cells:

@@ -318,7 +318,7 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
     """
     tested = [finding for finding in f.showing("elsewhere", "underneath") if finding.strongest.n > 1]
     asked = {finding.attack for finding in tested}
-    switched_off = any(finding.shows == "elsewhere" and finding.covers is not False for finding in tested)
+    switched_off = any(finding.shows == "elsewhere" and finding.covers for finding in tested)
     shown = switched_off or {"weight reversal", "disjoint relearning"} <= asked
     if not shown and asked:
         found.missing.append("the changed weights themselves (full=True): not all that was written can be silenced")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tl_factedit.attacks.footprint import WHOLE
+from tl_factedit.attacks.footprints import WHOLE
 from tl_factedit.auditing.findings import Findings
 from tl_factedit.auditing.gather import Evidence
 from tl_factedit.auditing.retained import Retention

@@ -35,7 +35,8 @@ def verdict(verdict: Verdict) -> Picture:
     """
     check_kind(verdict, Verdict, "verdict = fe.audit(model, changed, facts)")
     n = len(verdict.facts)
-    level = "one fact: descriptive" if verdict.level == "per edit" else f"population of {n} facts"
+    asked = "one fact" if n == 1 else f"{n} facts"
+    level = f"population of {asked}" if verdict.level == "population" else f"{asked}: descriptive"
     axes = [
         tag("div", tag("b", name), tag("span", *_axis(axis.estimate, axis.says)))
         for name, axis in (("Retained", verdict.retained), ("Recoverable", verdict.recoverable))

@@ -1,44 +1,80 @@
 """Knock-out cell by cell, as defined: whole forward passes of one prompt each, through TransformerLens' public hooks.
 
-At the last subject token the MLP outputs of some layers are replaced by their means over other prompts' last subject
-tokens (or by a part of them), and the prompt's end is read.
+What a component says at some tokens of a prompt is replaced by the mean of what it says at the same role in other
+prompts (or by a part of it), and the prompt's end is read. Roles: an earlier subject token, the last one, and a token
+after the subject by how far before the end it stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Prompt = tuple[Tensor, int]  # ids, and the position of the last subject token
+Prompt = tuple[Tensor, tuple[int, int]]  # ids, and (start, stop) of the subject
+NAMES = {"mlp": "hook_mlp_out", "attn": "hook_attn_out"}
 
 
-def mean_output(model: Any, prompts: Sequence[Prompt], layer: int) -> Tensor:
-    """The mean of a layer's MLP output at the last subject tokens, [d_model]."""
-    name, total = f"blocks.{layer}.hook_mlp_out", torch.zeros(model.cfg.d_model, dtype=torch.float64)
-    for ids, last in prompts:
-        with torch.no_grad():
-            _, cache = model.run_with_cache(ids[None], names_filter=[name])
-        total += cache[name][0, last].double()
-    return total / len(prompts)
+def role(prompt: Prompt, position: int) -> Any:
+    ids, (_, stop) = prompt
+    if position < stop - 1:
+        return "earlier"
+    return "last of the subject" if position == stop - 1 else len(ids) - position
 
 
-def knocked_out(model: Any, prompt: Prompt, means: Mapping[int, Tensor], *, strength: float = 1.0) -> Tensor:
-    """Log-probabilities at the end of a prompt, [vocab], with some layers' outputs replaced by their means."""
-    ids, last = prompt
+def at(prompt: Prompt, place: str) -> list[int]:
+    """The positions of a place."""
+    ids, (start, stop) = prompt
+    return {"subject": [stop - 1], "last": [len(ids) - 1], "all": list(range(start, len(ids)))}[place]
 
-    def replace(layer):
+
+def says(model: Any, prompt: Prompt, component: str, layer: int) -> Tensor:
+    """What a component hands to the stream, [pos d_model]."""
+    name = f"blocks.{layer}.{NAMES[component]}"
+    with torch.no_grad():
+        _, cache = model.run_with_cache(prompt[0][None], names_filter=[name])
+    return cache[name][0].double()
+
+
+def mean_saying(model: Any, prompts: Sequence[Prompt], component: str, layer: int) -> dict[Any, Tensor]:
+    """By role: the mean over prompts, of each the mean over its tokens of that role."""
+    found: dict[Any, list[Tensor]] = {}
+    for prompt in prompts:
+        said, own = says(model, prompt, component, layer), {}
+        for position in at(prompt, "all"):
+            own.setdefault(role(prompt, position), []).append(said[position])
+        for each, values in own.items():
+            found.setdefault(each, []).append(torch.stack(values).mean(0))
+    return {each: torch.stack(values).mean(0) for each, values in found.items()}
+
+
+def knocked_out(
+    model: Any,
+    prompt: Prompt,
+    cells: Sequence[tuple[str, int, str]],
+    means: Callable[[str, int], dict[Any, Tensor]],
+    *,
+    strength: float = 1.0,
+) -> Tensor:
+    """Log-probabilities at the end of a prompt, [vocab], with some components silenced at some places."""
+
+    def silence(component, layer, place):
+        stand_in = means(component, layer)
+
         def hook_fn(value, hook):
             value = value.clone()
-            value[0, last] = (1 - strength) * value[0, last] + strength * means[layer].to(value)
+            for position in at(prompt, place):
+                # Prompts whose subjects have one token say nothing of an earlier one.
+                new = stand_in.get(role(prompt, position), stand_in["last of the subject"]).to(value)
+                value[0, position] = (1 - strength) * value[0, position] + strength * new
             return value
 
-        return f"blocks.{layer}.hook_mlp_out", hook_fn
+        return f"blocks.{layer}.{NAMES[component]}", hook_fn
 
     with torch.no_grad():
-        logits = model.run_with_hooks(ids[None], fwd_hooks=[replace(layer) for layer in means])
+        logits = model.run_with_hooks(prompt[0][None], fwd_hooks=[silence(*cell) for cell in cells])
     return logits[0, -1].float().log_softmax(-1)
 
 

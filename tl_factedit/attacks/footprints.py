@@ -261,7 +261,7 @@ def _writes(part: Part, rows: Sequence[Aligned]) -> Float[Tensor, "2 fact compon
         changed = _answers(Runner(tested), tokens, ends, clean)
     layers = n_layers(part.unedited)
     inside = [name(layer) for layer in range(layers) for name in (_attn, _mlp, resid_post)]
-    last = len(rows) and clean[resid_post(layers - 1)][torch.arange(len(rows)), ends[:, 0]].double().norm(dim=-1)
+    last = clean[resid_post(layers - 1)][torch.arange(len(rows)), ends[:, 0]].double().norm(dim=-1)
     out = torch.full((2, len(rows), 3 * layers + 3, tokens.shape[1]), math.nan)
     for c, place in enumerate([resid_pre(0), *inside]):
         moved = (changed[place].double() - clean[place].double()).norm(dim=-1).cpu()
