@@ -12,8 +12,8 @@ from measured import knock_out
 from oracles import knocking
 
 import tl_factedit as fe
-from tl_factedit.attacks.cells import Cell, in_order
-from tl_factedit.attacks.knockout import SURVIVES, windows_of
+from tl_factedit.attacks.cells import Cell, in_order, windows_of
+from tl_factedit.attacks.knockout import SURVIVES
 from tl_factedit.attacks.silencing import NOTHING, Silencing, passes
 from tl_factedit.core.tokens import align
 
@@ -314,7 +314,8 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, stage, monk
         raise KeyboardInterrupt("injected")
 
     with laws.untouched(model):
-        monkeypatch.setattr(f"tl_factedit.attacks.knockout.{stage}", fail)
+        module = "knockout" if stage == "footprint_of" else "asking"
+        monkeypatch.setattr(f"tl_factedit.attacks.{module}.{stage}", fail)
         with pytest.raises(KeyboardInterrupt, match="injected"):
             knock_out(model, routed, facts[:1], facts)
 

@@ -7,6 +7,7 @@ from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
 from tl_factedit.attacks.footprints import Footprint, footprint
 from tl_factedit.attacks.knockout import KnockOut
 from tl_factedit.attacks.readout import ReadOut
+from tl_factedit.attacks.redundancies import Redundancy, redundancy
 from tl_factedit.attacks.relearning import Relearn, relearning_rate
 from tl_factedit.attacks.reversal import WeightReversal
 from tl_factedit.attacks.routes import FollowRoutes, Routes, follow_routes
@@ -24,6 +25,7 @@ __all__ = [
     "QuestionPrefix",
     "ReadOut",
     "Recovery",
+    "Redundancy",
     "Relearn",
     "RepeatPrefix",
     "Routes",
@@ -32,5 +34,6 @@ __all__ = [
     "WeightReversal",
     "follow_routes",
     "footprint",
+    "redundancy",
     "relearning_rate",
 ]

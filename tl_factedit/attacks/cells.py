@@ -26,6 +26,9 @@ class Cell(NamedTuple):
 Cells: TypeAlias = tuple[Cell, ...]
 """Silenced together; none: nothing is."""
 
+Window: TypeAlias = tuple[int, ...]
+"""Neighbouring layers."""
+
 
 def positions(place: Place, subject: tuple[int, int], length: int) -> range:
     """The positions that a place means in a prompt.
@@ -42,6 +45,35 @@ def positions(place: Place, subject: tuple[int, int], length: int) -> range:
 def in_order(cells: Iterable[Cell]) -> Cells:
     """Each once, sorted by layer, component and place."""
     return tuple(sorted(set(cells), key=lambda cell: (cell.layer, cell.component, PLACES.index(cell.place))))
+
+
+def singles_of(
+    layers: int, components: Sequence[Silenceable], places: Sequence[Place], widths: Sequence[int]
+) -> list[Cells]:
+    """Each component at each place, of each window of layers.
+
+    Raises:
+        ValueError: An unknown component or place; a width that the model hasn't got layers for.
+    """
+    for given, known, what in ((components, COMPONENTS, "component"), (places, PLACES, "place")):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{what} {name!r} is unknown, needed one of {known}")
+    return [
+        in_order(Cell(component, layer, place) for layer in window)
+        for component in components
+        for place in places
+        for window in windows_of(layers, widths)
+    ]
+
+
+def windows_of(layers: int, widths: Sequence[int]) -> tuple[Window, ...]:
+    """All windows of neighbouring layers of these widths, whole ones only, narrow ones first."""
+    if not widths or min(widths) < 1 or max(widths) > layers:
+        raise ValueError(f"widths are {tuple(widths)}, needed some between 1 and the model's {layers} layers")
+    return tuple(
+        tuple(range(start, start + width)) for width in sorted(set(widths)) for start in range(layers - width + 1)
+    )
 
 
 def describe(cells: Sequence[Cell]) -> str:

@@ -17,48 +17,37 @@ leads under the same knock-out for subjects who don't have it, and the larger of
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.attacks.asking import LEAST_REFERENCES, QUANTITIES, Asking
 from tl_factedit.attacks.attack import Case, Recovery
-from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order
+from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order, singles_of
 from tl_factedit.attacks.footprints import WHOLE, Footprint, footprint_of
-from tl_factedit.attacks.replacements import Replacements
-from tl_factedit.attacks.silencing import NOTHING, Asked, Silencing, says_under
+from tl_factedit.attacks.silencing import NOTHING, Silencing
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import Aligned, align
-from tl_factedit.measure.first_tokens import FIRST, firsts, with_new_objects
-from tl_factedit.measure.population import BATCH_TOKENS, Population, Read
+from tl_factedit.measure.first_tokens import FIRST, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
-
-Window: TypeAlias = tuple[int, ...]
-"""Neighbouring layers."""
 
 SURVIVES = 0.5
 """A case counts if the unedited model keeps its answer under it for this share of the facts, or more."""
 OFF = 0.5
 """Cells that cover this share of what was written switch the change off."""
-LEAST_REFERENCES = 5
-"""With fewer, the mean is still about somebody."""
 LOOKED_INTO = 0.02
 """Where the excess over controls is larger, it is looked whether the object is merely common."""
-ROOM = 2**29
-"""Bytes that what stands in may take."""
 MOST_OWNERS = 40
 """Subjects who don't have an object, asked how often it leads for them."""
-
-QUANTITIES = ("old_first", "new_first", "control_first", "logp_old", "logp_new", "logp_control")
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,6 @@ class KnockOut:
             )
         layers = n_layers(population.model)
         singles = self._singles(layers)
-        use = self._used(population)
         written = footprint_of(population, batch_tokens=self.batch_tokens)
         sets = list(dict.fromkeys([*singles, *_of_footprint(written, self.places), *map(in_order, self.cells)]))
         cover = torch.stack([written.cover(cells) for cells in sets])
@@ -137,21 +125,10 @@ class KnockOut:
         for cells, is_off in zip(sets, off, strict=True):
             if is_off:
                 silencings += [Silencing(cells, "resample")] * self.resample + [Silencing(cells, "half")]
-        rows = population.first_tokens
-        bos, tokenizer = population.prepend_bos, population.model.tokenizer
-        asking = _Asking(
-            rows=[align(tokenizer, fact, prepend_bos=bos) for fact in population.facts],
-            objects=[row.objects for row in rows],
-            references=[align(tokenizer, fact, prepend_bos=bos) for fact in population.reference],
-            use=use,
-            drawn=[
-                _drawn(fact, population.reference, row, self.seed)
-                for fact, row in zip(population.facts, use, strict=True)
-            ],
-            batch_tokens=self.batch_tokens,
-        )
+        asking = Asking.of(population, self.most_references, self.batch_tokens, self.seed)
+        rows, use = asking.rows, asking.use
         settings = {
-            "reference": [asdict(fact) for fact in population.reference] if population.cache else (),
+            **asking.settings(population),
             "settings": (silencings, self.means_of, self.most_references, self.batch_tokens, self.seed),
         }
         given = None
@@ -203,22 +180,13 @@ class KnockOut:
 
     def _singles(self, layers: int) -> list[Cells]:
         """Each component at each place, of each window of layers."""
-        for given, known, what in ((self.components, COMPONENTS, "component"), (self.places, PLACES, "place")):
-            for name in given:
-                if name not in known:
-                    raise ValueError(f"{what} {name!r} is unknown, needed one of {known}")
         for cell in (cell for cells in self.cells for cell in cells):
             if not 0 <= cell.layer < layers or cell.component not in COMPONENTS or cell.place not in PLACES:
                 raise ValueError(f"{cell} is none of the model's cells: it has layers 0 to {layers - 1}")
-        return [
-            in_order(Cell(component, layer, place) for layer in window)
-            for component in self.components
-            for place in self.places
-            for window in windows_of(layers, self.widths)
-        ]
+        return singles_of(layers, self.components, self.places, self.widths)
 
     def _common(
-        self, population: Population, asking: _Asking, found: Recovery, settings: Any
+        self, population: Population, asking: Asking, found: Recovery, settings: Any
     ) -> Float[Tensor, "fact case"] | None:
         """How often a fact's old object leads for subjects who don't have it; NaN where it wasn't looked into.
 
@@ -275,26 +243,6 @@ class KnockOut:
             details={"left_out": tuple(notes), "whole": False},
         )
 
-    def _used(self, population: Population) -> Bool[Tensor, "fact reference"]:
-        """Which references are averaged for which fact; the same ones of a relation, as far as can be."""
-        reference = population.reference
-        order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(self.seed))
-        return torch.stack(
-            [
-                _first_of(_uses(fact, reference, population.touched_with(i)), order, self.most_references)
-                for i, fact in enumerate(population.facts)
-            ]
-        )
-
-
-def windows_of(layers: int, widths: Sequence[int]) -> tuple[Window, ...]:
-    """All windows of neighbouring layers of these widths, whole ones only, narrow ones first."""
-    if not widths or min(widths) < 1 or max(widths) > layers:
-        raise ValueError(f"widths are {tuple(widths)}, needed some between 1 and the model's {layers} layers")
-    return tuple(
-        tuple(range(start, start + width)) for width in sorted(set(widths)) for start in range(layers - width + 1)
-    )
-
 
 def _of_footprint(written: Footprint, places: Sequence[Place]) -> list[Cells]:
     """The cells that cover most of what was written, and those that cover all of it."""
@@ -327,38 +275,13 @@ def _disagreeing(found: Recovery) -> tuple[str, ...]:
     )
 
 
-# ------------------------------------------------------------------------------------ what is asked
-
-
-def _uses(fact: Fact, reference: Sequence[Fact], touched: frozenset[str]) -> Bool[Tensor, "reference"]:
-    """Which references a fact's mean is over."""
-    # A subject asked under several prompts counts under each: the state depends on what stands before it.
-    use = torch.tensor([r.group == fact.group and r.subject not in touched for r in reference], dtype=torch.bool)
-    subjects = len({r.subject for r, yes in zip(reference, use.tolist(), strict=True) if yes})
-    if subjects < LEAST_REFERENCES:
-        raise ValueError(
-            f"{int(use.sum())} of {len(reference)} reference facts, about {subjects} subjects, are of the relation "
-            f"{fact.group!r} of {fact.name!r} and about a subject that isn't changed, needed {LEAST_REFERENCES} "
-            "subjects at least: give more facts of this relation"
-        )
-    return use
-
-
-def _first_of(use: Bool[Tensor, "reference"], order: Tensor, most: int) -> Bool[Tensor, "reference"]:
-    """As many of those that can be used as are wanted, the first in some order."""
-    if most < LEAST_REFERENCES:
-        raise ValueError(f"most_references is {most}, needed {LEAST_REFERENCES} at least")
-    return torch.zeros_like(use).index_fill(0, order[use[order]][:most], True)
-
-
-def _drawn(fact: Fact, reference: Sequence[Fact], use: Bool[Tensor, "reference"], seed: int) -> int:
-    """One of a fact's references, whatever their order and whichever facts are asked beside it."""
-
-    def chance(*text: str) -> bytes:
-        return hashlib.sha256(repr((seed, *text)).encode()).digest()
-
-    used = use.nonzero()[:, 0].tolist()
-    return min(used, key=lambda r: chance(fact.subject, fact.prompt, reference[r].subject, reference[r].prompt))
+def _reading(facts: Sequence[Fact], silencings: Sequence[Silencing], values: Tensor) -> Reading:
+    return Reading(
+        name="knock-out",
+        values=values,
+        axes={"fact": range(len(facts)), "case": list(silencings), "quantity": QUANTITIES},
+        unit="1 where first among the objects (of controls the mean), nats (logp)",
+    )
 
 
 def _owners(population: Population, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -373,105 +296,3 @@ def _owners(population: Population, seed: int) -> tuple[tuple[int, ...], ...]:
                 others.append(r)
         found.append(tuple(others[:MOST_OWNERS]))
     return tuple(found)
-
-
-# ------------------------------------------------------------------------------------ running
-
-
-Standing: TypeAlias = tuple[list[Asked], Replacements]
-"""The prompts of some facts, and what stands in for what they say."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Asking:
-    """The facts and their references, as they are run."""
-
-    rows: Sequence[Aligned]
-    objects: Sequence[tuple[int, ...]]
-    references: Sequence[Aligned]
-    use: Bool[Tensor, "fact reference"]
-    drawn: Sequence[int]
-    batch_tokens: int
-
-    def reader(self, silencings: Sequence[Silencing], given: Standing | None = None) -> Read[Tensor]:
-        """Reads `QUANTITIES` of facts under silencings; what stands in comes from the model itself, unless given."""
-
-        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact silencing quantity"]:
-            out = torch.full((len(indices), len(silencings), len(QUANTITIES)), math.nan)
-            for some in self._few_sources(runner, [i for i in indices if self.objects[i]]):
-                asked, replacements = self.standing_in(runner, some) if given is None else _some_of(given, some)
-
-                def quantities(i: int, log_p: Float[Tensor, "vocab"], some: Sequence[int] = some) -> Tensor:
-                    found = log_p[list(self.objects[some[i]])]
-                    first = firsts(found)
-                    return torch.stack([*first[:2], first[2:].mean(), *found[:2], found[2:].mean()])
-
-                says = says_under(runner, asked, replacements, silencings, quantities, self.batch_tokens)
-                out[[indices.index(i) for i in some]] = says
-            return out
-
-        return read
-
-    def owners_under(
-        self,
-        runner: Runner,
-        indices: tuple[int, ...],
-        owners: Sequence[Sequence[int]],
-        silencings: Sequence[Silencing],
-    ) -> Float[Tensor, "fact silencing"]:
-        """How often each fact's old object leads for references who don't have it; NaN where there are none."""
-        out = torch.full((len(indices), len(silencings)), math.nan)
-        for some in self._few_sources(runner, [i for i in indices if self.objects[i] and owners[i]]):
-            asked, replacements = self.standing_in(runner, some)
-            asking: dict[int, list[int]] = {}  # the facts that ask each reference
-            for place, i in enumerate(some):
-                for r in owners[i]:
-                    asking.setdefault(r, []).append(place)
-            # A reference is silenced by what stands in for the first fact that asks it: those of a relation share it.
-            prompts = [replace(asked[places[0]], row=self.references[r]) for r, places in asking.items()]
-            ask = list(asking.values())
-
-            def leads(p: int, log_p: Tensor, some: Sequence[int] = some, ask: list[list[int]] = ask) -> Tensor:
-                found = torch.full((len(some),), math.nan)
-                for place in ask[p]:
-                    found[place] = firsts(log_p[list(self.objects[some[place]])])[0]
-                return found
-
-            says = says_under(runner, prompts, replacements, silencings, leads, self.batch_tokens)
-            out[[indices.index(i) for i in some]] = says.nanmean(0).T
-        return out
-
-    def _few_sources(self, runner: Runner, chosen: Sequence[int]) -> list[Sequence[int]]:
-        """The facts in as many at once as what stands in for them leaves room for."""
-        length = max((len(row.ids) for row in self.references), default=1)
-        numbers = 2 * 2 * runner.n_layers * length * int(runner.model.cfg.d_model)
-        at_once = max(1, ROOM // (8 * numbers))
-        return [chosen[i : i + at_once] for i in range(0, len(chosen), at_once)]
-
-    def standing_in(self, runner: Runner, chosen: Sequence[int]) -> Standing:
-        """The prompts of some facts, and what stands in for what they say."""
-        sources: dict[tuple[int, ...], int] = {}
-
-        def source(counted: Sequence[int]) -> int:
-            return sources.setdefault(tuple(counted), len(sources))
-
-        asked = [
-            Asked(self.rows[i], source(self.use[i].nonzero()[:, 0].tolist()), source([self.drawn[i]])) for i in chosen
-        ]
-        weights = torch.zeros(len(sources), len(self.references))
-        for counted, s in sources.items():
-            weights[s, list(counted)] = 1.0
-        return asked, Replacements.read(runner, self.references, weights, self.batch_tokens)
-
-
-def _some_of(given: Standing, chosen: Sequence[int]) -> Standing:
-    return [given[0][i] for i in chosen], given[1]
-
-
-def _reading(facts: Sequence[Fact], silencings: Sequence[Silencing], values: Tensor) -> Reading:
-    return Reading(
-        name="knock-out",
-        values=values,
-        axes={"fact": range(len(facts)), "case": list(silencings), "quantity": QUANTITIES},
-        unit="1 where first among the objects (of controls the mean), nats (logp)",
-    )
