@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
@@ -72,6 +73,7 @@ class Edit:
             raise ValueError(f"the changes are of layers {changed}, needed one a layer: add them up (compose does)")
 
     @classmethod
+    @plain_torch()
     def made(
         cls,
         inputs: EditInputs,
@@ -158,6 +160,7 @@ class Edit:
         """
         return tuple(concerns_of(self))
 
+    @plain_torch()
     def check(self, model: Model) -> None:
         """Check that the edit can be applied to this model as it is now; nothing is run or written.
 
@@ -183,6 +186,7 @@ class Edit:
                 f"{model_name(model)} has weights {now}: apply it to the model it was made on"
             )
 
+    @plain_torch()
     def apply_(self, model: Model) -> None:
         """Write the edit into the model's ``W_out``, in place.
 
@@ -217,6 +221,7 @@ class Edit:
         """
         warn_once(self, self._name, [*self.concerns, *self._without(others)])
 
+    @plain_torch()
     def undo_(self, model: Model) -> None:
         """Take the edit back, bit for bit; edits applied before or after it stay.
 
@@ -252,6 +257,7 @@ class Edit:
                         self.undo_(model)
                     raise
 
+    @plain_torch()
     def scaled(self, alpha: float) -> Edit:
         """The same edit α times as strong: ``W_out += α · Δ``; 0 writes nothing, −1 the opposite.
 
@@ -270,6 +276,7 @@ class Edit:
             editor={"name": "scaled", "alpha": alpha, "of": dict(self.editor)},
         )
 
+    @plain_torch()
     def save(self, path: str | Path) -> None:
         """Write one small file (safetensors): factors, keys, values, provenance."""
         tensors: dict[str, Tensor] = {}
@@ -290,6 +297,7 @@ class Edit:
         files.write(Path(path), "edit", header, tensors)
 
     @classmethod
+    @plain_torch()
     def load(cls, path: str | Path) -> Edit:
         """Read a file of `save`.
 
@@ -313,6 +321,7 @@ class Edit:
                 provenance=Provenance.from_json(file.field("provenance", dict)),
             )
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """Its diagnostics, a row a layer (of a composed edit: a row for each edit and layer).
 

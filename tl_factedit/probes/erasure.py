@@ -20,7 +20,7 @@ from tl_factedit.backend.hooking import hooked
 from tl_factedit.backend.protocol import Hook, Model, bos_policy, check_layer, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
 from tl_factedit.editing.ledger import base_fingerprint
@@ -88,6 +88,7 @@ class Erasure:
         return f"Erasure({self.eraser.rank} of {len(self.eraser.mean)} directions after layer {self.layer}, at {where})"
 
 
+@plain_torch()
 def erase_states(
     model: Model,
     eraser: Eraser,

@@ -25,7 +25,7 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import finish_despite_interrupt, frozen
+from tl_factedit.backend.state import finish_despite_interrupt, frozen, plain_torch
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
@@ -33,6 +33,7 @@ from tl_factedit.probes.linear import ProbeReadout
 from tl_factedit.probes.states import HiddenStates
 
 
+@plain_torch()
 def subject_embeddings(model: Model, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> HiddenStates:
     """The mean of each subject's token embeddings, without positions: what its spelling alone can tell.
 
@@ -61,6 +62,7 @@ def subject_embeddings(model: Model, facts: Sequence[Fact], *, prepend_bos: bool
     return HiddenStates.of_features(torch.stack(means), facts, "token embeddings")
 
 
+@plain_torch()
 def name_ngrams(
     train: Sequence[Fact], test: Sequence[Fact], *, sizes: Sequence[int] = (1, 2, 3)
 ) -> tuple[HiddenStates, HiddenStates]:
@@ -100,6 +102,7 @@ def _ngrams(name: str, sizes: Sequence[int]) -> Counter[str]:
     return Counter(spelt[i : i + n] for n in sizes for i in range(len(spelt) - n + 1))
 
 
+@plain_torch()
 def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequence[str]) -> HiddenStates:
     """One object of each fact as the only feature: given the new one, a probe must not find the old one.
 
@@ -123,6 +126,7 @@ def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequen
     )
 
 
+@plain_torch()
 def states_of_others(states: HiddenStates, *, seed: int = 0) -> HiddenStates:
     """Give each fact the states of another fact of its relation, with another old object.
 
@@ -201,6 +205,7 @@ def _matrices(model: Any) -> list[Any]:
     return list(owners.values())
 
 
+@plain_torch()
 def excess_over_nulls(readout: ProbeReadout, nulls: Sequence[ProbeReadout]) -> Estimates:
     """How much more often a probe is right than the best cell of its nulls, paired by fact, [layer position].
 
