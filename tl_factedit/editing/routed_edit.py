@@ -19,7 +19,7 @@ from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Hook, Model, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen, plain_torch
+from tl_factedit.backend.state import frozen, one_thread, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
@@ -142,11 +142,13 @@ class RoutedEdit:
 
         Raises:
             ValueError: As for `check`.
+            RuntimeError: Another thread is at work on the model. Inside the block other threads are refused.
         """
-        self.check(model)
-        warn_once(self, f"the edit of {', '.join(repr(fact.name) for fact in self.facts[:3])}", self.concerns)
-        with hooked(model, self.hooks(model)):
-            yield model
+        with one_thread(model):
+            self.check(model)
+            warn_once(self, f"the edit of {', '.join(repr(fact.name) for fact in self.facts[:3])}", self.concerns)
+            with hooked(model, self.hooks(model)):
+                yield model
 
     @cached_property
     def concerns(self) -> tuple[str, ...]:
