@@ -28,7 +28,7 @@ from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned, align, batches, pad
 from tl_factedit.measure.first_tokens import FIRST, FirstTokens, firsts, with_new_objects
@@ -86,6 +86,7 @@ class KnockOut:
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
+    @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Knock out every window of layers.
 
