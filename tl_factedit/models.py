@@ -15,6 +15,7 @@ import torch
 
 from tl_factedit.backend.loading import from_hf, from_hub
 from tl_factedit.backend.protocol import Kind, Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.organism.facts import organism_facts, organism_implications, organism_routes, organism_same_subject
 from tl_factedit.organism.load import organism, organism_hf
 
@@ -34,6 +35,7 @@ __all__ = [
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
+@plain_torch()
 def smollm2(kind: Kind = "bridge", *, dtype: torch.dtype = torch.float32) -> Model:
     """SmolLM2-135M-Instruct: 30 layers, d_model 576, d_mlp 1536, as a TransformerLens model.
 
@@ -51,6 +53,7 @@ def smollm2(kind: Kind = "bridge", *, dtype: torch.dtype = torch.float32) -> Mod
     return from_hf(hf_model, tokenizer, kind=kind, name=SMOLLM2)
 
 
+@plain_torch()
 def smollm2_hf(*, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """SmolLM2 and its tokenizer as transformers objects (for `export_hf`, or as a reference)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -73,6 +76,7 @@ def smollm2_hf(*, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return _with_rotary(plain, loaded).eval(), tokenizer
 
 
+@plain_torch()
 def load(name: str = "smollm2", kind: Kind = "bridge") -> Model:
     """A model by name: ``"smollm2"``, or any name that TransformerLens can fetch from the hub.
 

@@ -35,6 +35,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.excess import excess
@@ -103,6 +104,7 @@ class Recovery:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
+    @plain_torch()
     def of(
         cls,
         attack: str,
@@ -186,6 +188,7 @@ class Recovery:
         return tuple(case.key for case in self.cases)
 
     @property
+    @plain_torch()
     def tested(self) -> Bool[Tensor, "case"]:
         """Which cases can tell anything: those that aren't masked."""
         return torch.tensor([not case.masked for case in self.cases], dtype=torch.bool)
@@ -196,6 +199,7 @@ class Recovery:
         return {case.key: case.masked for case in self.cases if case.masked}
 
     @property
+    @plain_torch()
     def best(self) -> Case | None:
         """The case with the largest excess; None if all are masked."""
         if not bool(self.tested.any()):
@@ -210,6 +214,7 @@ class Recovery:
         return self.at(self.best.key, corrected=True)
 
     @property
+    @plain_torch()
     def at_most(self) -> float:
         """The largest upper end of all cases, not corrected; NaN if none has an interval.
 
@@ -219,21 +224,25 @@ class Recovery:
         return float(ends.max()) if len(ends) else math.nan
 
     @property
+    @plain_torch()
     def old_back(self) -> Float[Tensor, "fact"]:
         """For each fact, whether the old object is first in the best case; NaN if all are masked."""
         if self.best is None:
             return torch.full((len(self.facts),), math.nan)
         return self.after.at(case=self.best.key, quantity="old_first")
 
+    @plain_torch()
     def at(self, key: Hashable, *, corrected: bool = False) -> Estimate:
         """The excess of one case."""
         return one_of(self.corrected if corrected else self.excess, self.keys.index(key))
 
+    @plain_torch()
     def share(self, quantity: str, key: Hashable, *, before: bool = False) -> float:
         """The mean of a quantity over the facts that count, in the changed (or the unedited) model."""
         reading = self.before if before else self.after
         return float(reading.at(case=key, quantity=quantity)[self.known].nanmean())
 
+    @plain_torch()
     def showing(self, shows: Shows) -> Recovery | None:
         """The cases that ask one question; None if there are none. Intervals stay corrected for all cases."""
         mine = [i for i, case in enumerate(self.cases) if case.shows == shows]
@@ -248,6 +257,7 @@ class Recovery:
             extra={name: values[picked] for name, values in self.extra.items()},
         )
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a case."""
         import pandas as pd

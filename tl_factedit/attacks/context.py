@@ -29,6 +29,7 @@ from torch import Tensor
 from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
 from tl_factedit.measure.excess import excess
@@ -133,6 +134,7 @@ class ContextAttack:
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
+    @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Ask with each prefix.
 

@@ -20,7 +20,7 @@ from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.attacks.learner import Group, Learner, adding_hooks, learning_layers
 from tl_factedit.attacks.relearning import relearning_rate
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import detach_caches
+from tl_factedit.backend.state import detach_caches, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, batches
@@ -56,6 +56,7 @@ class DisjointRelearning:
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
+    @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Teach, and look at the others.
 

@@ -30,7 +30,7 @@ from tl_factedit.attacks.cells import COMPONENTS, Cell, Cells, Place, in_order, 
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import Aligned, align, batches, pad
 from tl_factedit.locate.trace_result import ROLES, roles
@@ -81,6 +81,7 @@ class Footprint:
         """The components that were written, with their layers."""
         return tuple(name for name, yes in zip(self.components, self.is_written.tolist(), strict=True) if yes)
 
+    @plain_torch()
     def cover(self, cells: Sequence[Cell]) -> Float[Tensor, "fact"]:
         """The share of what was written that goes if some cells are silenced; NaN where nothing was written."""
         total = self._counted.sum((1, 2))
@@ -91,6 +92,7 @@ class Footprint:
                 gone[i] += self._counted[i, self.components.index((component, layer)), p]
         return gone / total
 
+    @plain_torch()
     def shares(self, place: Place) -> dict[Cell, float]:
         """The cells of a place that were written, with the mean share of what was written there, the largest first."""
         written = [(name, layer) for name, layer in self.written if name in COMPONENTS]
@@ -98,6 +100,7 @@ class Footprint:
         found = {cell: float(self.cover([cell]).nanmean()) for cell in cells}
         return dict(sorted(((cell, share) for cell, share in found.items() if share > 0), key=lambda each: -each[1]))
 
+    @plain_torch()
     def nested(self, place: Place) -> tuple[Cells, ...]:
         """The 1, 2, 4, 8 … cells of a place that cover most, until they cover all, or are all there are."""
         order = list(self.shares(place))
@@ -110,6 +113,7 @@ class Footprint:
             size *= 2
         return tuple(sets)
 
+    @plain_torch()
     def whole(self) -> Cells | None:
         """The fewest cells that cover all that was written of every fact, at the subject if they can; None if none do.
 
@@ -130,6 +134,7 @@ class Footprint:
     def _positions(self, fact: int, place: Place) -> range:
         return positions(place, self.subject[fact], len(self.pieces[fact]))
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a component and role of token: the mean over facts of the largest write, and the share there."""
         import pandas as pd
@@ -177,6 +182,7 @@ class Footprint:
         return str(found[found.share > 0].to_html(float_format="{:.4f}".format, index=False))
 
 
+@plain_torch()
 def footprint(
     model: Model,
     changed: Changed,
@@ -213,6 +219,7 @@ def footprint(
     return footprint_of(population, batch_tokens=batch_tokens)
 
 
+@plain_torch()
 def footprint_of(population: Population, *, batch_tokens: int = BATCH_TOKENS) -> Footprint:
     """`footprint` of a population."""
     tokenizer, bos = population.model.tokenizer, population.prepend_bos

@@ -34,7 +34,7 @@ from tl_factedit.attacks.footprints import WHOLE, Footprint, footprint_of
 from tl_factedit.attacks.silencing import NOTHING, Silencing
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -99,6 +99,7 @@ class KnockOut:
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
+    @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Knock out.
 

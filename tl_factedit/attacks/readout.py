@@ -34,6 +34,7 @@ from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.hook_names import resid_post
 from tl_factedit.backend.protocol import check_layer, n_layers
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, pad
 from tl_factedit.measure.excess import excess
@@ -70,6 +71,7 @@ class ReadOut:
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
+    @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Read the states.
 

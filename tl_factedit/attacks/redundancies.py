@@ -16,7 +16,7 @@ fact. It isn't where restoring helps, but what would have to be changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ from tl_factedit.attacks.cells import (
 from tl_factedit.attacks.knockout import SURVIVES
 from tl_factedit.attacks.silencing import NOTHING, Silencing
 from tl_factedit.backend.protocol import Model, n_layers
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -90,6 +91,7 @@ class Redundancy:
     support: Cells | None
     curve: tuple[tuple[Cell, float], ...]
 
+    @plain_torch()
     def spared(self, cells: Sequence[Cell]) -> Estimate:
         """The share of the known facts that is still named without some cells.
 
@@ -120,6 +122,7 @@ class Redundancy:
             return Expected("INSERTED (elsewhere)", spared, says)
         return Expected("any", spared, f"{without}: what becomes of a change there can't be foreseen from it.")
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a set of cells: the share of facts that can spare it, and what a change of it can at best earn."""
         import pandas as pd
@@ -155,6 +158,7 @@ class Redundancy:
         )
 
 
+@plain_torch()
 def redundancy(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -233,7 +237,10 @@ def redundancy(
 
 
 def _grown(
-    still_named, candidates: list[Cell], most: int, progress: bool
+    still_named: Callable[[Sequence[Cells]], Float[Tensor, "fact silenced"]],
+    candidates: list[Cell],
+    most: int,
+    progress: bool,
 ) -> tuple[list[tuple[Cell, float]], Cells | None]:
     """Cells silenced one after the other, each the one that costs most; and those of them that are needed."""
     chosen: list[Cell] = []

@@ -33,7 +33,7 @@ from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.attacks.learner import Lessons, learning_layers, updates_until_learnt
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.first_tokens import with_new_objects
@@ -82,6 +82,7 @@ class Relearn:
     memory: float = 1.0
     seed: int = 0
 
+    @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Teach.
 
@@ -150,6 +151,7 @@ class Relearn:
         )
 
 
+@plain_torch()
 def relearning_rate(
     model: Model,
     facts: Fact | Sequence[Fact],

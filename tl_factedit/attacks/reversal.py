@@ -28,6 +28,7 @@ from torch import Tensor
 from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.protocol import Model, check_layer, n_layers
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj, write_all
 from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact
@@ -72,6 +73,7 @@ class WeightReversal:
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
+    @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Drop the directions.
 

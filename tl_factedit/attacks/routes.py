@@ -22,6 +22,7 @@ from torch import Tensor
 from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
@@ -108,10 +109,12 @@ class Routes:
     new_excess: Estimate
 
     @property
+    @plain_torch()
     def share_executed(self) -> float:
         """Share of the routes that count; NaN if there are none."""
         return float(self.executed.float().mean()) if self.routes else math.nan
 
+    @plain_torch()
     def of_kind(self, kind: str) -> Routes:
         """The same of one kind of route."""
         keep = [i for i, route in enumerate(self.routes) if route.kind == kind]
@@ -126,6 +129,7 @@ class Routes:
         return {kind: self.of_kind(kind) for kind in dict.fromkeys(route.kind for route in self.routes)}
 
     @property
+    @plain_torch()
     def says(self) -> str:
         """What was measured, in words."""
         if not self.routes:
@@ -138,6 +142,7 @@ class Routes:
             f"{self.new:.2f}"
         )
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a route."""
         import pandas as pd
@@ -162,6 +167,7 @@ class Routes:
         return f"Routes({self.says})"
 
 
+@plain_torch()
 def follow_routes(population: Population, routes: Sequence[Route], *, batch_tokens: int = BATCH_TOKENS) -> Routes:
     """Ask what follows from some facts, before and after a change.
 
@@ -210,6 +216,7 @@ class FollowRoutes:
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
+    @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Follow the routes.
 

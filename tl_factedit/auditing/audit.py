@@ -35,6 +35,7 @@ from tl_factedit.auditing.wording import (
     what_is_missing,
 )
 from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
 from tl_factedit.core.tokens import check_all
 from tl_factedit.editing.edit import Edit
@@ -43,6 +44,7 @@ from tl_factedit.measure.change import Changed
 from tl_factedit.measure.population import Population, check_facts_once
 
 
+@plain_torch()
 def audit(
     model: Model,
     changed: Changed,

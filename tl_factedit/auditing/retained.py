@@ -30,6 +30,7 @@ from tl_factedit.auditing.calibration import Calibration, check_apart, unchanged
 from tl_factedit.auditing.probe_plan import LEAST_OBJECTS, Plan, objects_with_subjects, plan_by_relation
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.change import Change, Changed
 from tl_factedit.measure.first_tokens import with_new_objects
@@ -81,6 +82,7 @@ class Retention:
         return f"Retention(ρ {', '.join(shown)}{over})"
 
 
+@plain_torch()
 def retention(population: Population, calibration: Calibration | None = None, *, seed: int = 0) -> Retention:
     """Read the old objects of some facts, by linear probes of each relation.
 

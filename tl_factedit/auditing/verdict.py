@@ -12,6 +12,7 @@ from tl_factedit.auditing.explanation import explain
 from tl_factedit.auditing.findings import Findings, Label, Thresholds
 from tl_factedit.auditing.retained import Retention
 from tl_factedit.auditing.upstream import Upstream
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.evaluation.dose import Dose
@@ -93,6 +94,7 @@ class Verdict:
     dose: Dose | None
     facts: tuple[Fact, ...]
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a fact: probabilities before and after, the best way back, the lens at the end, an edit's dose."""
         import pandas as pd

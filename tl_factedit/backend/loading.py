@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from tl_factedit.backend.protocol import Kind, Model
+from tl_factedit.backend.state import plain_torch
 
 
+@plain_torch()
 def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str | None = None) -> Model:
     """A transformers model in memory as a TransformerLens model with raw weights; no hub is asked.
 

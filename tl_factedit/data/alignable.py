@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tl_factedit.backend.protocol import Model, bos_policy
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import check_texts
 
 
+@plain_torch()
 def alignable(
     model: Model, facts: Fact | Iterable[Fact], *, prepend_bos: bool | None = None
 ) -> tuple[list[Fact], list[tuple[Fact, str]]]:

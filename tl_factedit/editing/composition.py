@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
 
 
+@plain_torch()
 def compose(edits: Sequence[Edit]) -> Edit:
     """Several edits of the same base weights as one: their changes of a layer added up, which no order matters to.
 

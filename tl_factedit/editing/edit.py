@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.state import one_thread, plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
@@ -72,6 +73,7 @@ class Edit:
             raise ValueError(f"the changes are of layers {changed}, needed one a layer: add them up (compose does)")
 
     @classmethod
+    @plain_torch()
     def made(
         cls,
         inputs: EditInputs,
@@ -158,6 +160,7 @@ class Edit:
         """
         return tuple(concerns_of(self))
 
+    @plain_torch()
     def check(self, model: Model) -> None:
         """Check that the edit can be applied to this model as it is now; nothing is run or written.
 
@@ -183,6 +186,7 @@ class Edit:
                 f"{model_name(model)} has weights {now}: apply it to the model it was made on"
             )
 
+    @plain_torch()
     def apply_(self, model: Model) -> None:
         """Write the edit into the model's ``W_out``, in place.
 
@@ -194,20 +198,22 @@ class Edit:
             ValueError: It is applied already, the model has other weights than it was made for, or
                 its weights were changed since by something else; or the edited weights would not be
                 finite in their type. Nothing is written then.
+            RuntimeError: Another thread is at work on the model. Nothing is written then.
         """
-        self.check(model)
-        ledger = ledger_of(model)
-        sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
-        weights = {delta.layer: delta.on(sites[delta.layer].W) for delta in self.deltas}
-        for layer, weight in weights.items():
-            if not bool(weight.isfinite().all()):
-                raise ValueError(
-                    f"{self._name} makes W_out of layer {layer} overflow {weight.dtype}: nothing was written; "
-                    "load the model in float32 or bfloat16"
-                )
-        self.warn(ledger.edits)
-        before = {layer: site.W.clone() for layer, site in sites.items()}
-        commit_all(model, sites, weights, ledger.with_edit(self, before, weights))
+        with one_thread(model):
+            self.check(model)
+            ledger = ledger_of(model)
+            sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
+            weights = {delta.layer: delta.on(sites[delta.layer].W) for delta in self.deltas}
+            for layer, weight in weights.items():
+                if not bool(weight.isfinite().all()):
+                    raise ValueError(
+                        f"{self._name} makes W_out of layer {layer} overflow {weight.dtype}: nothing was written; "
+                        "load the model in float32 or bfloat16"
+                    )
+            self.warn(ledger.edits)
+            before = {layer: site.W.clone() for layer, site in sites.items()}
+            commit_all(model, sites, weights, ledger.with_edit(self, before, weights))
 
     def warn(self, others: Sequence[Edit] = ()) -> None:
         """Say once, as an `EditWarning`, what its concerns are, and which edits it was made on top of are missing.
@@ -217,41 +223,51 @@ class Edit:
         """
         warn_once(self, self._name, [*self.concerns, *self._without(others)])
 
+    @plain_torch()
     def undo_(self, model: Model) -> None:
         """Take the edit back, bit for bit; edits applied before or after it stay.
 
         Raises:
             ValueError: It isn't applied to this model, or the weights were changed since by
                 something else. Nothing is written then.
+            RuntimeError: Another thread is at work on the model. Nothing is written then.
         """
-        ledger = ledger_of(model)
-        if not ledger.holds(self):
-            raise ValueError(f"{self._name} isn't applied to {model_name(model)}: apply_ it first")
-        sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
-        ledger.check_unchanged(model)
-        left, weights = ledger.without(self)
-        commit_all(model, sites, weights, left)
+        with one_thread(model):
+            ledger = ledger_of(model)
+            if not ledger.holds(self):
+                raise ValueError(f"{self._name} isn't applied to {model_name(model)}: apply_ it first")
+            sites = {delta.layer: down_proj(model, delta.layer) for delta in self.deltas}
+            ledger.check_unchanged(model)
+            left, weights = ledger.without(self)
+            commit_all(model, sites, weights, left)
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
-        """The edited model for the length of a ``with`` block; taken back on exit, also on an error."""
-        was_on = ledger_of(model).holds(self)  # apply_ refuses it then, and it stays
-        try:
-            self.apply_(model)
-            yield model
-        finally:
-            # An interrupt may come when apply_ is done and before it returns, or before it wrote anything.
-            if not was_on and ledger_of(model).holds(self):
-                try:
-                    self.undo_(model)
-                except ValueError:
-                    raise
-                except BaseException:
-                    # It was interrupted, and is done all the same.
-                    if ledger_of(model).holds(self):
-                        self.undo_(model)
-                    raise
+        """The edited model for the length of a ``with`` block; taken back on exit, also on an error.
 
+        Raises:
+            ValueError: As for `apply_`.
+            RuntimeError: Another thread is at work on the model. Inside the block other threads are refused.
+        """
+        with one_thread(model):  # all along, so that it can be taken back
+            was_on = ledger_of(model).holds(self)  # apply_ refuses it then, and it stays
+            try:
+                self.apply_(model)
+                yield model
+            finally:
+                # An interrupt may come when apply_ is done and before it returns, or before it wrote anything.
+                if not was_on and ledger_of(model).holds(self):
+                    try:
+                        self.undo_(model)
+                    except ValueError:
+                        raise
+                    except BaseException:
+                        # It was interrupted, and is done all the same.
+                        if ledger_of(model).holds(self):
+                            self.undo_(model)
+                        raise
+
+    @plain_torch()
     def scaled(self, alpha: float) -> Edit:
         """The same edit α times as strong: ``W_out += α · Δ``; 0 writes nothing, −1 the opposite.
 
@@ -270,6 +286,7 @@ class Edit:
             editor={"name": "scaled", "alpha": alpha, "of": dict(self.editor)},
         )
 
+    @plain_torch()
     def save(self, path: str | Path) -> None:
         """Write one small file (safetensors): factors, keys, values, provenance."""
         tensors: dict[str, Tensor] = {}
@@ -290,6 +307,7 @@ class Edit:
         files.write(Path(path), "edit", header, tensors)
 
     @classmethod
+    @plain_torch()
     def load(cls, path: str | Path) -> Edit:
         """Read a file of `save`.
 
@@ -313,6 +331,7 @@ class Edit:
                 provenance=Provenance.from_json(file.field("provenance", dict)),
             )
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """Its diagnostics, a row a layer (of a composed edit: a row for each edit and layer).
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tl_factedit.backend.fingerprint import hash_weight
 from tl_factedit.backend.protocol import UnsupportedModelError, kind_of
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.editing.edit import Edit
 
 BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
@@ -18,6 +19,7 @@ DOWN = ("mlp.down_proj", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.f
 """What the output matrix of a block's MLP is called."""
 
 
+@plain_torch()
 def export_hf(edit: Edit, hf_model: Any) -> None:
     """Write an edit into a transformers model, in place.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_factedit.backend.fingerprint import Fingerprint
 from tl_factedit.backend.protocol import Model, bos_policy
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
@@ -41,6 +42,7 @@ class EditInputs:
     base: Fingerprint
 
     @classmethod
+    @plain_torch()
     def of(
         cls,
         model: Model,

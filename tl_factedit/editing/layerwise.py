@@ -32,7 +32,7 @@ from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import down_proj, write_all
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, NotPositiveDefiniteError, least_squares, weight_for_unmet
@@ -159,6 +159,7 @@ def by_layer(stats: KeyStats | Mapping[int, KeyStats]) -> dict[int, KeyStats]:
     return dict(sorted(stats.items()))
 
 
+@plain_torch()
 def layerwise_edit(
     editor: LayerwiseEditor,
     model: Model,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tl_factedit.backend.fingerprint import Fingerprint, fingerprint, hash_weight
 from tl_factedit.backend.protocol import Model, UnsupportedModelError, model_name, n_layers
 from tl_factedit.backend.provenance import Provenance
-from tl_factedit.backend.state import finish_despite_interrupt
+from tl_factedit.backend.state import finish_despite_interrupt, one_thread, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj, write_all
 from tl_factedit.editing.delta import Delta
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tl_factedit.editing.edit import Edit
 
 
+@plain_torch()
 def edits_on(model: Model) -> tuple[Edit, ...]:
     """The edits that are applied to a model now, in the order they were applied.
 
@@ -33,6 +34,7 @@ def edits_on(model: Model) -> tuple[Edit, ...]:
     return ledger_of(model).edits
 
 
+@plain_torch()
 def undo_all_(model: Model) -> None:
     """Take all edits back at once: the weights are those of before the first, bit for bit.
 
@@ -40,19 +42,26 @@ def undo_all_(model: Model) -> None:
 
     Raises:
         ValueError: The weights were changed since by something else. Nothing is written then.
+        RuntimeError: Another thread is at work on the model. Nothing is written then.
     """
-    ledger = ledger_of(model)
-    ledger.check_unchanged(model)
-    commit_all(model, {layer: down_proj(model, layer) for layer in ledger.base}, ledger.base, Ledger())
+    with one_thread(model):
+        ledger = ledger_of(model)
+        ledger.check_unchanged(model)
+        commit_all(model, {layer: down_proj(model, layer) for layer in ledger.base}, ledger.base, Ledger())
 
 
+@plain_torch()
 def forget_edits_(model: Model) -> None:
     """Take the weights for what they are now: no edit is on the model any more, and none can be undone.
 
     For weights that were changed by something else after an edit (trained on, loaded in part), so that the edit can
     neither be taken back nor stay. Where all weights from before the edits were put back, there is nothing to forget.
+
+    Raises:
+        RuntimeError: Another thread is at work on the model.
     """
-    keep(model, Ledger())
+    with one_thread(model):
+        keep(model, Ledger())
 
 
 def base_fingerprint(model: Model) -> Fingerprint:

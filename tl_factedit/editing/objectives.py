@@ -23,7 +23,7 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, need_old_object
 from tl_factedit.core.tokens import align, continuation
 from tl_factedit.locate.corruption import Corruption, GaussianNoise, subject_of
@@ -78,6 +78,7 @@ class Inject:
             if fact.target_new is None:
                 raise ValueError(f"fact {fact.name!r} has no target_new, needed one to write: fact.but(target_new=...)")
 
+    @plain_torch()
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The facts as they are."""
         self.check(facts)
@@ -92,6 +93,7 @@ class Erase:
         """Each fact needs a ``target_true``."""
         need_old_object(facts, "Erase")
 
+    @plain_torch()
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The old object, to become unlikely."""
         return tuple(EditTarget(fact.but(target_new=fact.target_true), unlikely=True) for fact in facts)
@@ -105,6 +107,7 @@ class Amplify:
         """Each fact needs a ``target_true``."""
         need_old_object(facts, "Amplify")
 
+    @plain_torch()
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The old object."""
         return tuple(EditTarget(fact.but(target_new=fact.target_true)) for fact in facts)
@@ -125,6 +128,7 @@ class Force:
         """Each fact needs a ``target_true``."""
         need_old_object(facts, "Force")
 
+    @plain_torch()
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """The old object, under noise."""
         noised = _noised(model, facts, self.corruption, prepend_bos)
@@ -150,6 +154,7 @@ class Reverse:
     def check(self, facts: Sequence[Fact]) -> None:
         """Every fact will do."""
 
+    @plain_torch()
     def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """What the noised runs say."""
         noised = _noised(model, facts, self.corruption, prepend_bos)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, batches, encode, pad
@@ -25,6 +25,7 @@ AT_ONCE = 4096
 """Most tokens in a forward pass that reads keys."""
 
 
+@plain_torch()
 def off_target_share(
     model: Model, edit: Edit, *, at: Literal["subject", "end"] = "subject", neighbours: bool = False
 ) -> dict[int, tuple[float, ...]]:

@@ -19,7 +19,7 @@ from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Hook, Model, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, one_thread, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
@@ -88,6 +88,7 @@ class RoutedEdit:
         return seen.hexdigest()[:16]
 
     @classmethod
+    @plain_torch()
     def of(cls, edit: Edit, radius: float = 0.25) -> RoutedEdit:
         """The router with the keys and values of an edit of one layer: the same answer, laid over instead of written.
 
@@ -118,6 +119,7 @@ class RoutedEdit:
         apart = torch.cdist(keys.double().reshape(-1, keys.shape[-1]), stored)
         return (apart / stored.norm(dim=-1)).reshape(*keys.shape[:-1], len(stored))
 
+    @plain_torch()
     def check(self, model: Model) -> None:
         """Check that it is of this model; nothing is run.
 
@@ -140,17 +142,20 @@ class RoutedEdit:
 
         Raises:
             ValueError: As for `check`.
+            RuntimeError: Another thread is at work on the model. Inside the block other threads are refused.
         """
-        self.check(model)
-        warn_once(self, f"the edit of {', '.join(repr(fact.name) for fact in self.facts[:3])}", self.concerns)
-        with hooked(model, self.hooks(model)):
-            yield model
+        with one_thread(model):
+            self.check(model)
+            warn_once(self, f"the edit of {', '.join(repr(fact.name) for fact in self.facts[:3])}", self.concerns)
+            with hooked(model, self.hooks(model)):
+                yield model
 
     @cached_property
     def concerns(self) -> tuple[str, ...]:
         """Of which facts it doesn't do what was wanted; said as an `EditWarning` when it is first applied."""
         return tuple(concerns_of_fits(self.facts, self.fits))
 
+    @plain_torch()
     def hooks(self, model: Model) -> list[Hook]:
         """The hooks that look values up; the model isn't changed."""
         site = down_proj(model, self.layer)
@@ -162,6 +167,7 @@ class RoutedEdit:
 
         return site.hooks(answer)
 
+    @plain_torch()
     def reach(self, model: Model, others: Sequence[Fact] = ()) -> Reach:
         """How near the stored keys the subjects' own keys come under their paraphrases, and others' subjects.
 
@@ -190,6 +196,7 @@ class RoutedEdit:
         among = apart[: len(own)].scatter(1, mine[:, None], torch.inf).amin(0)
         return Reach(self.radius, farthest, among, apart[len(own) :].amin(1))
 
+    @plain_torch()
     def save(self, path: str | Path) -> None:
         """Write one small file (safetensors)."""
         header = {
@@ -204,6 +211,7 @@ class RoutedEdit:
         files.write(Path(path), "routed edit", header, {"keys": self.keys, "values": self.values})
 
     @classmethod
+    @plain_torch()
     def load(cls, path: str | Path) -> RoutedEdit:
         """Read a file of `save`.
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.memory import check_memory, graph_bytes, logits_bytes, together
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import detach_caches, frozen
+from tl_factedit.backend.state import detach_caches, frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.descent import Descent, FitRows
@@ -35,6 +35,7 @@ TRIAL = 8
 """On how many tokens it is tried whether a model can be run packed."""
 
 
+@plain_torch()
 def fit_values(
     model: Model,
     wishes: Sequence[Fact | EditTarget],

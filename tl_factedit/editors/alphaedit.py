@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, in_null_space, null_space
 from tl_factedit.editing.edit import Edit
@@ -91,6 +92,7 @@ class AlphaEdit:
         check_objective(self.objective)
         check_contexts(self.contexts)
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; the weights are as before when it returns.
 
@@ -119,6 +121,7 @@ class AlphaEdit:
                     "its keys are other ones"
                 )
 
+    @plain_torch()
     def solver(self, stats: KeyStats) -> Solver:
         """The closed form for one layer."""
         moment = stats.moment.double()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import least_squares
 from tl_factedit.editing.edit import Edit
@@ -66,6 +67,7 @@ class Emmet:
         check_objective(self.objective)
         check_contexts(self.contexts)
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; the weights are as before when it returns.
 
@@ -76,6 +78,7 @@ class Emmet:
         """
         return layerwise_edit(self, model, facts, ridge=self.ridge)
 
+    @plain_torch()
     def solver(self, stats: KeyStats) -> Solver:
         """The closed form for one layer."""
         lower = factor(stats, self.ridge)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model, as_layers, check_layer, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import detach_caches, frozen
+from tl_factedit.backend.state import detach_caches, frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.delta import Delta, LayerUpdate
@@ -96,6 +96,7 @@ class FineTune:
             raise ValueError(f"width is {width}, needed at least 1")
         return tuple(window_layers(layer, width, n_layers(model)))
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; no weight of the model is written.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model, as_layers, n_layers
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned, continuation, encode
@@ -96,6 +96,7 @@ class KnowledgeNeurons:
             if not self.layers:
                 raise ValueError("layers is empty, needed one at least, or None for all")
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; no weight of the model is written.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import check_contexts, check_objective, check_ridge, factor
@@ -78,6 +79,7 @@ class Memit:
         check_objective(self.objective)
         check_contexts(self.contexts)
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit; the weights are as before when it returns.
 
@@ -88,6 +90,7 @@ class Memit:
         """
         return layerwise_edit(self, model, facts, ridge=self.ridge)
 
+    @plain_torch()
     def solver(self, stats: KeyStats) -> Solver:
         """The closed form for one layer."""
         lower = factor(stats, self.ridge)

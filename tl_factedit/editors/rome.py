@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import rank_one, whiten
 from tl_factedit.editing.delta import Delta, LayerUpdate
@@ -105,6 +105,7 @@ class Rome:
         check_objective(self.objective)
         check_contexts(self.contexts)
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
         """Make the edit of one fact; the weights are as before when it returns.
 
@@ -120,6 +121,7 @@ class Rome:
             )
         return self.each(model, facts)[0]
 
+    @plain_torch()
     def each(self, model: Model, facts: Sequence[Fact]) -> list[Edit]:
         """Make an edit of each fact, as if it were the only one; the weights are as before when it returns.
 

@@ -18,6 +18,7 @@ import torch
 
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.inputs import EditInputs, check_contexts, prefixes
@@ -63,6 +64,7 @@ class Router:
             raise ValueError(f"radius is {self.radius}, needed more than 0 (a share of a stored key's norm)")
         check_contexts(self.contexts)
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> RoutedEdit:
         """Find keys and values as ROME does; the model is as before when it returns.
 

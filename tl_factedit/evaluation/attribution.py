@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
@@ -63,10 +64,12 @@ class PositionAttribution:
     without: Float[Tensor, "fact set"]
     share: Estimates
 
+    @plain_torch()
     def at(self, positions: str) -> Estimate:
         """The share of one of `SETS`."""
         return one_of(self.share, SETS.index(positions))
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a set of positions."""
         import pandas as pd
@@ -83,6 +86,7 @@ class PositionAttribution:
         return f"PositionAttribution({', '.join(f'{name} {self.at(name).mean:.2f}' for name in SETS)})"
 
 
+@plain_torch()
 def attribute_positions(
     population: Population, *, batch_tokens: int = BATCH_TOKENS, seed: int = 0
 ) -> PositionAttribution:

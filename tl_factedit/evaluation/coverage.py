@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
@@ -61,6 +61,7 @@ class Coverage:
     gains: Mapping[str, tuple[Float[Tensor, "_"], ...]]
     covered: Mapping[str, Estimate]
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a group of contexts."""
         import pandas as pd
@@ -94,6 +95,7 @@ class Coverage:
         return f"Coverage({'; '.join(shown)})"
 
 
+@plain_torch()
 def gain_coverage(
     population: Population,
     *,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
@@ -38,11 +38,13 @@ class Dose:
     margin: Float[Tensor, "fact dose"]
 
     @property
+    @plain_torch()
     def override_margin(self) -> Float[Tensor, "fact"]:
         """m(1): by how many nats the new object leads in the edited model."""
         return self.margin[:, int((self.doses - 1).abs().argmin())]
 
     @property
+    @plain_torch()
     def critical(self) -> Float[Tensor, "fact"]:
         """a*, the smallest dose at which new and old tie (linear between doses); NaN if they never do."""
         out = torch.full((len(self.margin),), float("nan"))
@@ -59,6 +61,7 @@ class Dose:
 DOSES = tuple(round(-0.5 + 0.1 * i, 1) for i in range(21))
 
 
+@plain_torch()
 def dose_curve(
     model: Model, edit: Edit, facts: Fact | Sequence[Fact], *, doses: Sequence[float] = DOSES, batch_tokens: int = 4096
 ) -> Dose:

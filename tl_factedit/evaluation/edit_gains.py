@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.tokens import encode, spell
 from tl_factedit.editing.edit import Edit
@@ -42,12 +42,14 @@ class Gains:
     predicted_error: float
 
     @property
+    @plain_torch()
     def strength(self) -> Float[Tensor, "pos"]:
         """One number a token: the gain of the first layer, largest over the facts of a batch edit (signed)."""
         first = self.gain[0]
         return first.gather(-1, first.abs().argmax(-1, keepdim=True))[:, 0]
 
 
+@plain_torch()
 def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = None) -> Gains:
     """How much of an edit fires at each token of a text.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
@@ -43,6 +44,7 @@ class ErasureSuccess:
     prompt: Estimate
     paraphrase: Estimate
 
+    @plain_torch()
     def gone(self, fact: int) -> float:
         """1 if the old object led and doesn't any more, 0 if it still does, NaN if it never led."""
         return float(not self.after[fact]) if bool(self.before[fact]) else math.nan
@@ -52,6 +54,7 @@ class ErasureSuccess:
         return f"ErasureSuccess({len(self.facts)} facts: prompt {self.prompt:.2f}, paraphrase {self.paraphrase:.2f})"
 
 
+@plain_torch()
 def erasure_success(population: Population, *, batch_tokens: int = BATCH_TOKENS) -> ErasureSuccess:
     """Ask whether the old object still leads, before and after a change.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import batches, continuation, encode, pad
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@plain_torch()
 def known(
     model: Model, facts: Fact | Sequence[Fact], *, prepend_bos: bool | None = None, batch_tokens: int = 4096
 ) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Component, Hook, HookFn, Model, model_name, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, pad
@@ -78,10 +78,12 @@ class Mediation:
     share: Estimates
     old_first: Estimates
 
+    @plain_torch()
     def at(self, place: Site, layer: int) -> Estimate:
         """The share of one place in one layer."""
         return one_of(self.share, self.places.index(place), layer)
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a place and layer."""
         import pandas as pd
@@ -113,6 +115,7 @@ class Mediation:
         )
 
 
+@plain_torch()
 def mediate(
     population: Population, *, places: Sequence[Site] = SITES, batch_tokens: int = BATCH_TOKENS, seed: int = 0
 ) -> Mediation:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, mean_over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, continuation, encode
@@ -57,6 +57,7 @@ class Specificity:
     kept: Estimate
     kl: Estimate
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a question."""
         import pandas as pd
@@ -80,6 +81,7 @@ class Specificity:
         return f"Specificity({len(self.same_subject)} asked: {shares})"
 
 
+@plain_torch()
 def specificity(
     population: Population, same_subject: Sequence[Fact], *, batch_tokens: int = BATCH_TOKENS
 ) -> Specificity:

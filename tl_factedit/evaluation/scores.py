@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct, need_old_object
 from tl_factedit.core.tokens import check_room, continuation, encode
@@ -103,6 +103,7 @@ class Scores:
     facts: tuple[Fact, ...]
     provenance: Provenance
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a prompt."""
         import pandas as pd
@@ -136,6 +137,7 @@ class Scores:
         return self.table().to_html(float_format="{:.3f}".format, index=False)
 
 
+@plain_torch()
 def evaluate(
     model: Model, facts: Fact | Sequence[Fact], *, prepend_bos: bool | None = None, batch_tokens: int = 4096
 ) -> Scores:

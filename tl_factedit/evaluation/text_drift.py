@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, mean_over_facts
 from tl_factedit.core.tokens import batches, encode, pad
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
@@ -41,6 +41,7 @@ class Drift:
     mean_kl: Estimate
 
     @property
+    @plain_torch()
     def worst(self) -> float:
         """The largest perplexity ratio of a change."""
         return float(_ratio(self.nll_before, self.nll_after, self.tokens).max())
@@ -51,6 +52,7 @@ class Drift:
         return f"Drift(perplexity ratio {self.perplexity_ratio:.4f}, KL {self.mean_kl:.5f}, over {over})"
 
 
+@plain_torch()
 def drift(population: Population, texts: Sequence[str], *, batch_tokens: int = 1024) -> Drift:
     """Perplexity and divergence on neutral text.
 

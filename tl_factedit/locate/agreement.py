@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.backend.protocol import Component, Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts_each, rank_correlation
 from tl_factedit.core.facts import Fact
 from tl_factedit.locate.corruption import Corruption, GaussianNoise
@@ -61,6 +62,7 @@ class CorruptionComparison:
     usable: tuple[bool, ...]
     min_effect: float
 
+    @plain_torch()
     def effects(self) -> tuple[Float[Tensor, "fact layer"], Float[Tensor, "fact layer"]]:
         """Shares of the total effect at the last subject token, of the usable facts."""
         last = torch.tensor([stop - 1 for _, stop in self.first.subject])
@@ -71,11 +73,13 @@ class CorruptionComparison:
         ]
         return found[0], found[1]
 
+    @plain_torch()
     def agreement(self, *, seed: int = 0) -> list[Estimate]:
         """For each layer, the rank correlation over facts of the two effects at the last subject token."""
         first, second = self.effects()
         return [rank_correlation(first[:, layer], second[:, layer], seed=seed) for layer in range(first.shape[1])]
 
+    @plain_torch()
     def profile(self, *, seed: int = 0) -> Estimate:
         """Rank correlation over *layers* of the two mean effects, with its interval over facts."""
         first, second = self.effects()
@@ -88,6 +92,7 @@ class CorruptionComparison:
         low, high = torch.nanquantile(found, torch.tensor([0.025, 0.975])).tolist()
         return Estimate(rank_correlation(first.mean(0), second.mean(0), draws=1).mean, low, high, len(first))
 
+    @plain_torch()
     def peaks(self, *, seed: int = 0) -> tuple[Peak, Peak]:
         """Where each is largest, with the layers between which 95 % of resamples of the facts have their largest.
 
@@ -109,6 +114,7 @@ class CorruptionComparison:
             found.append(Peak(int(mean.argmax()), low, high, float(mean.max())))
         return found[0], found[1]
 
+    @plain_torch()
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row a layer: both mean effects at the last subject token with intervals, and their rank correlation."""
         import pandas as pd
@@ -141,6 +147,7 @@ class CorruptionComparison:
         )
 
 
+@plain_torch()
 def compare_corruptions(
     model: Model,
     facts: Sequence[Fact],

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned
 
@@ -103,14 +104,17 @@ class GaussianNoise:
         """Check the numbers."""
         _check(self)
 
+    @plain_torch()
     def calibrated(self, subjects: Sequence[Subject]) -> GaussianNoise:
         """With `sigma` measured, unless it is given."""
         return _with_sigma(self, subjects)
 
+    @plain_torch()
     def noise(self, n_tokens: int, d_model: int) -> Float[Tensor, "sample position d_model"]:
         """``scale · sigma · N(0, 1)``."""
         return torch.from_numpy(_random(self.seed).randn(self.samples, n_tokens, d_model)) * _reach(self)
 
+    @plain_torch()
     def draw(self, subject: Subject) -> Float[Tensor, "sample position d_model"]:
         """The embeddings with the noise added, or the noise alone."""
         return _noised(self, subject)
@@ -143,14 +147,17 @@ class UniformNoise:
         """Check the numbers."""
         _check(self)
 
+    @plain_torch()
     def calibrated(self, subjects: Sequence[Subject]) -> UniformNoise:
         """With `sigma` measured, unless it is given."""
         return _with_sigma(self, subjects)
 
+    @plain_torch()
     def noise(self, n_tokens: int, d_model: int) -> Float[Tensor, "sample position d_model"]:
         """``scale · sigma · U(−1, 1)``."""
         return torch.from_numpy(_random(self.seed).uniform(-1, 1, (self.samples, n_tokens, d_model))) * _reach(self)
 
+    @plain_torch()
     def draw(self, subject: Subject) -> Float[Tensor, "sample position d_model"]:
         """The embeddings with the noise added, or the noise alone."""
         return _noised(self, subject)
@@ -189,6 +196,7 @@ class MultivariateNoise:
         if self.embeddings is not None:
             _check_embeddings(self.embeddings)
 
+    @plain_torch()
     def calibrated(self, subjects: Sequence[Subject]) -> MultivariateNoise:
         """With the subjects' `embeddings`, unless others are given."""
         if self.embeddings is not None:
@@ -197,6 +205,7 @@ class MultivariateNoise:
         _check_embeddings(found)
         return replace(self, embeddings=found)
 
+    @plain_torch()
     def noise(self, n_tokens: int, d_model: int) -> Float[Tensor, "sample position d_model"]:  # noqa: ARG002
         """``μ + scale · N(0, Σ)``, divided by ``√(χ²(df) / df)`` for each token if `df` is given."""
         if self.embeddings is None:
@@ -212,6 +221,7 @@ class MultivariateNoise:
             )
         return (mean + self.scale * deviation).float()
 
+    @plain_torch()
     def draw(self, subject: Subject) -> Float[Tensor, "sample position d_model"]:
         """The embeddings with the noise added, or the noise alone."""
         return _noised(self, subject)
@@ -246,6 +256,7 @@ class GivenNoise:
                 "[sample position d_model] with a sample at least"
             )
 
+    @plain_torch()
     def calibrated(self, subjects: Sequence[Subject]) -> GivenNoise:
         """Itself: it has its scale already.
 
@@ -256,6 +267,7 @@ class GivenNoise:
             self._fit(subject)
         return self
 
+    @plain_torch()
     def draw(self, subject: Subject) -> Float[Tensor, "sample position d_model"]:
         """The embeddings with the given noise added."""
         self._fit(subject)

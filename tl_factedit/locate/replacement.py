@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise, MultivariateNoise, Subject, UniformNoise
 
@@ -49,6 +50,7 @@ class TokenReplacement:
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}, needed at least 1")
 
+    @plain_torch()
     def calibrated(self, subjects: Sequence[Subject]) -> TokenReplacement:
         """With `donors` found among these subjects, unless they were found for all of them before.
 
@@ -72,6 +74,7 @@ class TokenReplacement:
             )
         return replace(self, donors=found, _own={subject.fact: subject.embeddings for subject in subjects})
 
+    @plain_torch()
     def draw(self, subject: Subject) -> Float[Tensor, "sample position d_model"]:
         """The donors' embeddings; none if there is no donor."""
         found = self.donors[subject.fact]
@@ -79,6 +82,7 @@ class TokenReplacement:
             return subject.embeddings.new_zeros(0, *subject.embeddings.shape)
         return torch.stack([donor.embeddings for donor in found])
 
+    @plain_torch()
     def contrast(self, subject: Subject) -> Int[Tensor, "sample"]:
         """The donors' answers."""
         return torch.tensor([donor.answer for donor in self.donors[subject.fact]], dtype=torch.long)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Component
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core import files
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact
@@ -93,17 +94,20 @@ class Trace:
         return self.clean - self.corrupted
 
     @property
+    @plain_torch()
     def corruptible(self) -> tuple[bool, ...]:
         """For each fact, whether it could be corrupted; without a donor it can't, and isn't traced."""
         return tuple((~self.corrupted.isnan()).tolist())
 
     @property
+    @plain_torch()
     def at_last_subject_token(self) -> Float[Tensor, "fact layer"]:
         """IE at each fact's last subject token."""
         last = torch.tensor([stop - 1 for _, stop in self.subject])
         return self.effect[torch.arange(len(last)), :, last]
 
     @property
+    @plain_torch()
     def peak_layer(self) -> int:
         """The layer of the largest mean effect at the last subject token.
 
@@ -112,12 +116,14 @@ class Trace:
         return int(self.at_last_subject_token.nanmean(0).argmax())
 
     @property
+    @plain_torch()
     def carries_subject(self) -> bool:
         """Whether the largest mean effect at the last subject token is a twentieth of the total effect or more."""
         peak = float(self.at_last_subject_token.nanmean(0).max())
         return peak >= LEAST_SHARE * abs(float(self.total_effect.nanmean())) and peak > 0
 
     @property
+    @plain_torch()
     def best_cell(self) -> BestCell:
         """The cell of the largest mean effect anywhere but at the prompt's last token.
 
@@ -134,11 +140,13 @@ class Trace:
         return BestCell(ROLES[role], layer, float(mean[role, layer]))
 
     @property
+    @plain_torch()
     def partial_window(self) -> tuple[int, ...]:
         """Layers whose window is cut by the model's ends: their cells restore fewer layers."""
         count = self.effect.shape[1]
         return tuple(layer for layer in range(count) if len(window_layers(layer, self.window, count)) < self.window)
 
+    @plain_torch()
     def fraction(self, min_effect: float = 0.05) -> Float[Tensor, "fact layer pos"]:
         """IE / TE: the share of the effect that a cell accounts for.
 
@@ -149,6 +157,7 @@ class Trace:
         total = self.total_effect[:, None, None]
         return torch.where(total >= min_effect, self.effect / total, torch.nan)
 
+    @plain_torch()
     def best_fraction(self, min_effect: float = 0.05) -> Float[Tensor, "fact layer"]:
         """The largest share over tokens, by layer (Hase et al. 2023, arXiv:2301.04213, sec. 4.1).
 
@@ -168,6 +177,7 @@ class Trace:
             best = sum(half.gather(-1, other)[..., 0] for half, other in zip(halves, reversed(chosen), strict=True)) / 2
         return torch.where(total[..., 0, 0] >= min_effect, best, torch.nan)
 
+    @plain_torch()
     def by_role(self, *, normalised: bool = False, min_effect: float = 0.05) -> Float[Tensor, "fact role layer"]:
         """Effects by what a token is in its prompt (`ROLES`), mean over a fact's tokens of that role.
 
@@ -185,10 +195,12 @@ class Trace:
                     found[i, r] = effect[i][:, positions].mean(-1)
         return found
 
+    @plain_torch()
     def average(self, *, normalised: bool = False, min_effect: float = 0.05, seed: int = 0) -> Estimates:
         """Means over facts by role and layer, with bootstrap intervals over facts, [role layer] each."""
         return over_facts_each(self.by_role(normalised=normalised, min_effect=min_effect), seed=seed)
 
+    @plain_torch()
     def roles_table(self, *, normalised: bool = False, min_effect: float = 0.05, seed: int = 0) -> pd.DataFrame:
         """`average` as a table: one row a (role, layer), with mean, interval and the number of facts."""
         import pandas as pd
@@ -210,6 +222,7 @@ class Trace:
             ]
         )
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a (fact, layer, token): effect, its spread over samples, and the token's role."""
         import pandas as pd
@@ -236,6 +249,7 @@ class Trace:
                 ]
         return pd.DataFrame(rows)
 
+    @plain_torch()
     def save(self, path: str | Path) -> None:
         """Write everything into one safetensors file."""
         tensors = {
@@ -251,6 +265,7 @@ class Trace:
         files.write(Path(path), "trace", header, tensors)
 
     @classmethod
+    @plain_torch()
     def load(cls, path: str | Path) -> Trace:
         """Read a file of `save`.
 

@@ -77,10 +77,12 @@ class UnitTrace:
         """TE = clean minus corrupted."""
         return self.clean - self.corrupted
 
+    @plain_torch()
     def average(self, *, seed: int = 0) -> Estimates:
         """Means over facts with bootstrap intervals, [layer unit] each."""
         return over_facts_each(self.effect, seed=seed)
 
+    @plain_torch()
     def table(self, *, seed: int = 0) -> pd.DataFrame:
         """One row a unit, the largest mean effect first, with its interval over facts."""
         import pandas as pd

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import carries_hooks, frozen
+from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
 from tl_factedit.core.cache import Cache
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.measure.change import Change, Changed, Digested
@@ -102,6 +102,7 @@ class Population:
     progress: bool
 
     @classmethod
+    @plain_torch()
     def of(
         cls,
         model: Model,
@@ -143,6 +144,7 @@ class Population:
             _check_keepable(parts)
         return cls(model, changed, facts, tuple(reference), bos, parts, cache, progress)
 
+    @plain_torch()
     def asking(self, facts: Fact | Sequence[Fact], reference: Sequence[Fact] | None = None) -> Population:
         """The same changes, asked about other facts (or with other references)."""
         facts = as_facts(facts)
@@ -160,6 +162,7 @@ class Population:
         return next(part.touched for part in self.parts if fact in part.indices)
 
     @cached_property
+    @plain_torch()
     def first_tokens(self) -> tuple[FirstTokens, ...]:
         """Each fact's prompt with the first tokens of its objects.
 
@@ -169,6 +172,7 @@ class Population:
         return tuple(FirstTokens.of(self.model.tokenizer, fact, self.prepend_bos) for fact in self.facts)
 
     @cached_property
+    @plain_torch()
     def known(self) -> Bool[Tensor, "fact"]:
         """Whether the unedited model finds the old object likeliest of all objects: what could come back at all."""
         asked = self.first_tokens
@@ -178,6 +182,7 @@ class Population:
 
         return self.unedited("known", read)
 
+    @plain_torch()
     def unedited(self, name: str, read: Read[T], *, settings: Settings = (), kinds: Sequence[type] = ()) -> T:
         """The reading of the unedited model, of all facts.
 
@@ -222,6 +227,7 @@ class Population:
         before = self.unedited(name, read, settings=settings)
         return before, self.after(name, read, settings=settings)
 
+    @plain_torch()
     def after(
         self, name: str, read: Read[Float[Tensor, "fact *rest"]], *, settings: Settings = ()
     ) -> Float[Tensor, "fact *rest"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.change import Changed
 from tl_factedit.measure.population import Population
@@ -51,6 +51,7 @@ class Reading:
                 f"{self.name}: values are {tuple(self.values.shape)}, the axes {dict(self.axes)} say {shape}"
             )
 
+    @plain_torch()
     def at(self, **labels: Hashable) -> Float[Tensor, "..."]:
         """The numbers at some labels, e.g. ``reading.at(position="last", quantity="rank_old")``."""
         values = self.values
@@ -62,6 +63,7 @@ class Reading:
             raise ValueError(f"{self.name} has no axis {sorted(unknown)}, its axes are {list(self.axes)}")
         return values
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a number, one column an axis."""
         import pandas as pd
@@ -77,6 +79,7 @@ class Comparison:
     before: Reading
     after: Reading
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """Both readings side by side."""
         table = self.before.table().rename(columns={"value": "before"})
@@ -92,6 +95,7 @@ class Probe(Protocol):
         ...
 
 
+@plain_torch()
 def compare(
     probe: Probe,
     model: Model,

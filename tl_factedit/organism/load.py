@@ -7,6 +7,7 @@ from typing import Any
 
 from tl_factedit.backend.loading import from_hf
 from tl_factedit.backend.protocol import Kind, Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.organism.files import load
 from tl_factedit.organism.training import untrained
 from tl_factedit.organism.vocabulary import tokenizer
@@ -15,6 +16,7 @@ from tl_factedit.organism.world import check_variant
 WEIGHTS = Path(__file__).parent / "weights"
 
 
+@plain_torch()
 def organism(kind: Kind = "bridge", variant: str = "base", *, path: str | Path | None = None) -> Model:
     """A small trained model (6 layers, d_model 128, d_mlp 512) that knows a stated set of facts and nothing else.
 
@@ -34,6 +36,7 @@ def organism(kind: Kind = "bridge", variant: str = "base", *, path: str | Path |
     return from_hf(organism_hf(variant, path=path), tokenizer(), kind=kind, name=f"organism-{variant}")
 
 
+@plain_torch()
 def organism_hf(variant: str = "base", *, path: str | Path | None = None) -> Any:
     """The same model as a transformers object (for `export_hf`, or as a reference)."""
     check_variant(variant)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import continuation
 from tl_factedit.measure.reading import Reading
@@ -112,6 +112,7 @@ class AttributeRate:
         if self.lens is not None and self.prepend_bos not in (None, self.lens.provenance.prepend_bos):
             raise ValueError(f"prepend_bos={self.prepend_bos}, but the lens was trained with the other policy")
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read some facts; axes are fact, layer (after that block), position, quantity.
 

@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.state import plain_torch
+
 SHRINKAGES = tuple(odds / (1 + odds) for odds in (10 ** (i / 2) for i in range(-6, 5)))
 """From .001 to .99, evenly spaced in their log-odds of base √10."""
 TEMPERATURES = tuple(2 ** (i / 2) for i in range(-2, 19))
@@ -84,6 +86,7 @@ class LinearClassifier:
         if not self.temperatures or not all(t > 0 for t in self.temperatures):
             raise ValueError(f"temperatures are {self.temperatures}, needed some, each above 0")
 
+    @plain_torch()
     def fit(
         self,
         x: Float[Tensor, "row dim"],

@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.measure.change import Change, Changed
 from tl_factedit.measure.population import bos_of_change, parts_of
@@ -43,12 +44,14 @@ class CrossedPatchscope:
     edited_layers: tuple[int, ...] | None
 
     @property
+    @plain_torch()
     def passes_again(self) -> Bool[Tensor, "target_layer"]:
         """The target layers from which a vector still runs through a changed layer, if the changed model reads it."""
         targets: Any = self.reading.axes["target_layer"]
         last = math.inf if self.edited_layers is None else max(self.edited_layers, default=INPUT)
         return torch.tensor([layer < last for layer in targets], dtype=torch.bool)
 
+    @plain_torch()
     def clear(self) -> Reading:
         """Only the target layers from which no vector runs through a changed layer.
 
@@ -67,6 +70,7 @@ class CrossedPatchscope:
         return replace(self.reading, values=self.reading.values.index_select(dim, keep), axes=axes)
 
 
+@plain_torch()
 def crossed_patchscope(
     scope: Patchscope, model: Model, changed: Changed, facts: Fact | Sequence[Fact]
 ) -> CrossedPatchscope:

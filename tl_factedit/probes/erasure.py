@@ -20,7 +20,7 @@ from tl_factedit.backend.hooking import hooked
 from tl_factedit.backend.protocol import Hook, Model, bos_policy, check_layer, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, one_thread, plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
 from tl_factedit.editing.ledger import base_fingerprint
@@ -66,6 +66,7 @@ class Erasure:
 
         Raises:
             ValueError: The model has other weights than it was made for (edits of this package don't count).
+            RuntimeError: Another thread is at work on the model. Inside the block other threads are refused.
         """
         now = base_fingerprint(model)
         if not self.provenance.weights.matches(now):
@@ -79,7 +80,7 @@ class Erasure:
         else:
             finder = _Finder(self.spelt)
             hooks = [(EMBED, finder.look), (place, lambda value, hook: finder.change(value, self.eraser))]
-        with hooked(model, hooks):
+        with one_thread(model), hooked(model, hooks):
             yield model
 
     def __repr__(self) -> str:
@@ -88,6 +89,7 @@ class Erasure:
         return f"Erasure({self.eraser.rank} of {len(self.eraser.mean)} directions after layer {self.layer}, at {where})"
 
 
+@plain_torch()
 def erase_states(
     model: Model,
     eraser: Eraser,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, bos_policy, device
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import Aligned, align, continuation
 from tl_factedit.measure.reading import Reading
@@ -41,6 +41,7 @@ class LogitLens:
 
     prepend_bos: bool | None = None
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read some facts; axes are fact, layer (after that block), position, quantity."""
         facts = as_facts(facts)

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, Estimates, over_facts, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.reading import Reading
@@ -64,10 +65,12 @@ class LinearProbe:
         return self.cells[0][0].n_train
 
     @property
+    @plain_torch()
     def held_out_accuracy(self) -> Float[Tensor, "layer position"]:
         """Accuracy on its own training facts, each read by a fit without it (see `Linear.held_out_accuracy`)."""
         return torch.tensor([[cell.held_out_accuracy for cell in row] for row in self.cells], dtype=torch.float64)
 
+    @plain_torch()
     def scores(self, states: HiddenStates, *, seen: bool = False) -> Float[Tensor, "fact layer position object"]:
         """Log-probability of each object, by layer and position.
 
@@ -97,6 +100,7 @@ class LinearProbe:
             1,
         )
 
+    @plain_torch()
     def read(
         self,
         states: HiddenStates,
@@ -135,6 +139,7 @@ class LinearProbe:
         percentile = table.gather(-1, index)[..., 0]
         return ProbeReadout(percentile, scores, truth, other, states.model, states.facts, self, transferred)
 
+    @plain_torch()
     def transfer(self, states: HiddenStates, objects: Sequence[str] | None = None) -> Estimates:
         """Accuracy on facts that nothing changed, [layer position]: whether the probe fits this model at all.
 
@@ -179,39 +184,47 @@ class ProbeReadout:
     unchanged: Estimates | None = None
 
     @property
+    @plain_torch()
     def correct(self) -> Bool[Tensor, "fact layer position"]:
         """Whether the old object comes first of all objects, the new one included."""
         return self.scores.argmax(-1) == self.old[:, None, None]
 
     @property
+    @plain_torch()
     def p_old(self) -> Float[Tensor, "fact layer position"]:
         """Probability of the old object."""
         return self._score_of(self.old).exp()
 
     @property
+    @plain_torch()
     def p_new(self) -> Float[Tensor, "fact layer position"]:
         """Probability of the new object; NaN where there is none."""
         return torch.where(self.new[:, None, None] >= 0, self._score_of(self.new.clamp_min(0)).exp(), torch.nan)
 
     @property
+    @plain_torch()
     def by_cell(self) -> Estimates:
         """Mean percentile over facts with its interval, [layer position]."""
         return over_facts_each(self.percentile)
 
     @property
+    @plain_torch()
     def accuracy(self) -> Estimates:
         """Share of facts whose old object comes first, [layer position]."""
         return over_facts_each(self.correct.double())
 
+    @plain_torch()
     def each(self, cells: Bool[Tensor, "layer position"] | None = None) -> Float[Tensor, "fact"]:
         """Mean percentile of each fact over some cells (None: all); NaN over none."""
         kept = torch.ones(self.percentile.shape[1:], dtype=torch.bool) if cells is None else cells
         return self.percentile[:, kept].mean(-1)
 
+    @plain_torch()
     def pooled(self, cells: Bool[Tensor, "layer position"] | None = None, *, seed: int = 0) -> Estimate:
         """Mean percentile over some cells (None: all) and all facts, with its interval over facts."""
         return over_facts(self.each(cells).tolist(), seed=seed)
 
+    @plain_torch()
     def reading(self) -> Reading:
         """The same numbers as a probe's `Reading`, with axes fact, layer, position, quantity."""
         table = candidate_percentiles(self.scores, torch.full_like(self.new, -1))
@@ -250,6 +263,7 @@ class ProbeReadout:
         return self.scores.gather(-1, index)[..., 0]
 
 
+@plain_torch()
 def fit_linear_probe(
     states: HiddenStates,
     labels: Sequence[str] | None = None,

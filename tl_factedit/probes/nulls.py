@@ -13,6 +13,7 @@ the best of many cells is always good. So beside each reading belong
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import finish_despite_interrupt, frozen
+from tl_factedit.backend.state import finish_despite_interrupt, frozen, one_thread, plain_torch
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
@@ -33,6 +34,7 @@ from tl_factedit.probes.linear import ProbeReadout
 from tl_factedit.probes.states import HiddenStates
 
 
+@plain_torch()
 def subject_embeddings(model: Model, facts: Sequence[Fact], *, prepend_bos: bool | None = None) -> HiddenStates:
     """The mean of each subject's token embeddings, without positions: what its spelling alone can tell.
 
@@ -61,6 +63,7 @@ def subject_embeddings(model: Model, facts: Sequence[Fact], *, prepend_bos: bool
     return HiddenStates.of_features(torch.stack(means), facts, "token embeddings")
 
 
+@plain_torch()
 def name_ngrams(
     train: Sequence[Fact], test: Sequence[Fact], *, sizes: Sequence[int] = (1, 2, 3)
 ) -> tuple[HiddenStates, HiddenStates]:
@@ -100,6 +103,7 @@ def _ngrams(name: str, sizes: Sequence[int]) -> Counter[str]:
     return Counter(spelt[i : i + n] for n in sizes for i in range(len(spelt) - n + 1))
 
 
+@plain_torch()
 def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequence[str]) -> HiddenStates:
     """One object of each fact as the only feature: given the new one, a probe must not find the old one.
 
@@ -123,6 +127,7 @@ def one_hot_objects(facts: Sequence[Fact], named: Sequence[str], objects: Sequen
     )
 
 
+@plain_torch()
 def states_of_others(states: HiddenStates, *, seed: int = 0) -> HiddenStates:
     """Give each fact the states of another fact of its relation, with another old object.
 
@@ -160,47 +165,76 @@ class RandomWeights:
     """The same architecture with random weights: the numbers of each matrix in random order.
 
     Every matrix keeps its size and spread; vectors (norms, most biases) stay as they are. It is applied like an edit,
-    with ``with RandomWeights().applied(model)``, or given to `read_states_edited`.
+    with ``with RandomWeights().applied(model)``, or given to `read_states_edited`. Each order hangs on the seed and on
+    the parameter's name alone: a model that was moved, cast or copied gets the same ones.
 
     Attributes:
-        seed: Seed of the order.
+        seed: Seed of the orders.
     """
 
     seed: int = 0
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[Any]:
-        """The model with random weights for the length of a ``with`` block; then every bit as it was."""
-        draw = torch.Generator().manual_seed(self.seed)
-        matrices = _matrices(model)
-        kept = [p.detach().clone() for p in matrices]
-        try:
-            with torch.no_grad():
-                for param in matrices:
-                    order = torch.randperm(param.numel(), generator=draw).to(param.device)
-                    param.copy_(param.reshape(-1)[order].reshape(param.shape))
-            yield model
-        finally:
+        """The model with random weights for the length of a ``with`` block; then every bit as it was.
 
-            def put_back() -> None:
-                with torch.no_grad():
-                    for param, before in zip(matrices, kept, strict=True):
-                        param.copy_(before)
+        Raises:
+            RuntimeError: Another thread is at work on the model. Inside the block other threads are refused.
+        """
+        with one_thread(model):
+            matrices = _matrices(model)
+            kept = [p.detach().clone() for p in matrices.values()]
+            try:
+                for name, param in matrices.items():
+                    _shuffle_(param, f"{self.seed} {name}")
+                yield model
+            finally:
 
-            finish_despite_interrupt(put_back)
+                def put_back() -> None:
+                    with torch.no_grad():
+                        for param, before in zip(matrices.values(), kept, strict=True):
+                            param.copy_(before)
 
-
-def _matrices(model: Any) -> list[Any]:
-    """Every matrix once; of those that share storage (a bridge's joint q, k and v) the largest."""
-    owners: dict[int, Any] = {}
-    for param in model.parameters():
-        if param.ndim > 1 and not param.is_meta:
-            where = param.untyped_storage().data_ptr()
-            if where not in owners or owners[where].numel() < param.numel():
-                owners[where] = param
-    return list(owners.values())
+                finish_despite_interrupt(put_back)
 
 
+@plain_torch()
+def _shuffle_(param: Tensor, seed: str) -> None:
+    draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1)
+    order = torch.randperm(param.numel(), generator=draw).to(param.device)
+    with torch.no_grad():
+        param.copy_(param.reshape(-1)[order].reshape(param.shape))
+
+
+def _matrices(model: Any) -> dict[str, Any]:
+    """Every matrix once, by name.
+
+    Of those that share storage the smallest, as far as they make up the larger ones: a bridge reads joint q, k and v
+    by the parts of them, which are matrices of their own once it was moved or cast.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.ndim > 1 and not p.is_meta}
+    sharing: dict[int, list[str]] = {}
+    for name in sorted(named, key=lambda name: named[name].numel()):
+        sharing.setdefault(named[name].untyped_storage().data_ptr(), []).append(name)
+    found = {names[0] for names in sharing.values()}
+    for names in sharing.values():
+        if len(names) > 1:
+            found |= set(_making_up({name: named[name] for name in names}))
+    return {name: param for name, param in named.items() if name in found}
+
+
+def _making_up(matrices: dict[str, Tensor]) -> Iterator[str]:
+    """Of matrices on one storage, from small to large, those with a number that is in none of those before."""
+    one = next(iter(matrices.values()))
+    taken = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool, device="cpu")
+    for name, matrix in matrices.items():
+        mine = taken.as_strided(matrix.shape, matrix.stride(), matrix.storage_offset())
+        if not bool(mine.all()):
+            yield name
+            mine.fill_(True)
+
+
+@plain_torch()
 def excess_over_nulls(readout: ProbeReadout, nulls: Sequence[ProbeReadout]) -> Estimates:
     """How much more often a probe is right than the best cell of its nulls, paired by fact, [layer position].
 

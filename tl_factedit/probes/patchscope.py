@@ -23,7 +23,7 @@ from torch import Tensor
 from tl_factedit.backend.hook_names import resid_post, resid_pre
 from tl_factedit.backend.protocol import Model, bos_policy, device, n_layers
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import continuation, encode, find_span, spell
 from tl_factedit.measure.reading import Reading
@@ -83,11 +83,13 @@ class Patchscope:
             given = getattr(self, name)
             object.__setattr__(self, name, None if given is None else tuple(given))
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read states of a model by the same model; axes are fact, source_layer, target_layer, quantity."""
         facts = as_facts(facts)
         return self.read(model, read_states(model, facts, prepend_bos=self.prepend_bos))
 
+    @plain_torch()
     def read(self, model: Model, states: HiddenStates) -> Reading:
         """Read states of one model, as `read_states` gives them, by another model or the same one.
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.probes.linear import ProbeReadout
 from tl_factedit.probes.percentile import candidate_percentiles
 
@@ -38,11 +39,13 @@ class Permutation:
     n: int
 
     @property
+    @plain_torch()
     def p_any(self) -> float:
         """The p-value of the best cell of all."""
         return float(self.p.min())
 
 
+@plain_torch()
 def permutation_test(
     readout: ProbeReadout,
     *,

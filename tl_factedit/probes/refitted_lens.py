@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.states import Applicable
@@ -48,6 +49,7 @@ class FixedAndRefitted:
     kl_fixed: Float[Tensor, "layer"]
     kl_refitted: Float[Tensor, "layer"]
 
+    @plain_torch()
     def turned(self, quantity: str = "percentile_old") -> Float[Tensor, "fact layer position"]:
         """Refitted minus fixed: what only a new lens finds, as it was turned and not removed.
 
@@ -56,16 +58,19 @@ class FixedAndRefitted:
         """
         return self.refitted.at(quantity=quantity) - self.fixed.at(quantity=quantity)
 
+    @plain_torch()
     def lost(self, quantity: str = "percentile_old") -> Float[Tensor, "fact layer position"]:
         """Before minus refitted: what a new lens doesn't find either."""
         return self.before.at(quantity=quantity) - self.refitted.at(quantity=quantity)
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """All three readings side by side, one row a number."""
         table = self.before.table().rename(columns={"value": "before"})
         return table.assign(fixed=self.fixed.table()["value"], refitted=self.refitted.table()["value"])
 
 
+@plain_torch()
 def fixed_and_refitted(
     lens: TunedLens,
     model: Model,

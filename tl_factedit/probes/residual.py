@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.probes.linear import ProbeReadout
@@ -63,6 +64,7 @@ class Residual:
     layers: tuple[Hashable, ...]
     positions: tuple[Hashable, ...]
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a cell."""
         import pandas as pd
@@ -85,6 +87,7 @@ class Residual:
         return f"Residual(ρ {self.pooled:.2f} over {int(self.cells.sum())} of {self.cells.numel()} cells)"
 
 
+@plain_torch()
 def residual_knowledge(
     before: ProbeReadout | Sequence[ProbeReadout],
     after: ProbeReadout | Sequence[ProbeReadout],

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.state import plain_torch
+
 TOLERANCE = 1e-6
 """Singular values of W Σ_xz below this count as 0. They are correlations, so the scale of x doesn't matter."""
 
@@ -46,17 +48,20 @@ class Eraser:
         """How many directions it takes out."""
         return self.left.shape[1]
 
+    @plain_torch()
     def __call__(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         """The vectors without the subspace, in their own type."""
         wide = x.double()
         left, right, mean = (part.to(x.device) for part in (self.left, self.right, self.mean))
         return (wide - (wide - mean) @ right.T @ left.T).to(x.dtype)
 
+    @plain_torch()
     def size(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row"]:
         """How far it moves each vector: ‖x − r(x)‖ / ‖x‖."""
         return (x.double() - self(x.double())).norm(dim=-1) / x.double().norm(dim=-1)
 
 
+@plain_torch()
 def leace(
     x: Float[Tensor, "row d_model"],
     y: Int[Tensor, "row"],
@@ -93,6 +98,7 @@ def leace(
     return Eraser(found.proj_left[:, taken], found.proj_right[taken], found.bias, len(x))
 
 
+@plain_torch()
 def random_subspace(x: Float[Tensor, "row d_model"], rank: int, *, seed: int = 0) -> Eraser:
     """The placebo of LEACE: directions drawn at random in the whitened space.
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.probes.classifier import LinearClassifier
 from tl_factedit.probes.linear import LinearProbe, fit_linear_probe
@@ -35,6 +36,7 @@ class ControlTask:
     fitted: Float[Tensor, "layer position"]
 
 
+@plain_torch()
 def control_task(
     probe: LinearProbe,
     train: HiddenStates,

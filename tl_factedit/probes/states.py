@@ -19,7 +19,7 @@ from tl_factedit.backend.hook_names import component_hook, resid_pre
 from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Component, HookFn, Model, UnsupportedModelError, bos_policy, model_name
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import Aligned, align, batches, pad
 
@@ -77,11 +77,13 @@ class HiddenStates:
         return self.values[:, self.layers.index(layer), self.positions.index(position)]
 
     @classmethod
+    @plain_torch()
     def of_features(cls, values: Float[Tensor, "fact feature"], facts: Sequence[Fact], name: str) -> HiddenStates:
         """Features of the facts' subjects in place of a model's states, as one cell: what a null is trained on."""
         return cls(values[:, None, None].float(), (name,), (POSITIONS[0],), tuple(facts), name)
 
 
+@plain_torch()
 def read_states(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -116,6 +118,7 @@ def read_states(
     return HiddenStates(values, read.layers, POSITIONS, facts, label or model_name(model))
 
 
+@plain_torch()
 def read_states_edited(
     model: Model,
     changes: Applicable | Sequence[Applicable],

@@ -24,7 +24,7 @@ from torch import Tensor
 from tl_factedit.backend.protocol import Model, check_layer, layout, model_name, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.measure.reading import Reading
@@ -73,10 +73,12 @@ class TunedLens:
     corpus: str
     provenance: Provenance
 
+    @plain_torch()
     def translate(self, stream: Float[Tensor, "*row layer d_model"]) -> Float[Tensor, "*row layer d_model"]:
         """Each layer's vector h as h + A h + b."""
         return translate(stream, self.matrix, self.inner, self.bias)
 
+    @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read some facts; axes are fact, layer (after that block), position, quantity, as for `LogitLens`."""
         facts = as_facts(facts)
@@ -95,6 +97,7 @@ class TunedLens:
         for of_fact in states.values[:, kept]:
             yield self.translate(of_fact.transpose(0, 1)).transpose(0, 1)
 
+    @plain_torch()
     def divergence(self, model: Model, texts: Iterable[str], *, n_tokens: int = 2_000) -> Float[Tensor, "layer"]:
         """KL divergence of this lens at every layer on some texts, nats a token: how well it fits a model.
 
@@ -111,6 +114,7 @@ class TunedLens:
             streams = token_streams(runner, Reader(texts), self.provenance.prepend_bos, wanted, self.layers)
             return divergence(runner, torch.cat(streams), self.matrix, self.inner, self.bias)
 
+    @plain_torch()
     def refitted(self, model: Model, texts: Iterable[str], *, progress: bool = True) -> TunedLens:
         """A lens trained in the same way, from zero, on another model or on this one as it is now.
 
@@ -154,6 +158,7 @@ class TunedLens:
                 f"weights: {given[2]}: train a lens on this model"
             )
 
+    @plain_torch()
     def save(self, path: str | Path) -> None:
         """Write one file (safetensors)."""
         header = {
@@ -167,6 +172,7 @@ class TunedLens:
         files.write(Path(path), "tuned lens", header, tensors | ({} if self.inner is None else {"inner": self.inner}))
 
     @classmethod
+    @plain_torch()
     def load(cls, path: str | Path) -> TunedLens:
         """Back from `save`.
 
@@ -200,6 +206,7 @@ class TunedLens:
         )
 
 
+@plain_torch()
 def train_tuned_lens(
     model: Model,
     texts: Iterable[str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from tl_factedit.attacks.attack import Recovery
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.show.interval_chart import Interval, interval_chart
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture
@@ -17,6 +18,7 @@ QUESTIONS = {
 }
 
 
+@plain_torch()
 def attack(recovery: Recovery) -> Picture:
     """What an attack brings back, case by case: the excess of the old object over its controls, with its interval.
 

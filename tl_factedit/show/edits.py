@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.edit_gains import gains
 from tl_factedit.show.charts import token_strips
@@ -12,6 +13,7 @@ from tl_factedit.show.page import Picture
 from tl_factedit.show.tables import gain_table
 
 
+@plain_torch()
 def edit(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = None) -> Picture:
     """The tokens of a text, coloured by how much of an edit fires at each.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tl_factedit.attacks.attack import Recovery
 from tl_factedit.auditing.verdict import Verdict
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core import files
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.scores import Scores
@@ -21,6 +22,7 @@ from tl_factedit.show.verdicts import verdict
 _Item = Picture | Trace | Verdict | Scores | Recovery | str
 
 
+@plain_torch()
 def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fact editing report") -> Path:
     """Write one HTML file that needs nothing else: no network, no other file.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.evaluation.scores import Scores
 from tl_factedit.show.kinds import check_kind
 from tl_factedit.show.markup import join
@@ -11,6 +12,7 @@ from tl_factedit.show.page import Picture
 from tl_factedit.show.tables import prompt_table, score_table
 
 
+@plain_torch()
 def scores(before: Scores, after: Scores | None = None) -> Picture:
     """Scores of one model, or before and after a change, as a table, and every prompt's own numbers.
 

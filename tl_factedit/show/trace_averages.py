@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.locate.trace_result import ROLES, Trace
 from tl_factedit.show.heat_map import Scale, heat_map
 from tl_factedit.show.kinds import check_kind
@@ -23,6 +24,7 @@ from tl_factedit.show.trace_words import (
 )
 
 
+@plain_torch()
 def average(trace: Trace, *, normalised: bool = False) -> Picture:
     """The mean effects of many facts, by what a token is in its prompt and by layer.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.locate.trace_result import Trace
 from tl_factedit.show.heat_map import Scale, heat_map
 from tl_factedit.show.kinds import check_kind
@@ -25,6 +26,7 @@ from tl_factedit.show.trace_words import (
 )
 
 
+@plain_torch()
 def trace(trace: Trace, fact: int = 0) -> Picture:
     """A layer × token heat map of one fact's trace, as in Meng et al. 2022 (arXiv:2202.05262), fig. 1.
 

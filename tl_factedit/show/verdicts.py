@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tl_factedit.attacks.attack import Recovery
 from tl_factedit.auditing.verdict import Verdict
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.show.attacks import attack_chart
 from tl_factedit.show.charts import dose_chart, fired_strips, knock_out_chart, lens_charts
@@ -24,6 +25,7 @@ _BADGE = {
 }
 
 
+@plain_torch()
 def verdict(verdict: Verdict) -> Picture:
     """An audit's verdict on a page: label, axes, reasons, what is missing, and the evidence.
 

@@ -85,6 +85,7 @@ class Convergence:
     provenance: Provenance
 
     @property
+    @plain_torch()
     def enough(self) -> int | None:
         """The fewest tokens from which on the mean excess damage stays within 5 %; None: more than N are wanted.
 
@@ -101,6 +102,7 @@ class Convergence:
             found = n
         return found
 
+    @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a point, first that of k itself (0 tokens): mean excess with its interval over facts, other means.
 

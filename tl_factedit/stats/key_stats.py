@@ -23,6 +23,7 @@ from torch import Tensor
 from tl_factedit.backend.fingerprint import Fingerprint, hash_weight
 from tl_factedit.backend.protocol import Model, check_layer
 from tl_factedit.backend.provenance import Provenance, difference
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.stats.published import read_npz
@@ -57,6 +58,7 @@ class KeyStats:
     provenance: Provenance | None
 
     @classmethod
+    @plain_torch()
     def identity(cls, model: Model, layer: int) -> KeyStats:
         """The identity in place of C: turns ROME's update into the plain ``r kᵀ / kᵀk``.
 
@@ -68,6 +70,7 @@ class KeyStats:
         return cls(layer, torch.eye(size, dtype=torch.float64), 0, "identity", None)
 
     @classmethod
+    @plain_torch()
     def from_npz(cls, path: str | Path, model: Model, layer: int, *, prepend_bos: bool | None = None) -> KeyStats:
         """Statistics as the codes of ROME, MEMIT and EasyEdit publish them (``mom2.mom2``, ``mom2.count``).
 
@@ -113,6 +116,7 @@ class KeyStats:
         """
         return TOKENS_PER_DIMENSION * len(self.moment)
 
+    @plain_torch()
     def check(self, model: Model, weights: Fingerprint) -> None:
         """Check that these statistics are of this model.
 
@@ -139,6 +143,7 @@ class KeyStats:
                 f"model has weights {weights}: collect them on these (before any edit that this package didn't make)"
             )
 
+    @plain_torch()
     def __add__(self, other: KeyStats) -> KeyStats:
         """Both together, weighted by their tokens.
 
@@ -169,6 +174,7 @@ class KeyStats:
         """So that ``sum`` takes them, which begins with 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    @plain_torch()
     def save(self, path: str | Path) -> None:
         """Write one file (safetensors: the upper triangle, and where it came from).
 
@@ -178,6 +184,7 @@ class KeyStats:
         write_stats_file([self], Path(path), {})
 
     @classmethod
+    @plain_torch()
     def load(cls, path: str | Path, layer: int | None = None) -> KeyStats:
         """Read one layer of a file of `save` or `key_stats`, whatever versions it was made with.
 

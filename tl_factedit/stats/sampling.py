@@ -49,6 +49,7 @@ class SampledContexts:
         if self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, needed at least 1")
 
+    @plain_torch()
     def draw(self, model: Model) -> tuple[str, ...]:
         """The prefixes, the bare (empty) one first."""
         prefixes = [""]
