@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from tl_factedit.attacks.attack import Recovery
+from tl_factedit.attacks.cells import COMPONENTS, PLACES
 from tl_factedit.attacks.knockout import SURVIVES
+from tl_factedit.attacks.silencing import Silencing
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.evaluation.dose import Dose
 from tl_factedit.evaluation.edit_gains import Gains
-from tl_factedit.measure.reading import Comparison, Reading
+from tl_factedit.measure.reading import Comparison
+from tl_factedit.show.heat_map import Scale, heat_map
 from tl_factedit.show.line_chart import Line, Rule, line_chart
 from tl_factedit.show.markup import Html, join, number, tag
 from tl_factedit.show.page import coloured_tokens
 from tl_factedit.show.svg import NEW, OLD, line_swatch
 from tl_factedit.show.tables import largest_gain, legend
+
+NAMES = {"mlp": "MLP", "attn": "attention"}
+WHERE = {"subject": "at the subject", "last": "at the last token", "all": "from the subject on"}
 
 
 def token_strips(fired: Gains, *, live: bool = True) -> list[Html]:
@@ -91,41 +98,57 @@ def lens_charts(verdict: Verdict) -> Html:
     )
 
 
-def knock_out_chart(knocked: Recovery) -> Html:
-    """Which object comes first when a layer is knocked out, by layer, beside the unedited model."""
-    single = [case for case in knocked.cases if len(case.layers) == 1]
-    layers = [float(case.layers[0]) for case in single]
+def knock_out_chart(knocked: Recovery) -> Html | None:
+    """How often the old object is first with one component silenced, by layer and place; None if none was alone."""
+    combinations = [(c, p) for c in COMPONENTS for p in PLACES]
+    cases = {
+        (key.cells[0].component, key.cells[0].place, key.cells[0].layer): key
+        for key in knocked.keys
+        if isinstance(key, Silencing) and key.by == "mean" and len(key.cells) == 1
+    }
+    rows = [each for each in combinations if any((*each, layer) in cases for *_, layer in cases)]
+    if not rows:
+        return None
+    layers = sorted({layer for *_, layer in cases})
+    shows = {case.key: case for case in knocked.cases}
 
-    def share(reading: Reading, quantity: str, label: str, colour: str, *, dashed: bool = False) -> Line:
-        values = [float(reading.at(case=case.key, quantity=quantity)[knocked.known].nanmean()) for case in single]
-        return Line(label, layers, values, colour, dashed, 1.6 if dashed else 2.2)
+    def share(row: tuple[str, str], layer: int) -> float:
+        key = cases.get((*row, layer))
+        return math.nan if key is None or shows[key].masked else knocked.share("old_first", key)
 
-    chart = line_chart(
-        [
-            share(knocked.before, "old_first", "old object, unedited model", OLD, dashed=True),
-            share(knocked.after, "old_first", "old object", OLD),
-            share(knocked.after, "new_first", "new object", NEW),
-            share(knocked.after, "control_first", "a control object, on average", "#9a9aa5"),
-        ],
-        title="First among the objects, one layer's MLP knocked out",
-        x_label="layer knocked out at the last subject token",
-        y_label="share of facts",
-        y_range=(-0.03, 1.03),
-        rules=[Rule(SURVIVES, "y", "needed of the unedited model")],
-        width=480.0,
-        height=270.0,
+    def tooltip(row: tuple[str, str], layer: int) -> str:
+        key = cases.get((*row, layer))
+        if key is None:
+            return "not asked"
+        case, before = shows[key], knocked.share("old_first", key, before=True)
+        told = case.masked or f"old object first in {number(knocked.share('old_first', key), 2)} of the facts"
+        return (
+            f"{case.label}: {told} (unedited model {number(before, 2)}); {'off' if case.shows == 'elsewhere' else 'on'}"
+        )
+
+    best = knocked.best
+    drawing = heat_map(
+        [[share(row, layer) for layer in layers] for row in rows],
+        scale=Scale.of([0.0, 1.0], OLD),
+        labels=[f"{NAMES[component]} {WHERE[place]}" for component, place in rows],
+        tooltips=[[tooltip(row, layer) for layer in layers] for row in rows],
+        outlined=next(
+            (
+                (rows.index((cell.component, cell.place)), layers.index(cell.layer))
+                for cell in (best.key.cells if best is not None and isinstance(best.key, Silencing) else ())
+                if len(best.key.cells) == 1  # type: ignore[union-attr]
+            ),
+            None,
+        ),
+        x_label="layer silenced",
+        unit="share of facts whose old object is first",
+        name="How often the old object is first with one component silenced",
     )
-    keys = [
-        (line_swatch(OLD, dashed=True), "old object, unedited model"),
-        (line_swatch(OLD, dashed=False), "old object, changed model"),
-        (line_swatch(NEW, dashed=False), "new object, changed model"),
-        (line_swatch("#9a9aa5", dashed=False), "a control object, changed model"),
-    ]
     caption = (
-        "The MLP's output at the last subject token is replaced by its mean over other subjects. Layers that the "
-        "unedited model can't spare tell nothing."
+        "What a component says is replaced by what it says of other subjects. White: never, or a case that the unedited "
+        f"model can't spare in {SURVIVES:.0%} of the facts, which tells nothing. Framed: the strongest."
     )
-    return tag("figure", legend(keys), chart, tag("figcaption", caption))
+    return tag("figure", drawing, tag("figcaption", caption))
 
 
 def dose_chart(dose: Dose) -> Html:

@@ -8,6 +8,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.show.attacks import attack_chart
 from tl_factedit.show.charts import dose_chart, fired_strips, knock_out_chart, lens_charts
+from tl_factedit.show.footprints import footprint_chart
 from tl_factedit.show.kinds import check_kind
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture
@@ -47,8 +48,9 @@ def verdict(verdict: Verdict) -> Picture:
         tag(
             "p",
             tag("span", verdict.label, class_="tlf-badge", style=f"background:{_BADGE[verdict.label]}"),
-            f"  {level}",
+            f"  {' and '.join(sorted(verdict.by))}  {level}" if verdict.by else f"  {level}",
         ),
+        tag("p", verdict.explain()),
         tag("div", *axes, class_="tlf-axes"),
         tag("h4", "Why"),
         bullets(verdict.reasons),
@@ -70,9 +72,13 @@ def verdict(verdict: Verdict) -> Picture:
 
 
 def _pictured(recovery: Recovery, present: float) -> Html:
-    """What an attack brought back; where single layers were knocked out, by layer too."""
-    by_layer = any(len(case.layers) == 1 for case in recovery.cases)
-    return join(attack_chart(recovery, present=present), knock_out_chart(recovery) if by_layer else None)
+    """What an attack brought back; of knock-outs also what was silenced, and where the change writes."""
+    written = recovery.details.get("footprint")
+    return join(
+        None if written is None else join(tag("h4", "Where the change writes"), footprint_chart(written)),
+        attack_chart(recovery, present=present),
+        knock_out_chart(recovery),
+    )
 
 
 def _axis(estimate: Estimate | None, says: str) -> list[Html | str]:
