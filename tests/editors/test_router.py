@@ -134,7 +134,9 @@ def test_with_two_keys_near_the_nearer_one_answers(kind):
 
 def hand_made(model, keys, values, radius):
     made_for = tuple(laws.FACT.but(subject=f"Bob {i}") for i in range(len(keys)))
-    return fe.editors.RoutedEdit(made_for, 1, keys, values, radius, {}, ("",), ({},) * len(keys), fe.editing.Provenance.of(model))
+    return fe.editors.RoutedEdit(
+        made_for, 1, keys, values, radius, {}, ("",), ({},) * len(keys), fe.editing.Provenance.of(model)
+    )
 
 
 # ---------------------------------------------------------------------------------------- inside other machinery
