@@ -23,6 +23,7 @@ from tl_factedit.attacks.routes import FollowRoutes, Route
 from tl_factedit.auditing.calibration import Calibration, check_apart, unchanged
 from tl_factedit.auditing.findings import Thresholds
 from tl_factedit.auditing.gather import Plan, findings_of, gather, is_erasure, widths_written, with_controls
+from tl_factedit.auditing.provenance import AuditProvenance
 from tl_factedit.auditing.rules import judge
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.auditing.wording import (
@@ -147,6 +148,7 @@ def audit(
         gains=evidence.gains,
         dose=evidence.dose,
         facts=population.facts,
+        provenance=AuditProvenance.of(population, plan),
     )
 
 

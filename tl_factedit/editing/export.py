@@ -123,7 +123,7 @@ def _check_apart(hf_model: Any) -> None:
     if isinstance(hf_model, nn.Module) and is_wrapped(hf_model):
         raise ValueError(
             f"this {type(hf_model).__name__} lives inside a TransformerBridge, whose weights would change unseen: "
-            "apply the edit to the bridge (edit.apply_(bridge), and save_hf(bridge, folder) for a folder that transformers "
+            "apply the edit to the bridge (edit.apply_(bridge); save_hf(bridge, folder) for a folder that transformers "
             "loads), or give a model that was loaded apart"
         )
 
