@@ -1,8 +1,8 @@
 """Any result as a file, and as plain data.
 
 A result is a frozen dataclass of this package that holds numbers, text, tensors, tuples, lists, sets, mappings and
-other such dataclasses. Its fields are found, not listed: a new one is kept without a line of code, and what a file can't
-hold is an error when it is written, which names the field. Files are those of `files`: one move, with a checksum.
+other such dataclasses. Its fields are found, not listed: a new one is kept without a line of code, and what a file
+can't hold is an error when it is written, which names the field. Files are those of `files`: one move, with a checksum.
 """
 
 from __future__ import annotations
