@@ -81,7 +81,9 @@ class AuditProvenance:
         }
         asked["facts"] = [asdict(fact) for fact in population.facts]
         return cls(
-            model=Provenance.of(population.model, population.prepend_bos),
+            model=Provenance.of(
+                population.model, population.prepend_bos, prompts=(fact.text for fact in population.facts)
+            ),
             changes=tuple(ChangeProvenance.of(part) for part in population.parts),
             prepend_bos=population.prepend_bos,
             seed=plan.seed,

@@ -183,7 +183,9 @@ def evaluate(
         >>> fe.evaluate(model, [fact]).efficacy                   # doctest: +SKIP
     """
     facts = _checked(facts)
-    provenance = Provenance.of(model, prepend_bos)
+    provenance = Provenance.of(
+        model, prepend_bos, prompts=(prompt for fact in facts for _, prompt, _ in _prompts(fact))
+    )
     asked: list[tuple[int, Ask, str, str, str]] = [
         (i, ask, prompt, true, fact.target_new or "")
         for i, fact in enumerate(facts)

@@ -98,7 +98,7 @@ def causal_trace(
     _check(facts, component, window, severed, direction, memory)
     metric_name, measure = metric_of(metric)
     corruption = corruption or GaussianNoise()
-    provenance = Provenance.of(model, prepend_bos)
+    provenance = Provenance.of(model, prepend_bos, prompts=(fact.text for fact in facts))
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
     check_contrasts(facts, rows, measure, corruption)
     count = n_layers(model)
