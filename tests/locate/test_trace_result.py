@@ -275,7 +275,7 @@ def test_rank_correlation_is_spearmans_with_ties():
     assert torch.tensor(rank_correlation(x, torch.zeros(8)).mean).isnan()
 
 
-# ---------------------------------------------------------------------------------------- damage and presets
+# ---------------------------------------------------------------------------------------- damage
 
 
 def test_noise_is_scaled_to_the_damage_asked_for(kind):
@@ -288,24 +288,3 @@ def test_noise_is_scaled_to_the_damage_asked_for(kind):
     for lost in (0.0, 1.0):
         with pytest.raises(ValueError, match="needed a share between 0 and 1"):
             fe.locate.calibrate_noise(model, FACTS, lost=lost)
-
-
-def test_presets_are_the_published_settings(kind):
-    model = shared(kind)
-    meng = fe.locate.meng2022(model, FACTS[1], "mlp", progress=False)
-    assert (meng.window, meng.metric, meng.provenance.prepend_bos) == (10, "prob", False)
-    want = causal_trace(
-        model,
-        FACTS[1],
-        component="mlp",
-        window=10,
-        corruption=fe.GaussianNoise(3.0, 10, seed=1),
-        prepend_bos=False,
-        progress=False,
-    )
-    assert torch.equal(meng.sample_effect, want.sample_effect)
-    assert fe.locate.meng2022(model, FACTS[1], progress=False).window == 1
-    assert fe.locate.hase2023(model, FACTS[1], progress=False).window == 5
-    asked = [FACTS[0], FACTS[0].but(subject="Paris", target_true=" Rome")]
-    with pytest.raises(ValueError, match="none of 2 facts has a donor"):  # the random model knows neither
-        fe.locate.zhang2023(model, asked, progress=False)
