@@ -162,6 +162,14 @@ def test_what_overflows_is_not_exported(kind):
     assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
 
 
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="there the type checks of the tests come first")
+def test_a_router_is_not_exported(kind):
+    routed = fe.editors.RoutedEdit.of(made(tiny.model(kind, "gpt2")))
+    for export in (fe.export_hf, fe.export_hf_):
+        with pytest.raises(ValueError, match="edit is a RoutedEdit, needed an Edit: what a router answers"):
+            export(routed, tiny.hf_model("gpt2"))
+
+
 def test_exporting_warns_as_applying_does(kind):
     model = tiny.model(kind, "gpt2")
     first = made(model)

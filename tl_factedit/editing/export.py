@@ -89,6 +89,12 @@ def write_edits_(edits: Sequence[Edit], hf_model: Any) -> None:
 def _changed(edits: Sequence[Edit], hf_model: Any) -> list[tuple[Tensor, Tensor]]:
     """The weights to be written, live and as [d_mlp, d_model], and what they become; nothing is written."""
     _check_apart(hf_model)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise ValueError(
+                f"edit is a {type(edit).__name__}, needed an Edit: what a router answers stands in no weight, so that "
+                "a transformers model can't hold it"
+            )
     blocks = _blocks(hf_model)
     wanted = edits[0].provenance.weights.w_out
     if len(blocks) != len(wanted):
