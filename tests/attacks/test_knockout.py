@@ -1,5 +1,6 @@
 """Knock-outs: the fast ones are the literal ones, a layer that can't tell is masked, an override is seen through."""
 
+import dataclasses
 import functools
 import math
 
@@ -12,6 +13,7 @@ from oracles import knocking
 
 import tl_factedit as fe
 from tl_factedit.attacks.knockout import SURVIVES, _passes, windows_of
+from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 from tl_factedit.organism import text as told
 from tl_factedit.organism import world as o
@@ -344,3 +346,43 @@ def test_on_the_organism_an_edit_and_a_router_of_its_value_are_seen_through(kind
         assert found.best.key == (1,) and found.strongest.mean >= 0.6 and found.strongest.low > 0.05
         assert float(found.excess.mean[2:5].max()) <= 0.2  # above the edited layer it is the new object
     assert float(found.extra["of_unedited"][1]) == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------------------------------- ties
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_in_a_tie_the_layer_that_was_written_is_named(kind, width):
+    """A model in which no knock-out changes an answer ties everywhere: the first layer says nothing of the edit."""
+    model = shared(kind)
+    facts = known(model)
+    edit = laws.rome(model, 2, ridge=1e-4, fit=fe.ValueFit(steps=2, clamp=1e-3), contexts=("",))(model, facts[:1])
+    population = fe.Population.of(model, edit, facts[:1], reference=facts[1:], progress=False)
+    found = fe.attacks.KnockOut(widths=(width,))(population)
+    assert [case.covers for case in found.cases] == [2 in case.layers for case in found.cases]
+    excess = found.excess
+    tie = dataclasses.replace(
+        found,
+        cases=tuple(dataclasses.replace(case, masked="") for case in found.cases),
+        excess=dataclasses.replace(excess, mean=torch.full_like(excess.mean, 0.5)),
+    )
+    assert tie.best.layers == (2,) if width == 1 else tie.best.layers == (1, 2)
+    assert tie.showing("elsewhere").best == tie.best
+    # A tie is a tie: what is larger is named, whatever was written, and what is masked never is.
+    larger = torch.full_like(excess.mean, 0.5)
+    larger[0] = 0.6
+    assert dataclasses.replace(tie, excess=dataclasses.replace(excess, mean=larger)).best == tie.cases[0]
+    hidden = tuple(dataclasses.replace(case, masked="masked" if case.covers else "") for case in tie.cases)
+    assert dataclasses.replace(tie, cases=hidden).best == hidden[0]
+
+
+def test_of_another_model_the_layers_that_differ_are_what_was_written(kind):
+    model, changed = shared(kind), tiny.model(kind, "gpt2")
+    with torch.no_grad():
+        down_proj(changed, 1).param.add_(1e-4)
+    facts = known(model)
+    found = fe.attacks.KnockOut()(fe.Population.of(model, changed, facts[:1], reference=facts[1:], progress=False))
+    assert [case.layers for case in found.cases if case.covers] == [(1,)]
+    for other in (model, shared(kind, seed=3)):  # nothing was written, and more than W_out was
+        found = fe.attacks.KnockOut()(fe.Population.of(model, other, facts[:1], reference=facts[1:], progress=False))
+        assert not any(case.covers for case in found.cases)

@@ -31,6 +31,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned, align, batches, pad
+from tl_factedit.measure.change import layers_written
 from tl_factedit.measure.first_tokens import FIRST, FirstTokens, firsts, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population, Read
 from tl_factedit.measure.reading import Reading
@@ -134,7 +135,11 @@ class KnockOut:
         survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
         read_later = any(row.last < len(row.ids) - 1 for row in rows)
         masked = _masked(windows, survives, (layers - 1,) if read_later else None)
-        cases = [Case(window, _label(window), "elsewhere", masked.get(window, ""), window) for window in windows]
+        written = [layers_written(part.unedited, part.changed) for part in population.parts]
+        cases = [
+            Case(window, _label(window), "elsewhere", masked.get(window, ""), window, _covers(window, written))
+            for window in windows
+        ]
         half = _reading(population.facts, windows, after[:, 1]) if self.half else None
         found = Recovery.of(
             "knock-out",
@@ -207,6 +212,12 @@ class KnockOut:
 def _label(window: Window) -> str:
     """In words."""
     return f"MLP of layer {window[0]}" if len(window) == 1 else f"MLPs of layers {window[0]}–{window[-1]}"
+
+
+def _covers(window: Window, written: Sequence[Window | None]) -> bool:
+    """Whether all that was written is knocked out; not where something else was written, or nothing."""
+    known = [set(layers) for layers in written if layers]
+    return len(known) == len(written) and all(layers <= set(window) for layers in known)
 
 
 def _masked(windows: Sequence[Window], survives: Float[Tensor, "window"], unread: Window | None) -> dict[Window, str]:

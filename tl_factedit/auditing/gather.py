@@ -14,7 +14,6 @@ from tl_factedit.attacks.routes import Route, Routes, check_routes
 from tl_factedit.auditing.findings import AttackFinding, Findings
 from tl_factedit.auditing.retained import Calibration, Retention, retention
 from tl_factedit.auditing.upstream import Upstream, all_upstream
-from tl_factedit.backend.fingerprint import fingerprint
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, over_facts
@@ -27,8 +26,8 @@ from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
 from tl_factedit.evaluation.same_subject import Specificity, pair_same_subject, specificity
 from tl_factedit.evaluation.scores import Answer, Scores, evaluate, scores_of
 from tl_factedit.evaluation.text_drift import Drift, drift, encode_texts
-from tl_factedit.measure.change import Change
-from tl_factedit.measure.population import Part, Population
+from tl_factedit.measure.change import layers_written
+from tl_factedit.measure.population import Population
 from tl_factedit.measure.reading import Comparison, Reading
 from tl_factedit.probes.lens import LogitLens
 
@@ -136,7 +135,7 @@ def gather(population: Population, plan: Plan) -> Evidence:
         else tuple(
             gains(model, alone, text) for fact in facts for text in (fact.text, *map(fact.fill, fact.paraphrases))
         ),
-        written=tuple(_layers_written(part) for part in population.parts),
+        written=tuple(layers_written(part.unedited, part.changed) for part in population.parts),
     )
 
 
@@ -184,7 +183,7 @@ def with_controls(fact: Fact, among: Sequence[Fact]) -> Fact:
 
 def widths_written(population: Population) -> list[int]:
     """How many layers to knock out together: one, and as many as reach from the first that was written to the last."""
-    written = [layers for part in population.parts if (layers := _layers_written(part))]
+    written = [layers for part in population.parts if (layers := layers_written(part.unedited, part.changed))]
     return sorted({1, max((max(layers) - min(layers) + 1 for layers in written), default=1)})
 
 
@@ -210,16 +209,6 @@ def _scores_and_lens(population: Population) -> tuple[Scores, Scores, Comparison
     reading: Reading = replace(lens_before, values=torch.stack([values[i] for i in range(len(facts))]))
     after = scores_of(facts, tuple(answers), Provenance.from_json(json.loads(provenance[0])))
     return before, after, Comparison(lens_before, reading)
-
-
-def _layers_written(part: Part) -> tuple[int, ...] | None:
-    """The layers that a change wrote; None for another model that differs in more than ``W_out``."""
-    if isinstance(part.changed, Change):
-        return part.changed.layers
-    here, there = fingerprint(part.unedited), fingerprint(part.changed)
-    if (here.rest, here.layout, len(here.w_out)) != (there.rest, there.layout, len(there.w_out)):
-        return None
-    return tuple(i for i, both in enumerate(zip(here.w_out, there.w_out, strict=True)) if both[0] != both[1])
 
 
 def _takes_out_all(recovery: Recovery, written: Sequence[tuple[int, ...] | None]) -> bool | None:
