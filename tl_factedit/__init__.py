@@ -23,9 +23,10 @@ from tl_factedit.data.chat import chat_prompt
 from tl_factedit.editing.composition import compose
 from tl_factedit.editing.concerns import EditWarning
 from tl_factedit.editing.edit import Edit, Editor
-from tl_factedit.editing.export import export_hf
+from tl_factedit.editing.export import export_hf, export_hf_
 from tl_factedit.editing.ledger import edits_on, undo_all_
 from tl_factedit.editing.objectives import Erase, Inject
+from tl_factedit.editing.save_hf import save_hf
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editors.alphaedit import AlphaEdit
 from tl_factedit.editors.emmet import Emmet
@@ -84,6 +85,8 @@ __all__ = [
     "edits_on",
     "undo_all_",
     "export_hf",
+    "export_hf_",
+    "save_hf",
     "Population",
     "Probe",
     "Reading",

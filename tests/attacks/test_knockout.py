@@ -1,5 +1,6 @@
 """Knock-outs: the fast ones are the literal ones, a layer that can't tell is masked, an override is seen through."""
 
+import dataclasses
 import functools
 import math
 
@@ -16,6 +17,8 @@ from tl_factedit.attacks.cells import Cell, in_order, windows_of
 from tl_factedit.attacks.knockout import SURVIVES
 from tl_factedit.attacks.silencing import NOTHING, Silencing, passes
 from tl_factedit.core.tokens import align
+from tl_factedit.organism import text as told
+from tl_factedit.organism import world as o
 
 CLOSE = 2e-4  # float32 log-probabilities of size 5 to 15, from batches of another shape
 CITIES = (" Paris", " Rome", " London", " Berlin", " Madrid", " Vienna", " Tokyo", " Cairo")
@@ -360,3 +363,86 @@ def test_on_the_organism_the_untouched_model_comes_back_and_an_oracle_does_not(k
     assert oracle.strongest.low < 0.02 and oracle.at_most < 0.12
     new = torch.stack([oracle.after.at(case=mlp(layer), quantity="new_first") for layer in range(1, 5)]).mean()
     assert float(new) > 0.85
+
+
+def test_on_the_organism_an_edit_and_a_router_of_its_value_are_seen_through(kind):
+    base = organism(kind)
+    facts = fe.models.organism_facts("city", "oracle0", 5)
+    reference = fe.models.organism_facts("city", "calibration", 40)
+    stats = fe.key_stats(base, 1, told.texts(1000), n_tokens=8_000, progress=False)
+    fit = fe.ValueFit(kl_prompts=[r.phrasings[0] for r in o.RELATIONS[1:]], kl_at="end")
+    rome = fe.Rome(stats, fit=fit, contexts=[f"{filler} " for filler in told.FILLERS[:3]], ridge=1e-4, progress=False)
+    edits = [rome(base, [fact]) for fact in facts]
+    routers = [fe.editors.RoutedEdit.of(edit, 0.5) for edit in edits]
+    for changes in (edits, routers):
+        found = knock_out(base, changes, facts, reference, **AT_SUBJECT)
+        plain = found.after.at(case=NOTHING, quantity="new_first")
+        assert float(plain.mean()) == 1
+        assert found.best.layers == (1,) and found.best.shows == "elsewhere"
+        assert found.strongest.mean >= 0.6 and found.strongest.low > 0.05
+        above = [float(found.at(mlp(layer)).mean) for layer in (2, 3, 4)]
+        assert max(above) <= 0.2  # above the edited layer it is the new object
+    assert float(found.extra["of_unedited"][found.keys.index(mlp(1))]) == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------------------------------- ties
+
+
+def test_in_a_tie_the_cells_that_were_written_are_named(kind):
+    """A model in which no knock-out changes an answer ties everywhere: the first layer says nothing of the edit."""
+    model = shared(kind)
+    facts = known(model)
+    routed = fe.Router(2, radius=0.01, fit=laws.QUICK, contexts=("",), progress=False)(model, facts[:1])
+    found = fe.attacks.KnockOut()(fe.Population.of(model, routed, facts[:1], reference=facts[1:], progress=False))
+    assert {case.layers for case in found.cases if case.covers} == {(2,)}
+    excess = found.excess
+    tie = dataclasses.replace(
+        found,
+        cases=tuple(dataclasses.replace(case, masked="") for case in found.cases),
+        excess=dataclasses.replace(excess, mean=torch.full_like(excess.mean, 0.5)),
+    )
+    assert tie.best.layers == (2,) and tie.showing("elsewhere").best == tie.best
+    # A tie is a tie: what is larger is named, whatever was written, and what is masked never is.
+    larger = torch.full_like(excess.mean, 0.5)
+    larger[0] = 0.6
+    assert dataclasses.replace(tie, excess=dataclasses.replace(excess, mean=larger)).best == tie.cases[0]
+    hidden = tuple(dataclasses.replace(case, masked="masked" if case.covers else "") for case in tie.cases)
+    assert dataclasses.replace(tie, cases=hidden).best == hidden[0]
+
+
+# ---------------------------------------------------------------------------------------- a common object
+
+
+def test_an_object_that_many_others_have_is_no_sign_of_a_fact(kind):
+    """Where silencing makes a model name a common object of anybody, the old object's return means nothing."""
+    population = fe.Population.of(shared(kind), shared(kind), known(shared(kind))[:6], progress=False)
+    cases = [fe.attacks.Case(0, "a case", "elsewhere")]
+    back = torch.zeros(6, 1, 3)
+    back[:3, 0, 0] = 1.0  # of half of the facts, and never a control
+    alone = fe.attacks.Recovery.of("own", population, cases, back, back)
+    assert alone.strongest.mean == pytest.approx(0.5)
+    everybody = fe.attacks.Recovery.of("own", population, cases, back, back, common=torch.full((6, 1), 0.5))
+    assert everybody.strongest.mean == pytest.approx(0.0) and float(everybody.extra["common"][0]) == 0.5
+    nobody = fe.attacks.Recovery.of("own", population, cases, back, back, common=torch.zeros(6, 1))
+    assert nobody.strongest == alone.strongest
+
+
+def test_how_often_others_are_given_the_object_is_counted_literally(kind):
+    model, other = shared(kind), shared(kind, "gpt2", 1)
+    facts = known(model)
+    asked, owners = facts[:2], facts[2:]
+    found = knock_out(model, other, asked, owners, resample=False)
+    looked = [
+        i for i, value in enumerate(found.extra.get("common", torch.tensor([])).tolist()) if not math.isnan(value)
+    ]
+    assert looked, "no case brings the old object back: the test asks nothing"
+    theirs = means_of(other, owners)
+    for i in looked[:2]:
+        key, shares = found.keys[i], []
+        for fact in asked:
+            objects = [fact.target_true, fact.target_new, *fact.controls]
+            ids = [int(other.tokenizer(text, add_special_tokens=False)["input_ids"][0]) for text in objects]
+            strangers = [owner for owner in owners if owner.target_true != fact.target_true]
+            says = [knocking.knocked_out(other, prompt(other, one), key.cells, theirs) for one in strangers]
+            shares.append(sum(knocking.first(log_p, ids)[0] for log_p in says) / len(says))
+        assert float(found.extra["common"][i]) == pytest.approx(sum(shares) / len(shares), abs=1e-6)

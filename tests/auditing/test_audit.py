@@ -81,7 +81,7 @@ def test_a_verdict_never_says_more_than_its_scores(case, monkeypatch, name, fact
     made = iter([before, scores(facts, **{**GOOD, **shares})])
     monkeypatch.setattr("tl_factedit.auditing.gather.evaluate", lambda *args, **options: next(made))
     asked = [fact, *(fact.but(subject=subject) for subject in ("Anna", "Big Ben"))]
-    verdict = fe.audit(model, edit, asked[:facts])
+    verdict = fe.audit(model, edit, asked[:facts], force=True)
     assert verdict.label == label
     assert verdict.level == "per edit"  # fewer than ten facts are no population
     assert verdict.retained.estimate is None and verdict.recoverable.estimate is None
@@ -179,7 +179,7 @@ def test_a_verdict_holds_the_numbers_of_both_states(case):
 def test_objects_with_one_first_token_are_flagged(case):
     model, fact, edit = case
     flagged = fact.but(target_true=" Rome in Spain", target_new=" Rome in Italy", neighbours=(), neighbour_targets=())
-    assert bool(fe.audit(model, edit, [flagged]).table()["same_first_token"][0])
+    assert bool(fe.audit(model, edit, [flagged], force=True).table()["same_first_token"][0])
     assert not bool(fe.audit(model, edit, [fact]).table()["same_first_token"][0])
 
 
@@ -232,6 +232,41 @@ def test_what_else_cannot_be_asked_is_refused_before_anything_is_run(case, monke
         given = {"routes": [dataclasses.replace(given["routes"][0], fact=fact)]}
     with laws.untouched(model), laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match=message):
         fe.audit(model, edit, [fact], **given)
+
+
+MADE_FOR = {
+    "another fact": laws.OTHER,
+    "another subject": laws.FACT.but(subject="Big Ben"),
+    "another new object": None,
+    "another prompt": laws.FACT.but(prompt="Where is {} ? in"),
+}
+
+
+@pytest.mark.parametrize("name", MADE_FOR)
+@pytest.mark.parametrize("routed", [False, True])
+def test_facts_that_a_change_was_not_made_for_are_refused(case, monkeypatch, name, routed):
+    model, fact, edit = case
+    change = fe.editors.RoutedEdit.of(edit) if routed else edit
+    asked = MADE_FOR[name] or fact.but(target_new=fact.controls[0], controls=fact.controls[1:])
+    named = rf"fact {asked.name!r} .*isn't one that the change was made for \({fact.text!r}\)"
+    with laws.untouched(model), laws.no_forward(monkeypatch, model):
+        for facts in ([asked], [fact, asked]):
+            with pytest.raises(ValueError, match=rf"(?s){named}.*force=True"):
+                fe.audit(model, change, facts, progress=False)
+
+
+def test_the_curious_may_ask_all_the_same(case):
+    model, fact, edit = case
+    verdict = fe.audit(model, edit, [laws.OTHER.but(controls=fact.controls)], force=True, progress=False)
+    assert verdict.facts[0].subject == laws.OTHER.subject
+    with pytest.raises(ValueError, match="is in 0 of the 1 changes"):
+        fe.audit(model, [edit], [laws.OTHER], force=True, progress=False)
+
+
+def test_what_else_a_fact_holds_is_no_matter_to_what_it_was_made_for(case):
+    model, fact, edit = case
+    asked = fact.but(paraphrases=(), neighbours=(), neighbour_targets=(), relation="city", id="mine")
+    assert fe.audit(model, edit, [asked], progress=False).facts[0].name == "mine"
 
 
 def test_an_edit_that_is_on_or_of_another_model_is_refused_before_anything_is_run(case, kind, monkeypatch):

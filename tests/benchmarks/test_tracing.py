@@ -55,9 +55,10 @@ def test_a_trace_needs_little_more_than_the_least(smollm2, length, component, wi
     fact = PROMPTS[length]
     row = align(smollm2.tokenizer, fact, prepend_bos=False)
     asked = tracing.TracedPrompt(row.ids, row.subject, row.true_ids)
-    trace = fe.locate.meng2022(smollm2, fact, component, progress=False)
+    options = {"answer": "object", "unknown": "trace", "progress": False}  # the object's tokens, as the loop has them
+    trace = fe.locate.meng2022(smollm2, fact, component, **options)
     noise = trace.corruption.noise(row.subject[1] - row.subject[0], smollm2.cfg.d_model).float()
-    ours = cost(lambda: fe.locate.meng2022(smollm2, fact, component, progress=False))
+    ours = cost(lambda: fe.locate.meng2022(smollm2, fact, component, **options))
     # One run of the loop, as it takes a minute: its FLOPs are counted on one of its layers, which cost the same each.
     before = time.process_time()
     loop = tracing.trace(smollm2, asked, noise, component=component, window=window)

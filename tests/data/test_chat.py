@@ -75,3 +75,28 @@ def test_facts_are_sorted_into_those_that_can_be_asked_and_those_that_cannot(kin
     assert fe.alignable(model, good) == ([good], [])
     with pytest.raises(ValueError, match="2 of 3 facts can't be asked"):
         fe.causal_trace(model, [good, inside, inside.but(id=2)])
+
+
+@pytest.mark.filterwarnings("ignore:a prompt begins with the BOS token")
+@pytest.mark.filterwarnings("ignore:the model doesn't know")
+def test_that_a_prompt_brought_its_bos_is_in_the_provenance_of_every_result(chatty):
+    facts = {
+        True: fe.Fact("France", fe.chat_prompt(chatty, "What is the capital of {}?"), "Paris", "Rome"),
+        False: fe.Fact("France", "The capital of {} is", " Paris", " Rome"),
+    }
+    editor = fe.Rome(
+        fe.KeyStats.identity(chatty, 0), fit=fe.ValueFit(steps=1, kl_weight=0.0), contexts=(), progress=False
+    )
+    for brought, fact in facts.items():
+        edit = editor(chatty, [fact])
+        results = [
+            edit,
+            fe.editors.RoutedEdit.of(edit),
+            fe.causal_trace(chatty, fact, corruption=fe.GaussianNoise(samples=1), progress=False),
+            fe.evaluate(chatty, [fact]),
+        ]
+        assert [result.provenance.bos_in_prompt for result in results] == [brought] * 4
+        assert fe.audit(chatty, chatty, [fact], progress=False).provenance.model.bos_in_prompt is brought
+        again = fe.editing.Provenance.from_json(edit.provenance.to_json())
+        assert again == edit.provenance
+        assert not fe.editing.Provenance.of(chatty, False, prompts=[fact.text]).bos_in_prompt

@@ -1,6 +1,7 @@
 """Each published layout is read as it is written down here; what isn't such a layout is refused by name."""
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -172,6 +173,17 @@ def test_zsre_is_read_as_written(file):
     )
     assert second.target_new is None
     assert second.id == 1
+
+
+def test_zsre_is_read_as_meng_et_al_write_it(file):
+    """Their reader writes the first answer, also where there is no ``alt``, and knows no old object."""
+    for fact, record in zip(data.zsre(file(ZSRE), written="answer"), ZSRE, strict=True):
+        assert (fact.target_true, fact.target_new) == (None, " " + record["answers"][0])
+        assert fact.text == record["src"] and fact.paraphrases == (record["rephrase"],)
+        assert fact.neighbours == (record["loc"] + "?",) and fact.neighbour_targets == (" " + record["loc_ans"],)
+    # Past the type checks of this test suite, which a user doesn't have.
+    with pytest.raises(ValueError, match="written is 'both', needed 'alt' or 'answer'"):
+        inspect.unwrap(data.zsre)(file(ZSRE), written="both")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -44,7 +44,7 @@ def test_the_exported_model_has_the_logits_of_the_edited_one(kind, arch):
     model = booted(hf, kind)
     edit = made(model)
     before = log_probs(alone, IDS)
-    fe.export_hf(edit, alone)
+    fe.export_hf_(edit, alone)
     with edit.applied(model):
         want = log_probs(model, IDS)
     assert (log_probs(alone, IDS) - want).abs().max() < 1e-5
@@ -61,21 +61,60 @@ def test_an_edit_of_processed_weights_is_exported_to_raw_ones(kind, arch):
         model = booted(hf, kind)
         model.enable_compatibility_mode()
     edit = made(model)
-    fe.export_hf(edit, alone)
+    fe.export_hf_(edit, alone)
     with edit.applied(model):
         want = log_probs(model, IDS)
     assert (log_probs(alone, IDS) - want).abs().max() < 1e-4
 
 
-def test_a_model_that_a_bridge_wraps_takes_it_too():
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_changed_copy_leaves_the_model_as_it_is(kind, arch, tied):
+    edit, hf = made(tiny.model(kind, arch, tied=tied)), tiny.hf_model(arch, tied=tied)
+    before = {name: param.clone() for name, param in hf.named_parameters()}
+    changed, in_place = fe.export_hf(edit, hf), copy.deepcopy(hf)
+    fe.export_hf_(edit, in_place)
+    assert all(torch.equal(before[name], param) for name, param in hf.named_parameters())
+    for (name, one), (_, other) in zip(changed.named_parameters(), in_place.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+        assert torch.equal(one, before[name]) is not (f".{edit.layers[0]}.mlp" in name and name.endswith(DOWN[arch]))
+    assert (changed.get_input_embeddings().weight is changed.get_output_embeddings().weight) is tied
+    assert not {p.data_ptr() for p in changed.parameters()} & {p.data_ptr() for p in hf.parameters()}
+
+
+DOWN = {"gpt2": "c_proj.weight", "llama": "down_proj.weight"}
+
+
+def test_nothing_is_copied_for_what_is_refused(kind, monkeypatch):
+    edit, other = made(tiny.model(kind, "gpt2")), tiny.hf_model("gpt2", seed=1)
+    monkeypatch.setattr(copy, "deepcopy", lambda _: pytest.fail("a large model was copied for nothing"))
+    with pytest.raises(ValueError, match="isn't the one the edit was made for"):
+        fe.export_hf(edit, other)
+
+
+def test_a_model_that_a_bridge_wraps_is_not_changed_unseen():
     hf = tiny.hf_model("gpt2")
     model = booted(hf, "bridge")
     edit = made(model)
-    fe.export_hf(edit, model.original_model)
-    exported = log_probs(model, IDS)
-    model2 = tiny.bridge("gpt2")
-    with edit.applied(model2):
-        assert (log_probs(model2, IDS) - exported).abs().max() < 1e-6
+    for export in (fe.export_hf, fe.export_hf_):
+        with laws.untouched(model), pytest.raises(ValueError, match=r"lives inside a TransformerBridge.*save_hf"):
+            export(edit, hf)
+
+
+def test_an_interrupted_export_writes_nothing(kind, monkeypatch):
+    edit, hf = made(tiny.model(kind, "gpt2")), tiny.hf_model("gpt2")
+    kept = hf.transformer.h[1].mlp.c_proj.weight.clone()
+    copied = torch.Tensor.copy_
+
+    def interrupted(self, *args):
+        copied(self, *args)
+        monkeypatch.setattr(torch.Tensor, "copy_", copied)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fe.export_hf_(edit, hf)
+    assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
 
 
 def test_foreign_weights_are_refused_and_left_alone(kind):
@@ -84,20 +123,20 @@ def test_foreign_weights_are_refused_and_left_alone(kind):
     other = tiny.hf_model("gpt2", seed=1)
     before = {name: param.clone() for name, param in other.named_parameters()}
     with pytest.raises(ValueError, match="W_out of layer 0 isn't the one the edit was made for"):
-        fe.export_hf(edit, other)
+        fe.export_hf_(edit, other)
     with pytest.raises(ValueError, match="of a model with 4 layers, this one has 3"):
-        fe.export_hf(edit, tiny.hf_model("gpt2", n_layers=3))
+        fe.export_hf_(edit, tiny.hf_model("gpt2", n_layers=3))
     with pytest.raises(fe.UnsupportedModelError, match="Linear keeps its blocks in none of"):
-        fe.export_hf(edit, torch.nn.Linear(2, 2))
+        fe.export_hf_(edit, torch.nn.Linear(2, 2))
     assert all(torch.equal(before[name], param) for name, param in other.named_parameters())
 
 
 def test_an_edit_is_not_exported_twice(kind):
     edit, hf = made(tiny.model(kind, "gpt2")), tiny.hf_model("gpt2")
-    fe.export_hf(edit, hf)
+    fe.export_hf_(edit, hf)
     kept = hf.transformer.h[1].mlp.c_proj.weight.clone()
     with pytest.raises(ValueError, match="edited before"):
-        fe.export_hf(edit, hf)
+        fe.export_hf_(edit, hf)
     assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
 
 
@@ -105,11 +144,11 @@ def test_several_edits_are_exported_as_one(kind):
     model, hf = tiny.model(kind, "gpt2"), tiny.hf_model("gpt2")
     first = made(model)
     second = fe.Rome(laws.stats(model, 2), fit=FIT, contexts=laws.CONTEXTS, progress=False)(model, [laws.OTHER])
-    fe.export_hf(first, hf)
+    fe.export_hf_(first, hf)
     with pytest.raises(ValueError, match=r"compose\(edits\)"):
-        fe.export_hf(second, hf)
+        fe.export_hf_(second, hf)
     hf = tiny.hf_model("gpt2")
-    fe.export_hf(fe.compose([first, second]), hf)
+    fe.export_hf_(fe.compose([first, second]), hf)
     with first.applied(model), second.applied(model):
         assert (log_probs(hf, IDS) - log_probs(model, IDS)).abs().max() < 1e-5
 
@@ -119,28 +158,37 @@ def test_what_overflows_is_not_exported(kind):
     kept = hf.transformer.h[1].mlp.c_proj.weight.clone()
     for factor in (1e9, float("nan")):
         with pytest.raises(ValueError, match=r"overflow torch\.float16: nothing was written"):
-            fe.export_hf(edit.scaled(factor), hf)
+            fe.export_hf_(edit.scaled(factor), hf)
     assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="there the type checks of the tests come first")
+def test_a_router_is_not_exported(kind):
+    routed = fe.editors.RoutedEdit.of(made(tiny.model(kind, "gpt2")))
+    for export in (fe.export_hf, fe.export_hf_):
+        with pytest.raises(ValueError, match="edit is a RoutedEdit, needed an Edit: what a router answers"):
+            export(routed, tiny.hf_model("gpt2"))
 
 
 def test_exporting_warns_as_applying_does(kind):
     model = tiny.model(kind, "gpt2")
     first = made(model)
     with pytest.warns(fe.EditWarning, match="the update of layer 1 is"):
-        fe.export_hf(first.scaled(1e3), tiny.hf_model("gpt2"))
+        fe.export_hf_(first.scaled(1e3), tiny.hf_model("gpt2"))
     with first.applied(model):
         second = fe.Rome(laws.stats(tiny.model(kind, "gpt2"), 2), fit=FIT, contexts=(), progress=False)(
             model, [laws.OTHER]
         )
     with pytest.warns(fe.EditWarning, match="made on top of 1 other edits, of which 1 aren't on"):
-        fe.export_hf(second, tiny.hf_model("gpt2"))
+        fe.export_hf_(second, tiny.hf_model("gpt2"))
 
 
 def test_a_model_of_transformer_lens_is_not_exported_to(kind):
     model = tiny.model(kind, "gpt2")
     edit = made(model)
-    with laws.untouched(model), pytest.raises(ValueError, match=r"of TransformerLens, .* write edit.apply_\(model\)"):
-        fe.export_hf(edit, model)
+    for export in (fe.export_hf, fe.export_hf_):
+        with laws.untouched(model), pytest.raises(ValueError, match=r"of TransformerLens, .* edit.apply_\(model\)"):
+            export(edit, model)
 
 
 # ---------------------------------------------------------------------------------------- scaling and composition

@@ -127,7 +127,7 @@ def test_a_parallel_block_has_no_stream_between_attention_and_mlp(kind, arch):
         traced(model, asking(model), component="resid_mid")
 
 
-METRICS = ("prob", "logprob", "logit_diff", "kl")
+METRICS = ("prob", "top_prob", "logprob", "logit_diff", "kl")
 
 
 def tolerance(want: torch.Tensor) -> float:

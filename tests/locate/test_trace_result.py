@@ -91,6 +91,64 @@ def test_shares_of_small_effects_are_left_out():
     assert share[2:].isnan().all()
 
 
+# ---------------------------------------------------------------------------------------- the best cell
+
+
+def planted(*cells: tuple[int, int, float]) -> fe.Trace:
+    """A trace of one fact whose total effect is 0.5 and whose effects are 0 but in some cells (layer, position)."""
+    trace = causal_trace(shared("bridge"), FACTS[1], corruption=fe.GaussianNoise(samples=4), progress=False)
+    effect = torch.zeros(1, *trace.effect.shape[1:])
+    for layer, position, value in cells:
+        effect[0, layer, position] = value
+    clean, corrupted = torch.tensor([0.6]), torch.tensor([0.1])
+    return dataclasses.replace(
+        trace, effect=effect, clean=clean, corrupted=corrupted, known=(True,), top=(" Paris",), unpacked=""
+    )
+
+
+def place(role: str) -> int:
+    """The first token of a role in the planted trace's prompt."""
+    trace = planted()
+    return roles(len(trace.tokens[0]), trace.subject[0]).index(role)
+
+
+@pytest.mark.parametrize("role", ["first subject", "middle subject", "last subject", "first after"])
+def test_the_best_cell_is_where_the_effect_is_and_never_at_the_last_token(role):
+    trace = planted((2, place(role), 0.3), (3, place("last"), 0.5), (1, place("last subject"), 0.05))
+    assert trace.best_cell == (role, 2, pytest.approx(0.3))
+    assert trace.peak_layer == (2 if role == "last subject" else 1)
+
+
+def test_the_best_cell_of_many_facts_is_of_the_mean_over_roles():
+    trace = traced(shared("bridge"))
+    mean = trace.by_role().nanmean(0)[:-1]
+    best = trace.best_cell
+    assert best.effect == pytest.approx(float(mean[~mean.isnan()].max()))
+    assert float(mean[ROLES.index(best.role), best.layer]) == pytest.approx(best.effect)
+
+
+def test_a_trace_of_nothing_has_no_best_cell():
+    trace = planted()
+    nan = torch.full_like(trace.effect, torch.nan)
+    nothing = dataclasses.replace(trace, effect=nan, corrupted=torch.tensor([torch.nan]))
+    with pytest.raises(ValueError, match="no fact of this trace could be corrupted"):
+        _ = nothing.best_cell
+    assert "1 without a donor" in repr(nothing)
+
+
+def test_the_repr_says_when_the_last_subject_token_carries_nothing_and_where_the_largest_is():
+    here, elsewhere = planted((2, place("last subject"), 0.3)), planted((1, place("first subject"), 0.3))
+    assert here.carries_subject and not elsewhere.carries_subject
+    assert "last subject token peaks at layer 2 with 0.300" in repr(here) and "largest before" not in repr(here)
+    said = repr(elsewhere)
+    assert "last subject token carries nothing: its largest is at layer 0 with 0.000" in said
+    assert "largest before the last token: first subject token, layer 1, 0.300" in said
+    # A twentieth of the total effect (0.5) is the least that counts.
+    assert planted((2, place("last subject"), 0.026)).carries_subject
+    assert not planted((2, place("last subject"), 0.024)).carries_subject
+    assert not planted((2, place("last subject"), -0.3)).carries_subject
+
+
 def test_the_best_share_of_noise_alone_is_nothing():
     """Its reason to exist: the plain maximum over tokens of pure noise is far above 0."""
     noise = 0.1 * torch.randn(4, 4, 9, 4, generator=torch.Generator().manual_seed(0))
@@ -217,7 +275,7 @@ def test_rank_correlation_is_spearmans_with_ties():
     assert torch.tensor(rank_correlation(x, torch.zeros(8)).mean).isnan()
 
 
-# ---------------------------------------------------------------------------------------- damage and presets
+# ---------------------------------------------------------------------------------------- damage
 
 
 def test_noise_is_scaled_to_the_damage_asked_for(kind):
@@ -230,24 +288,3 @@ def test_noise_is_scaled_to_the_damage_asked_for(kind):
     for lost in (0.0, 1.0):
         with pytest.raises(ValueError, match="needed a share between 0 and 1"):
             fe.locate.calibrate_noise(model, FACTS, lost=lost)
-
-
-def test_presets_are_the_published_settings(kind):
-    model = shared(kind)
-    meng = fe.locate.meng2022(model, FACTS[1], "mlp", progress=False)
-    assert (meng.window, meng.metric, meng.provenance.prepend_bos) == (10, "prob", False)
-    want = causal_trace(
-        model,
-        FACTS[1],
-        component="mlp",
-        window=10,
-        corruption=fe.GaussianNoise(3.0, 10, seed=1),
-        prepend_bos=False,
-        progress=False,
-    )
-    assert torch.equal(meng.sample_effect, want.sample_effect)
-    assert fe.locate.meng2022(model, FACTS[1], progress=False).window == 1
-    assert fe.locate.hase2023(model, FACTS[1], progress=False).window == 5
-    asked = [FACTS[0], FACTS[0].but(subject="Paris", target_true=" Rome")]
-    with pytest.raises(ValueError, match="none of 2 facts has a donor"):  # the random model knows neither
-        fe.locate.zhang2023(model, asked, progress=False)

@@ -481,7 +481,7 @@ def test_evidence_that_is_not_there_is_not_drawn(made):
 
 def test_a_population_gets_means_intervals_and_a_row_each(made):
     model, other = made["model"], FACT.but(subject="Big Ben", paraphrases=(), neighbours=())
-    verdict = audit(model, made["edit"], [FACT, other])
+    verdict = audit(model, made["edit"], [FACT, other], force=True)
     page = Page(show.verdict(verdict).html)
     assert "2 facts: descriptive" in page.words() and "Big Ben" in page.words("td")
     assert "mean over 2 facts" in page.words() and "95% bootstrap interval" in page.words()

@@ -544,6 +544,33 @@ def test_a_damaged_unfinished_collection_is_refused_by_name_and_left_as_it_is(sm
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [data]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda header, tensors: header.pop("place"), "it has no 'place'"),
+        (lambda header, tensors: header.update(place={"texts": 1}), "missing"),
+        (lambda header, tensors: header.update(counted="many"), "counted is 'many'"),
+        (lambda header, tensors: header.pop("provenance"), "it has no 'provenance'"),
+        (lambda header, tensors: tensors["layer.1"].fill_(float("nan")), "numbers that are not finite"),
+        (lambda header, tensors: tensors.update({"layer.1": tensors["layer.1"][None]}), "needed"),
+        (lambda header, tensors: tensors.update({"layer.1": tensors["layer.1"][:-1].clone()}), "sums of layer 1 in"),
+        (lambda header, tensors: tensors.update({"layer.1": tensors["layer.1"].float()}), "in torch.float32"),
+    ],
+)
+def test_a_whole_unfinished_file_with_other_content_is_refused_by_name(
+    small, tmp_path, killed, forbidden, change, said
+):
+    killed(small, 5, path=tmp_path)
+    (file,) = unfinished(tmp_path)
+    header, tensors = files.read(file, "unfinished key statistics")
+    change(header, tensors)
+    files.write(file, "unfinished key statistics", header, tensors)
+    forbidden()
+    with pytest.raises(ValueError, match=said) as error:
+        collect(small, [1, 2], LONG, path=tmp_path, **STEPS)
+    assert str(file) in str(error.value) and "delete it" in str(error.value)
+
+
 def test_sums_that_lack_a_layer_are_refused(small, tmp_path, killed):
     collect(small, 1, LONG, path=tmp_path, **STEPS)
     killed(small, 5, path=tmp_path)  # needs layer 2 only

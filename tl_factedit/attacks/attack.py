@@ -50,6 +50,10 @@ Shows: TypeAlias = Literal["elsewhere", "underneath", "residue"]
 """Which question a case asks; see the module."""
 
 
+TIE = 1e-9
+"""Means of the same facts that differ by no more are equal but for rounding."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One thing that an attack tries.
@@ -59,7 +63,8 @@ class Case:
         label: The same in words.
         shows: Which question it asks.
         masked: Why it can't tell anything; empty if it can.
-        layers: Of a case that switches cells off, the layers whose MLP outputs at the subject it takes out.
+        layers: Of a case that silences cells, their layers.
+        covers: Whether it takes out all that every change wrote.
     """
 
     key: Hashable
@@ -67,6 +72,7 @@ class Case:
     shows: Shows
     masked: str = ""
     layers: tuple[int, ...] = ()
+    covers: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,10 +207,17 @@ class Recovery:
     @property
     @plain_torch()
     def best(self) -> Case | None:
-        """The case with the largest excess; None if all are masked."""
+        """The case with the largest excess; None if all are masked.
+
+        In a tie it is one that takes out all that was written, if there is one among them, and otherwise the first.
+        """
         if not bool(self.tested.any()):
             return None
-        return self.cases[int(self.excess.mean.nan_to_num(-math.inf).argmax())]
+        means = self.excess.mean.nan_to_num(-math.inf).tolist()
+        able = [(case, mean) for case, mean in zip(self.cases, means, strict=True) if not case.masked]
+        largest = max(mean for _, mean in able)
+        tied = [case for case, mean in able if mean >= largest - TIE]
+        return next((case for case in tied if case.covers), tied[0])
 
     @property
     def strongest(self) -> Estimate:

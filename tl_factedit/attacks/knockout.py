@@ -150,6 +150,7 @@ class KnockOut:
                 "elsewhere" if off_of[s.cells] else "underneath",
                 _masked(s, spared, unread),
                 tuple(sorted({cell.layer for cell in s.cells})),
+                covers=s.by != "half" and bool((cover_of[s.cells] >= WHOLE).all()),
             )
             for s in silencings
         ]
@@ -171,10 +172,7 @@ class KnockOut:
             details={
                 "footprint": written,
                 "references": tuple(use.sum(1).tolist()),
-                "whole": any(
-                    not case.masked and s.by != "half" and bool((cover_of[s.cells] >= WHOLE).all())
-                    for case, s in zip(cases, silencings, strict=True)
-                ),
+                "whole": any(case.covers and not case.masked for case in cases),
                 "disagree": _disagreeing(found),
             },
         )

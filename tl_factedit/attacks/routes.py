@@ -26,10 +26,11 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
+from tl_factedit.measure.change import identity
 from tl_factedit.measure.excess import excess_of
 from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.measure.likelihood import Request, log_probs
-from tl_factedit.measure.population import BATCH_TOKENS, Population, identity
+from tl_factedit.measure.population import BATCH_TOKENS, Population
 
 if TYPE_CHECKING:
     import pandas as pd

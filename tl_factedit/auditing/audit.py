@@ -25,6 +25,7 @@ from tl_factedit.attacks.routes import FollowRoutes, Route
 from tl_factedit.auditing.calibration import Calibration, check_apart, unchanged
 from tl_factedit.auditing.findings import Thresholds
 from tl_factedit.auditing.gather import Plan, findings_of, gather, is_erasure, with_controls
+from tl_factedit.auditing.provenance import AuditProvenance
 from tl_factedit.auditing.rules import judge
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.auditing.wording import (
@@ -40,7 +41,7 @@ from tl_factedit.core.facts import Fact, as_facts, need_old_object
 from tl_factedit.core.tokens import check_all
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.objectives import Objective
-from tl_factedit.measure.change import Changed
+from tl_factedit.measure.change import Change, Changed, check_made_for
 from tl_factedit.measure.population import Population, check_facts_once
 
 
@@ -61,6 +62,7 @@ def audit(
     thresholds: Thresholds | None = None,
     prepend_bos: bool | None = None,
     seed: int = 0,
+    force: bool = False,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Verdict:
@@ -93,6 +95,8 @@ def audit(
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
         prepend_bos: BOS policy of a model changed in another way; None for its default. An edit has its own.
         seed: Seed of the bootstraps.
+        force: Whether to ask about facts that a single change wasn't made for; the verdict then says nothing about the
+            change (mostly that it failed). Of a list of changes each fact needs its own all the same.
         folder: Where to keep what is read of each change: a call that was killed goes on from there, and one of more
             facts asks only what is new. Nothing is taken from it that hangs on other weights, changes, facts, settings
             or versions.
@@ -103,7 +107,8 @@ def audit(
 
     Raises:
         ValueError: The edit is applied to the model already, isn't of this model, or was made with another BOS
-            policy; a fact given twice, or without ``target_new`` (for an erasure, any other object: it is what the old
+            policy; a fact that the change wasn't made for (by subject, prompt and new object), unless `force`; a fact
+            given twice, or without ``target_new`` (for an erasure, any other object: it is what the old
             one is compared with), or that no change of a list was made for; some edits that erase among others that
             don't.
 
@@ -111,7 +116,11 @@ def audit(
         >>> verdict = fe.audit(model, edit, [fact])               # doctest: +SKIP
         >>> verdict.label, verdict.table()                        # doctest: +SKIP
     """
+    facts = as_facts(facts)
     population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress)
+    if isinstance(changed, Change) and not force:
+        # What has no new object at all is refused as such, in a moment.
+        check_made_for(changed, [fact for fact in facts if fact.target_new is not None], "an audit")
     erasing = is_erasure(population, objective)
     plan = Plan(
         attacks=_with_defaults(population, attacks, tuple(routes), full, seed),
@@ -150,13 +159,14 @@ def audit(
         gains=evidence.gains,
         dose=evidence.dose,
         facts=population.facts,
+        provenance=AuditProvenance.of(population, plan),
     )
 
 
 def _population(
     model: Model,
     changed: Changed,
-    facts: Fact | Sequence[Fact],
+    facts: tuple[Fact, ...],
     reference: Sequence[Fact] | None,
     calibration: Calibration | None,
     prepend_bos: bool | None,
@@ -164,7 +174,6 @@ def _population(
     progress: bool,
 ) -> Population:
     """What is audited: each fact once, with controls, and with the references that the change left alone."""
-    facts = as_facts(facts)
     need_old_object(facts, "an audit")
     check_facts_once(facts)
     others = tuple(facts if reference is None and isinstance(changed, Sequence) else reference or ())

@@ -5,14 +5,17 @@ from __future__ import annotations
 import html
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from tl_factedit.attacks.attack import Recovery
 from tl_factedit.auditing.explanation import explain
 from tl_factedit.auditing.findings import Findings, Label, Thresholds
+from tl_factedit.auditing.provenance import AuditProvenance
 from tl_factedit.auditing.retained import Retention
 from tl_factedit.auditing.upstream import Upstream
 from tl_factedit.backend.state import plain_torch
+from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.evaluation.dose import Dose
@@ -69,6 +72,7 @@ class Verdict:
         gains: Of the edit over each fact's prompt and paraphrases (a single `Edit` only). Descriptive.
         dose: Dose curve of each fact (a single `Edit` only). Descriptive.
         facts: What was asked.
+        provenance: The unedited model, the changes, and the settings: seed, attacks, BOS policy, versions.
     """
 
     label: Label
@@ -93,6 +97,43 @@ class Verdict:
     gains: tuple[Gains, ...]
     dose: Dose | None
     facts: tuple[Fact, ...]
+    provenance: AuditProvenance
+
+    def save(self, path: str | Path) -> None:
+        """Write everything into one safetensors file: all that was measured, with its provenance.
+
+        Raises:
+            ValueError: An attack of one's own put something into its ``details`` that a file can't hold; the message
+                names it, and nothing is written.
+            OSError: The file can't be written; what was there is as it was.
+
+        Example:
+            >>> verdict.save("verdict.safetensors")               # doctest: +SKIP
+            >>> fe.Verdict.load("verdict.safetensors").label      # doctest: +SKIP
+        """
+        saved.save(self, path, "verdict")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Verdict:
+        """Read a file of `save`; no model is needed.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is cut short or changed, holds another kind of thing, or what it holds doesn't fit
+                together; the message names it.
+        """
+        return saved.load(path, "verdict", cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON: dataclasses as dicts, tensors as nested lists, NaN as NaN.
+
+        Raises:
+            ValueError: As in `save`.
+
+        Example:
+            >>> json.dumps(verdict.to_dict())                     # doctest: +SKIP
+        """
+        return saved.as_plain(self, "verdict")
 
     @plain_torch()
     def table(self) -> pd.DataFrame:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
 from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
 from tl_factedit.backend.state import users_hooks
+from tl_factedit.core.tokens import brings_bos
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Provenance:
         revision: The commit of the hub that the weights were taken from, if the model's config says so.
         hooks: Names of the places where hooks were on the model, a user's or those of a change by hooks (a router).
         edits: Of an edit, the digests of those that were on the model when it was made; `weights` are those below them.
+        bos_in_prompt: Whether some prompt begins with the BOS token itself (a chat template), so that none was put in
+            front of it.
 
     Example:
         >>> fe.editing.Provenance.of(model).versions["torch"]             # doctest: +SKIP
@@ -38,6 +41,7 @@ class Provenance:
     revision: str | None = None
     edits: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
+    bos_in_prompt: bool = False
 
     @classmethod
     def of(
@@ -47,19 +51,30 @@ class Provenance:
         *,
         weights: Fingerprint | None = None,
         edits: tuple[str, ...] = (),
+        prompts: Iterable[str] = (),
     ) -> Provenance:
-        """The provenance of what is run on this model now."""
+        """The provenance of what is run on this model now.
+
+        Args:
+            model: Either class.
+            prepend_bos: BOS policy; None for the model's default.
+            weights: Fingerprint of the weights, where it isn't that of the model now.
+            edits: Digests of the edits on the model.
+            prompts: What is run, as far as it is known: says `bos_in_prompt`.
+        """
         kind(model)
+        bos = bos_policy(model, prepend_bos)
         dtype = next(iter(model.parameters())).dtype
         return cls(
             model=model_name(model),
             weights=weights or fingerprint(model),
-            prepend_bos=bos_policy(model, prepend_bos),
+            prepend_bos=bos,
             dtype=str(dtype).removeprefix("torch."),
             versions=versions(),
             revision=_revision(model),
             edits=edits,
             hooks=users_hooks(model),
+            bos_in_prompt=bos and any(brings_bos(model.tokenizer, prompt) for prompt in prompts),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -74,6 +89,7 @@ class Provenance:
             "revision": self.revision,
             "edits": list(self.edits),
             "hooks": list(self.hooks),
+            "bos_in_prompt": self.bos_in_prompt,
         }
 
     @classmethod
@@ -89,6 +105,7 @@ class Provenance:
             revision=data.get("revision"),
             edits=tuple(data.get("edits", ())),
             hooks=tuple(data.get("hooks", ())),
+            bos_in_prompt=data.get("bos_in_prompt", False),
         )
 
 

@@ -265,11 +265,13 @@ def _same_text(one: str, other: str) -> bool:
     return one in (other, " " + other)
 
 
-def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor, "pos"], list[tuple[int, int]]]:
-    """Token ids of a text as run, and the characters that each of them covers ((0, 0) for BOS).
+def brings_bos(tokenizer: Any, text: str) -> bool:
+    """Whether a text begins with the BOS token itself, as chat templates do: no second one is put in front then."""
+    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
 
-    Where the text begins with the BOS token itself, as chat templates do, no second one is put in front.
-    """
+
+def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor, "pos"], list[tuple[int, int]]]:
+    """Token ids of a text as run, and the characters that each of them covers ((0, 0) for BOS)."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} gives no character offsets, needed to find the subject: "
@@ -278,7 +280,7 @@ def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor,
     bos = tokenizer.bos_token_id
     if prepend_bos and bos is None:
         raise ValueError("prepend_bos=True, but the tokenizer has no BOS token: pass prepend_bos=False")
-    if prepend_bos and text.startswith(str(tokenizer.bos_token)):
+    if prepend_bos and brings_bos(tokenizer, text):
         warnings.warn(
             f"a prompt begins with the BOS token {str(tokenizer.bos_token)!r} itself (a chat template?): no second one "
             "is put in front of it",

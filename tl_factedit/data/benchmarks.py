@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.spacing import continued, in_one_word, trimmed
@@ -98,12 +98,23 @@ def known_facts(path: str | Path) -> list[Fact]:
     return _facts(path, _records(path, "attribute", "prompt"), fact)
 
 
-def zsre(path: str | Path) -> list[Fact]:
+def zsre(path: str | Path, *, written: Literal["alt", "answer"] = "alt") -> list[Fact]:
     """ZsRE in MEND's layout: questions, with one unrelated question as neighbour.
 
-    The question is the prompt and the answer follows it after a space. Records whose ``alt`` is
-    empty have no ``target_new``.
+    The question is the prompt and the answer follows it after a space.
+
+    Args:
+        path: The file.
+        written: Which object an edit is to write. ``"alt"``, as Mitchell et al. edit: ``target_true`` is the first of
+            the ``answers``, ``target_new`` is ``alt``, and records whose ``alt`` is empty have none. ``"answer"``, as
+            Meng et al. do: ``target_new`` is the first answer, which the model doesn't know yet, and there is no
+            ``target_true``.
+
+    Raises:
+        ValueError: The file isn't of this layout, or a record of it makes no fact; the message names both.
     """
+    if written not in ("alt", "answer"):
+        raise ValueError(f"written is {written!r}, needed 'alt' or 'answer'")
 
     def fact(i: int, record: Mapping[str, Any], changes: Changes) -> Fact:
         answers = record["answers"]
@@ -115,12 +126,13 @@ def zsre(path: str | Path) -> list[Fact]:
             raise ValueError(f"answers[0] is {answers[0]!r}, a {type(answers[0]).__name__}: needed text")
         subject, prompt, text = _template(record, "src", changes)
         alt = "" if record["alt"] is None else _text(record, "alt")
+        old, new = (None, answers[0]) if written == "answer" else (answers[0], alt)
         neighbour = _text(record, "loc") + "?"
         return Fact(
             subject,
             prompt,
-            _continue(text, answers[0]),
-            _continue(text, alt) if alt.strip() else None,
+            None if old is None else _continue(text, old),
+            _continue(text, new) if new.strip() else None,
             paraphrases=[changes.trimmed(_text(record, "rephrase"))],
             neighbours=[neighbour],
             neighbour_targets=[_continue(neighbour, _text(record, "loc_ans"))],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -241,8 +241,12 @@ class Descent:
         past = (*behind[:1] * first, *behind)
         return sheet.packing(past, self.stream.device)
 
-    def run(self) -> list[Fitted]:
-        """Step until every fact has stopped."""
+    def run(self, stepped: Callable[[int], Any] = lambda _: None) -> list[Fitted]:
+        """Step until every fact has stopped.
+
+        Args:
+            stepped: Told after each step how many facts have made it.
+        """
         fit, count = self.fit, len(self.asked)
         delta = torch.zeros(count, self.norms.shape[1], self.stream.shape[-1], device=self.stream.device)
         adams = [Adam([each], fit.lr) for each in delta]  # views: each fact has a stop of its own
@@ -262,6 +266,7 @@ class Descent:
                 if step == 0:
                     # δ is 0 here: what is said now is what was said before.
                     before = [now.guard[rows.of_guard == k].detach() for k in range(count)]
+            stepped(len(rows.facts))
             for k, i in enumerate(rows.facts):
                 losses[i].append(float(now.loss[k].detach()))
                 probs[i].append(float(now.prob[k]))

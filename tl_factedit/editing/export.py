@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 
 from tl_factedit.backend.fingerprint import hash_weight
 from tl_factedit.backend.protocol import UnsupportedModelError, kind_of
-from tl_factedit.backend.state import plain_torch
+from tl_factedit.backend.state import finish_despite_interrupt, plain_torch
+from tl_factedit.backend.unwrapped import is_wrapped
 from tl_factedit.editing.edit import Edit
 
 BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
@@ -20,38 +23,82 @@ DOWN = ("mlp.down_proj", "mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.f
 
 
 @plain_torch()
-def export_hf(edit: Edit, hf_model: Any) -> None:
-    """Write an edit into a transformers model, in place.
+def export_hf(edit: Edit, hf_model: Any) -> Any:
+    """A copy of a transformers model with an edit written into it; the model itself stays as it is.
 
-    The model's logits are then those of the TransformerLens model with the edit applied. An edit made on processed
-    weights (folded norms, centred outputs) is written into the raw ones: keys are the same there, and what a value has
-    along the mean direction is nothing to a norm that subtracts it.
+    The copy's logits are those of the TransformerLens model with the edit applied. An edit made on processed weights
+    (folded norms, centred outputs) is written into the raw ones: keys are the same there, and what a value has along
+    the mean direction is nothing to a norm that subtracts it.
 
     Args:
-        edit: The edit.
+        edit: The edit. Several go into one model as one: ``export_hf(compose(edits), hf_model)``.
         hf_model: A causal language model of transformers, with the weights that the edit was made for.
 
-    Several edits go into one model as one: ``export_hf(compose(edits), hf_model)``.
+    Returns:
+        The changed copy, of the same class; weights that are tied in the model are tied in it.
 
     Warns:
         EditWarning: As `Edit.apply_` does.
 
     Raises:
-        ValueError: The model is one of TransformerLens, has other weights, holds an edit already, or the edited
-            weights would not be finite in their type. Nothing is written.
+        ValueError: The model is one of TransformerLens or lives inside one, has other weights, holds an edit already,
+            or the edited weights would not be finite in their type.
         UnsupportedModelError: The model's MLPs weren't found.
 
     Example:
-        >>> fe.export_hf(edit, hf_model)                          # doctest: +SKIP
-        >>> hf_model.save_pretrained("edited/")                   # doctest: +SKIP
+        >>> edited = fe.export_hf(edit, hf_model)                 # doctest: +SKIP
+        >>> edited.save_pretrained("edited/")                     # doctest: +SKIP
     """
-    if kind_of(hf_model) is not None:
-        raise ValueError(
-            f"{type(hf_model).__name__} is a model of TransformerLens, needed one of transformers: write "
-            "edit.apply_(model), which can be undone"
-        )
+    _changed([edit], hf_model)  # before a large model is copied
+    changed = copy.deepcopy(hf_model)
+    export_hf_(edit, changed)
+    return changed
+
+
+@plain_torch()
+def export_hf_(edit: Edit, hf_model: Any) -> None:
+    """Write an edit into a transformers model, in place: all of it, or nothing where it is refused or interrupted.
+
+    It can't be taken back there; `export_hf` gives a changed copy. Arguments, warnings and errors are as there.
+
+    Example:
+        >>> fe.export_hf_(edit, hf_model)                         # doctest: +SKIP
+    """
+    write_edits_([edit], hf_model)
+
+
+def write_edits_(edits: Sequence[Edit], hf_model: Any) -> None:
+    """Write edits into a transformers model one after the other, each rounded as `Edit.apply_` would round it."""
+    new = _changed(edits, hf_model)
+    for i, edit in enumerate(edits):
+        edit.warn(edits[:i])
+    before = [weight.clone() for weight, _ in new]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for (weight, _), old in zip(new, before, strict=True):
+                weight.copy_(old)
+
+    try:
+        with torch.no_grad():
+            for weight, changed in new:
+                weight.copy_(changed)
+    except BaseException:
+        finish_despite_interrupt(put_back)
+        raise
+
+
+def _changed(edits: Sequence[Edit], hf_model: Any) -> list[tuple[Tensor, Tensor]]:
+    """The weights to be written, live and as [d_mlp, d_model], and what they become; nothing is written."""
+    _check_apart(hf_model)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise ValueError(
+                f"edit is a {type(edit).__name__}, needed an Edit: what a router answers stands in no weight, so that "
+                "a transformers model can't hold it"
+            )
     blocks = _blocks(hf_model)
-    wanted = edit.provenance.weights.w_out
+    wanted = edits[0].provenance.weights.w_out
     if len(blocks) != len(wanted):
         raise ValueError(f"the edit is of a model with {len(wanted)} layers, this one has {len(blocks)}")
     for layer, block in enumerate(blocks):
@@ -60,28 +107,33 @@ def export_hf(edit: Edit, hf_model: Any) -> None:
                 f"W_out of layer {layer} isn't the one the edit was made for (another model, dtype or revision, or "
                 "edited before: several edits are written as one, compose(edits)): nothing was written"
             )
-    new = []
-    for delta in edit.deltas:
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for delta in (delta for edit in edits for delta in edit.deltas):
         param, transposed = _down(blocks[delta.layer], delta.layer)
-        weight = param.detach().T if transposed else param.detach()
+        live, weight = found.get(delta.layer, (param.detach().T if transposed else param.detach(),) * 2)
         changed = delta.on(weight)
         if not bool(changed.isfinite().all()):
             raise ValueError(
                 f"the edit makes W_out of layer {delta.layer} overflow {weight.dtype}: nothing was written; load the "
                 "model in float32 or bfloat16"
             )
-        new.append((weight, changed))
-    edit.warn()
-    before = [weight.clone() for weight, _ in new]
-    try:
-        with torch.no_grad():
-            for weight, changed in new:
-                weight.copy_(changed)
-    except BaseException:
-        with torch.no_grad():
-            for (weight, _), old in zip(new, before, strict=True):
-                weight.copy_(old)
-        raise
+        found[delta.layer] = (live, changed)
+    return list(found.values())
+
+
+def _check_apart(hf_model: Any) -> None:
+    """Check that no model of TransformerLens would change unseen."""
+    if kind_of(hf_model) is not None:
+        raise ValueError(
+            f"{type(hf_model).__name__} is a model of TransformerLens, needed one of transformers: write "
+            "edit.apply_(model), which can be undone, and save_hf(model, folder) for a folder that transformers loads"
+        )
+    if isinstance(hf_model, nn.Module) and is_wrapped(hf_model):
+        raise ValueError(
+            f"this {type(hf_model).__name__} lives inside a TransformerBridge, whose weights would change unseen: "
+            "apply the edit to the bridge (edit.apply_(bridge); save_hf(bridge, folder) for a folder that transformers "
+            "loads), or give a model that was loaded apart"
+        )
 
 
 def _blocks(hf_model: Any) -> list[nn.Module]:
@@ -94,8 +146,7 @@ def _blocks(hf_model: Any) -> list[nn.Module]:
 
 def _down(block: Any, layer: int) -> tuple[nn.Parameter, bool]:
     """The parameter, and whether it is stored as [d_model, d_mlp]."""
-    # First as a TransformerBridge wraps it, which changes the model it is given.
-    for name in ("mlp.out.original_component", *DOWN):
+    for name in DOWN:
         found = _walk(block, name)
         if found is not None:
             # GPT-2's Conv1D stores [d_mlp, d_model].

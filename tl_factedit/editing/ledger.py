@@ -6,7 +6,7 @@ bridges over one transformers model, a compiled model), and a copy of a model ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -75,10 +75,10 @@ def base_fingerprint(model: Model) -> Fingerprint:
     return Fingerprint(tuple(hashes), now.rest, now.layout)
 
 
-def made_on(model: Model, prepend_bos: bool, base: Fingerprint) -> Provenance:
+def made_on(model: Model, prepend_bos: bool, base: Fingerprint, prompts: Iterable[str] = ()) -> Provenance:
     """The provenance of an edit that is made now: of the weights without edits, and which edits were on them."""
     edits = tuple(edit.digest for edit in ledger_of(model).edits)
-    return Provenance.of(model, prepend_bos, weights=base, edits=edits)
+    return Provenance.of(model, prepend_bos, weights=base, edits=edits, prompts=prompts)
 
 
 @dataclass(frozen=True)

@@ -84,20 +84,20 @@ def fit_values(
     found: dict[int, Fitted] = {}
     with (
         frozen(model),
-        tqdm(total=len(asked), unit="fact", desc="fitting values", delay=1, disable=not progress) as bar,
+        tqdm(total=len(asked) * fit.steps, unit="step", desc="fitting values", delay=1, disable=not progress) as bar,
     ):
         runner = Runner(model)
         with torch.no_grad():
             longest = max((row for each in asked for row in each.rows), key=len)
             packed = not runner.why_not_packed(longest[:TRIAL], len(longest))
         for batch in _batches(model, asked, layer, memory, mixed=packed and runner.mixes_pasts):
-            some = [asked[i] for i in batch]
+            some, begun = [asked[i] for i in batch], bar.n
             try:
-                done = Descent(runner, some, layer, where, fit, packed=packed).run()
+                done = Descent(runner, some, layer, where, fit, packed=packed).run(bar.update)
             finally:
                 detach_caches(model)
             found.update(zip(batch, done, strict=True))
-            bar.update(len(batch))
+            bar.update(begun + len(batch) * fit.steps - bar.n)  # the steps of those that stopped early
     return [found[i] for i in range(len(asked))]
 
 

@@ -7,6 +7,7 @@ from tl_factedit.evaluation.edit_gains import Gains, gains
 from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
 from tl_factedit.evaluation.mediation import Mediation, mediate
 from tl_factedit.evaluation.same_subject import Specificity, specificity
+from tl_factedit.evaluation.teacher_forced import TokenAccuracy, token_accuracy
 from tl_factedit.evaluation.text_drift import Drift, drift
 
 __all__ = [
@@ -26,4 +27,6 @@ __all__ = [
     "specificity",
     "Drift",
     "drift",
+    "TokenAccuracy",
+    "token_accuracy",
 ]

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -27,6 +28,7 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
+from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct, need_old_object
 from tl_factedit.core.tokens import check_room, continuation, encode
@@ -103,6 +105,32 @@ class Scores:
     facts: tuple[Fact, ...]
     provenance: Provenance
 
+    def save(self, path: str | Path) -> None:
+        """Write everything into one safetensors file.
+
+        Raises:
+            OSError: The file can't be written; what was there is as it was.
+
+        Example:
+            >>> fe.evaluate(model, facts).save("scores.safetensors")           # doctest: +SKIP
+        """
+        saved.save(self, path, "scores")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a file of `save`.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is cut short or changed, holds another kind of thing, or what it holds doesn't fit
+                together; the message names it.
+        """
+        return saved.load(path, "scores", cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON: dataclasses as dicts, NaN as NaN."""
+        return saved.as_plain(self, "scores")
+
     @plain_torch()
     def table(self) -> pd.DataFrame:
         """One row a prompt."""
@@ -157,7 +185,9 @@ def evaluate(
         >>> fe.evaluate(model, [fact]).efficacy                   # doctest: +SKIP
     """
     facts = _checked(facts)
-    provenance = Provenance.of(model, prepend_bos)
+    provenance = Provenance.of(
+        model, prepend_bos, prompts=(prompt for fact in facts for _, prompt, _ in _prompts(fact))
+    )
     asked: list[tuple[int, Ask, str, str, str]] = [
         (i, ask, prompt, true, fact.target_new or "")
         for i, fact in enumerate(facts)

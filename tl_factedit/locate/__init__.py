@@ -2,7 +2,7 @@
 
 from tl_factedit.locate import metrics
 from tl_factedit.locate.agreement import CorruptionComparison, compare_corruptions
-from tl_factedit.locate.calibration import calibrate_noise
+from tl_factedit.locate.calibration import calibrate_noise, embedding_std
 from tl_factedit.locate.corruption import Corruption, MultivariateNoise, UniformNoise
 from tl_factedit.locate.presets import hase2023, meng2022, zhang2023
 from tl_factedit.locate.units import UnitTrace, trace_units
@@ -12,6 +12,7 @@ __all__ = [
     "CorruptionComparison",
     "compare_corruptions",
     "calibrate_noise",
+    "embedding_std",
     "Corruption",
     "MultivariateNoise",
     "UniformNoise",

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 
 import torch
 
+from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import bos_policy
+from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.tokens import encode
 from tl_factedit.locate.corruption import GaussianNoise, MultivariateNoise, UniformNoise
 from tl_factedit.locate.inputs import TraceInputs, align_all, ask
 from tl_factedit.locate.metrics import prob
@@ -88,6 +91,36 @@ def calibrate_noise(
             found = share(scale)
             low, high = (scale, high) if found < lost else (low, scale)
         return dataclasses.replace(fixed, scale=scale)
+
+
+@plain_torch()
+def embedding_std(model: Model, subjects: Sequence[str]) -> float:
+    """The standard deviation over all entries of the token embeddings of some subjects, each tokenised alone.
+
+    The σ of Meng et al.'s code (``collect_embedding_std``), which takes it over the subjects of all known facts and
+    adds noise of three of them. A subject alone may have other tokens than in its prompt: no space comes before it.
+
+    Args:
+        model: Either class.
+        subjects: Texts.
+
+    Returns:
+        σ, in the units of ``hook_embed``.
+
+    Raises:
+        ValueError: No subjects, or something else than texts.
+
+    Example:
+        >>> sigma = fe.locate.embedding_std(model, [fact.subject for fact in facts])             # doctest: +SKIP
+        >>> fe.causal_trace(model, facts[0], corruption=fe.GaussianNoise(3.0, sigma=sigma))      # doctest: +SKIP
+    """
+    if isinstance(subjects, str) or not subjects or not all(isinstance(each, str) for each in subjects):
+        raise ValueError(f"subjects is {subjects!r}, needed a list of texts: [fact.subject for fact in facts]")
+    with frozen(model), torch.no_grad():
+        runner = Runner(model)
+        rows = [encode(model.tokenizer, subject, prepend_bos=False)[0] for subject in subjects]
+        found = [runner.capture(row[None], [EMBED], stop=0)[EMBED][0].float().cpu() for row in rows]
+    return float(torch.cat(found).std())
 
 
 def _scaled(questions: TraceInputs, noise: Noise) -> TraceInputs:

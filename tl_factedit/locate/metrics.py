@@ -48,8 +48,14 @@ def logprob(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput
 
 
 def prob(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
-    """Probability of the whole target, teacher-forced (Meng et al. 2022)."""
+    """Probability of the whole target, teacher-forced."""
     return logprob(logits, asked).exp()
+
+
+def top_prob(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
+    """Probability of the token that the clean run puts first, whatever ``target_true`` is (Meng et al.'s code)."""
+    top = int(asked.clean[0].argmax())
+    return logits[:, :, 0].float().softmax(-1)[..., top]
 
 
 def logit_diff(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
@@ -71,7 +77,7 @@ def kl(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> 
     return -(clean.exp() * (clean - run)).sum(-1)
 
 
-NAMED: dict[str, Metric] = {"prob": prob, "logprob": logprob, "logit_diff": logit_diff, "kl": kl}
+NAMED: dict[str, Metric] = {"prob": prob, "top_prob": top_prob, "logprob": logprob, "logit_diff": logit_diff, "kl": kl}
 """The metrics that `causal_trace` takes by name."""
 
 

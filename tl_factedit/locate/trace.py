@@ -71,7 +71,8 @@ def causal_trace(
             corrupted run (Meng et al., fig. 3): what is then left of an effect didn't pass through them. For
             single layers of the residual stream.
         corruption: Default: `GaussianNoise` (three standard deviations, ten samples).
-        metric: ``"prob"``, ``"logprob"``, ``"logit_diff"``, ``"kl"``, or a function like those in `fe.locate.metrics`.
+        metric: ``"prob"``, ``"top_prob"``, ``"logprob"``, ``"logit_diff"``, ``"kl"``, or a function like those in
+            `fe.locate.metrics`.
         direction: ``"denoise"`` restores clean values in corrupted runs (what suffices), ``"noise"`` puts corrupted
             values into the clean run (what is needed).
         prepend_bos: Whether prompts begin with BOS; None for the model's default.
@@ -98,7 +99,7 @@ def causal_trace(
     _check(facts, component, window, severed, direction, memory)
     metric_name, measure = metric_of(metric)
     corruption = corruption or GaussianNoise()
-    provenance = Provenance.of(model, prepend_bos)
+    provenance = Provenance.of(model, prepend_bos, prompts=(fact.text for fact in facts))
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
     check_contrasts(facts, rows, measure, corruption)
     count = n_layers(model)

@@ -169,7 +169,7 @@ def trace_units(
         raise ValueError(f"direction is {direction!r}, needed 'denoise' or 'noise'")
     check_memory(memory)
     metric_name, measure = metric_of(metric)
-    provenance = Provenance.of(model, prepend_bos)
+    provenance = Provenance.of(model, prepend_bos, prompts=(fact.text for fact in facts))
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
     positions = tuple(_position(row, at) for row in rows)
     corruption = corruption or GaussianNoise()

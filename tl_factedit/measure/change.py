@@ -54,3 +54,39 @@ class Digested(Protocol):
 
 Changed: TypeAlias = Change | Sequence[Change] | Model
 """One change for all facts, a change for each, or another model."""
+
+
+def identity(fact: Fact) -> tuple[str, str, str | None]:
+    """What makes two facts the same to a change: subject, prompt and new object."""
+    return fact.subject, fact.prompt, fact.target_new
+
+
+def asked_as(fact: Fact) -> tuple[tuple[str, str, str | None], ...]:
+    """The identities of facts that a change may have been made for, to be asked about this one.
+
+    An erasure may have been made without a new object, which an audit wants to compare with.
+    """
+    return identity(fact), (fact.subject, fact.prompt, None)
+
+
+def check_made_for(change: Change, facts: Sequence[Fact], what: str) -> None:
+    """Check that a change was made for some facts: by subject, prompt and new object.
+
+    Args:
+        change: One change.
+        facts: What it is to be asked about.
+        what: The call, in an error.
+
+    Raises:
+        ValueError: It wasn't made for one of them; the message names the fact.
+    """
+    made = {identity(fact) for fact in change.facts}
+    others = [fact for fact in facts if made.isdisjoint(asked_as(fact))]
+    if others:
+        known = ", ".join(repr(fact.text) for fact in change.facts[:3])
+        raise ValueError(
+            f"fact {others[0].name!r} ({others[0].text!r} -> {others[0].target_new!r}) isn't one that the change was "
+            f"made for ({known}{' …' if len(change.facts) > 3 else ''}), so that {what} would say nothing about the "
+            "change: give facts with its subjects, prompts and new objects, or force=True to ask all the same"
+            + (f" ({len(others)} of {len(facts)} facts)" if len(others) > 1 else "")
+        )

@@ -30,7 +30,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
 from tl_factedit.core.cache import Cache
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.measure.change import Change, Changed, Digested
+from tl_factedit.measure.change import Change, Changed, Digested, asked_as, identity
 from tl_factedit.measure.first_tokens import FirstTokens, are_known
 
 T = TypeVar("T")
@@ -326,8 +326,7 @@ def _one_by_one(model: Model, changes: Sequence[Change], facts: Sequence[Fact]) 
             serving.setdefault(key, []).append(i)
     served: dict[int, list[int]] = {}
     for i, fact in enumerate(facts):
-        # An erasure may have been made without a new object, which an audit wants to compare with.
-        found = serving.get(identity(fact)) or serving.get((fact.subject, fact.prompt, None), [])
+        found = next((serving[key] for key in asked_as(fact) if key in serving), [])
         if len(found) != 1:
             raise ValueError(
                 f"fact {fact.name!r} is in {len(found)} of the {len(changes)} changes, needed exactly one that was "
@@ -335,11 +334,6 @@ def _one_by_one(model: Model, changes: Sequence[Change], facts: Sequence[Fact]) 
             )
         served.setdefault(found[0], []).append(i)
     return tuple(Part(tuple(facts[i] for i in mine), tuple(mine), model, changes[c]) for c, mine in served.items())
-
-
-def identity(fact: Fact) -> tuple[str, str, str | None]:
-    """What makes two facts the same to a change: subject, prompt and new object."""
-    return fact.subject, fact.prompt, fact.target_new
 
 
 def bos_of_change(model: Model, changed: Changed, asked: bool | None = None) -> bool:

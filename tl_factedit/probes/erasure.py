@@ -134,7 +134,7 @@ def erase_states(
             ids = spelt[begin : begin + AT_ONCE]
             embedded = runner.capture(pad(ids, fill=0), [EMBED], stop=1)[EMBED]
             vectors += [of_row[: len(row)].clone() for of_row, row in zip(embedded, ids, strict=True)]
-    provenance = Provenance.of(model, bos, weights=base_fingerprint(model))
+    provenance = Provenance.of(model, bos, weights=base_fingerprint(model), prompts=(fact.text for fact in facts))
     return Erasure(eraser, layer, tuple(facts), everywhere, tuple(vectors), provenance)
 
 

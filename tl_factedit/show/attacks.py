@@ -54,9 +54,8 @@ def attack_chart(recovery: Recovery, *, present: float | None = None) -> Html:
     count = f"{int(recovery.known.sum())} of {len(recovery.facts)} facts count"
     caption = f"{'; '.join(asked).capitalize()}. {count}; {best}."
     if left:
-        caption += (
-            f" Of {len(recovery.cases)} cases the {len(shown)} with the largest excess are shown; the table has all."
-        )
+        most = f"the {len(shown)} with the largest excess are drawn"
+        caption += f" Of {len(recovery.cases)} cases {most}; the table has all."
     return join(tag("h4", recovery.attack.capitalize()), tag("figure", chart, tag("figcaption", caption)))
 
 

@@ -129,9 +129,11 @@ def knock_out_chart(knocked: Recovery) -> Html | None:
     best = knocked.best
     drawing = heat_map(
         [[share(row, layer) for layer in layers] for row in rows],
-        scale=Scale.of([0.0, 1.0], OLD),
+        scale=Scale.of([0.0, 1.0], "orange"),
         labels=[f"{NAMES[component]} {WHERE[place]}" for component, place in rows],
         tooltips=[[tooltip(row, layer) for layer in layers] for row in rows],
+        neutral=[False] * len(rows),
+        strong=[False] * len(rows),
         outlined=next(
             (
                 (rows.index((cell.component, cell.place)), layers.index(cell.layer))
@@ -145,8 +147,8 @@ def knock_out_chart(knocked: Recovery) -> Html | None:
         name="How often the old object is first with one component silenced",
     )
     caption = (
-        "What a component says is replaced by what it says of other subjects. White: never, or a case that the unedited "
-        f"model can't spare in {SURVIVES:.0%} of the facts, which tells nothing. Framed: the strongest."
+        "What a component says is replaced by what it says of other subjects. White: never; a gap: the unedited model "
+        f"can't spare it in {SURVIVES:.0%} of the facts, so that it tells nothing. Framed: the strongest."
     )
     return tag("figure", drawing, tag("figcaption", caption))
 

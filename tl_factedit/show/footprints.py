@@ -11,7 +11,7 @@ from tl_factedit.show.page import Picture
 
 NAMES = {"attn": "attention", "mlp": "MLP", "rest": "norms behind them"}
 OUTSIDE = {"embed": "embeddings", "norm": "final norm", "unembed": "unembedding"}
-HUE = "#b34b00"
+HUE = "orange"
 
 
 def footprint(found: Footprint) -> Picture:
@@ -66,8 +66,8 @@ def footprint_chart(found: Footprint) -> Html:
     outside = [OUTSIDE[name] for name, layer in found.written if layer is None]
     whole = found.whole()
     caption = (
-        f"Each component of the changed model is given what the unedited model's own is given, over {facts}; colour: its "
-        "share of the whole squared change. "
+        f"Each component of the changed model is given what the unedited model's own is given, over {facts}; colour: "
+        "its share of the whole squared change. "
         + (f"Also written: {', '.join(outside)}, which can't be silenced. " if outside else "")
         + (
             "No set of cells takes out all of it from the subject on."

@@ -21,7 +21,7 @@ COMPONENTS = {
 }
 """Each component in words."""
 
-UNITS = {"prob": "probability", "logprob": "nats", "logit_diff": "logits", "kl": "nats"}
+UNITS = {"prob": "probability", "top_prob": "probability", "logprob": "nats", "logit_diff": "logits", "kl": "nats"}
 """The unit of each metric."""
 
 VERBS = {"denoise": ("restored", "restored − corrupted"), "noise": ("corrupted", "clean − corrupted there")}
@@ -49,6 +49,7 @@ def quantity_of(trace: Trace, fact: int) -> str:
     """What is measured, of one fact."""
     names = {
         "prob": "probability of {}",
+        "top_prob": "probability of the token that comes first in the clean run, where {} is asked for",
         "logprob": "log-probability (nats) of {}",
         "logit_diff": "logit of {} minus that of the other answer",
         "kl": "minus KL divergence from the clean run (nats), in which {} is asked for",

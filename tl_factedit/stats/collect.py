@@ -99,6 +99,9 @@ def key_stats(
     reader = Reader(texts)
     with tqdm(total=n_tokens, unit="token", desc="key statistics", delay=1, disable=not progress) as bar:
         sums = _collect(model, sites, reader, provenance, n_tokens, context, batch_tokens, draft, save_every, bar)
+        if sums.counted < n_tokens:  # there is no more to come
+            bar.total = sums.counted
+            bar.set_postfix_str(f"the texts ended, {n_tokens:,} were asked for")
     found = {
         layer: KeyStats(layer, mirror_(total).div_(sums.counted).cpu(), sums.counted, reader.digest, provenance)
         for layer, total in sums.totals.items()

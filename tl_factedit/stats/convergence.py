@@ -194,7 +194,7 @@ def stats_convergence(
     if ridge < 0:
         raise ValueError(f"ridge is {ridge}, needed 0 or more (a share of the mean eigenvalue)")
     site = down_proj(model, layer)
-    provenance = Provenance.of(model, prepend_bos)
+    provenance = Provenance.of(model, prepend_bos, prompts=(fact.text for fact in facts))
     bos = provenance.prepend_bos
     prompts = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
     halves, sizes, corpus = _halves(model, texts, bos, context, n_tokens)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.backend.provenance import Provenance, difference
@@ -18,6 +19,18 @@ from tl_factedit.stats.sums import Sums, pack_sums, unpack_sums
 
 UNFINISHED = "unfinished key statistics"
 """What the file of a collection calls itself that has not come to its end."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Unfinished:
+    """What such a file holds; `packed` are the sums by layer, as of `pack_sums`."""
+
+    asked: Mapping[str, Any]
+    layers: tuple[int, ...]
+    counted: int
+    place: Place
+    provenance: Provenance
+    packed: dict[int, Float[Tensor, "_"]]
 
 
 @dataclass(frozen=True)
@@ -54,31 +67,48 @@ class Draft:
         Raises:
             ValueError: The file is damaged, or of another collection.
         """
-        header, tensors = self._content()
-        given = {**header["asked"], "layers": header["layers"]}
+        kept = self._content()
+        given = {**kept.asked, "layers": list(kept.layers)}
         wanted = {**self.asked, "layers": list(self.layers)}
         if given != wanted:
             raise ValueError(
                 f"{self.file} is an unfinished collection of {given}, asked for {wanted}: ask for the same to finish "
                 "it, name another path, or delete it"
             )
-        _check_origin(self.file, Provenance.from_json(header["provenance"]), self.provenance)
+        _check_origin(self.file, kept.provenance, self.provenance)
         for layer, total in empty.totals.items():
-            if f"layer.{layer}" not in tensors:  # it was finished, and that file is gone
+            if layer not in kept.packed:  # it was finished, and that file is gone
                 raise ValueError(f"{self.file} holds no sums of layer {layer}: name another path, or delete it")
-            total.copy_(unpack_sums(tensors.pop(f"layer.{layer}"), len(total)))
-        return Sums(empty.totals, header["counted"], Place(**header["place"]))
+            packed, size = kept.packed.pop(layer), len(total)
+            if len(packed) != size * (size + 1) // 2 or packed.dtype != total.dtype:
+                raise ValueError(
+                    f"{self.file} holds {len(packed)} sums of layer {layer} in {packed.dtype}, needed those of d_mlp = "
+                    f"{size} in {total.dtype}: name another path, or delete it"
+                )
+            total.copy_(unpack_sums(packed, size))
+        return Sums(empty.totals, kept.counted, kept.place)
 
     def drop_if_mine(self) -> None:
         """Remove what a kill between writing the result and tidying up has left."""
         if self.file.exists():
-            header, _ = self._content()
-            if header["asked"] == self.asked and tuple(header["layers"]) == self.layers:
+            kept = self._content()
+            if kept.asked == self.asked and kept.layers == self.layers:
                 self.file.unlink()
 
-    def _content(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _content(self) -> _Unfinished:
         try:
-            return files.read(self.file, UNFINISHED)
+            with files.opened(self.file, UNFINISHED) as file:
+                layers = tuple(file.fields("layers", int))
+                return _Unfinished(
+                    asked=file.field("asked", dict),
+                    layers=layers,
+                    counted=file.field("counted", int),
+                    place=Place(**file.field("place", dict)),
+                    provenance=Provenance.from_json(file.field("provenance", dict)),
+                    packed={
+                        n: file.tensor(f"layer.{n}", f"packed.{n}") for n in layers if f"layer.{n}" in file.tensors
+                    },
+                )
         except ValueError as error:
             raise ValueError(f"{error}; it is only the sums so far: delete it to begin again") from error
 

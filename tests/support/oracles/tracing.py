@@ -126,6 +126,8 @@ def scored(logits: Tensor, asked: TracedPrompt, metric: str, *, clean_logits: Te
     end = len(asked.ids) - 1
     if metric == "prob":
         return probability(logits, asked)
+    if metric == "top_prob":
+        return logits[:, end].softmax(-1)[:, int(clean_logits[0, end].argmax())]
     if metric == "logprob":
         return sum(logits[:, end + i].log_softmax(-1)[:, token] for i, token in enumerate(asked.target.tolist()))  # type: ignore[return-value]
     if metric == "logit_diff":
@@ -184,3 +186,32 @@ def patched(
         return model.run_with_hooks(
             asked.tokens.repeat(len(noise), 1), fwd_hooks=[*hooks, *((name, put(new)) for name, new in puts)]
         )
+
+
+# ------------------------------------------------------------------------------------ what Meng et al.'s script does
+
+
+def embedding_std(model: Any, subjects: Sequence[str]) -> float:
+    """``collect_embedding_std``: of each subject's tokens, alone, all entries of the embeddings."""
+    found = []
+    for subject in subjects:
+        ids = model.tokenizer(subject, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            found.append(model.run_with_cache(ids, names_filter=["hook_embed"])[1]["hook_embed"][0])
+    return torch.cat(found).std().item()
+
+
+def hidden_flow(
+    model: Any, ids: Tensor, subject: tuple[int, int], noise: Tensor, component: str, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``calculate_hidden_flow``: of the token that comes first, clean, corrupted and restored probabilities.
+
+    Returns:
+        [], [] and [layer pos], the last two means over samples.
+    """
+    asked = TracedPrompt(ids, subject, ids[:1])
+    with torch.no_grad():
+        high, top = model(ids[None])[0, -1].softmax(-1).max(-1)
+    asked = TracedPrompt(ids, subject, top[None].cpu())
+    found = trace(model, asked, noise, component=component, window=window)
+    return high, found.low.mean(), (found.effect + found.low).mean(-1)
