@@ -285,7 +285,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "editors.RoutedEdit.check": lambda w: w.router.check(w.model),
     "editors.RoutedEdit.hooks": lambda w: [name for name, _ in w.router.hooks(w.model)],
     "editors.RoutedEdit.reach": lambda w: w.router.reach(w.model, w.people),
-    "evaluation.token_accuracy": lambda w: ev.token_accuracy(w.model, [w.fact.but(neighbours=(), neighbour_targets=())]),
+    "evaluation.token_accuracy": lambda w: ev.token_accuracy(w.model, w.facts[1:]),
     "evaluation.attribute_positions": lambda w: ev.attribute_positions(population(w)),
     "evaluation.gain_coverage": lambda w: ev.gain_coverage(population(w), prefixes=("What is it ? ",)),
     "evaluation.dose_curve": lambda w: ev.dose_curve(w.model, w.edit, [w.fact], doses=(0.0, 0.5, 1.0)),
