@@ -261,6 +261,10 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "evaluate": lambda w: fe.evaluate(w.model, w.facts),
     "audit": audited,
     "attacks.KnockOut": attack(a.KnockOut(widths=(1,)), one_edit),
+    "attacks.footprint": lambda w: a.footprint(w.model, w.edits, w.facts, progress=False),
+    "attacks.redundancy": lambda w: a.redundancy(
+        w.model, w.facts[:1], w.people, places=("subject",), most_cells=1, progress=False
+    ),
     "attacks.ReadOut": attack(a.ReadOut()),
     "attacks.ContextAttack": attack(a.ContextAttack(prefixes=[a.RepeatPrefix(1)])),
     "attacks.FollowRoutes": lambda w: a.FollowRoutes([w.route])(one_edit(w)),
@@ -285,7 +289,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "editors.RoutedEdit.check": lambda w: w.router.check(w.model),
     "editors.RoutedEdit.hooks": lambda w: [name for name, _ in w.router.hooks(w.model)],
     "editors.RoutedEdit.reach": lambda w: w.router.reach(w.model, w.people),
-    "evaluation.token_accuracy": lambda w: ev.token_accuracy(w.model, [w.facts[1]]),
+    "evaluation.token_accuracy": lambda w: ev.token_accuracy(w.model, w.facts[1:]),
     "evaluation.attribute_positions": lambda w: ev.attribute_positions(population(w)),
     "evaluation.gain_coverage": lambda w: ev.gain_coverage(population(w), prefixes=("What is it ? ",)),
     "evaluation.dose_curve": lambda w: ev.dose_curve(w.model, w.edit, [w.fact], doses=(0.0, 0.5, 1.0)),

@@ -17,7 +17,7 @@ from torch import Tensor
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.tokens import batches, check_room, continuation, encode, pad
@@ -49,6 +49,7 @@ class TokenAccuracy:
         )
 
 
+@plain_torch()
 def token_accuracy(
     model: Model, facts: Fact | Sequence[Fact], *, prepend_bos: bool | None = None, batch_tokens: int = 4096
 ) -> TokenAccuracy:
