@@ -592,6 +592,7 @@ ANEW = {
         "locate.hase2023", "locate.meng2022", "locate.zhang2023", "locate.trace_units", "locate.embedding_std",
         "editing.Force.wishes", "show.trace", "show.average", "show.report",
     ),
+    "how much of what a component says was changed": ("audit", "attacks.KnockOut", "attacks.footprint"),
     "values fitted in a centred stream, within bounds that are shares of its norm": (
         "Rome", "Rome, original", "Rome.each", "Memit", "Emmet", "AlphaEdit", "Pmet", "FineTune", "KnowledgeNeurons",
         "Router", "Edit.made", "editing.fit_values", "editing.layerwise_edit",

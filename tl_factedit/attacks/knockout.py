@@ -118,6 +118,8 @@ class KnockOut:
             )
         layers = n_layers(population.model)
         singles = self._singles(layers)
+        asking = Asking.of(population, self.most_references, self.batch_tokens, self.seed)
+        rows, use = asking.rows, asking.use
         written = footprint_of(population, batch_tokens=self.batch_tokens)
         sets = list(dict.fromkeys([*singles, *_of_footprint(written, self.places), *map(in_order, self.cells)]))
         cover = torch.stack([written.cover(cells) for cells in sets])
@@ -126,8 +128,6 @@ class KnockOut:
         for cells, is_off in zip(sets, off, strict=True):
             if is_off:
                 silencings += [Silencing(cells, "resample")] * self.resample + [Silencing(cells, "half")]
-        asking = Asking.of(population, self.most_references, self.batch_tokens, self.seed)
-        rows, use = asking.rows, asking.use
         settings = {
             **asking.settings(population),
             "settings": (silencings, self.means_of, self.most_references, self.batch_tokens, self.seed),

@@ -100,6 +100,9 @@ def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"set": [_encoded(each, f"an element of {name}", tensors) for each in sorted(value, key=repr)]}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, tuple) and hasattr(value, "_fields") and _is_ours(value):
+        items = [_encoded(each, f"{name}.{field}", tensors) for field, each in value._asdict().items()]  # type: ignore[attr-defined]
+        return {"named": f"{type(value).__module__}.{type(value).__qualname__}", "items": items}
     if isinstance(value, tuple | list):
         found = [_encoded(each, f"{name}[{i}]", tensors) for i, each in enumerate(value)]
         return {"tuple": found} if isinstance(value, tuple) else found
@@ -115,6 +118,8 @@ def _decoded(data: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[data["tensor"]]
     if "tuple" in data:
         return tuple(_decoded(each, tensors) for each in data["tuple"])
+    if "named" in data:
+        return _class(data["named"])(*(_decoded(each, tensors) for each in data["items"]))
     if "range" in data:
         return range(*data["range"])
     if "set" in data:
@@ -125,22 +130,27 @@ def _decoded(data: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _class(name: str) -> Any:
-    """A dataclass of this package by its full name; nothing else is taken from a file."""
+    """A dataclass or a named tuple of this package by its full name; nothing else is taken from a file."""
     module, _, short = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), short) if module.startswith(f"{PACKAGE}.") else None
     except (ImportError, AttributeError):
         found = None
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and found.__module__ == module):
+    known = isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, tuple))
+    if not known or found.__module__ != module:
         raise ValueError(f"it holds a {name}, which this version of {PACKAGE} doesn't have")
     return found
 
 
 def _is_result(value: Any) -> bool:
     """Whether it is a value of a dataclass that `_class` finds again."""
+    return dataclasses.is_dataclass(value) and _is_ours(value)
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether its class is one of this package's, at the top of a module."""
     kind = type(value)
-    ours = kind.__module__.startswith(f"{PACKAGE}.") and "." not in kind.__qualname__
-    return dataclasses.is_dataclass(value) and ours
+    return kind.__module__.startswith(f"{PACKAGE}.") and "." not in kind.__qualname__
 
 
 def _fields(value: Any) -> dict[str, Any]:
