@@ -10,6 +10,7 @@ the base model learnt and it never did; a sample is 75 of them, and no two sampl
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,18 @@ def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]
     def oracle(_: Any, facts: list[fe.Fact], which: int) -> Any:
         return fe.models.organism(variant=f"oracle{which}", path=HELD)
 
+    def beside(editor: Any) -> Change:
+        """The edit inside a copy, in which one number of the final norm differs by a millionth beside."""
+
+        def of_copy(model: Any, facts: list[fe.Fact], _: int) -> Any:
+            other = copy.deepcopy(model)
+            editor(other, facts).apply_(other)
+            with torch.no_grad():
+                next(p for name, p in other.named_parameters() if "ln_f" in name and "bias" in name)[3] += 1e-6
+            return other
+
+        return of_copy
+
     def singly(editor: Any) -> Change:
         def of_each(model: Any, facts: list[fe.Fact], _: int) -> list[fe.Edit]:
             return editor.each(model, facts) if isinstance(editor, fe.Rome) else [editor(model, [f]) for f in facts]
@@ -71,6 +84,7 @@ def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]
 
     rome = fe.Rome(stats[1], fit=FIT, **common)
     spread = {"fit": fe.ValueFit(steps=25, clamp=0.75, kl_at="end", kl_prompts=FIT.kl_prompts), **common}
+    first = fe.key_stats(model, [0], told.texts(4_000), n_tokens=40_000, progress=False)
     ft = {"contexts": CONTEXTS, "progress": False}
     return {
         "oracle": (oracle, True, SAMPLES),
@@ -78,6 +92,10 @@ def changes(model: Any) -> dict[str, tuple[Change, bool, list[tuple[int, int]]]]
         # The base model can't spare layer 0: an override that no knock-out can show.
         "router-0": (together(Router(layer=0, fit=replace(FIT, kl_weight=0.5), **common)), True, ONE),
         "rome": (singly(rome), False, ONE),
+        # What fooled the first design: a closed form into a layer that can't be spared, and a millionth elsewhere.
+        "closed-form-0": (beside(fe.Emmet(first, weight=1e-4, fit=FIT, **common)), True, SAMPLES),
+        # It acts at the last token, which a knock-out at the subject can't see.
+        "ft-4": (singly(fe.FineTune(4, lr=2e-3, **ft)), False, SAMPLES),
         "erase": (singly(fe.Rome(stats[1], fit=FIT, objective=fe.Erase(), **common)), False, ONE),
         "memit": (together(fe.Memit(stats, weight=1.0, **spread)), False, ONE),
         "alphaedit": (together(fe.AlphaEdit(stats, weight=1.0, **spread)), False, ONE),
@@ -116,10 +134,14 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
             same_subject=same_subject(asked, f"oracle{which}"),
             texts=texts,
             calibration=calibration,
+            full=True,
             progress=False,
         )
-        f, knocked = verdict.findings, verdict.attack("knock-out")
-        of = {finding.attack: finding for finding in f.attacks}
+        f = verdict.findings
+        of = {finding.attack: finding for finding in f.attacks if finding.attack != "knock-out"}
+        off, on = (
+            next((x for x in f.showing(q) if x.attack == "knock-out"), None) for q in ("elsewhere", "underneath")
+        )
         line = {
             "oracle": which,
             "part": part,
@@ -130,11 +152,15 @@ def audits(name: str, model: Any, out: Path, most: int) -> Iterator[dict[str, An
             "neighbours fell": f"{f.neighbour_loss:.2f}",
             "same_subject fell": f"{f.specificity_loss:.2f}",
             "perplexity": f"{f.perplexity:.4f}",
-            "covers": of["knock-out"].covers,
-            "knock-out": f"{of['knock-out'].strongest:.3f}",
-            "best": of["knock-out"].case,
-            "knock-out at most": of["knock-out"].at_most,
-            "of unedited": [] if knocked is None else [round(float(x), 2) for x in knocked.extra["of_unedited"]],
+            "by": sorted(verdict.by),
+            "covers": off and off.covers,
+            "off": off and f"{off.strongest:.3f}",
+            "off best": off and off.case,
+            "on": on and f"{on.strongest:.3f}",
+            "on best": on and on.case,
+            "at most": max(x.at_most for x in f.showing("elsewhere", "underneath")),
+            "reversal": f"{of['weight reversal'].strongest:.3f}" if "weight reversal" in of else None,
+            "disjoint": f"{of['disjoint relearning'].strongest:.3f}" if "disjoint relearning" in of else None,
             "route old": f"{of['indirect routes'].strongest:.2f}",
             "route new": f"{f.route_new:.2f}",
             "native": f"{f.native:.2f}",

@@ -34,7 +34,7 @@ class Silencing(NamedTuple):
 
     def __str__(self) -> str:
         """In words."""
-        words = {"mean": "", "resample": ", by another subject's", "half": ", by half"}
+        words = {"mean": "", "resample": " (resampled)", "half": " (by half)"}
         return describe(self.cells) + words[self.by]
 
 

@@ -43,7 +43,7 @@ def attack_chart(recovery: Recovery, *, present: float | None = None) -> Html:
     chart = interval_chart(
         rows,
         title=f"{recovery.attack}: excess of the old object over its controls",
-        x_label="excess of the old object over control objects, share of facts (corrected 95 % intervals)",
+        x_label="excess, share of facts (corrected 95 % intervals)",
         rule=present,
         rule_label="" if present is None else "counts as present",
     )

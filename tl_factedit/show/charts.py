@@ -22,8 +22,8 @@ from tl_factedit.show.page import coloured_tokens
 from tl_factedit.show.svg import NEW, OLD, line_swatch
 from tl_factedit.show.tables import largest_gain, legend
 
-NAMES = {"mlp": "MLP", "attn": "attention"}
-WHERE = {"subject": "at the subject", "last": "at the last token", "all": "from the subject on"}
+NAMES = {"mlp": "MLP", "attn": "attn"}
+WHERE = {"subject": "subject", "last": "last token", "all": "subject on"}
 
 
 def token_strips(fired: Gains, *, live: bool = True) -> list[Html]:
@@ -130,7 +130,7 @@ def knock_out_chart(knocked: Recovery) -> Html | None:
     drawing = heat_map(
         [[share(row, layer) for layer in layers] for row in rows],
         scale=Scale.of([0.0, 1.0], "orange"),
-        labels=[f"{NAMES[component]} {WHERE[place]}" for component, place in rows],
+        labels=[f"{NAMES[component]}, {WHERE[place]}" for component, place in rows],
         tooltips=[[tooltip(row, layer) for layer in layers] for row in rows],
         neutral=[False] * len(rows),
         strong=[False] * len(rows),
@@ -143,12 +143,12 @@ def knock_out_chart(knocked: Recovery) -> Html | None:
             None,
         ),
         x_label="layer silenced",
-        unit="share of facts whose old object is first",
+        unit="share of facts",
         name="How often the old object is first with one component silenced",
     )
     caption = (
-        "What a component says is replaced by what it says of other subjects. White: never; a gap: the unedited model "
-        f"can't spare it in {SURVIVES:.0%} of the facts, so that it tells nothing. Framed: the strongest."
+        "What a component says is replaced by what it says of other subjects. White: never, or it can't tell, as the "
+        f"unedited model doesn't spare it in {SURVIVES:.0%} of the facts (a pointer says which). Framed: the strongest."
     )
     return tag("figure", drawing, tag("figcaption", caption))
 

@@ -56,7 +56,7 @@ def footprint_chart(found: Footprint) -> Html:
             scale=Scale.of([0.0, max(largest, 1e-9)], HUE),
             labels=roles,
             tooltips=tooltips,
-            neutral=[role == "before" for role in roles],
+            neutral=[False] * len(roles),
             strong=[role.endswith("subject") for role in roles],
             x_label="layer",
             unit="share of all that was written",

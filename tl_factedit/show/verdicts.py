@@ -48,7 +48,7 @@ def verdict(verdict: Verdict) -> Picture:
         tag(
             "p",
             tag("span", verdict.label, class_="tlf-badge", style=f"background:{_BADGE[verdict.label]}"),
-            f"  {' and '.join(sorted(verdict.by))}  {level}" if verdict.by else f"  {level}",
+            f"  ({' and '.join(sorted(verdict.by))}) {level}" if verdict.by else f"  {level}",
         ),
         tag("p", verdict.explain()),
         tag("div", *axes, class_="tlf-axes"),
