@@ -1,0 +1,108 @@
+"""The cases that fooled the audit's first design, each with the label that it has to have now."""
+
+import copy
+from dataclasses import replace
+
+import laws
+import pytest
+import tiny
+import torch
+from audits import ASKED, CONTEXTS, FIT, REFERENCE, REST, audited, organism
+
+import tl_factedit as fe
+from tl_factedit.auditing.calibration import Calibration
+from tl_factedit.backend.weights import down_proj
+from tl_factedit.core.tokens import align
+from tl_factedit.organism import text as told
+
+ABSENCE = {"ERASED", "MOVED", "LATENT"}
+
+
+@pytest.fixture(params=tiny.ONE_KIND, scope="session")
+def kind(request):
+    """As in the tests of the audit on the organism."""
+    return request.param
+
+
+def with_a_millionth_elsewhere(model, edit):
+    """A copy with the edit written into it, and one number of the final norm a millionth larger."""
+    other = copy.deepcopy(model)
+    edit.apply_(other)
+    with torch.no_grad():
+        norm = next(p for name, p in other.named_parameters() if "ln_f" in name and name.endswith(("bias", ".b")))
+        norm[3] += 1e-6
+    return other
+
+
+def test_a_closed_form_into_a_layer_that_cannot_be_spared_earns_no_absence_by_a_millionth_elsewhere(kind):
+    model = organism(kind)
+    stats = fe.key_stats(model, [0], told.texts(2_000), n_tokens=20_000, progress=False)
+    editor = fe.Emmet(stats, weight=1e-4, fit=FIT, contexts=CONTEXTS, progress=False)
+    changed = with_a_millionth_elsewhere(model, editor(model, ASKED))
+    calibration = Calibration(with_a_millionth_elsewhere(model, editor(model, REST)), REST)
+    given = {"calibration": calibration, "same_subject": (), "full": True}
+    with laws.untouched(model), laws.untouched(changed):
+        verdict = audited(kind, changed, **given)
+    assert verdict.findings.efficacy.mean == 1.0
+    knocked = verdict.attack("knock-out")
+    assert knocked.details["footprint"].written == (("mlp", 0),) and not knocked.details["whole"]
+    assert verdict.label not in ABSENCE
+    # What can't be silenced is asked of the weights, and they give the old object back.
+    assert verdict.label == "INSERTED" and verdict.by == {"underneath"}, repr(verdict)
+    assert verdict.attack("weight reversal").strongest.low > 0.05
+    # Without the weights asked, nothing is claimed.
+    bare = replace(verdict.findings, attacks=verdict.findings.attacks[:3])
+    assert fe.auditing.judge(bare).label == "INCONCLUSIVE"
+
+
+def overridden_at_the_end(model, facts, radius):
+    """An override keyed at the last token of each prompt, as GRACE is published."""
+    site = down_proj(model, 4)
+    chosen, keys, values = [], [], []
+    for fact in facts:
+        row = align(model.tokenizer, fact, prepend_bos=bool(model.cfg.default_prepend_bos))
+        with torch.no_grad():
+            _, cache = model.run_with_cache(row.ids[None], names_filter=[site.key_hook])
+        key = cache[site.key_hook][0, -1].double()
+        if all((key - other).norm() > 0.1 * key.norm() for other in keys):
+            towards = (model.W_U[:, row.new_ids[0]] - model.W_U[:, row.true_ids[0]]).double()
+            chosen.append(fact)
+            keys.append(key)
+            values.append(site.value(key) + 40 * towards / towards.norm())
+    change = fe.editors.RoutedEdit(
+        tuple(chosen),
+        4,
+        torch.stack(keys).detach(),
+        torch.stack(values).detach(),
+        radius,
+        {"name": "an override at the last token"},
+        ("",),
+        ({},) * len(chosen),
+        fe.editing.Provenance.of(model),
+    )
+    return change, chosen
+
+
+@pytest.mark.parametrize("radius", [0.05, 0.3, 0.5, 0.7])
+def test_an_override_keyed_at_the_last_token_is_seen_at_every_radius(kind, radius):
+    model = organism(kind)
+    asked = [fact.but(paraphrases=(), neighbours=(), neighbour_targets=()) for fact in ASKED[:24]]
+    change, facts = overridden_at_the_end(model, asked, radius)
+    assert len(facts) >= 10
+    verdict = audited(kind, change, facts, reference=REFERENCE[:60], same_subject=(), routes=(), texts=())
+    assert verdict.label == "INSERTED" and "elsewhere" in verdict.by, repr(verdict)
+    best = verdict.attack("knock-out").showing("elsewhere").best
+    assert best.layers == (4,) and {cell.place for cell in best.key.cells} <= {"last", "all"}
+
+
+def test_fine_tuning_that_acts_at_the_last_token_is_not_what_it_leaves_at_the_subject(kind):
+    model = organism(kind)
+    facts = ASKED[:12]
+    editor = fe.FineTune(4, lr=2e-3, contexts=CONTEXTS, progress=False)
+    edits = [editor(model, [fact]) for fact in facts]
+    verdict = audited(kind, edits, facts, reference=REFERENCE[:60], same_subject=(), routes=(), texts=())
+    assert verdict.label == "INSERTED" and "elsewhere" in verdict.by, repr(verdict)
+    found = verdict.attack("knock-out")
+    at = {case.key.cells[0].place: found.at(case.key).mean for case in found.cases if case.layers == (4,)}
+    # At the subject alone nothing shows; where it acts everything does.
+    assert found.showing("elsewhere").strongest.mean > 0.8 and at["subject"] < 0.2
