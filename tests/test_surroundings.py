@@ -270,6 +270,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "attacks.FollowRoutes": lambda w: a.FollowRoutes([w.route])(one_edit(w)),
     "attacks.follow_routes": lambda w: a.follow_routes(one_edit(w), [w.route]),
     "attacks.WeightReversal": attack(a.WeightReversal(dropped=(1, 2))),
+    "attacks.Rounding": attack(a.Rounding(bits=(4,))),
     "attacks.Relearn": attack(a.Relearn(layers=(LAYER,), lr=1e-2, steps=3, controls=2)),
     "attacks.DisjointRelearning": attack(a.DisjointRelearning(lr=1e-3, layers=(LAYER,), updates=(1, 2)), crowded),
     "attacks.relearning_rate": lambda w: a.relearning_rate(

@@ -12,9 +12,14 @@ from oracles import attacking
 
 import tl_factedit as fe
 from tl_factedit.attacks import reversal
-from tl_factedit.attacks.reversal import QUANTITIES, _dropped, _largest
+from tl_factedit.attacks.reversal import QUANTITIES, _largest, _without
 from tl_factedit.backend.state import frozen
-from tl_factedit.backend.weights import DownProj, down_proj
+from tl_factedit.backend.weights import DownProj, down_proj, rewritten
+
+
+def _dropped(sites, directions, count):
+    weights = [_without(site.W, vectors, count) for site, vectors in zip(sites, directions, strict=True)]
+    return rewritten(sites, weights)
 
 
 def rome(model, fact):

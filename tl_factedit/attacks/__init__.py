@@ -10,6 +10,7 @@ from tl_factedit.attacks.readout import ReadOut
 from tl_factedit.attacks.redundancies import Redundancy, redundancy
 from tl_factedit.attacks.relearning import Relearn, relearning_rate
 from tl_factedit.attacks.reversal import WeightReversal
+from tl_factedit.attacks.rounding import Rounding
 from tl_factedit.attacks.routes import FollowRoutes, Routes, follow_routes
 from tl_factedit.attacks.silencing import Silencing
 
@@ -28,6 +29,7 @@ __all__ = [
     "Redundancy",
     "Relearn",
     "RepeatPrefix",
+    "Rounding",
     "Routes",
     "Silencing",
     "TextPrefix",

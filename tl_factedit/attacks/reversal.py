@@ -16,8 +16,8 @@ read, and is taken back bit for bit; an override that is no weight, such as a ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.protocol import Model, check_layer, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
-from tl_factedit.backend.weights import DownProj, down_proj, write_all
+from tl_factedit.backend.weights import down_proj, rewritten
 from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
@@ -83,10 +83,7 @@ class WeightReversal:
         """
         facts = with_new_objects(population.facts)
         model = population.model
-        of_fact: list[tuple[int, ...]] = [()] * len(facts)
-        for part in population.parts:
-            for i in part.indices:
-                of_fact[i] = _where(model, part, self.layers)
+        of_fact = written_layers(population, self.layers)
         most = min(min(down_proj(model, layer).W.shape) for layers in set(of_fact) for layer in layers)
         some = [count for count in DROPPED if count <= most // 2] or [1] if self.dropped is None else self.dropped
         dropped = tuple(sorted(set(some)))
@@ -129,6 +126,19 @@ class WeightReversal:
             details={"neighbours": near, "layers": tuple(of_fact)},
             seed=self.seed,
         )
+
+
+def written_layers(population: Population, layers: Sequence[int] | None) -> list[tuple[int, ...]]:
+    """For each fact the layers whose ``W_out`` the change that serves it wrote; or those named.
+
+    Raises:
+        ValueError: There are none, or one is outside the model.
+    """
+    found: list[tuple[int, ...]] = [()] * len(population.facts)
+    for part in population.parts:
+        for i in part.indices:
+            found[i] = _where(population.model, part, layers)
+    return found
 
 
 def _where(model: Model, part: Part, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -196,17 +206,10 @@ class _WithNeighbours:
         return cls(FirstTokens.of(tokenizer, fact, bos), tuple(near))
 
 
-@contextmanager
-def _dropped(sites: Sequence[DownProj], directions: Sequence[Tensor], count: int) -> Iterator[None]:
-    """The model without its weights' first so many directions for the length of a block."""
-    before = [site.W.clone() for site in sites]
-    try:
-        for site, weight, vectors in zip(sites, before, directions, strict=True):
-            wide, some = weight.double(), vectors[:, :count]
-            site.write_((wide - wide @ some @ some.T).to(weight.dtype))
-        yield
-    finally:
-        write_all(sites, before)
+def _without(weight: Float[Tensor, "d_mlp d_model"], vectors: Tensor, count: int) -> Tensor:
+    """A weight without its first so many directions."""
+    wide, some = weight.double(), vectors[:, :count]
+    return (wide - wide @ some @ some.T).to(weight.dtype)
 
 
 def _largest(weight: Float[Tensor, "d_mlp d_model"], most: int) -> Float[Tensor, "d_model direction"]:
@@ -231,7 +234,9 @@ def _read(
         losing = layers if some is None else some
         with ExitStack() as stack:
             if count:
-                writing = _dropped([sites[layer] for layer in losing], [directions[layer] for layer in losing], count)
+                chosen = [sites[layer] for layer in losing]
+                weights = [_without(site.W, directions[site.layer], count) for site in chosen]
+                writing = rewritten(chosen, weights)
                 stack.enter_context(writing)
             for row, logits in at_the_ends(runner, rows, batch_tokens):
                 i, j = owner[row]

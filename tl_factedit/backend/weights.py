@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,18 @@ def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp 
             site.write_(weight)
 
     finish_despite_interrupt(write)
+
+
+@contextmanager
+def rewritten(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp d_model"]]) -> Iterator[None]:
+    """Other weights for the length of a ``with`` block; the old ones are back afterwards, bit for bit."""
+    before = [site.W.clone() for site in sites]
+    try:
+        for site, weight in zip(sites, weights, strict=True):
+            site.write_(weight)
+        yield
+    finally:
+        write_all(sites, before)
 
 
 def check_own(model: Model, layers: Iterable[int]) -> None:
