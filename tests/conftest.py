@@ -1,6 +1,8 @@
 """Fixtures all tests share. No test touches the network: the Hub is off before anything is imported."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -11,8 +13,11 @@ import tiny
 from hypothesis import HealthCheck, settings
 
 # Types and shapes are checked at each call, a fifth of the suite's time: once for both generations of TransformerLens.
+# The organism's text is made word by word, by functions without a tensor in them, which the checks would make slow.
 if not tiny.HAS_HOOKED:
-    jaxtyping.install_import_hook("tl_factedit", "type_checks.checked")
+    package = Path(importlib.util.find_spec("tl_factedit").origin).parent
+    checked = [f"tl_factedit.{part.stem}" for part in package.iterdir() if part.stem not in ("organism", "__pycache__")]
+    jaxtyping.install_import_hook(sorted(checked), "type_checks.checked")
 
 # Of some tokenizers most random subjects end inside a token, which is another test's matter.
 FEW_ARE_LEFT = [HealthCheck.filter_too_much]
