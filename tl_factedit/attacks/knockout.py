@@ -46,7 +46,11 @@ OFF = 0.5
 """Cells that cover this share of what was written switch the change off."""
 LOOKED_INTO = 0.02
 """Where the excess over controls is larger, it is looked whether the object is merely common."""
-MOST_OWNERS = 40
+AT_A_TIME = 4
+"""So many cases of a question are looked into together, those with the largest excess, until the largest left was."""
+MOST_LOOKED = 12
+"""So many of a question are looked into at most: where more tie, those left are in excess of controls alone."""
+MOST_OWNERS = 16
 """Subjects who don't have an object, asked how often it leads for them."""
 
 
@@ -156,8 +160,10 @@ class KnockOut:
         ]
         readings = [_reading(population.facts, [NOTHING, *silencings], each) for each in (before, after)]
         found = Recovery.of("knock-out", population, cases, *readings, known=known, seed=self.seed)
-        common = self._common(population, asking, found, settings)
-        if common is not None:
+        common, looked = torch.full((len(rows), len(cases)), math.nan), set[int]()
+        while some := _deciding(found, looked):
+            common[:, some] = self._common(population, asking, [silencings[i] for i in some], settings)
+            looked |= set(some)
             found = Recovery.of("knock-out", population, cases, *readings, known=known, common=common, seed=self.seed)
         own = torch.stack([readings[0].at(case=s, quantity="old_first") for s in silencings], 1)
         chance = torch.stack([readings[0].at(case=s, quantity="control_first") for s in silencings], 1)
@@ -185,28 +191,20 @@ class KnockOut:
         return singles_of(layers, self.components, self.places, self.widths)
 
     def _common(
-        self, population: Population, asking: Asking, found: Recovery, settings: Any
-    ) -> Float[Tensor, "fact case"] | None:
-        """How often a fact's old object leads for subjects who don't have it; NaN where it wasn't looked into.
+        self, population: Population, asking: Asking, silencings: Sequence[Silencing], settings: Any
+    ) -> Float[Tensor, "fact silencing"]:
+        """How often a fact's old object leads for subjects who don't have it; NaN where there are none.
 
         In the changed model, if it is one for all facts; with a change for each, in the unedited one.
         """
-        looked = [i for i, mean in enumerate(found.excess.mean.tolist()) if mean > LOOKED_INTO]
-        if not looked:
-            return None
-        silencings = [found.cases[i].key for i in looked]
         owners = _owners(population, self.seed)
 
         def read(runner: Runner, indices: tuple[int, ...]) -> Tensor:
-            return asking.owners_under(runner, indices, owners, silencings)  # type: ignore[arg-type]
+            return asking.owners_under(runner, indices, owners, silencings)
 
         settings = {**settings, "silencings": silencings, "owners": owners}
-        one = len(population.parts) == 1
-        reading = population.after if one else population.unedited
-        leads = reading("knock-out of subjects without the object", read, settings=settings)
-        common = torch.full((len(population.facts), len(found.cases)), math.nan)
-        common[:, looked] = leads
-        return common
+        reading = population.after if len(population.parts) == 1 else population.unedited
+        return reading("knock-out of subjects without the object", read, settings=settings)
 
     def _of_those_that_can_be_asked(self, population: Population) -> Recovery:
         """The same of the facts that have controls, and references enough."""
@@ -247,6 +245,18 @@ def _of_footprint(written: Footprint, places: Sequence[Place]) -> list[Cells]:
     """The cells that cover most of what was written, and those that cover all of it."""
     whole = written.whole()
     return [*(cells for place in places for cells in written.nested(place)), *([] if whole is None else [whole])]
+
+
+def _deciding(found: Recovery, looked: set[int]) -> list[int]:
+    """The cases in which the old object comes back most, by question, until the most of each has been looked into."""
+    means = found.excess.mean.nan_to_num(-math.inf).tolist()
+    some = list[int]()
+    for shows in ("elsewhere", "underneath"):
+        mine = [i for i, case in enumerate(found.cases) if case.shows == shows and means[i] > LOOKED_INTO]
+        mine.sort(key=lambda i: -means[i])
+        if mine and mine[0] not in looked and sum(found.cases[i].shows == shows for i in looked) < MOST_LOOKED:
+            some += [i for i in mine if i not in looked][:AT_A_TIME]
+    return some
 
 
 def _masked(silencing: Silencing, spared: dict[Silencing, float], unread: int | None) -> str:

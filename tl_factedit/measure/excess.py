@@ -45,7 +45,12 @@ def excess(
     n = known.sum(0)
     mean, share = values.nansum(0) / n, shares.nansum(0) / n
     alpha = 0.05 / tests
-    ends = _bootstrap(torch.where(known, values, 0.0), known, alpha, seed)
+    ends = mean.expand(2, -1).clone()
+    # Where all facts say the same, so do all that are drawn of them.
+    span = torch.where(known, values, -math.inf).amax(0) - torch.where(known, values, math.inf).amin(0)
+    differ = (n >= 2) & (span > 0)
+    if bool(differ.any()):
+        ends[:, differ] = _bootstrap(torch.where(known, values, 0.0)[:, differ], known[:, differ], alpha, seed)
     low, high = wilson_ends(share, n, alpha)
     low, high = torch.fmin(ends[0], low - (share - mean)), torch.fmax(ends[1], high - (share - mean))
     low, high = (torch.where(n >= 2, end.clamp(-1, 1), math.nan) for end in (low, high))
