@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 Shows: TypeAlias = Literal["elsewhere", "underneath", "residue"]
 """Which question a case asks; see the module."""
 
+AsksWeights: TypeAlias = Literal["directions", "teaching"]
+"""How an attack asks the changed weights: without their largest directions, or after other facts were taught."""
 
 TIE = 1e-9
 """Means of the same facts that differ by no more are equal but for rounding."""
@@ -74,6 +76,15 @@ class Case:
     layers: tuple[int, ...] = ()
     covers: bool = False
 
+    def __post_init__(self) -> None:
+        """Check the question.
+
+        Raises:
+            ValueError: `shows` is none of the three.
+        """
+        if self.shows not in get_args(Shows):
+            raise ValueError(f"case {self.key!r} shows {self.shows!r}, needed one of {get_args(Shows)}")
+
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
@@ -96,6 +107,8 @@ class Recovery:
         corrected: The same with intervals that hold for all cases together (Bonferroni), [case].
         extra: Further numbers of each case, by name, [case]: columns of the table.
         details: What this attack has to say beside, by name; see the attack.
+        asks_weights: How it asks the changed weights as a whole; None if it doesn't. Where not all that was written can
+            be silenced, a claim of absence needs an attack of each kind.
     """
 
     attack: str
@@ -108,6 +121,7 @@ class Recovery:
     corrected: Estimates
     extra: Mapping[str, Float[Tensor, "case"]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    asks_weights: AsksWeights | None = None
 
     @classmethod
     @plain_torch()
@@ -123,6 +137,7 @@ class Recovery:
         common: Float[Tensor, "fact case"] | None = None,
         extra: Mapping[str, Float[Tensor, "case"]] | None = None,
         details: Mapping[str, Any] | None = None,
+        asks_weights: AsksWeights | None = None,
         seed: int = 0,
     ) -> Recovery:
         """From readings of the unedited and the changed model.
@@ -140,7 +155,12 @@ class Recovery:
                 counts: the mean of the controls, or this.
             extra: See `Recovery`.
             details: See `Recovery`.
+            asks_weights: See `Recovery`.
             seed: Seed of the bootstrap.
+
+        Raises:
+            ValueError: Readings of another shape than the facts, the cases and three quantities; or one that lacks a
+                case's key or one of `FIRST`.
         """
         cases = tuple(cases)
         readings = [
@@ -186,6 +206,7 @@ class Recovery:
             corrected=excess(old, control, tests=max(1, int(tested.sum())), seed=seed),
             extra=extra,
             details=dict(details or {}),
+            asks_weights=asks_weights,
         )
 
     @property

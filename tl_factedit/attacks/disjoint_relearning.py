@@ -117,6 +117,7 @@ class DisjointRelearning:
             known=known,
             extra={"learnt": learnt},
             details={"taught": tuple(teach), "looked_at": tuple(look), "lr": lr, "layers": chosen},
+            asks_weights="teaching",
             seed=self.seed,
         )
 

@@ -63,12 +63,12 @@ class KnockOut:
     asked, are left out by themselves: with a change for each fact the other facts will do.
 
     Keys are `Silencing`s. Beside what every `Recovery` has, ``before`` and ``after`` hold the case `NOTHING` (nothing
-    silenced) and the log-probabilities ``logp_old``, ``logp_new`` and ``logp_control`` in nats; ``extra`` has
-    ``cover`` (the mean share of what was written that goes), ``survives`` (the share of the known facts whose old
-    object is first in the unedited model under the same knock-out) and ``of_unedited`` (the mean excess as a share of
-    the unedited model's own); ``details`` has ``footprint``, ``references`` (over how many references each fact's mean
-    is), ``whole`` (whether a case that takes out all that was written could be tested) and ``disagree`` (cases whose
-    mean and resample differ by more than a third of the facts).
+    silenced) and the log-probabilities ``logp_old``, ``logp_new`` and ``logp_control`` in nats; ``extra`` has ``cover``
+    (the mean share of what was written that goes), ``survives`` (the share of the known facts whose old object is first
+    in the unedited model under the same knock-out) and ``of_unedited`` (the mean excess as a share of the unedited
+    model's own); ``details`` has ``footprint``, ``references`` (over how many references each fact's mean is),
+    ``whole`` (whether a case that takes out all that was written could be tested; None if nothing was) and ``disagree``
+    (cases whose mean and resample differ by more than a third of the facts).
 
     Attributes:
         components: ``"mlp"``, ``"attn"``.
@@ -172,7 +172,7 @@ class KnockOut:
             details={
                 "footprint": written,
                 "references": tuple(use.sum(1).tolist()),
-                "whole": any(case.covers and not case.masked for case in cases),
+                "whole": any(case.covers and not case.masked for case in cases) if bool(known.any()) else None,
                 "disagree": _disagreeing(found),
             },
         )
@@ -239,7 +239,7 @@ class KnockOut:
             nothing,
             nothing,
             known=torch.zeros(len(population.facts), dtype=torch.bool),
-            details={"left_out": tuple(notes), "whole": False},
+            details={"left_out": tuple(notes), "whole": None},
         )
 
 

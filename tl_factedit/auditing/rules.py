@@ -25,8 +25,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
+from tl_factedit.attacks.attack import AsksWeights
 from tl_factedit.auditing.findings import (
     LEAST_ERASED,
     LEAST_FACTS,
@@ -47,7 +48,7 @@ class Ruling:
 
     Attributes:
         label: Its label if it applies; None to go on with the next rule.
-        by: Of INSERTED, which questions decided.
+        by: If INSERTED, which questions brought the old object back.
         reasons: What it found, with the numbers.
         missing: What it would have needed, or needed more precisely.
     """
@@ -317,10 +318,9 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
     instead: by their largest directions, and by teaching other facts.
     """
     tested = [finding for finding in f.showing("elsewhere", "underneath") if finding.strongest.n > 1]
-    asked = {finding.attack for finding in tested}
     switched_off = any(finding.shows == "elsewhere" and finding.covers for finding in tested)
-    shown = switched_off or {"weight reversal", "disjoint relearning"} <= asked
-    if not shown and asked:
+    shown = switched_off or set(get_args(AsksWeights)) <= {finding.asks_weights for finding in tested}
+    if not shown and tested:
         found.missing.append("the changed weights themselves (full=True): not all that was written can be silenced")
     shown = shown and any(finding.shows == "underneath" for finding in tested)
     for finding in tested:

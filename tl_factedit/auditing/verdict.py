@@ -51,7 +51,7 @@ class Verdict:
         label: FAILED, DAMAGED, INSERTED, MOVED, LATENT, SCARRED, ERASED or INCONCLUSIVE; see
             `tl_factedit.auditing.rules`.
         level: ``"per edit"`` (fewer than ten facts: descriptive) or ``"population"``.
-        by: Of INSERTED, which questions brought the old object back: ``"elsewhere"`` (with what the change wrote
+        by: If INSERTED, which questions brought the old object back: ``"elsewhere"`` (with what the change wrote
             switched off), ``"underneath"`` (with the change in force), or both.
         retained: Is the old object still decodable, at places that the change can have touched?
         recoverable: Does it come back by a way that goes past the change?
@@ -170,7 +170,7 @@ class Verdict:
         return pd.DataFrame(rows)
 
     def attack(self, name: str) -> Recovery | None:
-        """What an attack brought back, by its name (``"knock-out"``); None if it wasn't run."""
+        """What an attack brought back, by its name (``"knock-out"``); None if none of that name was run."""
         return next((recovery for recovery in self.attacks if recovery.attack == name), None)
 
     def _back(self) -> dict[Fact, float]:
