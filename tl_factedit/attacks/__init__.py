@@ -12,6 +12,7 @@ from tl_factedit.attacks.relearning import Relearn, relearning_rate
 from tl_factedit.attacks.reversal import WeightReversal
 from tl_factedit.attacks.routes import FollowRoutes, Routes, follow_routes
 from tl_factedit.attacks.silencing import Silencing
+from tl_factedit.core.namespaces import shows
 
 __all__ = [
     "Attack",
@@ -37,3 +38,5 @@ __all__ = [
     "redundancy",
     "relearning_rate",
 ]
+
+__dir__ = shows(__all__)

@@ -38,6 +38,7 @@ from torch import Tensor
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.words import counted
 from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FIRST, one_of
 from tl_factedit.measure.population import Population
@@ -65,7 +66,7 @@ class Case:
         label: The same in words.
         shows: Which question it asks.
         masked: Why it can't tell anything; empty if it can.
-        layers: Of a case that silences cells, their layers.
+        layers: The layers of the cells that it silences, if it silences any.
         covers: Whether it takes out all that every change wrote.
     """
 
@@ -320,8 +321,8 @@ class Recovery:
         """The strongest case in a line."""
         where = "all cases masked" if self.best is None else f"{self.best.label}: excess {self.strongest:.2f}"
         return (
-            f"Recovery({self.attack}, {where}; {int(self.tested.sum())} of {len(self.cases)} cases tested, "
-            f"{int(self.known.sum())} of {len(self.facts)} facts known)"
+            f"Recovery({self.attack}, {where}; {int(self.tested.sum())} of {counted(len(self.cases), 'case')} tested, "
+            f"{int(self.known.sum())} of {counted(len(self.facts), 'fact')} known)"
         )
 
     def _repr_html_(self) -> str:

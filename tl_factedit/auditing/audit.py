@@ -97,9 +97,9 @@ def audit(
         seed: Seed of the bootstraps.
         force: Whether to ask about facts that a single change wasn't made for; the verdict then says nothing about the
             change (mostly that it failed). Of a list of changes each fact needs its own all the same.
-        folder: Where to keep what is read of each change: a call that was killed goes on from there, and one of more
-            facts asks only what is new. Nothing is taken from it that hangs on other weights, changes, facts, settings
-            or versions.
+        folder: Where to keep what is read of each change: a call that was killed resumes there, and one of more facts
+            asks only what is new. Nothing is taken from it that depends on other weights, changes, facts, settings or
+            versions.
         progress: Whether to show a bar on what takes longer than a second.
 
     Returns:

@@ -40,7 +40,7 @@ class Plan:
         routes: What follows from the facts.
         same_subject: Other facts about the same subjects.
         texts: Plain text.
-        calibration: Of the adaptive decoders.
+        calibration: What the adaptive decoders are trained on.
         erasing: Whether the change was to erase.
         seed: Seed of the bootstraps.
     """

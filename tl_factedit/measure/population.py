@@ -30,6 +30,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
 from tl_factedit.core.cache import Cache
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.words import counted
 from tl_factedit.measure.change import Change, Changed, Digested, asked_as, identity
 from tl_factedit.measure.first_tokens import FirstTokens, are_known
 
@@ -306,9 +307,12 @@ class Population:
 
     def __repr__(self) -> str:
         """How many facts, and under how many changes."""
-        changes = f"{len(self.parts)} changes" if isinstance(self.changed, Sequence) else type(self.changed).__name__
+        changes = (
+            counted(len(self.parts), "change") if isinstance(self.changed, Sequence) else type(self.changed).__name__
+        )
         kept = f", kept in {self.cache.folder}" if self.cache else ""
-        return f"Population({len(self.facts)} facts under {changes}, {len(self.reference)} references{kept})"
+        facts, others = counted(len(self.facts), "fact"), counted(len(self.reference), "reference")
+        return f"Population({facts} under {changes}, {others}{kept})"
 
 
 def parts_of(model: Model, changed: Changed, facts: Sequence[Fact]) -> tuple[Part, ...]:
