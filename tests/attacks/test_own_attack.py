@@ -118,6 +118,8 @@ def test_what_it_brings_back_decides(kind, old, by, label):
     assert verdict.by == by and verdict.label == label, repr(verdict)
     # Nothing was knocked out, as there are no references: so nothing is said of what the model can spare.
     assert "can't spare" not in repr(verdict) and "needs references" in repr(verdict)
+    assert "more: no conclusion, as no fact has references and controls" in repr(verdict)
+    assert "(per edit, 1 fact)" in repr(verdict)
 
 
 @pytest.mark.parametrize(
