@@ -375,6 +375,11 @@ new = laws.FACT.but(target_true=None)
 for call in (
     lambda: fe.Rome(None),
     lambda: fe.Memit([stats]),
+    lambda: fe.Emmet(stats, weight="a"),
+    lambda: fe.Memit(stats, weight="a"),
+    lambda: fe.Pmet(stats, unmet=None, weight=True),
+    lambda: fe.AlphaEdit(stats, weight=None),
+    lambda: fe.Memit(stats, ridge="0"),
     lambda: fe.Rome(stats, contexts=None),
     lambda: fe.Rome(stats, objective="inject"),
     lambda: fe.Rome(stats, **quick)(model, ["Paris"]),
@@ -421,6 +426,11 @@ def test_what_is_of_another_kind_is_told_so():
     wanted = (
         "stats is a NoneType",
         "stats is a list",
+        "weight is 'a', needed a number",
+        "weight is 'a', needed a number",
+        "weight is True, needed a number",
+        "weight is None, needed a number",
+        "ridge is '0', needed a number",
         "write ()",
         "such as Inject()",
         "facts[0] is 'Paris', a str: needed a Fact",

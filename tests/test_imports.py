@@ -175,6 +175,17 @@ def test_dir_shows_the_face_and_the_namespaces_and_nothing_else():
     }
 
 
+@pytest.mark.parametrize("name", NAMESPACES)
+def test_dir_shows_a_namespace_without_how_it_is_put_together(name):
+    space = getattr(tl_factedit, name)
+    assert dir(space) == sorted(space.__all__)
+    # What isn't shown is there all the same.
+    hidden = [each for each in MODULES if each.startswith(f"{name}.") and each.count(".") == 1]
+    for each in hidden:
+        assert importlib.import_module(f"tl_factedit.{each}") is sys.modules[f"tl_factedit.{each}"]
+        assert hasattr(space, each.rpartition(".")[2])
+
+
 def test_every_public_name_is_there_and_listed_once():
     listed = [(tl_factedit, name) for name in tl_factedit.__all__]
     listed += [(space, name) for n in NAMESPACES for space in [getattr(tl_factedit, n)] for name in space.__all__]

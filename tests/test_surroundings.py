@@ -189,8 +189,8 @@ def made(w: SimpleNamespace) -> fe.Edit:
     return fe.Edit.made(given, [update], editor={"name": "own"}, fits=[{}])
 
 
-def wishes(objective: Any) -> Callable[[SimpleNamespace], Any]:
-    return lambda w: objective.wishes(w.model, w.facts[:1], prepend_bos=True)
+def targets(objective: Any) -> Callable[[SimpleNamespace], Any]:
+    return lambda w: objective.targets(w.model, w.facts[:1], prepend_bos=True)
 
 
 def attack(made: Any, of: Callable[..., fe.Population] = population) -> Callable[[SimpleNamespace], Any]:
@@ -239,11 +239,11 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "FineTune.around": lambda w: fe.FineTune.around(w.model, LAYER, 3),
     "KnowledgeNeurons": lambda w: fe.KnowledgeNeurons(steps=3, layers=[LAYER], progress=False)(w.model, [w.fact]),
     "Router": lambda w: fe.Router(LAYER, fit=FIT, **w.options)(w.model, [w.fact]),
-    "Inject.wishes": wishes(fe.Inject()),
-    "Erase.wishes": wishes(fe.Erase()),
-    "editing.Amplify.wishes": wishes(e.Amplify()),
-    "editing.Force.wishes": wishes(e.Force()),
-    "editing.Reverse.wishes": wishes(e.Reverse()),
+    "Inject.targets": targets(fe.Inject()),
+    "Erase.targets": targets(fe.Erase()),
+    "editing.Amplify.targets": targets(e.Amplify()),
+    "editing.Force.targets": targets(e.Force()),
+    "editing.Reverse.targets": targets(e.Reverse()),
     "Edit.made": made,
     "Edit.check": lambda w: w.edit.check(w.model),
     "Edit.apply_": written,
@@ -591,7 +591,7 @@ ANEW = {
     "noise of the embeddings' spread, which are centred": (
         "causal_trace", "causal_trace, replaced", "locate.compare_corruptions", "locate.calibrate_noise",
         "locate.hase2023", "locate.meng2022", "locate.zhang2023", "locate.trace_units", "locate.embedding_std",
-        "editing.Force.wishes", "show.trace", "show.average", "show.report",
+        "editing.Force.targets", "show.trace", "show.average", "show.report",
     ),
     "how much of what a component says was changed": ("audit", "attacks.KnockOut", "attacks.footprint"),
     "values fitted in a centred stream, within bounds that are shares of its norm": (

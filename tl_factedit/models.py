@@ -16,6 +16,7 @@ import torch
 from tl_factedit.backend.loading import from_hf, from_hub
 from tl_factedit.backend.protocol import Kind, Model
 from tl_factedit.backend.state import plain_torch
+from tl_factedit.core.namespaces import shows
 from tl_factedit.organism.facts import organism_facts, organism_implications, organism_routes, organism_same_subject
 from tl_factedit.organism.load import organism, organism_hf
 
@@ -31,6 +32,8 @@ __all__ = [
     "smollm2",
     "smollm2_hf",
 ]
+
+__dir__ = shows(__all__)
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 

@@ -194,6 +194,7 @@ def test_disjoint_facts_are_taught_together_and_others_looked_at(kind, setting):
     assert found.known.tolist() == [i == look for i in range(3)]
     assert float(found.extra["learnt"][-1]) == 1.0 and found.excess.n.tolist() == [1, 1]
     assert found.keys == (2, 25) and {case.shows for case in found.cases} == {"underneath"}
+    assert found.asks_weights == "teaching"
     # As torch's Adam teaches both on the weights themselves.
     with both.applied(model):
         expected = taught_together(model, [facts[i] for i in teach], (1, 3), 25, facts[look])

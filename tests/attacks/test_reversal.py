@@ -56,6 +56,7 @@ def test_quantities_are_those_with_the_weights_written(setting, layers):
         found = measured.reverse_by_weights(model, edits, facts, dropped=(3, 1), layers=layers)
     both = (1, 3) if layers is None else (1, 3, (0, 1), (0, 3), (2, 1), (2, 3))
     assert found.keys == both and found.details["layers"] == ((layers or (1,)),) * 2
+    assert found.asks_weights == "directions"
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         for count in (0, 1, 3):
             expected = as_written(model, fact, found.details["layers"][i], count)

@@ -155,8 +155,8 @@ def test_seats_are_cities_and_asides_are_the_persons_other_attributes():
     assert {route.kind for route in routes} == {"seat"} and len(routes) == 9
     assert all(len({route.old_answer, route.new_answer, *route.controls}) == 16 for route in routes)
     same_subject = fe.models.organism_same_subject(facts)
-    assert [aside.subject for aside in same_subject] == [fact.subject for fact in facts for _ in range(4)]
-    assert {aside.relation for aside in same_subject} == {"city", "university", "field", "instrument"}
+    assert [question.subject for question in same_subject] == [fact.subject for fact in facts for _ in range(4)]
+    assert {question.relation for question in same_subject} == {"city", "university", "field", "instrument"}
     told = {(f.subject, f.text): f.target_true for f in fe.models.organism_facts("city", "oracle0", 3)}
     assert all(told[a.subject, a.text] == a.target_true for a in same_subject if a.relation == "city")
     assert fe.models.organism_routes(fe.models.organism_facts("field", n=2)) == []

@@ -97,7 +97,7 @@ def test_a_real_edit_that_works_is_inconclusive_and_one_of_nothing_has_failed(ca
     with laws.untouched(model):
         verdict = fe.audit(model, edit, [alone])
     assert verdict.label == "INCONCLUSIVE"
-    assert "neighbourhood success: whether it suffers was not looked at" in repr(verdict)
+    assert "whether neighbourhood success suffers wasn't measured" in repr(verdict)
     nothing = laws.rome(model, LAYER, fit=fe.ValueFit(steps=1), contexts=("",))(model, [fact])
     with laws.untouched(model):
         failed = fe.audit(model, nothing, [alone])
@@ -224,7 +224,7 @@ def test_bad_facts_are_refused_before_anything_is_run(case, monkeypatch, change,
         ({"same_subject": [laws.OTHER]}, "needed the subject of a changed fact"),
         ({"routes": [fe.Route(laws.FACT, "He is in the c", "ity", " Rome")]}, "merges"),
     ],
-    ids=["no text", "an aside of another", "no answer"],
+    ids=["no text", "a question about another", "no answer"],
 )
 def test_what_else_cannot_be_asked_is_refused_before_anything_is_run(case, monkeypatch, given, message):
     model, fact, edit = case

@@ -211,7 +211,7 @@ def test_probes_are_only_trained_where_they_can_be(kind):
     few = retention(model, changed, facts, REFERENCE[:20])
     assert few.native is None and "no decoder was trained" in few.why[0]
     mixed = retention(model, changed, [*facts, facts[0].but(relation="birth")], REFERENCE)
-    assert mixed.relations == {"city": 24} and "'birth'" in mixed.why[0] and "for its 1 facts" in mixed.why[0]
+    assert mixed.relations == {"city": 24} and "'birth'" in mixed.why[0] and "for its 1 fact" in mixed.why[0]
     with pytest.raises(ValueError, match="are in the calibration and among the facts"):
         retention(model, changed, facts, REFERENCE, Calibration(changed, facts))
     with pytest.raises(ValueError, match="no target_new"):

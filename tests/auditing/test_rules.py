@@ -223,3 +223,30 @@ def test_any_attack_of_a_question_decides_whatever_it_is_called():
         assert judge(replace(absent, attacks=(*absent.attacks, nothing))).label == "ERASED"
         unbounded = replace(own, strongest=about(0.0, 0.4), at_most=0.4, least=0.4)
         assert judge(replace(absent, attacks=(*absent.attacks, unbounded))).label == "INCONCLUSIVE"
+
+
+def test_where_not_all_can_be_silenced_the_weights_are_asked_in_both_ways_whatever_it_is_called():
+    bare = findings(covers=False)
+    directions = AttackFinding("mine", "underneath", "a case", NONE, 0.04, 0.04, 1, asks_weights="directions")
+    teaching = replace(directions, attack="another", asks_weights="teaching")
+    for added, label in (
+        ((directions, teaching), "ERASED"),
+        ((directions,), "INCONCLUSIVE"),
+        ((teaching,), "INCONCLUSIVE"),
+        ((directions, replace(teaching, strongest=UNKNOWN)), "INCONCLUSIVE"),
+        # A name alone grants nothing.
+        (
+            tuple(
+                replace(directions, attack=name, asks_weights=None)
+                for name in ("weight reversal", "disjoint relearning")
+            ),
+            "INCONCLUSIVE",
+        ),
+    ):
+        assert judge(replace(bare, attacks=(*bare.attacks, *added))).label == label
+
+
+def test_what_the_model_cannot_spare_is_only_named_where_it_was_tried():
+    for covers, said in ((False, True), (None, False), (True, False)):
+        missing = judge(findings(covers=covers)).missing
+        assert any("can't spare it" in line for line in missing) is said

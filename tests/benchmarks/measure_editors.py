@@ -161,14 +161,14 @@ def share_values(model: Any, out: Path) -> None:
         header, tensors = files.read(path, "fitted values")
         kept |= files.decode(header["fitted"], tensors, KINDS)
 
-    def shared(_: Any, wishes: Sequence[Any], layer: int, contexts: Sequence[str], **how: Any) -> list[Fitted]:
+    def shared(_: Any, targets: Sequence[Any], layer: int, contexts: Sequence[str], **how: Any) -> list[Fitted]:
         same = (layer, tuple(contexts), how.get("where", "mlp"), repr(how["fit"]))
-        keys = [(wish.fact.text, wish.fact.target_new, wish.unlikely, *same) for wish in wishes]
+        keys = [(target.fact.text, target.fact.target_new, target.unlikely, *same) for target in targets]
         missing = [i for i, key in enumerate(keys) if key not in kept]
         for begin in tqdm(range(0, len(missing), AT_ONCE), desc="values", disable=len(missing) < 2):
             some = missing[begin : begin + AT_ONCE]
             began = seconds()
-            found = fit_values(model, [wishes[i] for i in some], layer, contexts, **how | {"progress": False})
+            found = fit_values(model, [targets[i] for i in some], layer, contexts, **how | {"progress": False})
             new = {keys[i]: each for i, each in zip(some, found, strict=True)}
             kept.update(new)
             name = hashlib.sha256(repr(sorted(map(repr, new))).encode()).hexdigest()[:16]

@@ -51,12 +51,12 @@ def make(which: str, stats, **options) -> fe.Editor:
     return EDITORS[which](stats, **{"fit": FIT, "contexts": laws.CONTEXTS, "progress": False, **options})
 
 
-def wish(objective: fe.editing.Objective, model, fact=BARE) -> fe.editing.EditTarget:
-    return objective.wishes(model, [fact], prepend_bos=True)[0]
+def target_of(objective: fe.editing.Objective, model, fact=BARE) -> fe.editing.EditTarget:
+    return objective.targets(model, [fact], prepend_bos=True)[0]
 
 
 def setting(model, noised: fe.editing.EditTarget, bos: bool = True):
-    """A hook that sets the subject as a wish says, in the bare prompt."""
+    """A hook that sets the subject as a target says, in the bare prompt."""
     start, stop = align(model.tokenizer, noised.fact, prepend_bos=bos).subject
 
     def put(value, hook=None):
@@ -92,7 +92,7 @@ def p_true(model, fact=BARE, noised: fe.editing.EditTarget | None = None, *, bos
 
 def test_each_objective_asks_for_its_problem(kind):
     model, _ = shared(kind)
-    asked = {name: wish(each, model, laws.FACT) for name, each in OBJECTIVES.items()}
+    asked = {name: target_of(each, model, laws.FACT) for name, each in OBJECTIVES.items()}
     assert {name: each.unlikely for name, each in asked.items()} == {name: name == "erase" for name in asked}
     assert {name: each.embeddings is not None for name, each in asked.items()} == {n: n == "force" for n in asked}
     assert asked["inject"].fact.target_new == " Rome"
@@ -108,13 +108,13 @@ def test_what_is_forced_and_reversed_is_under_the_first_sample_of_the_corruption
         _, cache = model.run_with_cache(row.ids[None], names_filter=EMBED)
     clean = cache[EMBED][0, start:stop]
     noise = 2.0 * float(clean.std()) * torch.from_numpy(laws.np.random.RandomState(3).randn(1, stop - start, 32))[0]
-    forced = wish(fe.editing.Force(NOISE), model)
+    forced = target_of(fe.editing.Force(NOISE), model)
     torch.testing.assert_close(forced.embeddings, clean + noise.float(), rtol=1e-5, atol=1e-6)
     hooks = setting(model, forced)
     with torch.no_grad():
         said = int(model.run_with_hooks(row.ids[None], fwd_hooks=hooks)[0, -1].argmax())
         plain = int(model(row.ids[None])[0, -1].argmax())
-    reverse = wish(fe.editing.Reverse(NOISE), model).fact.target_new
+    reverse = target_of(fe.editing.Reverse(NOISE), model).fact.target_new
     assert model.tokenizer.encode(reverse, add_special_tokens=False) == [said] != [plain]
 
 
@@ -144,7 +144,7 @@ def test_a_corruption_that_has_nothing_to_put_there_is_refused(kind):
     model, _ = shared(kind)
     for objective in (fe.editing.Force(Nothing()), fe.editing.Reverse(Nothing())):
         with laws.untouched(model), pytest.raises(ValueError, match="Nothing has nothing to put in place of 'The Ei"):
-            wish(objective, model)
+            target_of(objective, model)
 
 
 def test_a_reversal_that_cannot_be_spelt_is_refused(kind, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_reversal_that_cannot_be_spelt_is_refused(kind, monkeypatch):
     with laws.untouched(model):
         monkeypatch.setattr(type(model.tokenizer), "all_special_ids", list(range(len(model.tokenizer))))
         with pytest.raises(ValueError, match=r"what 'The Eiffel Tower' leads to .* can't be spelt: take another seed"):
-            wish(fe.editing.Reverse(NOISE), model)
+            target_of(fe.editing.Reverse(NOISE), model)
         monkeypatch.undo()
 
 
@@ -161,7 +161,7 @@ def test_what_a_reversal_is_to_say_is_one_token_after_the_prompt(kind, tok):
     """Some tokenizers spell a token that stands alone without the space before it."""
     model = tiny.model(kind, "llama", tok=tiny.tokenizer(tok))
     for seed in range(5):
-        fact = wish(fe.editing.Reverse(fe.GaussianNoise(samples=1, seed=seed)), model).fact
+        fact = target_of(fe.editing.Reverse(fe.GaussianNoise(samples=1, seed=seed)), model).fact
         assert len(align(model.tokenizer, fact, prepend_bos=True).new_ids) == 1
 
 
@@ -173,7 +173,7 @@ def test_what_a_reversal_is_to_say_is_one_token_after_the_prompt(kind, tok):
 @pytest.mark.parametrize("name", ["erase", "force"])
 def test_every_step_equals_the_literal_one(kind, arch, where, name):
     model, _ = shared(kind, arch)
-    asked = wish(OBJECTIVES[name], model, likely(model, 2))
+    asked = target_of(OBJECTIVES[name], model, likely(model, 2))
     options = {"steps": 5, "lr": 0.1, "clamp": 4.0, "stop_below": 0.05, "kl_weight": 0.0625, "decay": 0.02}
     (found,) = fit_values(
         model, [asked], LAYER, laws.CONTEXTS, where=where, fit=ValueFit(**options), prepend_bos=True, progress=False
@@ -205,17 +205,17 @@ def test_every_step_equals_the_literal_one(kind, arch, where, name):
     assert plain.losses[0] != pytest.approx(losses[0], rel=1e-2)
 
 
-def test_wishes_of_all_kinds_are_fitted_at_once_as_each_alone(kind):
+def test_targets_of_all_kinds_are_fitted_at_once_as_each_alone(kind):
     model, _ = shared(kind)
-    wishes = [wish(each, model, laws.FACT) for each in OBJECTIVES.values()]
+    targets = [target_of(each, model, laws.FACT) for each in OBJECTIVES.values()]
     options = {"where": "resid", "fit": FIT, "prepend_bos": True, "progress": False}
-    together = fit_values(model, wishes, LAYER, laws.CONTEXTS, **options)
-    alone = [fit_values(model, [each], LAYER, laws.CONTEXTS, **options)[0] for each in wishes]
+    together = fit_values(model, targets, LAYER, laws.CONTEXTS, **options)
+    alone = [fit_values(model, [each], LAYER, laws.CONTEXTS, **options)[0] for each in targets]
     for one, other in zip(together, alone, strict=True):
         assert one.losses == pytest.approx(other.losses, **LOSS)
         torch.testing.assert_close(one.delta, other.delta, **DELTA)
         torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-5)
-    assert len({round(each.losses[0], 4) for each in together}) == len(wishes)
+    assert len({round(each.losses[0], 4) for each in together}) == len(targets)
 
 
 def test_what_is_to_become_unlikely_does_not_stop_early(kind):
@@ -223,7 +223,7 @@ def test_what_is_to_become_unlikely_does_not_stop_early(kind):
     at_once = ValueFit(steps=4, stop_below=1e9, stop_kl=1e9)
     found = fit_values(
         model,
-        [wish(each, model) for each in (fe.Erase(), fe.editing.Amplify())],
+        [target_of(each, model) for each in (fe.Erase(), fe.editing.Amplify())],
         LAYER,
         laws.CONTEXTS,
         fit=at_once,
@@ -305,7 +305,7 @@ def test_erasing_lowers_and_amplifying_raises_what_is_true(kind, arch, which):
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_forcing_raises_what_is_true_under_its_noise_more_than_amplifying_does(kind, arch, which):
     model, stats = shared(kind, arch)
-    noised = wish(fe.editing.Force(NOISE), model)
+    noised = target_of(fe.editing.Force(NOISE), model)
     before = p_true(model, noised=noised)
     after = {}
     for name in ("force", "amplify"):
@@ -334,7 +334,7 @@ def test_the_keys_are_those_of_the_noised_subject(kind, which):
     edit = make(which, stats, objective=fe.editing.Force(NOISE), contexts=[""])(model, [BARE])
     row = align(model.tokenizer, BARE, prepend_bos=True)
     place = f"blocks.{LAYER}.mlp.hook_post"
-    noised = editing.seen(model, place, row.ids.tolist(), setting(model, wish(fe.editing.Force(NOISE), model)))[
+    noised = editing.seen(model, place, row.ids.tolist(), setting(model, target_of(fe.editing.Force(NOISE), model)))[
         row.last
     ]
     torch.testing.assert_close(edit.keys[LAYER][0], noised.double(), rtol=1e-4, atol=1e-5)
@@ -383,12 +383,12 @@ def test_an_interrupt_at_any_stage_leaves_everything_as_it_was(kind, which, stag
 
 def test_noise_is_set_to_the_spread_of_all_facts_that_are_forced_together(kind):
     model, _ = shared(kind)
-    both = fe.editing.Force(NOISE).wishes(model, [BARE, OTHER], prepend_bos=True)
-    alone = wish(fe.editing.Force(NOISE), model)
+    both = fe.editing.Force(NOISE).targets(model, [BARE, OTHER], prepend_bos=True)
+    alone = target_of(fe.editing.Force(NOISE), model)
     assert not torch.allclose(both[0].embeddings, alone.embeddings)
     fixed = fe.editing.Force(fe.GaussianNoise(samples=1, sigma=0.2))
-    both = fixed.wishes(model, [BARE, OTHER], prepend_bos=True)
-    assert torch.equal(both[0].embeddings, wish(fixed, model).embeddings)
+    both = fixed.targets(model, [BARE, OTHER], prepend_bos=True)
+    assert torch.equal(both[0].embeddings, target_of(fixed, model).embeddings)
 
 
 # ---------------------------------------------------------------------------------------- a model that knows
@@ -415,7 +415,7 @@ def test_on_a_model_that_knows_its_facts_each_objective_does_what_it_says(organi
                 return fe.Rome(identity, **options)(model, [bare])
             return fe.Memit({2: identity}, weight=1e-3, **options)(model, [bare])
 
-        (noised,) = fe.editing.Force(noise).wishes(model, [bare], prepend_bos=bos)
+        (noised,) = fe.editing.Force(noise).targets(model, [bare], prepend_bos=bos)
         assert knows(model, bare) > 0.9
         assert knows(model, bare, noised) < 0.5
         with edited(fe.Erase()).applied(model):

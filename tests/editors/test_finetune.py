@@ -360,12 +360,12 @@ class Given:
     def check(self, facts):
         Inject().check(facts)
 
-    def wishes(self, model, facts, *, prepend_bos):
+    def targets(self, model, facts, *, prepend_bos):
         return tuple(EditTarget(fact, embeddings=self.embeddings) for fact in facts)
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (LAYER,)], ids=["from the first layer", "from the second"])
-def test_embeddings_that_a_wish_gives_are_there_while_it_is_asked(kind, layers):
+def test_embeddings_that_a_target_gives_are_there_while_it_is_asked(kind, layers):
     model, twin = shared(kind), tiny.model(kind, "gpt2")
     start, stop = align(model.tokenizer, laws.FACT, prepend_bos=True).subject
     given = torch.randn(stop - start, model.cfg.d_model, generator=torch.Generator().manual_seed(0))

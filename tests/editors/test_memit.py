@@ -416,7 +416,7 @@ def test_without_weight_all_residuals_are_met_as_by_the_literal_formula(memory):
     # A weight leaves a rest; and rank-one updates one by one, added up, write into each other.
     assert memory.missed(memory.memit()) > 1e-3
     each = [
-        solve.rank_one(solve.whiten_key(memory.moment, key), key, residual)
+        solve.rank_one(editing.whiten_key(memory.moment, key), key, residual)
         for key, residual in zip(memory.keys, memory.residuals, strict=True)
     ]
     assert memory.missed(sum(map(dense, each))) > 1e-3
@@ -427,7 +427,7 @@ def test_less_and_less_weight_leads_there_and_for_one_fact_it_is_romes(memory):
     off = [float((memory.memit(weight) - delta).norm() / delta.norm()) for weight in (1e-3, 1e-6, 1e-9)]
     assert off[0] > 100 * off[1] > 1e4 * off[2]
     one = solve.least_squares(memory.keys[:1], memory.residuals[:1], solve.cholesky(memory.moment), 0.0)
-    rome = solve.rank_one(solve.whiten_key(memory.moment, memory.keys[0]), memory.keys[0], memory.residuals[0])
+    rome = solve.rank_one(editing.whiten_key(memory.moment, memory.keys[0]), memory.keys[0], memory.residuals[0])
     torch.testing.assert_close(dense(one), dense(rome), **EXACT)
 
 

@@ -16,7 +16,6 @@ import tl_factedit as fe
 FACTS = [laws.FACT, laws.OTHER]
 
 
-# --8<-- [start:editor]
 @dataclass(frozen=True)
 class SmallestChange:
     """Write values at keys by the change of ``W_out`` of least Frobenius norm: ΔW = K⁺ δ."""
@@ -37,9 +36,6 @@ class SmallestChange:
             editor=fe.editing.describe(self),
             fits=[fit.record for fit in fits],
         )
-
-
-# --8<-- [end:editor]
 
 
 def test_an_editor_of_ones_own_obeys_the_laws_of_every_editor(kind, monkeypatch, tmp_path):

@@ -172,10 +172,10 @@ def test_gains_over_contexts_are_those_of_the_edit(setting):
     model, (fact, _), (edit, _) = setting
     fact = fact.but(paraphrases=["Where is {} ? in", "It is not a template"])
     edit = replace(edit, facts=(fact,))
-    aside = fe.Fact(fact.subject, "{} is owned by the", " company")
+    beside = fe.Fact(fact.subject, "{} is owned by the", " company")
     with laws.untouched(model):
         found = measured.gain_coverage(
-            model, [edit], [fact], prefixes=["He was here . "], same_subject=[aside, laws.OTHER]
+            model, [edit], [fact], prefixes=["He was here . "], same_subject=[beside, laws.OTHER]
         )
     gains = {group: of_facts[0].tolist() for group, of_facts in found.gains.items()}
     end = attacking.subject_last(model, fact)
@@ -189,7 +189,7 @@ def test_gains_over_contexts_are_those_of_the_edit(setting):
         [at("He was here . " + fact.text, end + 4), at("He was here . Where is The Eiffel Tower ? in", end + 6)],
         abs=1e-5,
     )
-    assert gains["same_subject"] == pytest.approx([at(aside.text, end)], abs=1e-5)
+    assert gains["same_subject"] == pytest.approx([at(beside.text, end)], abs=1e-5)
     for text, gain in zip(fact.neighbours, gains["neighbours"], strict=True):
         strength = fe.evaluation.gains(model, edit.scaled(1 / 3), text).gain[0, :, 0]
         assert gain == pytest.approx(float(strength[strength.abs().argmax()]), abs=1e-5)

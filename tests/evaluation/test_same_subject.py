@@ -14,7 +14,7 @@ import tl_factedit as fe
 CLOSE = 1e-4
 FACTS = [laws.FACT, laws.OTHER]
 TEXTS = ["Big Ben stands near the river", "John lives in Rome . Anna works in the city", "What is it ?"]
-ASIDES = [
+SAME_SUBJECT = [
     fe.Fact("The Eiffel Tower", "{} was born in", " Rome"),
     fe.Fact("The Eiffel Tower", "Where is {} ? In", " Paris"),
     fe.Fact("Danielle Darrieux", "{} works in the", " city"),
@@ -31,10 +31,10 @@ def next_token(model, text: str) -> torch.Tensor:
         return model(model.to_tokens(text))[0].double().log_softmax(-1)
 
 
-def known(model, same_subject=ASIDES):
+def known(model, same_subject=SAME_SUBJECT):
     """The same facts, asked for what the model says."""
     words = [model.tokenizer.decode([int(next_token(model, a.text)[-1].argmax())]) for a in same_subject]
-    return [aside.but(target_true=f" {word}") for aside, word in zip(same_subject, words, strict=True)]
+    return [question.but(target_true=f" {word}") for question, word in zip(same_subject, words, strict=True)]
 
 
 @functools.cache
@@ -49,16 +49,16 @@ def edits(kind: str):
 
 def test_asides_are_answered_if_their_first_token_leads_and_kept_if_it_still_does(kind):
     model, other = shared(kind), shared(kind, 1)
-    asked = [*known(model)[:2], ASIDES[2].but(target_true=" Rome")]
+    asked = [*known(model)[:2], SAME_SUBJECT[2].but(target_true=" Rome")]
     with laws.untouched(model), laws.untouched(other):
         found = measured.specificity(model, other, FACTS, asked, batch_tokens=12)
     assert found.answered_before.tolist() == [True, True, False] and found.of_fact == (0, 0, 1)
-    for i, aside in enumerate(asked):
-        was, now = next_token(model, aside.text)[-1], next_token(other, aside.text)[-1]
-        true = int(model.to_tokens(aside.target_true, prepend_bos=False)[0, 0])
+    for i, question in enumerate(asked):
+        was, now = next_token(model, question.text)[-1], next_token(other, question.text)[-1]
+        true = int(model.to_tokens(question.target_true, prepend_bos=False)[0, 0])
         assert bool(found.answered_after[i]) == (int(now.argmax()) == true)
         assert float(found.moved[i]) == pytest.approx(float((was.exp() * (was - now)).sum()), abs=CLOSE)
-    # Within a fact first; an aside that wasn't answered before isn't lost.
+    # Within a fact first; a question that wasn't answered before isn't lost.
     assert found.before.mean == pytest.approx(0.5) and found.kept.n == 1
     assert found.kept.mean == pytest.approx(float(found.answered_after[:2].float().mean()))
     assert found.kl.mean == pytest.approx(float((found.moved[:2].mean() + found.moved[2]) / 2), abs=CLOSE)
@@ -78,11 +78,11 @@ def test_each_aside_is_asked_under_the_change_of_its_subject(kind):
     asked = known(model)
     with laws.untouched(model):
         found = measured.specificity(model, list(edits(kind)), FACTS, asked[::-1])
-    for i, (aside, of) in enumerate(zip(found.same_subject, found.of_fact, strict=True)):
-        assert FACTS[of].subject == aside.subject
-        was = next_token(model, aside.text)[-1]
+    for i, (question, of) in enumerate(zip(found.same_subject, found.of_fact, strict=True)):
+        assert FACTS[of].subject == question.subject
+        was = next_token(model, question.text)[-1]
         with edits(kind)[of].applied(model):
-            now = next_token(model, aside.text)[-1]
+            now = next_token(model, question.text)[-1]
         assert float(found.moved[i]) == pytest.approx(float((was.exp() * (was - now)).sum()), abs=CLOSE)
     assert float(found.moved.max()) > 1e-2
 
@@ -90,7 +90,7 @@ def test_each_aside_is_asked_under_the_change_of_its_subject(kind):
 def test_an_aside_of_a_subject_with_two_changed_facts_is_asked_under_both(kind):
     model = shared(kind)
     second = laws.FACT.but(prompt="{} stands in the city of")
-    found = measured.specificity(model, model, [laws.FACT, second], ASIDES[:1])
+    found = measured.specificity(model, model, [laws.FACT, second], SAME_SUBJECT[:1])
     assert found.of_fact == (0, 1) and len(found.same_subject) == 2
 
 

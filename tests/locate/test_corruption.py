@@ -1,4 +1,4 @@
-"""A corruption is a value: its scale is measured once, and its noise hangs on its own seed alone."""
+"""A corruption is a value: its scale is measured once, and its noise depends on its own seed alone."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a trace says of many facts, keeps in a file, and goes on from after a kill."""
+"""What a trace says of many facts, keeps in a file, and resumes from after a kill."""
 
 import dataclasses
 import functools

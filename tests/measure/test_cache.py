@@ -137,7 +137,7 @@ def test_a_relative_folder_is_where_it_was_asked_for(model, edits, tmp_path, mon
     monkeypatch.chdir(tmp_path / "here")
     population = fe.Population.of(model, edits, FACTS, folder="kept", progress=False)
     monkeypatch.chdir(tmp_path / "there")
-    list(population.each("some reading", reader(Counter()), kinds=(Found,)))
+    list(population.each("some reading", reader(Counter()), settings=(), kinds=(Found,)))
     assert len(list((tmp_path / "here" / "kept").iterdir())) == 3 and not list((tmp_path / "there").iterdir())
 
 
@@ -145,8 +145,17 @@ def test_what_is_read_of_the_unedited_model_is_kept_too(model, edits, tmp_path):
     calls = Counter()
     for _ in range(2):
         population = fe.Population.of(model, edits, FACTS, folder=tmp_path, progress=False)
-        found = population.unedited("some reading", reader(calls), kinds=(Found,))
+        found = population.unedited("some reading", reader(calls), settings=(), kinds=(Found,))
     assert calls == {"The Eiffel Tower": 1} and found.count == 3
+
+
+@pytest.mark.parametrize("call", ["unedited", "each", "read", "after", "keep"])
+def test_what_a_reading_depends_on_has_to_be_said(model, call):
+    """Without it a second attack of the same name would be given what the first has read."""
+    population = fe.Population.of(model, model, FACTS, progress=False)
+    asked = ("x", None, dict) if call == "keep" else ("x", reader(Counter()))
+    with pytest.raises(TypeError, match="settings"):
+        getattr(population, call)(*asked)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def test_a_reading_is_asked_by_its_labels(kind):
         reading.at(token=3)
 
 
-def test_a_comparison_has_both_readings_side_by_side(kind):
+def test_a_comparison_has_both_readings(kind):
     pytest.importorskip("pandas")
     model, other = shared(kind, "gpt2"), tiny.model(kind, "gpt2", seed=1)
     assert isinstance(LogitLens(), Probe)

@@ -288,7 +288,7 @@ def test_what_was_turned_is_found_by_a_refitted_lens_only_and_what_is_gone_by_no
     assert turned.lost("logp_old")[:, 1].abs().mean() < turned.turned("logp_old")[:, 1].abs().mean()
 
 
-def test_the_comparison_takes_edits_and_models_and_shows_both_lenses_side_by_side(kind):
+def test_the_comparison_takes_edits_and_models_and_shows_both_lenses(kind):
     pytest.importorskip("pandas")
     model, lens = shared(kind, "gpt2"), trained(kind, "gpt2")
     edit = laws.rome(model)(model, [laws.FACT])

@@ -684,7 +684,7 @@ def test_a_report_averages_a_trace_of_several_facts(made, tmp_path):
     assert show.average(both).title in page and show.trace(both).title not in page
 
 
-def test_scores_of_other_objects_are_not_put_side_by_side(made):
+def test_scores_of_other_objects_are_not_compared(made):
     other = evaluate(made["model"], [FACT.but(target_new=" London")])
     with pytest.raises(ValueError, match="the same prompts with the same objects"):
         show.scores(made["scores"], other)

@@ -62,9 +62,9 @@ def rome(model: Any, layer: int = 1, **options: Any) -> fe.Rome:
     return fe.Rome(stats(model, layer), **{"fit": QUICK, "contexts": CONTEXTS, "progress": False, **options})
 
 
-def fit_value(model: Any, wish: Any, layer: int, contexts: Any, **options: Any) -> Fitted:
+def fit_value(model: Any, target: Any, layer: int, contexts: Any, **options: Any) -> Fitted:
     """The value of one fact."""
-    return fit_values(model, [wish], layer, contexts, **options)[0]
+    return fit_values(model, [target], layer, contexts, **options)[0]
 
 
 def logits(model: Any, text: str = FACT.text + " Paris") -> Tensor:

@@ -13,6 +13,7 @@ from tl_factedit.attacks.reversal import WeightReversal
 from tl_factedit.attacks.rounding import Rounding
 from tl_factedit.attacks.routes import FollowRoutes, Routes, follow_routes
 from tl_factedit.attacks.silencing import Silencing
+from tl_factedit.core.namespaces import shows
 
 __all__ = [
     "Attack",
@@ -39,3 +40,5 @@ __all__ = [
     "redundancy",
     "relearning_rate",
 ]
+
+__dir__ = shows(__all__)

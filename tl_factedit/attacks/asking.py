@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_factedit.attacks.replacements import Replacements
-from tl_factedit.attacks.silencing import Asked, Silencing, says_under
+from tl_factedit.attacks.silencing import SilencedPrompt, Silencing, says_under
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned, align
@@ -29,7 +29,7 @@ LEAST_REFERENCES = 5
 ROOM = 2**29
 """Bytes that what stands in may take."""
 
-Standing: TypeAlias = tuple[list[Asked], Replacements]
+Standing: TypeAlias = tuple[list[SilencedPrompt], Replacements]
 """The prompts of some facts, and what stands in for what they say."""
 
 
@@ -79,7 +79,7 @@ class Asking:
         )
 
     def settings(self, population: Population) -> dict[str, Any]:
-        """What a reading hangs on beside the facts, the models and what is silenced."""
+        """What a reading depends on beside the facts, the models and what is silenced."""
         return {
             "reference": [asdict(fact) for fact in population.reference] if population.cache else (),
             "batch_tokens": self.batch_tokens,
@@ -148,7 +148,8 @@ class Asking:
             return sources.setdefault(tuple(counted), len(sources))
 
         asked = [
-            Asked(self.rows[i], source(self.use[i].nonzero()[:, 0].tolist()), source([self.drawn[i]])) for i in chosen
+            SilencedPrompt(self.rows[i], source(self.use[i].nonzero()[:, 0].tolist()), source([self.drawn[i]]))
+            for i in chosen
         ]
         weights = torch.zeros(len(sources), len(self.references))
         for counted, s in sources.items():

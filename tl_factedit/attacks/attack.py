@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,6 +38,7 @@ from torch import Tensor
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.words import counted
 from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FIRST, one_of
 from tl_factedit.measure.population import Population
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 Shows: TypeAlias = Literal["elsewhere", "underneath", "residue"]
 """Which question a case asks; see the module."""
 
+AsksWeights: TypeAlias = Literal["directions", "teaching"]
+"""How an attack asks the changed weights: without their largest directions, or after other facts were taught."""
 
 TIE = 1e-9
 """Means of the same facts that differ by no more are equal but for rounding."""
@@ -63,7 +66,7 @@ class Case:
         label: The same in words.
         shows: Which question it asks.
         masked: Why it can't tell anything; empty if it can.
-        layers: Of a case that silences cells, their layers.
+        layers: The layers of the cells that it silences, if it silences any.
         covers: Whether it takes out all that every change wrote.
     """
 
@@ -73,6 +76,15 @@ class Case:
     masked: str = ""
     layers: tuple[int, ...] = ()
     covers: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the question.
+
+        Raises:
+            ValueError: `shows` is none of the three.
+        """
+        if self.shows not in get_args(Shows):
+            raise ValueError(f"case {self.key!r} shows {self.shows!r}, needed one of {get_args(Shows)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +108,8 @@ class Recovery:
         corrected: The same with intervals that hold for all cases together (Bonferroni), [case].
         extra: Further numbers of each case, by name, [case]: columns of the table.
         details: What this attack has to say beside, by name; see the attack.
+        asks_weights: How it asks the changed weights as a whole; None if it doesn't. Where not all that was written can
+            be silenced, a claim of absence needs an attack of each kind.
     """
 
     attack: str
@@ -108,6 +122,7 @@ class Recovery:
     corrected: Estimates
     extra: Mapping[str, Float[Tensor, "case"]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    asks_weights: AsksWeights | None = None
 
     @classmethod
     @plain_torch()
@@ -123,6 +138,7 @@ class Recovery:
         common: Float[Tensor, "fact case"] | None = None,
         extra: Mapping[str, Float[Tensor, "case"]] | None = None,
         details: Mapping[str, Any] | None = None,
+        asks_weights: AsksWeights | None = None,
         seed: int = 0,
     ) -> Recovery:
         """From readings of the unedited and the changed model.
@@ -140,7 +156,12 @@ class Recovery:
                 counts: the mean of the controls, or this.
             extra: See `Recovery`.
             details: See `Recovery`.
+            asks_weights: See `Recovery`.
             seed: Seed of the bootstrap.
+
+        Raises:
+            ValueError: Readings of another shape than the facts, the cases and three quantities; or one that lacks a
+                case's key or one of `FIRST`.
         """
         cases = tuple(cases)
         readings = [
@@ -186,6 +207,7 @@ class Recovery:
             corrected=excess(old, control, tests=max(1, int(tested.sum())), seed=seed),
             extra=extra,
             details=dict(details or {}),
+            asks_weights=asks_weights,
         )
 
     @property
@@ -299,8 +321,8 @@ class Recovery:
         """The strongest case in a line."""
         where = "all cases masked" if self.best is None else f"{self.best.label}: excess {self.strongest:.2f}"
         return (
-            f"Recovery({self.attack}, {where}; {int(self.tested.sum())} of {len(self.cases)} cases tested, "
-            f"{int(self.known.sum())} of {len(self.facts)} facts known)"
+            f"Recovery({self.attack}, {where}; {int(self.tested.sum())} of {counted(len(self.cases), 'case')} tested, "
+            f"{int(self.known.sum())} of {counted(len(self.facts), 'fact')} known)"
         )
 
     def _repr_html_(self) -> str:

@@ -16,7 +16,14 @@ PLACES: tuple[Place, ...] = ("subject", "last", "all")
 
 
 class Cell(NamedTuple):
-    """One component of one block, at one place."""
+    """One component of one block, at one place.
+
+    Attributes:
+        component: ``"mlp"`` or ``"attn"``.
+        layer: The block, from 0 on.
+        place: ``"subject"`` (its last token), ``"last"`` (of the prompt), ``"all"`` (every token from the subject's
+            first on).
+    """
 
     component: Silenceable
     layer: int
@@ -36,7 +43,7 @@ def positions(place: Place, subject: tuple[int, int], length: int) -> range:
     Args:
         place: See `Place`.
         subject: (start, stop) of the subject.
-        length: Of the prompt, in tokens.
+        length: Length of the prompt, in tokens.
     """
     start, stop = subject
     return {"subject": range(stop - 1, stop), "last": range(length - 1, length), "all": range(start, length)}[place]

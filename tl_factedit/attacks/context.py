@@ -20,7 +20,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -36,9 +36,6 @@ from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
-
-if TYPE_CHECKING:
-    pass
 
 QUANTITIES = ("old_first", "control_first", "old_over_new", "control_over_new", "new_first")
 

@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -26,9 +25,6 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, batches
 from tl_factedit.measure.first_tokens import FIRST, at_the_ends, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,7 @@ class DisjointRelearning:
             known=known,
             extra={"learnt": learnt},
             details={"taught": tuple(teach), "looked_at": tuple(look), "lr": lr, "layers": chosen},
+            asks_weights="teaching",
             seed=self.seed,
         )
 

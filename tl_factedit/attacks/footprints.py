@@ -33,6 +33,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import Aligned, align, batches, pad
+from tl_factedit.core.words import counted
 from tl_factedit.locate.trace_result import ROLES, roles
 from tl_factedit.measure.change import Changed
 from tl_factedit.measure.population import BATCH_TOKENS, Part, Population
@@ -166,15 +167,16 @@ class Footprint:
     def __repr__(self) -> str:
         """Where it writes most."""
         found = self.table()
+        facts = counted(len(self.facts), "fact")
         if not self.written:
-            return f"Footprint({len(self.facts)} facts): nothing was written"
+            return f"Footprint({facts}): nothing was written"
         most = found.sort_values("share", ascending=False).head(3)
         told = [
             f"{row.component}{'' if row.layer is None or math.isnan(row.layer) else f' {int(row.layer)}'} at "
             f"{row.role}: {row.share:.0%} (writes {row.write:.2g} of its own)"
             for row in most.itertuples()
         ]
-        return f"Footprint({len(self.facts)} facts, {len(self.written)} components written): {'; '.join(told)}"
+        return f"Footprint({facts}, {counted(len(self.written), 'component')} written): {'; '.join(told)}"
 
     def _repr_html_(self) -> str:
         """The rows that were written."""

@@ -36,6 +36,7 @@ from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
@@ -67,19 +68,19 @@ class KnockOut:
     asked, are left out by themselves: with a change for each fact the other facts will do.
 
     Keys are `Silencing`s. Beside what every `Recovery` has, ``before`` and ``after`` hold the case `NOTHING` (nothing
-    silenced) and the log-probabilities ``logp_old``, ``logp_new`` and ``logp_control`` in nats; ``extra`` has
-    ``cover`` (the mean share of what was written that goes), ``survives`` (the share of the known facts whose old
-    object is first in the unedited model under the same knock-out) and ``of_unedited`` (the mean excess as a share of
-    the unedited model's own); ``details`` has ``footprint``, ``references`` (over how many references each fact's mean
-    is), ``whole`` (whether a case that takes out all that was written could be tested) and ``disagree`` (cases whose
-    mean and resample differ by more than a third of the facts).
+    silenced) and the log-probabilities ``logp_old``, ``logp_new`` and ``logp_control`` in nats; ``extra`` has ``cover``
+    (the mean share of what was written that goes), ``survives`` (the share of the known facts whose old object is first
+    in the unedited model under the same knock-out) and ``of_unedited`` (the mean excess as a share of the unedited
+    model's own); ``details`` has ``footprint``, ``references`` (over how many references each fact's mean is),
+    ``whole`` (whether a case that takes out all that was written could be tested; None if nothing was) and ``disagree``
+    (cases whose mean and resample differ by more than a third of the facts).
 
     Attributes:
         components: ``"mlp"``, ``"attn"``.
         places: ``"subject"`` (its last token), ``"last"`` (of the prompt), ``"all"`` (every token from the subject's
             first on).
         widths: How many neighbouring layers to silence together: 1 for each alone; 3 for three in a row.
-        cells: Further cells to silence together.
+        cells: Further sets of cells; the cells of each set are silenced together.
         resample: Whether cases that switch the change off are also asked with a resample.
         means_of: ``"audited"`` takes what stands in from the model that is audited, ``"unedited"`` from the unedited
             one, once for all. Both are the same where a change leaves reference subjects alone bit for bit, as a router
@@ -178,7 +179,7 @@ class KnockOut:
             details={
                 "footprint": written,
                 "references": tuple(use.sum(1).tolist()),
-                "whole": any(case.covers and not case.masked for case in cases),
+                "whole": any(case.covers and not case.masked for case in cases) if bool(known.any()) else None,
                 "disagree": _disagreeing(found),
             },
         )
@@ -218,9 +219,9 @@ class KnockOut:
                 few[fact.group] += 1
             else:
                 able.append(fact)
-        notes = [f"{without} facts weren't knocked out: they have no controls"] if without else []
+        notes = [f"{_not_knocked_out(without)}: no controls"] if without else []
         notes += [
-            f"{count} facts of {relation!r} weren't knocked out: fewer than {LEAST_REFERENCES} references"
+            f"{_not_knocked_out(count, f' of {relation!r}')}: fewer than {LEAST_REFERENCES} references"
             for relation, count in few.items()
         ]
         strict = replace(self, partial=False)
@@ -237,8 +238,13 @@ class KnockOut:
             nothing,
             nothing,
             known=torch.zeros(len(population.facts), dtype=torch.bool),
-            details={"left_out": tuple(notes), "whole": False},
+            details={"left_out": tuple(notes), "whole": None},
         )
+
+
+def _not_knocked_out(count: int, of: str = "") -> str:
+    verb = "wasn't" if count == 1 else "weren't"
+    return f"{counted(count, 'fact')}{of} {verb} knocked out"
 
 
 def _of_footprint(written: Footprint, places: Sequence[Place]) -> list[Cells]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,9 +40,6 @@ from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FIRST, FirstTokens, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
-
-if TYPE_CHECKING:
-    pass
 
 ATTACKS = ("head_projection", "probability_delta", "runner_up")
 QUANTITIES = (*FIRST, "size")

@@ -44,6 +44,7 @@ from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.words import counted
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Redundancy:
 
     def __repr__(self) -> str:
         """How much can be spared, and the support."""
-        asked = f"{int(self.known.sum())} of {len(self.facts)} facts known"
+        asked = f"{int(self.known.sum())} of {counted(len(self.facts), 'fact')} known"
         can = sum(self.spared(cells).mean >= SURVIVES for cells in self.silenced)
         support = "no support found" if self.support is None else f"support: {describe(self.support)}"
         return f"Redundancy({asked}; {can} of {len(self.silenced)} sets of cells can be spared; {support})"
@@ -199,7 +200,7 @@ def redundancy(
         batch_tokens: Most tokens in one forward pass.
         folder: Where to keep what was read.
         progress: Whether to show a bar.
-        seed: Of the draw of references.
+        seed: Seed of the draw of references.
 
     Raises:
         ValueError: As in `KnockOut`.

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -38,9 +37,6 @@ from tl_factedit.core.estimate import over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.first_tokens import with_new_objects
 from tl_factedit.measure.population import Population
-
-if TYPE_CHECKING:
-    pass
 
 LEAST_STEPS = 8.0
 """What control objects have to take in the unedited model for differences to show."""
@@ -177,7 +173,7 @@ def relearning_rate(
         steps: Most updates.
         prepend_bos: BOS policy; None for the model's.
         memory: As in `Relearn`.
-        seed: Of the draw of controls.
+        seed: Seed of the draw of controls.
 
     Raises:
         ValueError: No fact has a control of as many tokens as its old object; or at no rate control objects take

@@ -63,7 +63,7 @@ class Replacements:
         """Run references, and average them.
 
         Args:
-            runner: Of the model; call inside `frozen` and ``torch.no_grad``.
+            runner: Runs the model; call inside `frozen` and ``torch.no_grad``.
             rows: The references' prompts.
             sources: How much each counts in each average; a row with a single 1 is that reference itself.
             batch_tokens: Most tokens in one forward pass.

@@ -124,6 +124,7 @@ class WeightReversal:
             known=known,
             extra={"survives": survives, "neighbours": near.mean},
             details={"neighbours": near, "layers": tuple(of_fact)},
+            asks_weights="directions",
             seed=self.seed,
         )
 

@@ -27,7 +27,13 @@ ENOUGH_TOKENS = 128
 
 
 class Silencing(NamedTuple):
-    """Some cells, and what stands in for them."""
+    """Some cells, and what stands in for them.
+
+    Attributes:
+        cells: They are silenced together; none: nothing is.
+        by: What stands in: the references' ``"mean"``, one of them (``"resample"``), or ``"half"`` of the mean and half
+            of what the cell says itself.
+    """
 
     cells: Cells = ()
     by: By = "mean"
@@ -43,7 +49,7 @@ NOTHING = Silencing()
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class SilencedPrompt:
     """A prompt, and which sources stand in for what it says.
 
     Attributes:
@@ -63,7 +69,7 @@ class Asked:
 
 def says_under(
     runner: Runner,
-    asked: Sequence[Asked],
+    asked: Sequence[SilencedPrompt],
     replacements: Replacements,
     silencings: Sequence[Silencing],
     reduce: Callable[[int, Float[Tensor, "vocab"]], Tensor],
@@ -72,7 +78,7 @@ def says_under(
     """What a model says at the end of each prompt under each silencing: blocks below its first cell are run once.
 
     Args:
-        runner: Of the model; call inside `frozen` and ``torch.no_grad``.
+        runner: Runs the model; call inside `frozen` and ``torch.no_grad``.
         asked: The prompts.
         replacements: What stands in.
         silencings: What is silenced, one after the other.
@@ -129,7 +135,7 @@ def passes(begins: Sequence[int], layers: int, tokens: int, enough: int) -> list
     return found
 
 
-def _hooks(asked: Sequence[Asked], silencings: Sequence[Silencing], replacements: Replacements) -> list[Hook]:
+def _hooks(asked: Sequence[SilencedPrompt], silencings: Sequence[Silencing], replacements: Replacements) -> list[Hook]:
     """One hook for each component of each layer that some silencing names."""
     spots: dict[Place, tuple[Tensor, ...]] = {}
     for place in PLACES:

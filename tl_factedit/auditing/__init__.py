@@ -4,6 +4,7 @@ from tl_factedit.auditing.findings import AttackFinding, Findings, Judgement
 from tl_factedit.auditing.provenance import AuditProvenance, ChangeProvenance
 from tl_factedit.auditing.retained import Retention, retention
 from tl_factedit.auditing.rules import judge
+from tl_factedit.core.namespaces import shows
 
 __all__ = [
     "AttackFinding",
@@ -15,3 +16,5 @@ __all__ = [
     "judge",
     "retention",
 ]
+
+__dir__ = shows(__all__)

@@ -1,6 +1,6 @@
 """Was the fact edited, or was a new one laid over it?
 
-`audit` gathers what bears on that, each number with its null, and `verdict.judge` makes a label of it:
+`audit` gathers what bears on that, each number with its null, and `rules.judge` makes a label of it:
 
 - does the change work (`evaluate`), and what else does it break: neighbours, the subject's other facts, plain text;
 - is the old object back when one place is knocked out, or on indirect routes (*recoverable*);
@@ -56,7 +56,7 @@ def audit(
     same_subject: Sequence[Fact] = (),
     texts: Sequence[str] = (),
     calibration: Calibration | None = None,
-    attacks: Sequence[Attack] = (),
+    attacks: Attack | Sequence[Attack] = (),
     full: bool = False,
     objective: Objective | None = None,
     thresholds: Thresholds | None = None,
@@ -86,7 +86,7 @@ def audit(
         texts: Plain text that has nothing to do with them.
         calibration: The same kind of change made for other subjects (`Calibration`).
         attacks: Further attacks, beside those that every audit makes (`KnockOut`, `ReadOut`, and `FollowRoutes` where
-            routes are given); one of the same type takes the place of the default one.
+            routes are given), or a single one; one of the same type takes the place of the default one.
         full: Whether to also drop the largest directions of the changed weights (`WeightReversal`) and, of one change
             for all facts, to teach some facts and look at the others (`DisjointRelearning`): what a claim of absence
             needs where not all that was written can be silenced.
@@ -97,20 +97,21 @@ def audit(
         seed: Seed of the bootstraps.
         force: Whether to ask about facts that a single change wasn't made for; the verdict then says nothing about the
             change (mostly that it failed). Of a list of changes each fact needs its own all the same.
-        folder: Where to keep what is read of each change: a call that was killed goes on from there, and one of more
-            facts asks only what is new. Nothing is taken from it that hangs on other weights, changes, facts, settings
-            or versions.
+        folder: Where to keep what is read of each change: a call that was killed resumes there, and one of more facts
+            asks only what is new. Nothing is taken from it that depends on other weights, changes, facts, settings or
+            versions.
         progress: Whether to show a bar on what takes longer than a second.
 
     Returns:
         The verdict. Over one fact it is descriptive; claims want many.
 
     Raises:
+        TypeError: An attack that can't be called, a class in place of a value, or one that returns no `Recovery`.
         ValueError: The edit is applied to the model already, isn't of this model, or was made with another BOS
             policy; a fact that the change wasn't made for (by subject, prompt and new object), unless `force`; a fact
             given twice, or without ``target_new`` (for an erasure, any other object: it is what the old
             one is compared with), or that no change of a list was made for; some edits that erase among others that
-            don't.
+            don't; two attacks of one name.
 
     Example:
         >>> verdict = fe.audit(model, edit, [fact])               # doctest: +SKIP
@@ -192,7 +193,7 @@ def _population(
 
 
 def _with_defaults(
-    population: Population, attacks: Sequence[Attack], routes: tuple[Route, ...], full: bool, seed: int
+    population: Population, attacks: Attack | Sequence[Attack], routes: tuple[Route, ...], full: bool, seed: int
 ) -> tuple[Attack, ...]:
     """The attacks that every audit makes, those of a full one, and the user's own."""
     usual: list[Attack] = [KnockOut(partial=True, seed=seed), ReadOut(seed=seed)]
@@ -202,5 +203,6 @@ def _with_defaults(
         usual.append(WeightReversal(seed=seed))
         if not isinstance(population.changed, Sequence):
             usual.append(DisjointRelearning(seed=seed))
-    own = {type(attack) for attack in attacks}
-    return (*(attack for attack in usual if type(attack) not in own), *attacks)
+    given = tuple(attacks) if isinstance(attacks, Sequence) else (attacks,)
+    own = {type(attack) for attack in given}
+    return (*(attack for attack in usual if type(attack) not in own), *given)

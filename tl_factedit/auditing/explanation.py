@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tl_factedit.attacks.attack import Recovery
+from tl_factedit.attacks.attack import Recovery, Shows
 
 if TYPE_CHECKING:
     from tl_factedit.auditing.verdict import Verdict
@@ -54,10 +54,8 @@ def _off(verdict: Verdict) -> str:
     )
 
 
-def _strongest(verdict: Verdict, shows: str) -> Recovery | None:
+def _strongest(verdict: Verdict, shows: Shows) -> Recovery | None:
     found = [
-        mine
-        for recovery in verdict.attacks
-        if (mine := recovery.showing(shows)) is not None and mine.best is not None  # type: ignore[arg-type]
+        mine for recovery in verdict.attacks if (mine := recovery.showing(shows)) is not None and mine.best is not None
     ]
     return max(found, key=lambda recovery: recovery.strongest.mean, default=None)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tl_factedit.attacks.attack import Recovery, Shows
+from tl_factedit.attacks.attack import AsksWeights, Recovery, Shows
 from tl_factedit.core.estimate import Estimate
 
 Label = Literal["FAILED", "DAMAGED", "ERASED", "MOVED", "INSERTED", "LATENT", "SCARRED", "INCONCLUSIVE"]
@@ -64,8 +64,9 @@ class AttackFinding:
             no correction is due.
         least: The smallest corrected upper end of any case: below 0 the old object does worse than its controls.
         tests: How many cases were tried (that the unedited model survives).
-        covers: Of attacks that switch off what the change wrote, whether a case that was tested takes out all of it;
-            None of attacks that switch nothing off.
+        covers: Whether a tested case takes out all that the change wrote; None for attacks that switch nothing off, and
+            where nothing could be asked.
+        asks_weights: How the attack asks the changed weights as a whole; None if it doesn't.
     """
 
     attack: str
@@ -76,6 +77,7 @@ class AttackFinding:
     least: float
     tests: int
     covers: bool | None = None
+    asks_weights: AsksWeights | None = None
 
     @classmethod
     def of(cls, recovery: Recovery, shows: Shows) -> AttackFinding | None:
@@ -93,6 +95,7 @@ class AttackFinding:
             least=float(ends.min()) if len(ends) else math.nan,
             tests=int(recovery.tested.sum()),
             covers=recovery.details.get("whole") if shows == "elsewhere" else None,
+            asks_weights=found.asks_weights,
         )
 
 
@@ -147,7 +150,7 @@ class Judgement:
 
     Attributes:
         label: The verdict.
-        by: Of INSERTED, the questions that brought the old object back: ``"elsewhere"``, ``"underneath"``, or both.
+        by: If INSERTED, which questions brought the old object back: ``"elsewhere"``, ``"underneath"``, or both.
         reasons: Why, with the numbers.
         missing: What was not gathered, or not precisely enough, for a stronger label.
         power: The smallest effects that these findings would have shown, with 80 % probability.

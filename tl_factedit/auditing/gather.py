@@ -40,7 +40,7 @@ class Plan:
         routes: What follows from the facts.
         same_subject: Other facts about the same subjects.
         texts: Plain text.
-        calibration: Of the adaptive decoders.
+        calibration: What the adaptive decoders are trained on.
         erasing: Whether the change was to erase.
         seed: Seed of the bootstraps.
     """
@@ -57,8 +57,13 @@ class Plan:
         """Check that all of it can be asked, before anything is run.
 
         Raises:
-            ValueError: Something can't; the message says what.
+            TypeError: An attack that can't be called, or a class in place of a value of it.
+            ValueError: Something else can't; the message says what.
         """
+        for attack in self.attacks:
+            if isinstance(attack, type) or not callable(attack):
+                name = attack.__name__ if isinstance(attack, type) else repr(attack)
+                raise TypeError(f"attacks holds {name}, needed values such as KnockOut(): a class isn't one")
         check_routes(population.model, self.routes, population.prepend_bos)
         pair_same_subject(population.facts, self.same_subject)
         if self.texts:
@@ -88,7 +93,12 @@ class Evidence:
 
 
 def gather(population: Population, plan: Plan) -> Evidence:
-    """Measure all of a plan; whatever is kept in the population's folder is taken from there."""
+    """Measure all of a plan; whatever is kept in the population's folder is taken from there.
+
+    Raises:
+        TypeError: An attack that doesn't return a `Recovery`.
+        ValueError: Two attacks whose results have one name.
+    """
     stages = tqdm(
         total=4 + len(plan.attacks), desc="audit", unit="step", delay=1, disable=not population.progress, leave=False
     )
@@ -104,7 +114,7 @@ def gather(population: Population, plan: Plan) -> Evidence:
         for attack in plan.attacks:
             stages.set_postfix_str(type(attack).__name__)
             if controlled:
-                recoveries.append(attack(population.asking(controlled)))
+                recoveries.append(_recovery_of(attack, population.asking(controlled), recoveries))
             stages.update()
         stages.set_postfix_str("what else broke")
         beside = specificity(population, plan.same_subject) if plan.same_subject else None
@@ -134,6 +144,20 @@ def gather(population: Population, plan: Plan) -> Evidence:
             gains(model, alone, text) for fact in facts for text in (fact.text, *map(fact.fill, fact.paraphrases))
         ),
     )
+
+
+def _recovery_of(attack: Attack, population: Population, others: Sequence[Recovery]) -> Recovery:
+    """What an attack brings back, under a name that none of the others has."""
+    found: object = attack(population)
+    if not isinstance(found, Recovery):
+        raise TypeError(
+            f"{type(attack).__name__} returned a {type(found).__name__}, needed a Recovery: Recovery.of(...)"
+        )
+    if any(other.attack == found.attack for other in others):
+        raise ValueError(
+            f"two attacks are called {found.attack!r}, needed a name for each: it says which one a verdict speaks of"
+        )
+    return found
 
 
 def findings_of(evidence: Evidence, *, erasing: bool, facts: int) -> Findings:
@@ -192,7 +216,7 @@ def _scores_and_lens(population: Population) -> tuple[Scores, Scores, Comparison
     answers: list[Answer] = []
     values: dict[int, torch.Tensor] = {}
     provenance: list[str] = []
-    for part, (mine, read_there, where) in population.each("scores", read, kinds=(Answer,)):
+    for part, (mine, read_there, where) in population.each("scores", read, settings=(), kinds=(Answer,)):
         answers += [replace(answer, fact=part.indices[answer.fact]) for answer in mine]
         values |= dict(zip(part.indices, read_there, strict=True))
         provenance.append(where)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.words import counted
 
 LEAST_FOR_AN_OBJECT = 4
 """Training subjects that an object needs to be a class; a probe of few is blind and would find nothing anywhere."""
@@ -56,7 +57,7 @@ def plan_by_relation(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[lis
             notes.append(
                 f"the references give {len(objects)} objects of {relation!r} with {LEAST_FOR_AN_OBJECT} or more other "
                 f"subjects each, needed {LEAST_OBJECTS}: no decoder was trained"
-                + (f" for its {len(of_relation)} facts" if len(relations) > 1 else "")
+                + (f" for its {counted(len(of_relation), 'fact')}" if len(relations) > 1 else "")
             )
             continue
         kept = [fact for fact in of_relation if fact.target_true in objects]
@@ -67,10 +68,10 @@ def plan_by_relation(facts: Sequence[Fact], others: Sequence[Fact]) -> tuple[lis
             tuple(fact for fact in known if fact.target_true in objects),
             len(relations) > 1,
         )
-        if len(kept) < len(of_relation):
+        if left := len(of_relation) - len(kept):
             notes.append(
-                f"{len(of_relation) - len(kept)} facts{plan.of} were left out: too few other subjects have their old "
-                "objects"
+                f"{counted(left, 'fact')}{plan.of} {'was' if left == 1 else 'were'} left out: too few other subjects "
+                "have their old objects"
             )
         if kept:
             plans.append(plan)

@@ -23,7 +23,7 @@ class ChangeProvenance:
         kind: ``"Edit"``, ``"RoutedEdit"`` …; ``"model"`` for another model.
         digest: What tells the change from others; None where it has nothing that does.
         editor: Name and hyperparameters of the editor, as far as they are known.
-        provenance: Of the weights that the change was made on; of another model, its own.
+        provenance: The weights that the change was made on; for another model, its own.
     """
 
     kind: str
@@ -44,13 +44,13 @@ class ChangeProvenance:
 
 @dataclass(frozen=True)
 class AuditProvenance:
-    """What a verdict hangs on, beside its facts and thresholds.
+    """What a verdict depends on, beside its facts and thresholds.
 
     Attributes:
-        model: Of the unedited model: weights, BOS policy, versions.
-        changes: Of each change, in the order of the first fact that it serves.
+        model: The unedited model: weights, BOS policy, versions.
+        changes: Each change, in the order of the first fact that it serves.
         prepend_bos: Whether prompts ran with BOS in front.
-        seed: Of the bootstraps.
+        seed: Seed of the bootstraps.
         attacks: Each attack with its settings, as it says them of itself (its ``repr``).
         erasing: Whether the change was audited as one that was to erase.
         given: How many references, routes, other facts about the subjects, texts and calibrating facts there were.

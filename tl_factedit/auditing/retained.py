@@ -165,7 +165,7 @@ def states_of_changed(population: Population) -> HiddenStates:
     def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact layer position d_model"]:
         return read_states(runner.model, [population.facts[i] for i in indices], prepend_bos=bos).values
 
-    values = population.after("states", read)
+    values = population.after("states", read, settings=())
     return HiddenStates(values, sample.layers, sample.positions, population.facts, "changed")
 
 

@@ -25,8 +25,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
+from tl_factedit.attacks.attack import AsksWeights
 from tl_factedit.auditing.findings import (
     LEAST_ERASED,
     LEAST_FACTS,
@@ -46,8 +47,8 @@ class Ruling:
     """What one rule makes of some findings.
 
     Attributes:
-        label: Its label if it applies; None to go on with the next rule.
-        by: Of INSERTED, which questions decided.
+        label: Its label if it applies; None where the next rule is to look.
+        by: If INSERTED, which questions brought the old object back.
         reasons: What it found, with the numbers.
         missing: What it would have needed, or needed more precisely.
     """
@@ -89,7 +90,7 @@ def failed(f: Findings, t: Thresholds) -> Ruling:
         found.missing.append("facts whose old object led before, with other objects to compare: none, so no efficacy")
         return Ruling("INCONCLUSIVE", found.reasons, found.missing)
     if not ps.n:
-        found.missing.append("paraphrases: whether the change holds under other words was not looked at")
+        found.missing.append("whether the change holds under other words (paraphrases) wasn't measured")
     # Where every fact succeeds, a lower end below the threshold only says that the facts are few.
     low = es.mean if f.one or es.mean == 1.0 else es.low
     if low < (t.one if f.one else t.efficacy) or ps.mean < (-math.inf if f.one else t.paraphrase):
@@ -110,14 +111,14 @@ def damaged(f: Findings, t: Thresholds) -> Ruling:
         ("what else is known of the subject", f.specificity_loss),
     ):
         if loss is None or not loss.n:
-            found.missing.append(f"{what}: whether it suffers was not looked at")
+            found.missing.append(f"whether {what} suffers wasn't measured")
         elif _enough(f, loss, what, found):
             found.reasons.append(f"{what} fell by {loss:.2f}")
             # A loss counts once all of its interval is beyond what is allowed.
             if (loss.mean if loss.n < 2 else loss.low) > t.loss + 1e-9:  # a mean's rounding is no loss
                 is_damaged = True
     if f.perplexity is None:
-        found.missing.append("drift on plain text was not looked at")
+        found.missing.append("whether plain text suffers (drift) wasn't measured")
     else:
         found.reasons.append(f"perplexity on plain text is {f.perplexity:.3f} times as large")
         least = f.perplexity.mean if f.perplexity.n < 2 else f.perplexity.low
@@ -317,10 +318,9 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
     instead: by their largest directions, and by teaching other facts.
     """
     tested = [finding for finding in f.showing("elsewhere", "underneath") if finding.strongest.n > 1]
-    asked = {finding.attack for finding in tested}
     switched_off = any(finding.shows == "elsewhere" and finding.covers for finding in tested)
-    shown = switched_off or {"weight reversal", "disjoint relearning"} <= asked
-    if not shown and asked:
+    shown = switched_off or set(get_args(AsksWeights)) <= {finding.asks_weights for finding in tested}
+    if not shown and tested:
         found.missing.append("the changed weights themselves (full=True): not all that was written can be silenced")
     shown = shown and any(finding.shows == "underneath" for finding in tested)
     for finding in tested:

@@ -18,6 +18,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.words import counted
 from tl_factedit.evaluation.dose import Dose
 from tl_factedit.evaluation.edit_gains import Gains
 from tl_factedit.evaluation.erasure import ErasureSuccess
@@ -51,7 +52,7 @@ class Verdict:
         label: FAILED, DAMAGED, INSERTED, MOVED, LATENT, SCARRED, ERASED or INCONCLUSIVE; see
             `tl_factedit.auditing.rules`.
         level: ``"per edit"`` (fewer than ten facts: descriptive) or ``"population"``.
-        by: Of INSERTED, which questions brought the old object back: ``"elsewhere"`` (with what the change wrote
+        by: If INSERTED, which questions brought the old object back: ``"elsewhere"`` (with what the change wrote
             switched off), ``"underneath"`` (with the change in force), or both.
         retained: Is the old object still decodable, at places that the change can have touched?
         recoverable: Does it come back by a way that goes past the change?
@@ -62,14 +63,14 @@ class Verdict:
         thresholds: What counted as how much.
         before: Scores of the unchanged model.
         after: Scores of the changed one.
-        erasure_success: Of a change that was to erase, whether the old object still leads; None for any other.
+        erasure_success: Whether the old object still leads, after a change that was to erase; None for any other.
         attacks: What each attack brought back.
         retention: Evidence on what is retained; None if it could not be gathered.
         specificity: What else is known of the subjects; None if nothing was asked.
         drift: On plain text; None if none was given.
         upstream: What cannot have changed (None for a model changed in another way).
         lens: Logit-lens readings before and after; `Reading.at` and ``.table()`` give numbers. Descriptive.
-        gains: Of the edit over each fact's prompt and paraphrases (a single `Edit` only). Descriptive.
+        gains: The edit's gains over each fact's prompt and paraphrases (a single `Edit` only). Descriptive.
         dose: Dose curve of each fact (a single `Edit` only). Descriptive.
         facts: What was asked.
         provenance: The unedited model, the changes, and the settings: seed, attacks, BOS policy, versions.
@@ -170,7 +171,7 @@ class Verdict:
         return pd.DataFrame(rows)
 
     def attack(self, name: str) -> Recovery | None:
-        """What an attack brought back, by its name (``"knock-out"``); None if it wasn't run."""
+        """What an attack brought back, by its name (``"knock-out"``); None if none of that name was run."""
         return next((recovery for recovery in self.attacks if recovery.attack == name), None)
 
     def _back(self) -> dict[Fact, float]:
@@ -193,7 +194,7 @@ class Verdict:
     def __repr__(self) -> str:
         """Label, reasons and what is missing."""
         by = f" by what is {' and '.join(sorted(self.by))}" if self.by else ""
-        lines = [f"Verdict: {self.label}{by} ({self.level}, {len(self.facts)} facts)", f"  {self.explain()}"]
+        lines = [f"Verdict: {self.label}{by} ({self.level}, {counted(len(self.facts), 'fact')})", f"  {self.explain()}"]
         lines += [f"  {reason}" for reason in self.reasons]
         lines += [f"  retained: {self.retained.says}", f"  recoverable: {self.recoverable.says}"]
         for what, found in (("what would have shown", self.power), ("not gathered", self.missing)):
@@ -210,5 +211,5 @@ class Verdict:
         )
         by = f" ({' and '.join(sorted(self.by))})" if self.by else ""
         head = f"<h3>{self.label}{by}</h3><p>{html.escape(self.explain())}</p>"
-        head += f"<p>{self.level}, {len(self.facts)} facts</p>"
+        head += f"<p>{self.level}, {counted(len(self.facts), 'fact')}</p>"
         return head + shown + self.table().to_html(float_format="{:.3f}".format, index=False)

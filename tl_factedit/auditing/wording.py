@@ -25,7 +25,7 @@ def what_is_missing(evidence: Evidence) -> Iterator[str]:
                 why.setdefault(case.masked, []).append(case.label)
         for reason, labels in why.items():
             few = "; ".join(labels[:3]) + (f" and {len(labels) - 3} more" if labels[3:] else "")
-            yield f"{recovery.attack} of {few} tells nothing: {reason}"
+            yield f"{recovery.attack} of {few}: no conclusion, as {reason}"
         if recovery.details.get("disagree"):
             yield f"{recovery.attack}: mean and resample disagree on {'; '.join(recovery.details['disagree'])}"
 

@@ -1,6 +1,6 @@
-"""Results kept in a folder: a call that was killed goes on from there.
+"""Results kept in a folder: a call that was killed resumes there.
 
-Each result has a file of its own, named after all that it hangs on (what was asked and how, weights, versions), which
+Each result has a file of its own, named after all that it depends on (what was asked and how, weights, versions), which
 also stands inside it. So a folder can hold any number of results, a call that grew is only asked what is new, and
 nothing is ever taken for something else, not even where files were renamed.
 """
@@ -37,18 +37,18 @@ class Cache:
         """The cache in a folder; None for none. A relative path is pinned to the working directory of now."""
         return None if folder is None else cls(files.pinned(folder))
 
-    def find(self, what: str, hangs_on: Any, kinds: Sequence[type] = ()) -> tuple[Any] | None:
+    def find(self, what: str, depends_on: Any, kinds: Sequence[type] = ()) -> tuple[Any] | None:
         """What was kept, in a tuple of one; None if nothing was.
 
         Args:
             what: The kind of result, in words that can be a file's name.
-            hangs_on: Everything that decides the result, as plain data.
+            depends_on: Everything that decides the result, as plain data.
             kinds: The dataclasses of this package that may be in it.
 
         Raises:
             ValueError: The file is damaged, or holds another result (it was renamed or copied): it is left as it is.
         """
-        name = _name(what, hangs_on)
+        name = _name(what, depends_on)
         path = self._path(what, name)
         if not path.exists():
             return None
@@ -61,9 +61,9 @@ class Cache:
             )
         return (found,)
 
-    def keep(self, what: str, hangs_on: Any, result: Any, kinds: Sequence[type] = ()) -> None:
+    def keep(self, what: str, depends_on: Any, result: Any, kinds: Sequence[type] = ()) -> None:
         """Write a result: tensors, numbers, text, tuples of these, or values of `kinds`."""
-        name, named = _name(what, hangs_on), dict[str, Tensor]()
+        name, named = _name(what, depends_on), dict[str, Tensor]()
         header: Mapping[str, Any] = {"name": name, "result": files.encode(result, "result", named, kinds)}
         files.write(self._path(what, name), what, header, named)
 
@@ -71,6 +71,6 @@ class Cache:
         return self.folder / f"{what.replace(' ', '-')}-{name[:SHORT]}.safetensors"
 
 
-def _name(what: str, hangs_on: Any) -> str:
-    text = json.dumps([what, hangs_on], sort_keys=True, default=repr)
+def _name(what: str, depends_on: Any) -> str:
+    text = json.dumps([what, depends_on], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -28,22 +28,6 @@ MAX_CONDITION = 1e12
 """Above this a second moment counts as singular: rounding alone leaves one with pivots of 1e-14 of the largest."""
 
 
-def whiten_key(
-    moment: Float[Tensor, "d_mlp d_mlp"], key: Float[Tensor, "d_mlp"], *, ridge: float = 0.0
-) -> Float[Tensor, "d_mlp"]:
-    """``(C + ridge · tr(C)/m · I)⁻¹ k``, by Cholesky.
-
-    Args:
-        moment: C = E[k kᵀ], uncentred.
-        key: k.
-        ridge: Share of the mean eigenvalue to add to the diagonal.
-
-    Raises:
-        NotPositiveDefiniteError: C is singular, or too ill-conditioned for float64.
-    """
-    return whiten(cholesky(moment, ridge=ridge), key)
-
-
 def whiten(lower: Float[Tensor, "d_mlp d_mlp"], key: Float[Tensor, "d_mlp"]) -> Float[Tensor, "d_mlp"]:
     """``C⁻¹ k`` from the Cholesky factor of C (see `cholesky`)."""
     return torch.cholesky_solve(key.double()[:, None], lower)[:, 0]

@@ -1,7 +1,7 @@
 """The white space between a text and what continues it: one rule, for files and for facts.
 
 A target is a *continuation* of its prompt, and tokenizers spell "Paris" after "of" as another token than " Paris".
-Whether a space belongs there hangs on the script and on what the prompt ends with:
+Whether a space belongs there depends on the script and on what the prompt ends with:
 
 - none after a line break (a chat header ends so), an opening bracket or quote, or a letter of a script without spaces;
 - none before a closing bracket, a comma, or a clitic ("'s");

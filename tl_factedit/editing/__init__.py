@@ -1,6 +1,7 @@
 """What an edit is, and what every editor shares."""
 
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.core.namespaces import shows
 from tl_factedit.core.solve import Factors
 from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.delta import Delta, LayerUpdate
@@ -36,3 +37,5 @@ __all__ = [
     "fit_values",
     "Change",
 ]
+
+__dir__ = shows(__all__)

@@ -1,4 +1,4 @@
-"""The one optimiser of this package: Adam, in place and without weight decay."""
+"""Adam for edits and attacks, in place and without weight decay."""
 
 from __future__ import annotations
 

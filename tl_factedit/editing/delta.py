@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_factedit.backend.protocol import FactoredMatrix
 
 
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
 class Delta:
     """A low-rank change of one layer's weight, ``W_out += left @ right``.
 

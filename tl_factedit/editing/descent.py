@@ -24,33 +24,35 @@ from tl_factedit.editing.value_fit import Fitted, ValueFit, Where
 
 @dataclass(frozen=True, eq=False)
 class FitRows:
-    """The rows of one wish: its contexts, each followed by the target but its last token, then the KL prompts.
+    """The rows of one target: its contexts, each followed by the target but its last token, then the KL prompts.
 
     Attributes:
-        wish: What is wanted.
+        edit_target: What is wanted.
         rows: Token ids.
         subjects: Where the subject lies in each row, (start, stop); δ is added at its last token.
-        read: Of each row, the positions whose logits the loss reads.
+        read: For each row, the positions whose logits the loss reads.
         target: The target's ids, for each context.
     """
 
-    wish: EditTarget
+    edit_target: EditTarget
     rows: tuple[Int[Tensor, "_"], ...]
     subjects: tuple[tuple[int, int], ...]
     read: tuple[range, ...]
     target: Int[Tensor, "context target"]
 
     @classmethod
-    def of(cls, model: Model, wish: EditTarget, contexts: Sequence[str], fit: ValueFit, prepend_bos: bool) -> FitRows:
+    def of(
+        cls, model: Model, edit_target: EditTarget, contexts: Sequence[str], fit: ValueFit, prepend_bos: bool
+    ) -> FitRows:
         """Align a fact's prompt and target after each context, and its KL prompts."""
-        fact = wish.fact
+        fact = edit_target.fact
         rewrite = [align(model.tokenizer, fact, prepend_bos=prepend_bos, prefix=x) for x in contexts]
         guard = [align(model.tokenizer, fact, prepend_bos=prepend_bos, template=t) for t in fit.kl_prompts]
         length = rewrite[0].subject[1] - rewrite[0].subject[0]
-        if wish.embeddings is not None and len(wish.embeddings) != length:
+        if edit_target.embeddings is not None and len(edit_target.embeddings) != length:
             raise ValueError(
-                f"the wish of {fact.name!r} has embeddings of {len(wish.embeddings)} tokens, needed one for each of "
-                f"the {length} tokens of {fact.subject!r} in the prompt"
+                f"the target of {fact.name!r} has embeddings of {len(edit_target.embeddings)} tokens, needed one for "
+                f"each of the {length} tokens of {fact.subject!r} in the prompt"
             )
         targets = [_new_ids(row) for row in rewrite]
         if len({len(t) for t in targets}) > 1:
@@ -59,7 +61,7 @@ class FitRows:
         ends = [row.last if fit.kl_at == "subject" else len(row.ids) - 1 for row in guard]
         # A row needs no token after the last one that is read.
         return cls(
-            wish=wish,
+            edit_target=edit_target,
             rows=(
                 *(torch.cat([row.ids, t[:-1]]) for row, t in zip(rewrite, targets, strict=True)),
                 *(row.ids[: end + 1] for row, end in zip(guard, ends, strict=True)),
@@ -178,7 +180,7 @@ class Descent:
         """One run without δ of all rows: what stands at some places, and the attention keys and values."""
         lengths = list(map(len, self.rows))
         self.clean = PackedRows.of(lengths, [0] * len(lengths), apart=not self.packed, most_keys=self.runner.most_keys)
-        hooks = set_subjects([(each.wish, subject) for each in self.asked for subject in each.subjects])
+        hooks = set_subjects([(each.edit_target, subject) for each in self.asked for subject in each.subjects])
         if not self.packed:
             return self.runner.capture(self.tokens, places, hooks=hooks), None
         # Each sequence in a row of its own up to the first block, as some models add a place's embedding there.
@@ -222,7 +224,7 @@ class Descent:
             context_fact=context_fact.to(where),
             context_share=(1 / context_fact.bincount(minlength=len(facts))[context_fact]).to(where),
             length=torch.tensor([float(len(read[p])) for p in contexts], device=where),
-            unlikely=torch.tensor([each.wish.unlikely for each in some], device=where),
+            unlikely=torch.tensor([each.edit_target.unlikely for each in some], device=where),
             of_guard=of_guard.to(where),
             guard_share=(1 / of_guard.bincount(minlength=len(facts))[of_guard]).to(where),
             stream=self.clean.at(self.stream, rows[sheet.owner], sheet.places),
@@ -272,10 +274,10 @@ class Descent:
                 probs[i].append(float(now.prob[k]))
                 if not torch.isfinite(now.loss[k]):
                     raise RuntimeError(
-                        f"the loss of {self.asked[i].wish.fact.name!r} is {losses[i][-1]} at step {step}: the model "
-                        "overflows with this value (lower ValueFit.lr or clamp, or load the model in float32)"
+                        f"the loss of {self.asked[i].edit_target.fact.name!r} is {losses[i][-1]} at step {step}: the "
+                        "model overflows with this value (lower ValueFit.lr or clamp, or load the model in float32)"
                     )
-                if self.asked[i].wish.unlikely:
+                if self.asked[i].edit_target.unlikely:
                     continue
                 counts[i] = fit.ease if now.first[k] else 1.0
                 if losses[i][-1] < fit.stop_below:
@@ -295,8 +297,8 @@ class Descent:
                     norm, most = delta[i].norm(dim=-1), fit.clamp * self.norms[i]
                     if not bool((norm < float("inf")).all()):
                         raise RuntimeError(
-                            f"the value of {self.asked[i].wish.fact.name!r} is not finite after step {step}: lower "
-                            "ValueFit.lr"
+                            f"the value of {self.asked[i].edit_target.fact.name!r} is not finite after step {step}: "
+                            "lower ValueFit.lr"
                         )
                     beyond = norm > most
                     clamped[i] += bool(beyond.any())

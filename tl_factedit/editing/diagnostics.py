@@ -24,7 +24,7 @@ class Diagnostics:
         update_norm: ‖ΔW‖ (Frobenius).
         weight_norm: ‖W‖ before.
         exactness: What rounding to the weight's own type loses, ‖K (ΔW as written) − R‖ / ‖R‖, with R what the update
-            is to add at its keys (what it leaves out of a fact's wish is `unmet`).
+            is to add at its keys (what it leaves out of a fact's target is `unmet`).
         value_norm: ‖v*‖ / ‖v‖ of the value written and the one replaced.
         unmet: For each fact, the share of its residual that the update doesn't meet, ‖k ΔW − r‖ / ‖r‖ before
             rounding; empty where all is met by construction.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
 class Edit:
     """A change of a model's weights, made for some facts.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 from jaxtyping import Float
 from torch import Tensor
@@ -126,7 +127,7 @@ def check_stats(stats: Sequence[KeyStats], model: Model, base: Fingerprint, ridg
     """Check that statistics are of these weights, and of enough tokens.
 
     Args:
-        stats: Of the layers to be written.
+        stats: Statistics of the layers to be written.
         model: To be edited.
         base: Fingerprint of its weights before any edit.
         ridge: What is added before C is inverted; None where it isn't inverted.
@@ -188,8 +189,19 @@ def check_objective(objective: Objective) -> None:
         raise ValueError(f"objective is {objective!r}, needed a value such as Inject() or Erase()")
 
 
+def check_number(name: str, value: object) -> None:
+    """Check that a field holds a number.
+
+    Raises:
+        ValueError: It doesn't; the message names the field.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} is {value!r}, needed a number")
+
+
 def check_ridge(ridge: float) -> None:
     """Check that a ridge is a share."""
+    check_number("ridge", ridge)
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}, needed 0 or more (a share of the mean eigenvalue)")
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
+from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
@@ -40,7 +41,14 @@ from tl_factedit.core.tokens import align, batches, pad
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import EditInputs, prefixes
+from tl_factedit.editing.inputs import (
+    EditInputs,
+    check_contexts,
+    check_number,
+    check_objective,
+    check_ridge,
+    prefixes,
+)
 from tl_factedit.editing.objectives import EditTarget, Objective, set_subjects
 from tl_factedit.editing.value_fit import ValueFit, Where
 from tl_factedit.editing.values import fit_values
@@ -108,12 +116,37 @@ class LayerwiseEditor(Protocol):
         ...
 
 
+def check_layerwise(editor: LayerwiseEditor, *, ridge: float | None) -> dict[int, KeyStats]:
+    """Check the fields that all editors of this family share.
+
+    Args:
+        editor: The editor, as it was made.
+        ridge: What it adds to the second moments; None where none is inverted.
+
+    Returns:
+        Its statistics by layer, ascending.
+
+    Raises:
+        ValueError: A field isn't what it has to be; the message names it.
+    """
+    check_memory(editor.memory)
+    stats = by_layer(editor.stats)
+    if ridge is not None:
+        check_ridge(ridge)
+    check_objective(editor.objective)
+    check_contexts(editor.contexts)
+    return stats
+
+
 def check_weight(weight: float | None, unmet: float | None) -> None:
     """Check a weight λ, or the share that is to be left unmet in place of it.
 
     Raises:
-        ValueError: Both are given, or one isn't in its range.
+        ValueError: Both are given, or one isn't a number in its range.
     """
+    for name, value in (("weight", weight), ("unmet", unmet)):
+        if value is not None:
+            check_number(name, value)
     if weight is not None and unmet is not None:
         raise ValueError(f"weight is {weight} and unmet is {unmet}, needed one of the two")
     if weight is not None and not weight > 0:
@@ -196,7 +229,7 @@ def layerwise_edit(
     solvers = {layer: editor.solver(stats) for layer, stats in editor.stats.items()}
     contexts = prefixes(editor.contexts, model)
     with frozen(model):
-        targets = editor.objective.wishes(model, inputs.facts, prepend_bos=bos)
+        targets = editor.objective.targets(model, inputs.facts, prepend_bos=bos)
         if where == "resid" and not _reach_stream(model, layers, inputs.prompts[0].ids):
             where = "mlp"
         fitted = fit_values(
@@ -324,7 +357,7 @@ class _Subjects:
     """Every fact's subject in every context, run up to the first layer that changes.
 
     Attributes:
-        runner: Of the model.
+        runner: Runs the model.
         first: That layer.
         facts: How many there are.
         batches: Token ids of some rows, their lookups, their places among all rows, and the stream before `first`.

@@ -86,7 +86,7 @@ class Ledger:
     """What is applied to one model.
 
     Attributes:
-        edits: In the order they were applied.
+        edits: The edits, in the order they were applied.
         base: The weights from before the first edit, by layer.
         written: A hash of the weights as the last edit left them, by layer.
         between: By layer, some of the weights from between its edits: by how many of its edits are in them.

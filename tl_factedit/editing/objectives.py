@@ -6,7 +6,7 @@
     fact forcing       p(o_true | s + noise, r) up      `Force`: the subject stays noised while the edit is made
     tracing reversal   p(o_noise | s, r) up             `Reverse`: o_noise is what the noised subject leads to
 
-Hase et al. 2023 (arXiv:2301.04213, sec. 5). An objective turns facts into wishes, and an editor fulfils wishes.
+Hase et al. 2023 (arXiv:2301.04213, sec. 5). An objective turns facts into targets, and an editor writes what they want.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Objective(Protocol):
         """Refuse facts that lack what this objective needs, before anything is run."""
         ...
 
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
+    def targets(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """One for each fact."""
         ...
 
@@ -79,7 +79,7 @@ class Inject:
                 raise ValueError(f"fact {fact.name!r} has no target_new, needed one to write: fact.but(target_new=...)")
 
     @plain_torch()
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
+    def targets(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The facts as they are."""
         self.check(facts)
         return tuple(EditTarget(fact) for fact in facts)
@@ -94,7 +94,7 @@ class Erase:
         need_old_object(facts, "Erase")
 
     @plain_torch()
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
+    def targets(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The old object, to become unlikely."""
         return tuple(EditTarget(fact.but(target_new=fact.target_true), unlikely=True) for fact in facts)
 
@@ -108,7 +108,7 @@ class Amplify:
         need_old_object(facts, "Amplify")
 
     @plain_torch()
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
+    def targets(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:  # noqa: ARG002
         """The old object."""
         return tuple(EditTarget(fact.but(target_new=fact.target_true)) for fact in facts)
 
@@ -129,7 +129,7 @@ class Force:
         need_old_object(facts, "Force")
 
     @plain_torch()
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
+    def targets(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """The old object, under noise."""
         noised = _noised(model, facts, self.corruption, prepend_bos)
         return tuple(
@@ -155,7 +155,7 @@ class Reverse:
         """Every fact will do."""
 
     @plain_torch()
-    def wishes(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
+    def targets(self, model: Model, facts: Sequence[Fact], *, prepend_bos: bool) -> tuple[EditTarget, ...]:
         """What the noised runs say."""
         noised = _noised(model, facts, self.corruption, prepend_bos)
         said = [_said(model, fact, embeddings, prepend_bos) for fact, embeddings in zip(facts, noised, strict=True)]
@@ -165,18 +165,18 @@ class Reverse:
 
 
 def set_subjects(rows: Sequence[tuple[EditTarget, tuple[int, int]]]) -> list[Hook]:
-    """What puts the embeddings that wishes give into a batch.
+    """What puts the embeddings that targets give into a batch.
 
     Args:
-        rows: Of each row, the wish it is of, and where its subject lies, (start, stop).
+        rows: For each row, the target it is of, and where its subject lies, (start, stop).
 
     Returns:
-        A hook at the embeddings; none if no wish gives any.
+        A hook at the embeddings; none if no target gives any.
     """
     given = [
         (row, start, stop, embeddings)
-        for row, (wish, (start, stop)) in enumerate(rows)
-        if (embeddings := wish.spelt(stop - start)) is not None
+        for row, (target, (start, stop)) in enumerate(rows)
+        if (embeddings := target.spelt(stop - start)) is not None
     ]
     if not given:
         return []

@@ -29,7 +29,7 @@ from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.ledger import base_fingerprint
 
 
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
 class RoutedEdit:
     """Keys and values beside a model, and hooks that look them up. Nothing is written into the model.
 
@@ -247,10 +247,10 @@ class Reach:
 
     Attributes:
         radius: The router's.
-        own: Of each stored key, its own subject's farthest key over prompt and paraphrases: beyond the radius
+        own: For each stored key, its own subject's farthest key over prompt and paraphrases: beyond the radius
             the router misses it, [fact].
-        among: Of each stored key, the nearest key of another of the router's subjects; inf for one fact, [fact].
-        others: Of each other subject, its distance from the nearest stored key: within the radius the router answers
+        among: For each stored key, the nearest key of another of the router's subjects; inf for one fact, [fact].
+        others: For each other subject, its distance from the nearest stored key: within the radius the router answers
             for it, [other].
     """
 

@@ -21,26 +21,26 @@ class TrainingRows:
     """The rows of one target: each context and the prompt, followed by the target but its last token.
 
     Attributes:
-        wish: What is wanted.
+        edit_target: What is wanted.
         rows: Token ids.
         subject: Where it lies in each row, (start, stop).
         target: The target's ids in each row.
     """
 
-    wish: EditTarget
+    edit_target: EditTarget
     rows: tuple[Int[Tensor, "_"], ...]
     subject: tuple[tuple[int, int], ...]
     target: tuple[Int[Tensor, "_"], ...]
 
     @classmethod
-    def of(cls, model: Model, wish: EditTarget, contexts: Sequence[str], prepend_bos: bool) -> TrainingRows:
+    def of(cls, model: Model, edit_target: EditTarget, contexts: Sequence[str], prepend_bos: bool) -> TrainingRows:
         """Align a fact's prompt and target after each context."""
-        found = [align(model.tokenizer, wish.fact, prepend_bos=prepend_bos, prefix=x) for x in contexts]
+        found = [align(model.tokenizer, edit_target.fact, prepend_bos=prepend_bos, prefix=x) for x in contexts]
         targets = tuple(row.new_ids for row in found if row.new_ids is not None)
         if len(targets) < len(found):
-            raise ValueError(f"the wish of {wish.fact.name!r} has no target_new: the objective must name one")
+            raise ValueError(f"the target of {edit_target.fact.name!r} has no target_new: the objective must name one")
         rows = tuple(torch.cat([row.ids, target[:-1]]) for row, target in zip(found, targets, strict=True))
-        return cls(wish, rows, tuple(row.subject for row in found), targets)
+        return cls(edit_target, rows, tuple(row.subject for row in found), targets)
 
     def need(self, token: int, read: int) -> int:
         """Bytes of its graph, at so many a token and a logit row."""
@@ -89,7 +89,7 @@ class TrainingBatch:
         ]
         with torch.no_grad():
             place = resid_pre(first)
-            given = set_subjects([(each.wish, span) for each in some for span in each.subject])
+            given = set_subjects([(each.edit_target, span) for each in some for span in each.subject])
             stream = runner.capture(tokens, [place], stop=first, hooks=given)[place]
         where = stream.device
         return cls(
@@ -102,5 +102,5 @@ class TrainingBatch:
             fact=torch.tensor([k for k, each in enumerate(some) for _ in each.rows], device=where),
             share=torch.tensor([1 / len(each.rows) for each in some for _ in each.rows], device=where),
             length=torch.tensor([float(len(target)) for target in targets], device=where),
-            unlikely=torch.tensor([each.wish.unlikely for each in some], device=where),
+            unlikely=torch.tensor([each.edit_target.unlikely for each in some], device=where),
         )

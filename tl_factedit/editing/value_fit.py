@@ -20,7 +20,7 @@ class ValueFit:
 
     Attributes:
         steps: Evaluations of the loss; one fewer updates (the last one is only read).
-        lr: Of Adam.
+        lr: Adam's step size.
         kl_weight: a, the weight of what the subject is said to be staying as it was.
         decay: b, the weight of ‖δ‖ / ‖v‖².
         clamp: ‖δ‖ is kept at or below this many ‖v‖.

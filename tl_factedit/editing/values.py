@@ -1,4 +1,4 @@
-"""What an edit is to write: v*, the value that makes the model say the new object. The only gradient loop.
+"""What an edit is to write: v*, the value that makes the model say the new object.
 
     L(δ) = mean_j −1/T Σ_i log p(o_i | x_j + prompt; v + δ)  +  a · KL(p_δ ‖ p_0)  +  b · ‖δ‖ / ‖v‖²
 
@@ -38,7 +38,7 @@ TRIAL = 8
 @plain_torch()
 def fit_values(
     model: Model,
-    wishes: Sequence[Fact | EditTarget],
+    targets: Sequence[Fact | EditTarget],
     layer: int,
     contexts: Sequence[str],
     *,
@@ -48,14 +48,14 @@ def fit_values(
     memory: float = 2.0,
     progress: bool = True,
 ) -> list[Fitted]:
-    """Find, for each wish, the δ that makes the model go on with its fact's ``target_new`` (or not, if it says so).
+    """Find, for each target, the δ that makes the model go on with its fact's ``target_new`` (or not, if it says so).
 
     Args:
         model: Either class; its weights don't change.
-        wishes: What is wanted; a fact alone: that its ``target_new`` becomes likely.
+        targets: What is wanted; a fact alone: that its ``target_new`` becomes likely.
         layer: Whose output gets δ.
         contexts: Prefixes; the first must be the bare one, ``""``.
-        where: Of `Where`.
+        where: Where δ is added; see `Where`.
         fit: Hyperparameters.
         prepend_bos: BOS policy.
         memory: What activations may take, in GiB: sets how many facts are fitted at once.
@@ -71,16 +71,16 @@ def fit_values(
     """
     check_memory(memory)
     fit = fit or ValueFit()
-    wanted = [EditTarget(each) if isinstance(each, Fact) else each for each in wishes]
-    for wish in wanted:
-        if wish.fact.target_new is None:
+    wanted = [EditTarget(each) if isinstance(each, Fact) else each for each in targets]
+    for target in wanted:
+        if target.fact.target_new is None:
             raise ValueError(
-                f"fact {wish.fact.name!r} has no target_new, needed one to write: fact.but(target_new=...)"
+                f"fact {target.fact.name!r} has no target_new, needed one to write: fact.but(target_new=...)"
             )
     if not contexts or contexts[0]:
         raise ValueError('contexts must begin with the bare one, ""')
     down_proj(model, layer)
-    asked = [FitRows.of(model, wish, contexts, fit, prepend_bos) for wish in wanted]
+    asked = [FitRows.of(model, target, contexts, fit, prepend_bos) for target in wanted]
     found: dict[int, Fitted] = {}
     with (
         frozen(model),

@@ -87,7 +87,7 @@ class WeightDescent:
         self.bounds = [None if schedule.epsilon is None else bounds(site.W, schedule.epsilon) for site in sites]
         boxes = [box for box in self.bounds if box is not None]
         if boxes and all(bool((low == high).all()) for low, high in boxes):
-            names = ", ".join(repr(rows.wish.fact.name) for rows in asked[:3])
+            names = ", ".join(repr(rows.edit_target.fact.name) for rows in asked[:3])
             warnings.warn(
                 f"the edit of {names} can't change the answer: epsilon is {schedule.epsilon}, less than what "
                 f"{sites[0].W.dtype} resolves at any entry: take a larger one, or load the model in float32",
@@ -167,8 +167,8 @@ class WeightDescent:
                 probs[i].append(float(prob[k]))
                 if not torch.isfinite(loss[k]):
                     raise RuntimeError(
-                        f"the loss of {self.asked[i].wish.fact.name!r} is {losses[i][-1]} after {self.adam.updates} "
-                        "updates: lower lr, or load the model in float32"
+                        f"the loss of {self.asked[i].edit_target.fact.name!r} is {losses[i][-1]} after "
+                        f"{self.adam.updates} updates: lower lr, or load the model in float32"
                     )
         return total
 
@@ -190,7 +190,7 @@ class WeightDescent:
 
     def _below(self, pieces: Sequence[TrainingBatch], losses: Sequence[Sequence[float]]) -> bool:
         facts = [i for piece in pieces for i in piece.facts]
-        if any(self.asked[i].wish.unlikely for i in facts):
+        if any(self.asked[i].edit_target.unlikely for i in facts):
             return False
         return sum(losses[i][-1] for i in facts) / len(facts) < self.schedule.stop_below
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, in_null_space, null_space
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import bos_of, check_contexts, check_objective
-from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, by_layer, layerwise_edit
+from tl_factedit.editing.inputs import bos_of, check_number
+from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, check_layerwise, layerwise_edit
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
@@ -67,12 +66,12 @@ class AlphaEdit:
 
     def __post_init__(self) -> None:
         """Check the choices."""
-        check_memory(self.memory)
-        object.__setattr__(self, "stats", by_layer(self.stats))
+        object.__setattr__(self, "stats", check_layerwise(self, ridge=None))
         if self.threshold is None and self.share is None:
             object.__setattr__(self, "share", 0.02)
         if self.threshold is not None and self.share is not None:
             raise ValueError(f"threshold is {self.threshold} and share is {self.share}, needed one of the two")
+        check_number("weight", self.weight)
         if not self.weight > 0:
             raise ValueError(f"weight is {self.weight}, needed more than 0")
         if isinstance(self.earlier, Edit):
@@ -89,8 +88,6 @@ class AlphaEdit:
                     f"the statistics of layer {stats.layer} are the identity, in which no direction holds less than "
                     "another: collect them with key_stats"
                 )
-        check_objective(self.objective)
-        check_contexts(self.contexts)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:

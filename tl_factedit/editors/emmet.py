@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import least_squares
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import check_contexts, check_objective, check_ridge, factor
-from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, by_layer, layerwise_edit
+from tl_factedit.editing.inputs import check_number, factor
+from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, check_layerwise, layerwise_edit
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.stats.key_stats import KeyStats
@@ -59,13 +58,10 @@ class Emmet:
 
     def __post_init__(self) -> None:
         """Check the choices."""
-        check_memory(self.memory)
-        object.__setattr__(self, "stats", by_layer(self.stats))
+        object.__setattr__(self, "stats", check_layerwise(self, ridge=self.ridge))
+        check_number("weight", self.weight)
         if not self.weight >= 0:
             raise ValueError(f"weight is {self.weight}, needed 0 or more")
-        check_ridge(self.ridge)
-        check_objective(self.objective)
-        check_contexts(self.contexts)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:

@@ -109,7 +109,7 @@ class FineTune:
         bos = inputs.prepend_bos
         contexts = prefixes(self.contexts, model)
         with frozen(model):
-            targets = self.objective.wishes(model, inputs.facts, prepend_bos=bos)
+            targets = self.objective.targets(model, inputs.facts, prepend_bos=bos)
             rows = [TrainingRows.of(model, target, contexts, bos) for target in targets]
             try:
                 tuned = WeightDescent(Runner(model), rows, sites, self).run()

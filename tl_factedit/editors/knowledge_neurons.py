@@ -1,4 +1,4 @@
-"""Knowledge neurons: the entries of keys that an object's probability hangs on, and the rows of ``W_out`` behind them.
+"""Knowledge neurons: the entries of keys that an object's probability depends on, and their rows of ``W_out``.
 
     Attr_i = k_i · ∫₀¹ ∂P(o | x) / ∂k_i (α k) dα          integrated gradients, at the last token of the prompt x
 
@@ -131,7 +131,7 @@ class KnowledgeNeurons:
                     }
                     for neurons in shared
                 ],
-                targets=self.objective.wishes(model, inputs.facts, prepend_bos=inputs.prepend_bos),
+                targets=self.objective.targets(model, inputs.facts, prepend_bos=inputs.prepend_bos),
                 at="end",
             )
 

@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import check_contexts, check_objective, check_ridge, factor
+from tl_factedit.editing.inputs import factor
 from tl_factedit.editing.layerwise import (
     MEMIT_CONTEXTS,
     MEMIT_FIT,
     Solver,
-    by_layer,
+    check_layerwise,
     check_weight,
     layerwise_edit,
     regularised,
@@ -70,14 +69,10 @@ class Memit:
 
     def __post_init__(self) -> None:
         """Check the choices."""
-        check_memory(self.memory)
-        object.__setattr__(self, "stats", by_layer(self.stats))
+        object.__setattr__(self, "stats", check_layerwise(self, ridge=self.ridge))
         if self.weight is None and self.unmet is None:
             object.__setattr__(self, "weight", 15_000.0)
         check_weight(self.weight, self.unmet)
-        check_ridge(self.ridge)
-        check_objective(self.objective)
-        check_contexts(self.contexts)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:

@@ -125,8 +125,8 @@ class Rome:
     def each(self, model: Model, facts: Sequence[Fact]) -> list[Edit]:
         """Make an edit of each fact, as if it were the only one; the weights are as before when it returns.
 
-        The same edits as of a call for each, but for rounding, in about half the time: contexts are drawn once, and
-        the values of many facts are fitted together. What an `audit` of many single edits wants.
+        The same edits as calling Rome on each fact, up to rounding, in about half the time: contexts are drawn once,
+        and the values of many facts are fitted together. What an `audit` of many single edits wants.
 
         Raises:
             ValueError: As for one fact; or a fact that is given twice.
@@ -149,7 +149,7 @@ class Rome:
         contexts = prefixes(self.contexts, model)
         with frozen(model):
             # Each by itself, as some objectives look at all facts they are given (the spread of their embeddings).
-            targets = [self.objective.wishes(model, [fact], prepend_bos=bos)[0] for fact in inputs.facts]
+            targets = [self.objective.targets(model, [fact], prepend_bos=bos)[0] for fact in inputs.facts]
             fits = fit_values(
                 model,
                 targets,

@@ -1,5 +1,6 @@
 """What a change does: scores, specificity, drift, gains."""
 
+from tl_factedit.core.namespaces import shows
 from tl_factedit.evaluation.attribution import PositionAttribution, attribute_positions
 from tl_factedit.evaluation.coverage import Coverage, gain_coverage
 from tl_factedit.evaluation.dose import Dose, dose_curve
@@ -30,3 +31,5 @@ __all__ = [
     "TokenAccuracy",
     "token_accuracy",
 ]
+
+__dir__ = shows(__all__)

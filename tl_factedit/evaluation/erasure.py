@@ -21,6 +21,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
+from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.measure.likelihood import Request, log_probs
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -51,7 +52,8 @@ class ErasureSuccess:
 
     def __repr__(self) -> str:
         """Both shares in a line."""
-        return f"ErasureSuccess({len(self.facts)} facts: prompt {self.prompt:.2f}, paraphrase {self.paraphrase:.2f})"
+        facts = counted(len(self.facts), "fact")
+        return f"ErasureSuccess({facts}: prompt {self.prompt:.2f}, paraphrase {self.paraphrase:.2f})"
 
 
 @plain_torch()

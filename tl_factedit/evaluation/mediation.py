@@ -33,6 +33,7 @@ from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, pad
+from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FirstTokens, one_of, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Part, Population
 from tl_factedit.measure.reading import Reading
@@ -64,8 +65,8 @@ class Mediation:
         changed: m of the changed model, [fact].
         patched: Axes fact, place, layer, quantity: whether the old object is first (the new; the mean of the
             controls), and m.
-        share: Of the change of m that the place undoes, over facts (a ratio of means), [place layer]; NaN if m was
-            hardly changed.
+        share: The share of the change of m that the place undoes, over facts (a ratio of means), [place layer]; NaN if
+            m was hardly changed.
         old_first: How often the old object is first, [place layer].
     """
 
@@ -111,7 +112,8 @@ class Mediation:
             layer = int(self.share.mean[i].nan_to_num(-math.inf).argmax())
             shown.append(f"{component} at {where} {float(self.share.mean[i, layer]):.2f} in layer {layer}")
         return (
-            f"Mediation(largest shares: {'; '.join(shown)}; {int(self.known.sum())} of {len(self.facts)} facts known)"
+            f"Mediation(largest shares: {'; '.join(shown)}; {int(self.known.sum())} of "
+            f"{counted(len(self.facts), 'fact')} known)"
         )
 
 

@@ -39,11 +39,11 @@ class Specificity:
         facts: The changed facts.
         same_subject: What was asked, each about the subject of one of the facts.
         of_fact: Which fact's change each was asked under, [question].
-        answered_before: In the unedited model, [question].
-        answered_after: In the changed one, [question].
+        answered_before: Whether the unedited model answers rightly, [question].
+        answered_after: Whether the changed one does, [question].
         moved: Kullback-Leibler divergence of the next token after the prompt, changed from unedited, nats, [question].
         before: Share answered by the unedited model.
-        kept: Of these, the share that the changed model answers.
+        kept: The share of these that the changed model answers.
         kl: Mean of `moved`.
     """
 

@@ -1,5 +1,6 @@
 """Where is a fact recalled? Causal tracing."""
 
+from tl_factedit.core.namespaces import shows
 from tl_factedit.locate import metrics
 from tl_factedit.locate.agreement import CorruptionComparison, compare_corruptions
 from tl_factedit.locate.calibration import calibrate_noise, embedding_std
@@ -22,3 +23,5 @@ __all__ = [
     "UnitTrace",
     "trace_units",
 ]
+
+__dir__ = shows(__all__)

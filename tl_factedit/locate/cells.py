@@ -25,7 +25,7 @@ class Question:
         fact: The fact.
         row: Its prompt.
         corrupted: Its subject's corrupted embeddings, [sample position d_model].
-        contrast: Of `metrics.MetricInput`.
+        contrast: As in `metrics.MetricInput`.
     """
 
     fact: Fact

@@ -152,7 +152,7 @@ def zhang2023(
         model: Either class.
         facts: Facts that share prompts: each one's donor is found among the others.
         component: What is restored.
-        window: Of layers that are restored together; they also show 3, 5 and 10.
+        window: How many layers are restored together; they also show 3, 5 and 10.
         samples: How many donors a fact has at most; theirs have one.
         prepend_bos: Whether prompts begin with BOS; None for the model's default.
         memory: As in `causal_trace`.

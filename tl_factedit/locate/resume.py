@@ -1,4 +1,4 @@
-"""Traces of many facts in a folder, gone on with after a kill."""
+"""Traces of many facts in a folder, resumed after a kill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TracePart:
     Attributes:
         effect: IE of each sample, NaN-free.
         clean: The metric of its clean run, for each sample.
-        corrupted: Of its corrupted runs.
+        corrupted: Those of its corrupted runs.
         top: The token that the clean model puts first.
     """
 

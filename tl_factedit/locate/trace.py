@@ -58,7 +58,7 @@ def causal_trace(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Trace:
-    """Trace where a model's recall of some facts passes through.
+    """Trace where a model's recall of some facts passes through (Meng et al. 2022, arXiv:2202.05262, sec. 2.1).
 
     Args:
         model: Either class.
@@ -77,11 +77,11 @@ def causal_trace(
             values into the clean run (what is needed).
         prepend_bos: Whether prompts begin with BOS; None for the model's default.
         memory: What activations may take, in GiB, beside the model: sets the size of batches.
-        folder: Where to keep what is done; a call that was killed goes on from there.
+        folder: Where to keep what is done; a call that was killed resumes there.
         progress: Whether to show a bar on what takes longer than a second.
 
     Returns:
-        The trace.
+        The trace; its ``effect`` is [fact layer pos], NaN at positions that a shorter prompt hasn't got.
 
     Raises:
         ValueError: A subject or target can't be aligned with its tokens; unknown component or metric; a fact given

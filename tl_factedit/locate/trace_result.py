@@ -40,7 +40,7 @@ class BestCell(NamedTuple):
     effect: float
 
 
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
 class Trace:
     """The result of `causal_trace`.
 

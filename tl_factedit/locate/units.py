@@ -25,6 +25,7 @@ from tl_factedit.backend.weights import n_units
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.tokens import Aligned
+from tl_factedit.core.words import counted
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
 from tl_factedit.locate.corruption import Corruption, GaussianNoise
 from tl_factedit.locate.inputs import align_all, ask, check_contrasts
@@ -106,8 +107,9 @@ class UnitTrace:
         """Size and the largest effect in a line."""
         mean = self.effect.nanmean(0)
         i, j = divmod(int(mean.argmax()), len(self.units))
+        facts = counted(len(self.facts), "fact")
         return (
-            f"UnitTrace({len(self.facts)} facts, {len(self.layers)} layers × {len(self.units)} {self.unit}s at the "
+            f"UnitTrace({facts}, {len(self.layers)} layers × {len(self.units)} {self.unit}s at the "
             f"{self.at} token: largest mean effect {float(mean.max()):.3f}, {self.unit} {self.units[j]} of layer "
             f"{self.layers[i]}; total effect {float(self.total_effect.nanmean()):.3f})"
         )

@@ -33,7 +33,7 @@ def excess(
         control: The mean of the same over control objects.
         tests: How many cells are looked at for one claim: the intervals are at 95 % for all of them together
             (Bonferroni: each at 1 − .05 / tests).
-        seed: Of the resampling; facts are resampled for all cells together.
+        seed: Seed of the bootstrap over facts (one resampling for all cells).
     """
     shape, count = old.shape[1:], len(old)
     if not old.numel():

@@ -123,7 +123,7 @@ def at_the_ends(
     """Logits after each of some token rows, with the row's place; in no particular order.
 
     Args:
-        runner: Of the model; call inside `frozen` and ``torch.no_grad``.
+        runner: Runs the model; call inside `frozen` and ``torch.no_grad``.
         rows: Token ids.
         batch_tokens: Most tokens in one forward pass.
         hooks: Active meanwhile; they must not depend on which rows are batched together.

@@ -22,7 +22,7 @@ def log_probs(
     """Log-probability of each token of each target after its prompt, teacher-forced.
 
     Args:
-        runner: Of the model; call inside `frozen` and ``torch.no_grad``.
+        runner: Runs the model; call inside `frozen` and ``torch.no_grad``.
         requests: (prompt ids, target ids) pairs; equal prompts with one-token targets share a row.
         hooks: Active during the passes; they must not depend on which rows are batched together.
         batch_tokens: Most tokens in one forward pass.

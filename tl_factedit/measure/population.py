@@ -6,7 +6,7 @@ serves. Everything that measures takes a population, and reads both models by it
     population = Population.of(model, edit, facts, folder="kept")
     before, after = population.read("name", read, settings=...)       # read: (Runner, indices) -> [fact …]
 
-What is read is kept in the population's folder, if it has one, so that every measurement goes on after a kill.
+What is read is kept in the population's folder, if it has one, so that every measurement resumes after a kill.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
 from tl_factedit.core.cache import Cache
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.words import counted
 from tl_factedit.measure.change import Change, Changed, Digested, asked_as, identity
 from tl_factedit.measure.first_tokens import FirstTokens, are_known
 
@@ -38,7 +39,7 @@ Read: TypeAlias = Callable[[Runner, tuple[int, ...]], T]
 """Reads a model, through a runner, of the facts at some indices: gives tensors, numbers, text, tuples of these."""
 
 Settings: TypeAlias = Any | Callable[[tuple[int, ...]], Any]
-"""What a reading hangs on beside facts, models and BOS, as plain data; or a function that says it of some facts."""
+"""What a reading depends on beside facts, models and BOS, as plain data; or a function that says it of some facts."""
 
 BATCH_TOKENS = 4096
 """Most tokens in one forward pass, unless told otherwise."""
@@ -123,7 +124,7 @@ class Population:
             facts: What to ask.
             reference: See `Population`.
             prepend_bos: BOS policy; None for the change's own, or the model's default.
-            folder: Where to keep what is read; a call that was killed goes on from there, and one of more facts is only
+            folder: Where to keep what is read; a call that was killed resumes there, and one of more facts is only
                 asked what is new.
             progress: Whether to show a bar on what takes longer than a second.
 
@@ -180,17 +181,21 @@ class Population:
         def read(runner: Runner, indices: tuple[int, ...]) -> Tensor:
             return are_known(runner, [asked[i] for i in indices], BATCH_TOKENS)
 
-        return self.unedited("known", read)
+        return self.unedited("known", read, settings=())
 
     @plain_torch()
-    def unedited(self, name: str, read: Read[T], *, settings: Settings = (), kinds: Sequence[type] = ()) -> T:
+    def unedited(self, name: str, read: Read[T], *, settings: Settings, kinds: Sequence[type] = ()) -> T:
         """The reading of the unedited model, of all facts.
 
         Args:
             name: The measurement's, in words that can be a file's name.
             read: What to read. It is called without gradients, inside `frozen`.
-            settings: Everything else that the reading hangs on (`Settings`).
+            settings: Everything else the reading depends on, as plain data, such as ``repr(self)`` of a frozen
+                dataclass. Readings with the same name and equal settings are taken for one another.
             kinds: The dataclasses of this package that `read` may return.
+
+        Returns:
+            What `read` returns, called once with all facts.
         """
 
         def compute() -> T:
@@ -200,7 +205,7 @@ class Population:
         return self.keep(f"{name} before", None, compute, settings=settings, kinds=kinds)
 
     def each(
-        self, name: str, read: Read[T], *, settings: Settings = (), kinds: Sequence[type] = ()
+        self, name: str, read: Read[T], *, settings: Settings, kinds: Sequence[type] = ()
     ) -> Iterator[tuple[Part, T]]:
         """Each change's reading of the facts that it serves, with the part, in order.
 
@@ -209,6 +214,9 @@ class Population:
             read: What to read, with the change applied; it is called without gradients, inside `frozen`.
             settings: As in `unedited`.
             kinds: As in `unedited`.
+
+        Returns:
+            An iterator of pairs of a part and what `read` returns for the part's facts, in the order of its indices.
         """
         silent = not self.progress or len(self.parts) == 1
         base = self._base()
@@ -221,17 +229,35 @@ class Population:
             yield part, self.keep(name, part, compute, settings=settings, kinds=kinds, base=base)
 
     def read(
-        self, name: str, read: Read[Float[Tensor, "fact *rest"]], *, settings: Settings = ()
+        self, name: str, read: Read[Float[Tensor, "fact *rest"]], *, settings: Settings
     ) -> tuple[Float[Tensor, "fact *rest"], Float[Tensor, "fact *rest"]]:
-        """Readings before and after the change, one row a fact; see `unedited` and `each`."""
+        """Readings before and after the change; see `unedited` and `each`.
+
+        Args:
+            name: As in `unedited`.
+            read: What to read, one row for each of the facts that it is asked.
+            settings: As in `unedited`.
+
+        Returns:
+            Of the unedited and of the changed model, one row a fact, in the order of `facts`.
+        """
         before = self.unedited(name, read, settings=settings)
         return before, self.after(name, read, settings=settings)
 
     @plain_torch()
     def after(
-        self, name: str, read: Read[Float[Tensor, "fact *rest"]], *, settings: Settings = ()
+        self, name: str, read: Read[Float[Tensor, "fact *rest"]], *, settings: Settings
     ) -> Float[Tensor, "fact *rest"]:
-        """The reading after the change, one row a fact; see `each`."""
+        """The reading after the change; see `each`.
+
+        Args:
+            name: As in `unedited`.
+            read: As in `read`.
+            settings: As in `unedited`.
+
+        Returns:
+            One row a fact, in the order of `facts`, each of the change that serves it.
+        """
         rows: list[Tensor] = [torch.empty(0)] * len(self.facts)
         for part, found in self.each(name, read, settings=settings):
             for i, row in zip(part.indices, found, strict=True):
@@ -244,7 +270,7 @@ class Population:
         part: Part | None,
         compute: Callable[[], T],
         *,
-        settings: Settings = (),
+        settings: Settings,
         kinds: Sequence[type] = (),
         base: Any = None,
     ) -> T:
@@ -261,18 +287,18 @@ class Population:
         if self.cache is None:
             return compute()
         indices = tuple(range(len(self.facts))) if part is None else part.indices
-        hangs_on = {
+        depends_on = {
             "facts": [asdict(self.facts[i]) for i in indices],
             "change": "none" if part is None else _origin(part.changed),
             "model": self._base() if base is None else base,
             "prepend_bos": self.prepend_bos,
             "settings": settings(indices) if callable(settings) else settings,
         }
-        found = self.cache.find(name, hangs_on, kinds)
+        found = self.cache.find(name, depends_on, kinds)
         if found is not None:
             return found[0]
         result = compute()
-        self.cache.keep(name, hangs_on, result, kinds)
+        self.cache.keep(name, depends_on, result, kinds)
         return result
 
     def _base(self) -> Any:
@@ -281,9 +307,12 @@ class Population:
 
     def __repr__(self) -> str:
         """How many facts, and under how many changes."""
-        changes = f"{len(self.parts)} changes" if isinstance(self.changed, Sequence) else type(self.changed).__name__
+        changes = (
+            counted(len(self.parts), "change") if isinstance(self.changed, Sequence) else type(self.changed).__name__
+        )
         kept = f", kept in {self.cache.folder}" if self.cache else ""
-        return f"Population({len(self.facts)} facts under {changes}, {len(self.reference)} references{kept})"
+        facts, others = counted(len(self.facts), "fact"), counted(len(self.reference), "reference")
+        return f"Population({facts} under {changes}, {others}{kept})"
 
 
 def parts_of(model: Model, changed: Changed, facts: Sequence[Fact]) -> tuple[Part, ...]:

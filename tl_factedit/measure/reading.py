@@ -32,7 +32,7 @@ class Reading:
     """Numbers read from one model.
 
     Attributes:
-        name: Of the probe.
+        name: The probe's name.
         values: The numbers, one axis for each of `axes`.
         axes: Axis names with their labels, in the order of the values' axes.
         unit: What the numbers are in.
@@ -115,8 +115,8 @@ def compare(
             model itself.
         facts: What to read about.
         prepend_bos: BOS policy that the change has to agree with; a probe runs prompts by its own.
-        folder: Where to keep the readings; a call that was killed goes on from there. The probe's ``repr`` has to say
-            all that they hang on.
+        folder: Where to keep the readings; a call that was killed resumes there. The probe's ``repr`` has to say all
+            that they depend on.
         progress: Whether to show a bar on several changes that take longer than a second.
 
     Raises:

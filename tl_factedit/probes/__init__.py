@@ -1,5 +1,6 @@
 """Probes: values that turn (model, facts) into a `Reading`. One method a file."""
 
+from tl_factedit.core.namespaces import shows
 from tl_factedit.measure.reading import Comparison
 from tl_factedit.probes.attributes import AttributeRate, Attributes, attributes_by_object
 from tl_factedit.probes.classifier import LinearClassifier
@@ -60,3 +61,5 @@ __all__ = [
     "CrossedPatchscope",
     "crossed_patchscope",
 ]
+
+__dir__ = shows(__all__)

@@ -165,8 +165,8 @@ class RandomWeights:
     """The same architecture with random weights: the numbers of each matrix in random order.
 
     Every matrix keeps its size and spread; vectors (norms, most biases) stay as they are. It is applied like an edit,
-    with ``with RandomWeights().applied(model)``, or given to `read_states_edited`. Each order hangs on the seed and on
-    the parameter's name alone: a model that was moved, cast or copied gets the same ones.
+    with ``with RandomWeights().applied(model)``, or given to `read_states_edited`. Each order depends on the seed and
+    on the parameter's name alone: a model that was moved, cast or copied gets the same ones.
 
     Attributes:
         seed: Seed of the orders.

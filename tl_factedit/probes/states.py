@@ -38,7 +38,7 @@ class Applicable(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
 class HiddenStates:
     """One vector for each fact, layer and position.
 

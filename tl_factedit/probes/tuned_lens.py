@@ -42,7 +42,7 @@ from tl_factedit.probes.states import read_states
 from tl_factedit.stats.streaming import Reader, check_amounts
 
 
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
 class TunedLens:
     """Affine translators of a model's layers: a probe with the logit lens's quantities.
 

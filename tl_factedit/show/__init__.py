@@ -7,6 +7,7 @@ tooltips and tables.
 
 from __future__ import annotations
 
+from tl_factedit.core.namespaces import shows
 from tl_factedit.show.attacks import attack
 from tl_factedit.show.edits import edit
 from tl_factedit.show.footprints import footprint
@@ -18,3 +19,5 @@ from tl_factedit.show.traces import trace
 from tl_factedit.show.verdicts import verdict
 
 __all__ = ["Picture", "attack", "average", "edit", "footprint", "report", "scores", "trace", "verdict"]
+
+__dir__ = shows(__all__)

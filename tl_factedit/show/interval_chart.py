@@ -50,7 +50,7 @@ def interval_chart(
     Args:
         rows: From top to bottom.
         title: For readers who don't see the picture.
-        x_label: Of the axis, with its unit.
+        x_label: The axis' label, with its unit.
         rule: A further mark on the axis, such as what counts.
         rule_label: What it means.
         width: In px.

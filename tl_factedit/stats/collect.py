@@ -43,7 +43,7 @@ def key_stats(
     keys of BOS are counted: every prompt has them, so an edit must spare them.
 
     With a `path` the sums so far are kept beside the final files (``….unfinished.safetensors``) until those are
-    written. The same call with the same texts goes on from there; what was counted already is read and hashed again,
+    written. The same call with the same texts resumes there; what was counted already is read and hashed again,
     but not run. The result has the same bits as that of a collection that was never interrupted (in batches of the
     same size, on as many threads).
 

@@ -32,6 +32,7 @@ from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.tokens import Aligned, align, pad
+from tl_factedit.core.words import counted
 from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION
 from tl_factedit.stats.streaming import KeyBatch, Reader, check_amounts, pieces, stream_keys
 from tl_factedit.stats.sums import mirror_, where
@@ -43,7 +44,7 @@ ENOUGH = 0.05
 """The excess damage that more tokens would still take away, at which they are no longer worth their time."""
 
 
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
 class Convergence:
     """The result of `stats_convergence`.
 
@@ -135,7 +136,7 @@ class Convergence:
         )
         enough = f"{self.enough:,} tokens are enough" if self.enough else "more tokens are wanted"
         return (
-            f"Convergence(layer {self.layer}, {len(self.facts)} facts, against {self.points[-1]:,} tokens: "
+            f"Convergence(layer {self.layer}, {counted(len(self.facts), 'fact')}, against {self.points[-1]:,} tokens: "
             f"excess damage {steps}; {enough})"
         )
 

@@ -4,7 +4,7 @@ Uncentred, over the input of ``W_out`` at every token of some text (Meng et al. 
 arXiv:2202.05262, eq. 2 and app. E.2), summed in float64.
 
 A sum is symmetric, so only its upper triangle is ever read: that is what files hold, and what a collection that was
-killed goes on from, bit for bit.
+killed resumes from, bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKENS_PER_DIMENSION = 10
 """How many tokens a second moment wants for each of its d_mlp dimensions before it is inverted as it is."""
 
 
-@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no truth value
+@dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
 class KeyStats:
     """The second moment of one layer's keys.
 

@@ -1,4 +1,4 @@
-"""Statistics that were interrupted are gone on with to the same bits."""
+"""Statistics that were interrupted are resumed, to the same bits."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tl_factedit.core.tokens import encode
 
 @dataclass(frozen=True)
 class SampledContexts:
-    """Prefixes x_j drawn from the model, so that a key and a value don't hang on one wording.
+    """Prefixes x_j drawn from the model, so that a key and a value don't depend on one wording.
 
     As in Meng et al. 2022 (app. E.5): short samples, each followed by a full stop and the prompt.
     The bare prompt is always the first context.

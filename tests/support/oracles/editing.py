@@ -1,6 +1,7 @@
 """Editing by the letter: one text, one row, one formula at a time, through TransformerLens' public hooks.
 
-No batch, no padding, no partial forward, no import of the package's own machinery.
+No batch, no padding, no partial forward, no import of the package's own machinery but the Cholesky factor of
+`whiten_key`, which tests of its errors go through.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_factedit.core.solve import cholesky, whiten
+
 Hooks = Sequence[tuple[str, Any]]
+
+
+def whiten_key(moment: Tensor, key: Tensor, *, ridge: float = 0.0) -> Tensor:
+    """``(C + ridge · tr(C)/m · I)⁻¹ k``: ROME's direction, from a second moment alone."""
+    return whiten(cholesky(moment, ridge=ridge), key)
 
 
 def second_moments(
