@@ -134,7 +134,7 @@ def test_controls_and_the_answers_of_neighbours_get_the_space_that_the_objects_h
             "France", "The capital of {} is", " Paris", " Rome", controls=("Berlin", " Oslo", ", Bonn"), **SPAIN
         )
     assert len(said) == 1
-    assert fact.controls == (" Berlin", " Oslo", ", Bo") and fact.neighbour_targets == (" Madrid",)
+    assert fact.controls == (" Berlin", " Oslo", ", Bonn") and fact.neighbour_targets == (" Madrid",)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fact.but(relation="capital").controls == fact.controls  # said once
