@@ -312,3 +312,18 @@ def test_noise_is_scaled_to_the_damage_asked_for(kind):
     for lost in (0.0, 1.0):
         with pytest.raises(ValueError, match="needed a share between 0 and 1"):
             fe.locate.calibrate_noise(model, FACTS, lost=lost)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"subject": ((0, 99),) * 4}, r"subject\[0\] is .*within"),
+        ({"subject": ((2, 2),) * 4}, r"subject\[0\] is .*within"),
+        ({"tokens": (("a",) * 50,) * 4}, r"tokens\[0\] is .*tokens, as the effects have"),
+        ({"known": (True,)}, "known is .*needed one for each of 4 facts"),
+    ],
+)
+def test_a_file_whose_spans_or_lengths_do_not_fit_is_refused(changes, said, tmp_path):
+    dataclasses.replace(traced(shared("bridge")), **changes).save(tmp_path / "trace")
+    with pytest.raises(ValueError, match=f"trace doesn't hold a valid trace .*{said}"):
+        fe.Trace.load(tmp_path / "trace")

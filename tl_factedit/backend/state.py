@@ -111,7 +111,7 @@ def users_hooks(model: Model) -> tuple[str, ...]:
         # A bridge wires some of its own modules together with permanent hooks, once it has run.
         if users:
             names = _public_names(model) if names is None else names
-            found.append(names.get(id(module), name.replace("_original_component.", "")))
+            found.append(names.get(id(module)) or name.replace("_original_component.", ""))
     return tuple(dict.fromkeys(found))
 
 

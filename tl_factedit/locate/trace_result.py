@@ -296,6 +296,7 @@ class Trace:
             facts = tuple(Fact(**fact) for fact in file.fields("facts", dict))
             file.sizes["fact"] = len(facts)
             effect = file.tensor("sample_effect", "fact layer pos sample", missing=True)
+            _check_lengths(plain, len(facts), effect.shape[2])
             return cls(
                 **sample_means(effect, file.tensor("sample_corrupted", "fact sample", missing=True)),
                 clean=file.tensor("clean", "fact", missing=True),
@@ -371,6 +372,19 @@ def sample_means(effect: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
         "corrupted": corrupted.nanmean(-1),
         "sample_corrupted": corrupted,
     }
+
+
+def _check_lengths(plain: dict[str, Any], facts: int, positions: int) -> None:
+    """Check that what a file says of each fact is there for each, and that subjects lie within their tokens."""
+    for name in ("tokens", "subject", "top", "known"):
+        if not isinstance(plain[name], tuple) or len(plain[name]) != facts:
+            raise ValueError(f"{name} is {plain[name]!r}, needed one for each of {facts} facts")
+    for i, (pieces, span) in enumerate(zip(plain["tokens"], plain["subject"], strict=True)):
+        if not isinstance(pieces, tuple) or not 0 < len(pieces) <= positions:
+            raise ValueError(f"tokens[{i}] is {pieces!r}, needed 1 to {positions} tokens, as the effects have")
+        whole = isinstance(span, tuple) and len(span) == 2 and all(type(each) is int for each in span)
+        if not whole or not 0 <= span[0] < span[1] <= len(pieces):
+            raise ValueError(f"subject[{i}] is {span!r}, needed a start and a stop within {len(pieces)} tokens")
 
 
 def _frozen(value: Any) -> Any:
