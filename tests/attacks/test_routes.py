@@ -162,3 +162,14 @@ def test_seats_are_cities_and_asides_are_the_persons_other_attributes():
     assert fe.models.organism_routes(fe.models.organism_facts("field", n=2)) == []
     with pytest.raises(ValueError, match="isn't one of the organism's people"):
         fe.models.organism_same_subject([laws.FACT])
+
+
+def test_the_white_space_of_answers_and_controls_is_mended_by_the_rule_of_facts():
+    fact = fe.Fact("France", "The capital of {} is", " Paris", " Rome")
+    with pytest.warns(UserWarning, match="'Oslo' after .* became ' Oslo'") as told:
+        route = fe.Route(fact, "Its capital's river is", " Seine ", " Tiber", controls=("Oslo", " Rhine"))
+    assert len(told) == 1
+    assert (route.prompt, route.old_answer, route.new_answer) == ("Its capital's river is", " Seine", " Tiber")
+    assert route.controls == (" Oslo", " Rhine")
+    with pytest.warns(UserWarning, match=r"answer 'Seine' goes on inside .*'isSeine'.*so do 1 more"):
+        fe.Route(fact, "Its river is", "Seine", None, controls=("Rhine",))

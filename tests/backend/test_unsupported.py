@@ -13,6 +13,7 @@ import tl_factedit as fe
 from tl_factedit.backend.causal import check_causal
 from tl_factedit.backend.protocol import UnsupportedModelError, blocks, bos_policy, kind
 from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import users_hooks
 from tl_factedit.backend.weights import down_proj
 
 
@@ -125,6 +126,18 @@ def test_a_model_that_reads_backwards_too_is_refused(which):
         Runner(model)
     with pytest.raises(UnsupportedModelError, match="isn't causal"):
         fe.causal_trace(model, laws.FACT, progress=False)
+    with pytest.raises(UnsupportedModelError, match="isn't causal"):
+        fe.KeyStats.identity(model, 1)
+    with pytest.raises(UnsupportedModelError, match="isn't causal"):
+        fe.stats.sample_texts(model, 4, length=4, progress=False)
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+@pytest.mark.parametrize("name", ["blocks.2.hook_mlp_out", "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"])
+def test_a_hook_is_named_as_its_user_names_it_and_once(which, name):
+    model = tiny.model(which, "gpt2")
+    model.add_hook(name, lambda value, hook: value)
+    assert users_hooks(model) == (name,)
 
 
 def test_a_model_without_blocks_is_refused():

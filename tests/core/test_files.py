@@ -309,3 +309,33 @@ def test_missing_values_may_be_nan_where_they_are_meant_and_never_infinite(tmp_p
                 continue
             with pytest.raises(ValueError, match="infinite"):
                 file.tensor("x", "pos", missing=True)
+
+
+def test_through_a_link_its_target_is_written(tmp_path):
+    target, link = tmp_path / "there" / "file", tmp_path / "link"
+    link.symlink_to(target)
+    for number in (1, 2):  # of which the first makes the target
+        write(link, "thing", {"n": number}, {})
+        assert link.is_symlink() and not target.is_symlink() and read(target, "thing")[0] == {"n": number}
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(OSError, match="can't be written"):
+        write(tmp_path / "circle", "thing", {}, {})
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for place, what in ((pipe, "a pipe"), (folder, "a folder"), (Path("/dev/null"), "a device")):
+        with pytest.raises(OSError, match=f"it can't be written .*{what}"):
+            write(place, "thing", {}, {})
+    assert pipe.is_fifo() and sorted(each.name for each in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+def test_the_mode_of_the_file_that_is_replaced_is_kept(tmp_path):
+    path = tmp_path / "file"
+    write(path, "thing", {"n": 1}, {})
+    for mode in (0o640, 0o444):
+        path.chmod(mode)
+        write(path, "thing", {"n": mode}, {})
+        assert path.stat().st_mode & 0o777 == mode and read(path, "thing")[0] == {"n": mode}

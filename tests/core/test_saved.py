@@ -83,6 +83,11 @@ def test_plain_data_is_written_by_json():
     assert plain["set"] == ["a", "b"]
 
 
+def estimate(**changes) -> dict:
+    fields = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4, **changes}
+    return {"result": {"class": "tl_factedit.core.estimate.Estimate", "fields": fields}}
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [
@@ -91,6 +96,10 @@ def test_plain_data_is_written_by_json():
         ({"result": {"class": "tl_factedit.core.files.write", "fields": {}}}, "which this version"),
         ({"result": {"class": "tl_factedit.core.estimate.Gone", "fields": {}}}, "which this version"),
         ({"result": {"class": "tl_factedit.core.estimate.Estimate", "fields": {"mean": 1.0}}}, "missing"),
+        (estimate(mean="0.5"), "(?s:.*)(mean of an estimate is|parameter 'mean')"),
+        (estimate(low=None), "(?s:.*)(low of an estimate is|parameter 'low')"),
+        (estimate(n=-1), "n of an estimate is -1, needed a whole number"),
+        (estimate(n=1.5), "(?s:.*)(n of an estimate is|parameter 'n')"),
         ({"result": {"tensor": "gone"}}, "it has no 'gone'"),
         ({"result": [1]}, "the result is .*needed a value of type Estimate"),
         ({"result": {}}, "it has no 'class'"),

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.spacing import continued, gap, in_one_word
+from tl_factedit.core.spacing import before_prompts, continued, gap, in_one_word
 
 
 @pytest.mark.parametrize(
@@ -123,3 +123,41 @@ def test_paraphrases_and_neighbours_lose_the_space_that_their_targets_have():
     assert (fact.paraphrases, fact.neighbours) == (("Where is {}? In",), ("Rome is in",))
     own = Fact("Eiffel", "{} is in", " Paris", neighbours=["Rome is in "], neighbour_targets=["Italy"])
     assert (own.neighbours, own.neighbour_targets) == (("Rome is in",), (" Italy",))
+
+
+SPAIN = {"neighbours": ("The capital of Spain is",), "neighbour_targets": ("Madrid",)}
+
+
+def test_controls_and_the_answers_of_neighbours_get_the_space_that_the_objects_have():
+    with pytest.warns(UserWarning, match="mended: 'Berlin' .* became ' Berlin'; 'Madrid' .* became ' Madrid'") as said:
+        fact = Fact(
+            "France", "The capital of {} is", " Paris", " Rome", controls=("Berlin", " Oslo", ", Bonn"), **SPAIN
+        )
+    assert len(said) == 1
+    assert fact.controls == (" Berlin", " Oslo", ", Bonn") and fact.neighbour_targets == (" Madrid",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fact.but(relation="capital").controls == fact.controls  # said once
+
+
+def test_where_the_objects_have_no_space_the_words_that_are_glued_are_named_and_left():
+    with pytest.warns(UserWarning) as said:
+        fact = Fact("France", "The capital of {} is", "n't Paris", controls=("Berlin",), **SPAIN)
+    others = [str(each.message) for each in said if "control" in str(each.message)]
+    assert others == [
+        "control 'Berlin' goes on inside the prompt's last word ('isBerlin'): begin it with a space if it is a new "
+        "word; so do 1 more"
+    ]
+    assert fact.controls == ("Berlin",)
+
+
+def test_scripts_without_spaces_and_parts_of_words_in_controls_are_left():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Fact("法国", "{}的首都是", "巴黎", controls=["柏林"]).controls == ("柏林",)
+        assert Fact("Rome", "{} is in", " Italy", controls=["'s", "\nSpain"]).controls == ("'s", "\nSpain")
+
+
+def test_contexts_end_in_a_space_where_the_script_has_one():
+    given = ("", "I know this.", "Yes ", "Line\n", "我知道。", "He said (", 'He said "')
+    assert [before_prompts(each) for each in given] == ["", "I know this. ", *given[2:]]

@@ -8,6 +8,7 @@ import pytest
 
 from tl_factedit import data
 from tl_factedit.core.facts import Fact
+from tl_factedit.data.benchmarks import read_json
 from tl_factedit.data.real_world import RELATIONS, world
 
 COUNTERFACT = [
@@ -457,3 +458,10 @@ def test_new_objects_vary_within_a_relation():
     for relation in RELATIONS:
         new = {fact.target_new for fact in WORLD if fact.relation == relation.name}
         assert len(new) >= 5, relation.name
+
+
+def test_a_cut_line_of_jsonl_is_said_by_its_number(tmp_path):
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": ')
+    with pytest.raises(ValueError, match=r"cut\.jsonl isn't JSON: line 4, column 7"):
+        read_json(path)

@@ -10,7 +10,7 @@ import torch
 from test_edit import made
 
 import tl_factedit as fe
-from tl_factedit.editing.concerns import concerns_of_fits, failed
+from tl_factedit.editing.concerns import concerns_of_fits, failed, probability
 
 LAST = 3
 FIT = fe.ValueFit(steps=12)
@@ -64,7 +64,8 @@ def test_an_edit_that_did_nothing_says_so(knowing, case):
     (said,) = [concern for concern in edit.concerns if "its probability is" in concern]
     likely = "unlikely" if fit["unlikely"] else "likely"
     assert f"{fit['target']!r} was to become {likely}" in said
-    assert f"{fit['prob_after']:.2g} with the edit" in said
+    assert f"{probability(fit['prob_after'])} with the edit" in said
+    assert "mid-prompt" not in said
     assert f"  concern: {said}" in repr(edit)
     with pytest.warns(fe.EditWarning, match="was to become"), edit.applied(knowing):
         pass
@@ -112,6 +113,20 @@ def test_what_the_last_layer_writes_in_mid_prompt_reaches_no_answer_and_that_is_
         edit = made_by(name, knowing, **options)
     assert edit.fits[0]["prob_after"] == pytest.approx(edit.fits[0]["prob_before"], abs=1e-3)
     assert any("its probability is" in concern for concern in edit.concerns)
+    assert any("take a lower layer (what the last one writes at a subject" in concern for concern in edit.concerns) == (
+        name != "router"  # which hasn't layers of its own
+    )
+    assert not any("lower the weight" in concern for concern in edit.concerns)
+
+
+def test_probabilities_near_1_are_told_apart():
+    assert [probability(p) for p in (0.123, 0.99, 0.99912, 0.999999, 1.0)] == [
+        "0.12",
+        "0.99",
+        "1 − 0.00088",
+        "1 − 1e-06",
+        "1",
+    ]
 
 
 def test_where_the_prompt_ends_with_its_subject_the_last_layer_will_do(knowing):

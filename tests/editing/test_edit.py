@@ -738,3 +738,13 @@ def test_where_warnings_are_errors_nothing_is_written(model):
             with pytest.raises(fe.EditWarning):
                 edit.apply_(model)
             laws.assert_same(before, laws.state(model))
+
+
+def test_a_file_whose_fits_or_diagnostics_do_not_fit_is_refused(model, tmp_path):
+    edit, path = made(model), tmp_path / "edit"
+    dataclasses.replace(edit, fits=(*edit.fits, {}, {})).save(path)
+    with pytest.raises(ValueError, match=r"edit doesn't hold a valid edit \(fits are .*needed one for each"):
+        fe.Edit.load(path)
+    dataclasses.replace(edit, diagnostics=tuple(dataclasses.replace(d, layer=17) for d in edit.diagnostics)).save(path)
+    with pytest.raises(ValueError, match="diagnostics are of layer 17"):
+        fe.Edit.load(path)

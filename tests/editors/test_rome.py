@@ -409,3 +409,13 @@ def test_a_forward_that_fails_from_within_leaves_everything_as_it_was(failing, m
         monkeypatch.undo()
     # A RuntimeError in the trial of packing is taken as an answer; the next pass raises it again.
     assert len(calls) in (call, call + (error is RuntimeError))
+
+
+def test_own_contexts_get_the_space_before_the_prompt_and_it_is_said_once(case):
+    model, stats = case
+    with pytest.warns(UserWarning, match=r"context 'I know.' became 'I know. ', and so did 1 more") as said:
+        glued = editor(stats, contexts=("I know.", "Yes: ", "So"))(model, [laws.FACT])
+    assert len([each for each in said if "context" in str(each.message)]) == 1
+    apart = editor(stats, contexts=("I know. ", "Yes: ", "So "))(model, [laws.FACT])
+    assert glued.contexts == apart.contexts == ("", "I know. ", "Yes: ", "So ")
+    assert torch.equal(glued.keys[apart.layers[0]], apart.keys[apart.layers[0]])

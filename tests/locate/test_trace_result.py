@@ -149,6 +149,30 @@ def test_the_repr_says_when_the_last_subject_token_carries_nothing_and_where_the
     assert not planted((2, place("last subject"), -0.3)).carries_subject
 
 
+def test_what_is_said_of_several_facts_is_of_the_known_ones():
+    trace = traced(shared("bridge"))
+    effect = torch.zeros_like(trace.effect)
+    last = [stop - 1 for _, stop in trace.subject]
+    effect[0, 1, last[0]], effect[1, 3, last[1]] = 0.3, 0.9
+    total = {"clean": torch.tensor([0.6, 0.9, 0.1, 0.2]), "corrupted": torch.tensor([0.1, 0.0, 0.9, 0.8])}
+    some = made(effect, known=(True, False, False, False), **total)
+    assert some.counted == (True, False, False, False) and some.peak_layer == 1
+    assert "3 not known and left out here" in repr(some) and "clean 0.600, corrupted 0.100" in repr(some)
+    assert "peaks at layer 1 with 0.300" in repr(some)
+    none = made(effect, known=(False,) * 4, **total)
+    assert none.counted == (True,) * 4 and none.peak_layer == 3 and "4 not known," in repr(none)
+
+
+def test_total_effects_of_opposite_sign_do_not_make_a_small_effect_large():
+    trace = traced(shared("bridge"))
+    effect = torch.zeros_like(trace.effect)
+    for i, (_, stop) in enumerate(trace.subject):
+        effect[i, 1, stop - 1] = 0.01
+    corrupted = torch.tensor([0.1, 0.1, 0.9, 0.8])
+    mixed = made(effect, clean=torch.full((4,), 0.5), corrupted=corrupted, known=(True,) * 4)
+    assert not mixed.carries_subject and "carries nothing" in repr(mixed)
+
+
 def test_the_best_share_of_noise_alone_is_nothing():
     """Its reason to exist: the plain maximum over tokens of pure noise is far above 0."""
     noise = 0.1 * torch.randn(4, 4, 9, 4, generator=torch.Generator().manual_seed(0))
@@ -288,3 +312,18 @@ def test_noise_is_scaled_to_the_damage_asked_for(kind):
     for lost in (0.0, 1.0):
         with pytest.raises(ValueError, match="needed a share between 0 and 1"):
             fe.locate.calibrate_noise(model, FACTS, lost=lost)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"subject": ((0, 99),) * 4}, r"subject\[0\] is .*within"),
+        ({"subject": ((2, 2),) * 4}, r"subject\[0\] is .*within"),
+        ({"tokens": (("a",) * 50,) * 4}, r"tokens\[0\] is .*tokens, as the effects have"),
+        ({"known": (True,)}, "known is .*needed one for each of 4 facts"),
+    ],
+)
+def test_a_file_whose_spans_or_lengths_do_not_fit_is_refused(changes, said, tmp_path):
+    dataclasses.replace(traced(shared("bridge")), **changes).save(tmp_path / "trace")
+    with pytest.raises(ValueError, match=f"trace doesn't hold a valid trace .*{said}"):
+        fe.Trace.load(tmp_path / "trace")

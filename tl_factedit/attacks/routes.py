@@ -11,6 +11,7 @@ A route counts only if the unedited model goes it: if, of the answers offered, i
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
-from tl_factedit.core.facts import Fact
+from tl_factedit.core.facts import Fact, glued
+from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside
 from tl_factedit.core.tokens import continuation, encode
 from tl_factedit.measure.change import identity
 from tl_factedit.measure.excess import excess_of
@@ -42,7 +44,7 @@ QUANTITIES = ("old_first", "new_first", "control_first")
 class Route:
     """A prompt whose answer follows from a fact.
 
-    Answers are continuations of the prompt, letter for letter, as `Fact`'s targets are.
+    Answers are continuations of the prompt, letter for letter but for the white space that `Fact` mends too.
 
     Attributes:
         fact: What it follows from.
@@ -54,6 +56,9 @@ class Route:
 
     Raises:
         ValueError: The prompt or an answer is empty, or the prompt has a ``"{}"`` left.
+
+    Warns:
+        UserWarning: White space was mended, or an answer goes on inside the prompt's last word.
     """
 
     fact: Fact
@@ -75,6 +80,25 @@ class Route:
         if "{}" in self.prompt:
             raise ValueError(f'prompt {self.prompt!r} has a "{{}}", needed the whole text: write fact.fill(prompt)')
         object.__setattr__(self, "controls", tuple(self.controls))
+        self._mend_spaces()
+
+    def _mend_spaces(self) -> None:
+        """Mend the white space of prompt and answers by the rule of facts, and say so once."""
+        mending, was = Mending(), self.prompt
+        answers = [self.old_answer, self.new_answer]
+        prompt = mending.prompt(was, [*answers, *self.controls])
+        answers = [None if each is None else mending.target(each, prompt, was) for each in answers]
+        apart = all_spaced(answers)
+        controls = tuple(mending.target(each, prompt, was, spaced=apart) for each in self.controls)
+        for name, value in zip(("prompt", "old_answer", "new_answer"), (prompt, *answers), strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "controls", controls)
+        if mending.said:
+            warnings.warn(f"white space of route {prompt!r} was mended: {'; '.join(mending.said)}", stacklevel=4)
+        inside = [each for each in (*answers, *controls) if each is not None and goes_on_inside(prompt, each)]
+        if inside:
+            more = f"; so do {len(inside) - 1} more" if inside[1:] else ""
+            warnings.warn(glued("answer", prompt, inside[0]) + more, stacklevel=4)
 
     @property
     def tells_apart(self) -> bool:

@@ -91,9 +91,17 @@ def one_thread(model: Model) -> Iterator[None]:
 
 
 def users_hooks(model: Model) -> tuple[str, ...]:
-    """The names of the places where a user, or another tool, has hooked something into the model."""
+    """The names of the places where a user, or another tool, has hooked something into the model, each once.
+
+    A bridge has a place under several names, some of them internal: the one that both classes have is given.
+    """
     found: list[str] = []
+    names: dict[int, str] | None = None
+    seen: set[int] = set()
     for name, module in ((n, m) for root in _roots(model) for n, m in root.named_modules()):
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         handles = getattr(module, "fwd_hooks", None)  # a HookPoint's
         if handles:
             users = not all(handle.is_permanent and _is_theirs(handle.user_hook) for handle in handles)
@@ -102,8 +110,19 @@ def users_hooks(model: Model) -> tuple[str, ...]:
             users = not all(map(_is_theirs, fns))  # transformers gets hidden states out with hooks of torch
         # A bridge wires some of its own modules together with permanent hooks, once it has run.
         if users:
-            found.append(name)
+            names = _public_names(model) if names is None else names
+            found.append(names.get(id(module)) or name.replace("_original_component.", ""))
     return tuple(dict.fromkeys(found))
+
+
+def _public_names(model: Model) -> dict[int, str]:
+    """What a user calls each hook point, by its id: its alias, such as ``blocks.2.hook_mlp_out``, or its own name."""
+    found: dict[int, str] = {}
+    points: Any = getattr(model, "hook_dict", {})
+    for name, point in points.items():
+        if id(point) not in found or found[id(point)] == getattr(point, "name", None):
+            found[id(point)] = name
+    return found
 
 
 def _is_theirs(fn: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,15 @@ class Estimate:
     low: float
     high: float
     n: int
+
+    def __post_init__(self) -> None:
+        """Check that they are numbers: a file may say anything."""
+        for name in ("mean", "low", "high"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} of an estimate is {value!r}, needed a number")
+        if isinstance(self.n, bool) or not isinstance(self.n, Integral) or self.n < 0:
+            raise ValueError(f"n of an estimate is {self.n!r}, needed a whole number, 0 or more")
 
     def __format__(self, spec: str) -> str:
         """``f"{estimate:.2f}"`` gives the mean with its interval and n."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
-from tl_factedit.core.spacing import mended, trimmed
+from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside, trimmed
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Fact:
     Targets are *continuations* of the prompt: after ``"{} is located in the city of"`` the target is ``" Paris"``, with
     its space. They are used letter for letter, but for white space that can't have been meant: a space at the end of a
     prompt goes to the front of its targets, a doubled one and white space at the end of a target go, and one that is
-    missing after "?" or ":" is put in. A change of the text is said in a warning; the fact holds the text that is run.
+    missing after "?" or ":" is put in, and so is that of a control or a neighbour's answer where the objects have one.
+    A change of the text is said in a warning; the fact holds the text that is run.
 
     Attributes:
         subject: The subject as it stands in the text, e.g. ``"The Eiffel Tower"``.
@@ -167,56 +168,56 @@ def _one_slot(template: str, what: str) -> None:
 
 
 def _mend_spaces(fact: Fact) -> None:
-    """Mend the white space around the targets (see `spacing`), and say where that changes the text that is run."""
-    said: list[str] = []
-
-    def trim(template: str, targets: Iterable[str | None]) -> str:
-        found = trimmed(template)
-        if found != template and any((target or "").startswith(" ") for target in targets):
-            said.append(f"the space at the end of {template!r} is left out, as the target has its own")
-        return found
-
-    def mend(target: str, after: str, was: str) -> str:
-        given = " " + target if after != was and not target[:1].isspace() else target  # the space goes over to it
-        found = mended(after, given)
-        if found != given:
-            said.append(f"{target!r} after {after[-20:]!r} became {found!r}")
-        return found
-
+    """Mend the white space around what continues prompts (see `spacing`), and say where that changes what is run."""
+    mending = Mending()
     objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
-    prompt = trim(fact.prompt, [*objects, *fact.controls])
+    prompt = mending.prompt(fact.prompt, [*objects, *fact.controls])
     text, was = (each.replace("{}", fact.subject, 1) for each in (prompt, fact.prompt))
     changes: dict[str, Any] = {"prompt": prompt}
     for name in ("target_true", "target_new"):
         target = getattr(fact, name)
-        changes[name] = None if target is None else mend(target, text, was)
-    changes["controls"] = tuple(mend(target, text, was) for target in fact.controls)
+        changes[name] = None if target is None else mending.target(target, text, was)
     # What is asked after paraphrases, and after neighbours without answers of their own, are the objects as mended.
     objects = [changes[name] for name in ("target_true", "target_new")]
+    apart = all_spaced(objects)
+    changes["controls"] = tuple(mending.target(target, text, was, spaced=apart) for target in fact.controls)
     spaced = any((target or "").startswith(" ") for target in objects)
-    changes["paraphrases"] = tuple(trim(each, objects) if spaced else each for each in fact.paraphrases)
+    changes["paraphrases"] = tuple(mending.prompt(each, objects) if spaced else each for each in fact.paraphrases)
     if fact.neighbour_targets:
         pairs = list(zip(fact.neighbours, fact.neighbour_targets, strict=True))
-        changes["neighbours"] = tuple(trim(each, [target]) for each, target in pairs)
-        changes["neighbour_targets"] = tuple(mend(target, trimmed(each), each) for each, target in pairs)
+        changes["neighbours"] = tuple(mending.prompt(each, [target]) for each, target in pairs)
+        changes["neighbour_targets"] = tuple(
+            mending.target(target, trimmed(each), each, spaced=apart) for each, target in pairs
+        )
     else:
-        changes["neighbours"] = tuple(trim(each, objects) if spaced else each for each in fact.neighbours)
+        changes["neighbours"] = tuple(mending.prompt(each, objects) if spaced else each for each in fact.neighbours)
     for name, value in changes.items():
         object.__setattr__(fact, name, value)
-    if said:
-        warnings.warn(f"white space of fact {fact.name!r} was mended: {'; '.join(said)}", stacklevel=4)
+    if mending.said:
+        warnings.warn(f"white space of fact {fact.name!r} was mended: {'; '.join(mending.said)}", stacklevel=4)
 
 
 def _warn_of_glued_words(fact: Fact) -> None:
     """Warn of ``"… city of" + "Paris"``: the model would be asked to go on as "ofParis"."""
-    end = fact.text[-1]
     for target in (fact.target_true or " ", fact.target_new or " "):
-        if end.isascii() and end.isalnum() and target[0].isascii() and target[0].isalnum():
-            warnings.warn(
-                f"target {target!r} goes on inside the prompt's last word "
-                f"({fact.text.split()[-1] + target!r}): begin it with a space if it is a new word",
-                stacklevel=4,
-            )
+        if goes_on_inside(fact.text, target):
+            warnings.warn(glued("target", fact.text, target), stacklevel=4)
+    others = [("control", fact.text, target) for target in fact.controls]
+    if fact.neighbour_targets:
+        pairs = zip(fact.neighbours, fact.neighbour_targets, strict=True)
+        others += [("neighbour target", text, target) for text, target in pairs]
+    inside = [each for each in others if goes_on_inside(*each[1:])]
+    if inside:
+        more = f"; so do {len(inside) - 1} more" if inside[1:] else ""
+        warnings.warn(glued(*inside[0]) + more, stacklevel=4)
+
+
+def glued(what: str, text: str, target: str) -> str:
+    """What to say of a target that goes on inside a text's last word."""
+    return (
+        f"{what} {target!r} goes on inside the prompt's last word ({text.split()[-1] + target!r}): begin it with a "
+        "space if it is a new word"
+    )
 
 
 def as_facts(facts: Fact | Iterable[Fact]) -> tuple[Fact, ...]:

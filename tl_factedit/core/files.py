@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ def pinned(path: str | Path) -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A draft that takes the place of a file in one move, once it is written and on the disk.
 
-    Its mode is the umask's. A draft that a killed process has left is removed by the next write to the same file.
+    Its mode is that of the file that it replaces, or the umask's. Through a symbolic link its target is written,
+    and the link stays. A draft that a killed process has left is removed by the next write to the same file.
 
     Args:
         path: The file; its folder is made.
@@ -51,9 +53,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: It can't be written (a full disk, a folder without permission); the message names the file, and what
-            was there is as it was.
+            was there is as it was. Something else than a file is there, such as a device, a pipe or a folder.
     """
     path = pinned(path)
+    given, path = path, _target(path)
     draft = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,12 +67,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
         draft.chmod(mode)  # safetensors makes files that only their owner can read
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
+        if path.exists():
+            draft.chmod(stat.S_IMODE(path.stat().st_mode))
         draft.replace(path)
     except OSError as error:
         why = error.strerror or str(error)
-        raise OSError(error.errno, f"it can't be written ({why}); what was there is as it was", str(path)) from error
+        raise OSError(error.errno, f"it can't be written ({why}); what was there is as it was", str(given)) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    """The file that a path is to be written to: behind symbolic links, and not another kind of thing.
+
+    Raises:
+        OSError: A device, a pipe, a folder … is there, or links lead in a circle.
+    """
+    try:
+        found = path.resolve() if path.is_symlink() else path
+        mode = found.stat().st_mode if found.exists() else None
+    except (OSError, RuntimeError) as error:  # in Python 3.12 and before a circle of links is the latter
+        why = getattr(error, "strerror", None) or str(error)
+        raise OSError(getattr(error, "errno", errno.ELOOP), f"it can't be written ({why})", str(path)) from error
+    if mode is not None and not stat.S_ISREG(mode):
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        what = "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or the like"
+        raise OSError(number, f"it can't be written (it is {what}, needed the path of a file)", str(path))
+    return found
 
 
 def _remove_stale_drafts(path: Path) -> None:
@@ -105,8 +129,14 @@ def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str
         try:
             save_file(kept, draft, metadata=metadata)
         except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+            raise as_os_error(error) from error
+
+
+def as_os_error(error: SafetensorError, path: Path | None = None) -> OSError:
+    """What safetensors says of a file that it can't write, as Python says it."""
+    number = re.search(r"os error (\d+)", str(error))
+    where = () if path is None else (str(path),)
+    return OSError(int(number[1]) if number else errno.EIO, str(error), *where)
 
 
 def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,6 +11,7 @@ Whether a space belongs there depends on the script and on what the prompt ends 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Thai, Lao, Tibetan, Myanmar, Khmer; Chinese and Japanese with their punctuation and full-width forms.
 WITHOUT_SPACES = re.compile(
@@ -67,6 +68,65 @@ def mended(text: str, target: str) -> str:
 def trimmed(template: str) -> str:
     """A template without the spaces at its end, which belong in front of the target."""
     return template.rstrip(" ")
+
+
+class Mending:
+    """The white space of prompts and their continuations as somebody wrote them, mended by one rule, and what was done.
+
+    Attributes:
+        said: What changes the text that is run, in words.
+    """
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def prompt(self, template: str, targets: Iterable[str | None]) -> str:
+        """A prompt without the spaces at its end; said where a target has its own."""
+        found = trimmed(template)
+        if found != template and any((target or "").startswith(" ") for target in targets):
+            self.said.append(f"the space at the end of {template!r} is left out, as the target has its own")
+        return found
+
+    def target(self, target: str, text: str, was: str, *, spaced: bool = False) -> str:
+        """What continues a text.
+
+        Args:
+            target: As it was given.
+            text: What it follows, trimmed.
+            was: The same before; the space at its end goes over to the target.
+            spaced: Whether other continuations, of which it is an alternative, begin with a space: it gets one then
+                where it would go on inside the text's last word.
+        """
+        given = " " + target if text != was and not target[:1].isspace() else target
+        found = mended(text, given)
+        if spaced and text and in_one_word(text[-1], found[0]):
+            found = " " + found
+        if found != given:
+            self.said.append(f"{target!r} after {text[-20:]!r} became {found!r}")
+        return found
+
+
+def all_spaced(targets: Iterable[str | None]) -> bool:
+    """Whether continuations (None for one that isn't there) all begin with a space."""
+    given = [target for target in targets if target is not None]
+    return bool(given) and all(target.startswith(" ") for target in given)
+
+
+def goes_on_inside(text: str, target: str) -> bool:
+    """Whether a target goes on inside a text's last word: ``"… city of" + "Paris"`` is "ofParis" to a model."""
+    return bool(text and target) and all(each.isascii() and each.isalnum() for each in (text[-1], target[0]))
+
+
+def before_prompts(context: str) -> str:
+    """A context as it stands before a prompt: with a space at its end where one belongs.
+
+    None belongs after white space, an opening bracket or quote, or a letter of a script without spaces.
+
+    Example:
+        >>> before_prompts("I know this."), before_prompts("我知道。")
+        ('I know this. ', '我知道。')
+    """
+    return context + gap(context, "A")
 
 
 def in_one_word(left: str, right: str) -> bool:

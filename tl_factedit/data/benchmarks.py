@@ -217,11 +217,28 @@ def read_json(path: str | Path) -> Any:
             lines = [line for line in text.split("\n") if line.strip()]
             if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):
                 raise
-            return [json.loads(line) for line in lines]
+            return _lines(text)
     except RecursionError as error:
         raise ValueError(f"{path} isn't JSON of records: it is nested too deep") from error
     except ValueError as error:
         raise ValueError(f"{path} isn't JSON: {error}") from error
+
+
+def _lines(text: str) -> list[Any]:
+    """The records of JSONL.
+
+    Raises:
+        ValueError: A line isn't JSON; the message gives its number.
+    """
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                why = f"line {number}, column {error.colno}: {error.msg}, so that it may be cut short"
+                raise ValueError(why) from error
+    return found
 
 
 def _text(record: Any, field: str) -> str:

@@ -48,6 +48,9 @@ SAME_KEY = 0.999
 UNLIKELY, LIKELY = 0.05, 0.95
 """An object that is already as unlikely, or as likely, needn't become more so."""
 
+AT_ENDS = ("FineTune", "KnowledgeNeurons")
+"""Editors that don't write at the subject alone: the last layer does for them."""
+
 WARNED = "_warned"
 
 
@@ -86,8 +89,16 @@ def failed(fit: Mapping[str, Any]) -> bool:
     return bool(not fit["first_after"] or nothing)
 
 
-def concerns_of_fits(facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What there is to say of facts of which a change didn't do what was wanted."""
+def concerns_of_fits(
+    facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]], *, last_layer: bool = False
+) -> Iterator[str]:
+    """What there is to say of facts of which a change didn't do what was wanted.
+
+    Args:
+        facts: What was to be changed.
+        fits: How each fact's change was found, and what became of its target.
+        last_layer: Whether it writes at the subjects in the model's last layer, where no other token reads it.
+    """
     missed = [(fact, fit) for fact, fit in zip(facts, fits, strict=True) if failed(fit)]
     if not missed:
         return
@@ -95,22 +106,31 @@ def concerns_of_fits(facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]]) -
     many = f"{len(missed)} of {len(facts)} facts aren't as wanted with it, such as {fact.name!r}: " if facts[1:] else ""
     fitted = fit.get("target_prob", ())
     found = bool(fitted) and (fitted[-1] < 0.5) == fit["unlikely"]
-    if found:
+    if last_layer and _in_mid_prompt(fact):
+        remedy = "take a lower layer (what the last one writes at a subject in mid-prompt reaches no answer)"
+    elif found:
         remedy = (
             "it was found how to bring that about, and it isn't written in full: lower the weight (see unmet), or take "
             "another layer"
         )
     elif fitted:
-        remedy = (
-            f"the fit ended at {fitted[-1]:.2g}: take more steps, a larger lr, clamp or ε, or a lower layer (what the "
-            "last one writes at a subject in mid-prompt reaches no answer)"
-        )
+        remedy = f"the fit ended at {fitted[-1]:.2g}: take more steps, a larger lr, clamp or ε, or a lower layer"
     else:
         remedy = "take other hyperparameters, or another editor"
     yield (
         f"{many}{fit['target']!r} was to become {'unlikely' if fit['unlikely'] else 'likely'}, and its probability is "
-        f"{fit['prob_after']:.2g} with the edit ({fit['prob_before']:.2g} without): {remedy}"
+        f"{probability(fit['prob_after'])} with the edit ({probability(fit['prob_before'])} without): {remedy}"
     )
+
+
+def probability(p: float) -> str:
+    """A probability in two digits; near 1 what it lacks of it, which tells two of them apart."""
+    return f"1 − {1 - p:.2g}" if 0.99 < p < 1 else f"{p:.2g}"
+
+
+def _in_mid_prompt(fact: Fact) -> bool:
+    """Whether a prompt goes on behind its subject."""
+    return not fact.prompt.endswith("{}")
 
 
 def warn_before(model: Model, facts: Sequence[Fact], prompts: Sequence[Aligned], layer: int, fit: ValueFit) -> None:
@@ -169,7 +189,11 @@ def concerns_of(edit: Edit) -> Iterator[str]:
                 f"rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: load the "
                 "model in float32"
             )
-    yield from concerns_of_fits(edit.facts, edit.fits)
+    last_layer = (
+        max(edit.layers, default=-1) == len(edit.provenance.weights.w_out) - 1
+        and edit.editor.get("name") not in AT_ENDS
+    )
+    yield from concerns_of_fits(edit.facts, edit.fits, last_layer=last_layer)
     last = [d for d in edit.diagnostics if d.layer == max(edit.layers, default=-1)]
     unmet = [share for d in last for share in d.unmet]
     one_key = bool(unmet) and max(d.key_cosine for d in last) > SAME_KEY
@@ -179,7 +203,8 @@ def concerns_of(edit: Edit) -> Iterator[str]:
             "which can have one answer only: write them one after the other, or leave one out"
         )
     if unmet and not one_key and sum(unmet) / len(unmet) > LARGE_UNMET:
+        deaf = last_layer and all(map(_in_mid_prompt, edit.facts))
         yield (
             f"{sum(unmet) / len(unmet):.0%} of what the facts need is not met in the last layer, {max(edit.layers)}: "
-            "they are hardly written; lower the weight"
+            f"they are hardly written; {'take a lower layer' if deaf else 'lower the weight'}"
         )

@@ -316,8 +316,11 @@ class Edit:
         """
         with files.opened(path, "edit") as file:
             layers, take = file.fields("layers", int), file.tensor
+            facts = tuple(Fact(**fact) for fact in file.fields("facts", dict))
+            diagnostics = tuple(Diagnostics.from_json(d) for d in file.fields("diagnostics", dict))
+            _check_lengths(len(facts), layers, diagnostics, len(file.fields("fits", dict)))
             return cls(
-                facts=tuple(Fact(**fact) for fact in file.fields("facts", dict)),
+                facts=facts,
                 deltas=tuple(
                     Delta(n, take(f"left.{n}", f"d_mlp rank.{n}"), take(f"right.{n}", f"rank.{n} d_model"))
                     for n in layers
@@ -326,7 +329,7 @@ class Edit:
                 values={n: take(f"values.{n}", "fact d_model") for n in layers},
                 editor=file.field("editor", dict),
                 contexts=tuple(file.fields("contexts", str)),
-                diagnostics=tuple(Diagnostics.from_json(d) for d in file.fields("diagnostics", dict)),
+                diagnostics=diagnostics,
                 fits=tuple(file.fields("fits", dict)),
                 provenance=Provenance.from_json(file.field("provenance", dict)),
             )
@@ -389,6 +392,18 @@ class Edit:
         unmet = [share for d in self.diagnostics if d.layer == max(self.layers) for share in d.unmet]
         lacks = f", {sum(unmet) / len(unmet):.0%} unmet in the last" if unmet else ""
         return f"Edit({self.editor.get('name')}, {facts}{more}, layers {{{where}}}{lacks})"
+
+
+def _check_lengths(facts: int, layers: Sequence[int], diagnostics: Sequence[Diagnostics], fits: int) -> None:
+    """Check that what a file says of each fact is there for each, and that diagnostics are of its layers."""
+    if fits != facts:
+        raise ValueError(f"fits are {fits}, needed one for each of {facts} facts")
+    for d in diagnostics:
+        if d.layer not in layers:
+            raise ValueError(f"diagnostics are of layer {d.layer!r}, needed one of {list(layers)}")
+        for name in ("unmet", "key_cosines", "off_target"):
+            if len(getattr(d, name)) > facts:
+                raise ValueError(f"{name} of layer {d.layer} has {len(getattr(d, name))} numbers for {facts} facts")
 
 
 @runtime_checkable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -15,8 +17,9 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
+from tl_factedit.core.spacing import before_prompts
 from tl_factedit.core.tokens import Aligned, align_all
-from tl_factedit.editing.concerns import warn_before
+from tl_factedit.editing.concerns import callers_level, warn_before
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
@@ -175,10 +178,23 @@ def factor(stats: KeyStats, ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
 
 
 def prefixes(contexts: SampledContexts | Sequence[str], model: Model) -> tuple[str, ...]:
-    """The contexts, the bare one first."""
+    """The contexts, the bare one first, with a space between each and the prompt where the script has one.
+
+    Warns:
+        UserWarning: A context of one's own ended without it.
+    """
     if isinstance(contexts, SampledContexts):
         return contexts.draw(model)
-    return tuple(contexts) if contexts and contexts[0] == "" else ("", *contexts)
+    special = tuple(str(each) for each in getattr(model.tokenizer, "all_special_tokens", ()) if each)
+    found = tuple(each if each.endswith(special) else before_prompts(each) for each in contexts)
+    changed = [(given, now) for given, now in zip(contexts, found, strict=True) if given != now]
+    if changed:
+        (given, now), more = changed[0], f", and so did {len(changed) - 1} more" if changed[1:] else ""
+        warnings.warn(
+            f"context {given!r} became {now!r}{more}: a space stands between a context and the prompt",
+            stacklevel=callers_level(inspect.currentframe()),
+        )
+    return found if found and found[0] == "" else ("", *found)
 
 
 def check_objective(objective: Objective) -> None:

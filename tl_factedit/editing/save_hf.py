@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, bos_policy, device, kind, model_name
@@ -47,6 +48,7 @@ def save_hf(model: Model, folder: str | Path, *, hf_model: Any = None) -> None:
         ValueError: The folder holds files; hooks are on the model (those of a `Router` are no weights); a
             HookedTransformer without `hf_model`, or a bridge with one; or the folder would say something else than the
             model: it was changed by more than edits.
+        OSError: It can't be written, e.g. as the disk is full; nothing is left of it.
         UnsupportedModelError: A bridge in compatibility mode.
 
     Example:
@@ -67,7 +69,10 @@ def save_hf(model: Model, folder: str | Path, *, hf_model: Any = None) -> None:
         )
     plain = _of_bridge(model, hf_model) if kind(model) == "bridge" else _of_hooked(model, hf_model)
     with _in_one_move(folder) as draft, _no_bars():
-        plain.save_pretrained(draft)
+        try:
+            plain.save_pretrained(draft)
+        except SafetensorError as error:  # a full disk
+            raise files.as_os_error(error, folder) from error
         model.tokenizer.save_pretrained(draft)
         _check_same(model, draft, plain)
 

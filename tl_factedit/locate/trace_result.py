@@ -108,19 +108,37 @@ class Trace:
 
     @property
     @plain_torch()
+    def counted(self) -> tuple[bool, ...]:
+        """For each fact, whether it counts in what is said of all of them: those that the model knows.
+
+        Where it knows none that could be corrupted, all count. `by_role`, `average` and the tables take every fact.
+        """
+        known = [known and able for known, able in zip(self.known, self.corruptible, strict=True)]
+        return tuple(known) if any(known) else (True,) * len(known)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """The mean over the facts that count, of those that have a value."""
+        return values[torch.tensor(self.counted, dtype=torch.bool)].nanmean(0)
+
+    @property
+    @plain_torch()
     def peak_layer(self) -> int:
-        """The layer of the largest mean effect at the last subject token.
+        """The layer of the largest mean effect at the last subject token, over the facts that count (`counted`).
 
         Where that token carries nothing (`carries_subject`) this is a largest among noise: look at `best_cell`.
         """
-        return int(self.at_last_subject_token.nanmean(0).argmax())
+        return int(self._mean(self.at_last_subject_token).argmax())
 
     @property
     @plain_torch()
     def carries_subject(self) -> bool:
-        """Whether the largest mean effect at the last subject token is a twentieth of the total effect or more."""
-        peak = float(self.at_last_subject_token.nanmean(0).max())
-        return peak >= LEAST_SHARE * abs(float(self.total_effect.nanmean())) and peak > 0
+        """Whether the largest mean effect at the last subject token is a twentieth of the total effect or more.
+
+        Of several facts, those that count (`counted`), and the mean size of their total effects: total effects of
+        opposite sign don't make up for one another.
+        """
+        peak = float(self._mean(self.at_last_subject_token).max())
+        return peak >= LEAST_SHARE * float(self._mean(self.total_effect.abs())) and peak > 0
 
     @property
     @plain_torch()
@@ -128,12 +146,13 @@ class Trace:
         """The cell of the largest mean effect anywhere but at the prompt's last token.
 
         The residual stream after the last block at the last token has all of the effect, whatever the fact. Of several
-        facts, cells are those of `by_role`; a prompt that ends with its subject has that token's cell all the same.
+        facts (those that count, `counted`), cells are those of `by_role`; a prompt that ends with its subject has that
+        token's cell all the same.
 
         Raises:
             ValueError: No fact could be corrupted.
         """
-        mean = self.by_role().nanmean(0)[:-1].nan_to_num(-torch.inf)
+        mean = self._mean(self.by_role())[:-1].nan_to_num(-torch.inf)
         if not bool((mean > -torch.inf).any()):
             raise ValueError("no fact of this trace could be corrupted, so that no cell has an effect")
         role, layer = divmod(int(mean.argmax()), mean.shape[1])
@@ -277,6 +296,7 @@ class Trace:
             facts = tuple(Fact(**fact) for fact in file.fields("facts", dict))
             file.sizes["fact"] = len(facts)
             effect = file.tensor("sample_effect", "fact layer pos sample", missing=True)
+            _check_lengths(plain, len(facts), effect.shape[2])
             return cls(
                 **sample_means(effect, file.tensor("sample_corrupted", "fact sample", missing=True)),
                 clean=file.tensor("clean", "fact", missing=True),
@@ -293,10 +313,10 @@ class Trace:
         missing = f", {without} without a donor" if without else ""
         severed = f" with severed {self.severed}" if self.severed else ""
         window = f"window {self.window}" + (", noising" if self.direction == "noise" else "")
-        peak = float(self.at_last_subject_token.nanmean(0).max())
+        peak = float(self._mean(self.at_last_subject_token).max())
         return (
             f"Trace({what!r}{missing}{self._unknown()}, {self.component}{severed}, {window}: "
-            f"clean {float(self.clean.nanmean()):.3f}, corrupted {float(self.corrupted.nanmean()):.3f}; "
+            f"clean {float(self._mean(self.clean)):.3f}, corrupted {float(self._mean(self.corrupted)):.3f}; "
             f"last subject token {'peaks' if self.carries_subject else 'carries nothing: its largest is'} at layer "
             f"{self.peak_layer} with {peak:.3f}{self._elsewhere(peak)}"
             f"{f'; cells run as whole sequences: {self.unpacked}' if self.unpacked else ''})"
@@ -308,7 +328,8 @@ class Trace:
             return ""
         if len(self.facts) == 1:
             return f", not known: it says {self.top[0]!r}"
-        return f", {self.known.count(False)} not known"
+        unknown = self.known.count(False)
+        return f", {unknown} not known" + (" and left out here" if not all(self.counted) and unknown else "")
 
     def _elsewhere(self, peak: float) -> str:
         """The best cell, where it isn't the one at the last subject token."""
@@ -351,6 +372,19 @@ def sample_means(effect: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
         "corrupted": corrupted.nanmean(-1),
         "sample_corrupted": corrupted,
     }
+
+
+def _check_lengths(plain: dict[str, Any], facts: int, positions: int) -> None:
+    """Check that what a file says of each fact is there for each, and that subjects lie within their tokens."""
+    for name in ("tokens", "subject", "top", "known"):
+        if not isinstance(plain[name], tuple) or len(plain[name]) != facts:
+            raise ValueError(f"{name} is {plain[name]!r}, needed one for each of {facts} facts")
+    for i, (pieces, span) in enumerate(zip(plain["tokens"], plain["subject"], strict=True)):
+        if not isinstance(pieces, tuple) or not 0 < len(pieces) <= positions:
+            raise ValueError(f"tokens[{i}] is {pieces!r}, needed 1 to {positions} tokens, as the effects have")
+        whole = isinstance(span, tuple) and len(span) == 2 and all(type(each) is int for each in span)
+        if not whole or not 0 <= span[0] < span[1] <= len(pieces):
+            raise ValueError(f"subject[{i}] is {span!r}, needed a start and a stop within {len(pieces)} tokens")
 
 
 def _frozen(value: Any) -> Any:

@@ -103,6 +103,7 @@ def sample_texts(
 
     Raises:
         ValueError: A length or batch below 1, or longer texts than the model reads.
+        UnsupportedModelError: The model isn't causal.
     """
     room = getattr(model.cfg, "n_ctx", None)
     if length < 1 or batch < 1 or (room is not None and length > room):
@@ -119,6 +120,8 @@ def sample_texts(
         torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),
         tqdm(total=wanted, unit="text", desc="sampling text", delay=1, disable=not progress) as bar,
     ):
+        if wanted > 0:
+            Runner(model)  # which refuses a model that isn't causal
         torch.manual_seed(seed)
         while len(texts) < wanted:
             count = min(batch, wanted - len(texts))
