@@ -127,7 +127,7 @@ def gather(population: Population, plan: Plan) -> Evidence:
         drift=drifted,
         retention=kept,
         upstream=upstream,
-        dose=dose_curve(model, alone, facts) if alone is not None else None,
+        dose=dose_curve(model, alone, facts, force=True) if alone is not None else None,
         gains=()
         if alone is None
         else tuple(

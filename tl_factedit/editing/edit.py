@@ -25,6 +25,7 @@ from tl_factedit.backend.state import one_thread, plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.kinds import as_finite
 from tl_factedit.editing.concerns import concerns_of, warn_once
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.diagnostics import Diagnostics, diagnose
@@ -274,6 +275,7 @@ class Edit:
         `values` move along with it; `diagnostics` and `fits` are those of the edit it was made from, without what
         became of the targets.
         """
+        alpha = as_finite(alpha, "alpha", "a finite number, such as 0.5")
         if alpha == 1:
             return self
         deltas = tuple(Delta(delta.layer, delta.left, alpha * delta.right) for delta in self.deltas)

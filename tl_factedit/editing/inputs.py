@@ -13,6 +13,7 @@ from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.kinds import check_one
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.tokens import Aligned, align_all
 from tl_factedit.editing.concerns import warn_before
@@ -186,6 +187,11 @@ def check_objective(objective: Objective) -> None:
         raise ValueError(f"objective is the class {objective.__name__}, needed a value: write {objective.__name__}()")
     if not isinstance(objective, Objective):
         raise ValueError(f"objective is {objective!r}, needed a value such as Inject() or Erase()")
+
+
+def check_fit(fit: ValueFit) -> None:
+    """Check that it is said how to fit values by a `ValueFit`."""
+    check_one(fit, ValueFit, "fit", "fe.ValueFit(...), such as fe.ValueFit(steps=25)")
 
 
 def check_ridge(ridge: float) -> None:

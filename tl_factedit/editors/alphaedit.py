@@ -20,7 +20,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import Factors, in_null_space, null_space
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import bos_of, check_contexts, check_objective
+from tl_factedit.editing.inputs import bos_of, check_contexts, check_fit, check_objective
 from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, by_layer, layerwise_edit
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
@@ -91,6 +91,7 @@ class AlphaEdit:
                 )
         check_objective(self.objective)
         check_contexts(self.contexts)
+        check_fit(self.fit)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:

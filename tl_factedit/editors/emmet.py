@@ -17,7 +17,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.solve import least_squares
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import check_contexts, check_objective, check_ridge, factor
+from tl_factedit.editing.inputs import check_contexts, check_fit, check_objective, check_ridge, factor
 from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, MEMIT_FIT, Solver, by_layer, layerwise_edit
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
@@ -66,6 +66,7 @@ class Emmet:
         check_ridge(self.ridge)
         check_objective(self.objective)
         check_contexts(self.contexts)
+        check_fit(self.fit)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:

@@ -18,7 +18,7 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.edit import Edit
-from tl_factedit.editing.inputs import check_contexts, check_objective, check_ridge, factor
+from tl_factedit.editing.inputs import check_contexts, check_fit, check_objective, check_ridge, factor
 from tl_factedit.editing.layerwise import MEMIT_CONTEXTS, Solver, by_layer, check_weight, layerwise_edit, regularised
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
@@ -82,6 +82,7 @@ class Pmet:
         check_ridge(self.ridge)
         check_objective(self.objective)
         check_contexts(self.contexts)
+        check_fit(self.fit)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:

@@ -28,6 +28,7 @@ from tl_factedit.editing.inputs import (
     EditInputs,
     check_contexts,
     check_facts,
+    check_fit,
     check_objective,
     check_ridge,
     factor,
@@ -104,6 +105,7 @@ class Rome:
         check_ridge(self.ridge)
         check_objective(self.objective)
         check_contexts(self.contexts)
+        check_fit(self.fit)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, mean_over_facts
-from tl_factedit.core.facts import Fact
+from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import batches, continuation, encode
 from tl_factedit.measure.excess import excess_of
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
@@ -97,7 +97,7 @@ def specificity(
         ValueError: A fact about a subject that no fact of the population has, or that is one of these facts itself.
     """
     facts, model, bos = population.facts, population.model, population.prepend_bos
-    pairs = pair_same_subject(facts, same_subject)
+    pairs = pair_same_subject(facts, as_facts(same_subject, "same_subject"))
     rows = [encode(model.tokenizer, question.text, prepend_bos=bos)[0] for _, question in pairs]
     true = torch.tensor(
         [int(continuation(model.tokenizer, q.text, q.old, prepend_bos=bos)[0]) for _, q in pairs],
