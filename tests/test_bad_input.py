@@ -365,6 +365,17 @@ def test_contexts_are_prefixes_and_a_fit_has_sizes(stats):
             make()
 
 
+def test_what_is_too_long_for_the_model_is_named(model, stats, refuse):
+    long = "The " * 300
+    for contexts in (["Hello . ", long], ["", "Hello . ", long]):
+        editor = rome(stats, contexts=contexts)
+        refuse(lambda editor=editor: editor(model, [FACT]), "context 2 of 3", "'The The", "cfg.n_ctx", "shorten it")
+    many = fe.FineTune(LAYER, contexts=[long])
+    refuse(lambda: many(model, [FACT]), "context 1 of 2", "'The Eiffel Tower'", "cfg.n_ctx")
+    asked = FACT.but(paraphrases=(long + "{} is",))
+    refuse(lambda: fe.evaluate(model, [asked]), "'The The", "cfg.n_ctx", "shorten the prompt")
+
+
 OF_ANOTHER_KIND = """
 import laws, numpy as np, tiny, tl_factedit as fe
 model = tiny.bridge("gpt2")

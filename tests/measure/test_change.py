@@ -138,7 +138,10 @@ def test_facts_that_a_single_change_was_not_made_for_are_refused_unless_forced(m
         lambda **force: fe.evaluation.dose_curve(model, edit, other, doses=[1.0], **force),
     )
     for call in calls:
-        with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match=r"made for .* or force=True") as error:
+        with (
+            laws.no_forward(monkeypatch, model),
+            pytest.raises(ValueError, match=r"made for .* or force=True") as error,
+        ):
             call()
         assert repr(other.name) in str(error.value)
         call(force=True)

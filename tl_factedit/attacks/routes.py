@@ -26,7 +26,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.kinds import as_several
-from tl_factedit.core.tokens import continuation, encode
+from tl_factedit.core.tokens import check_room, continuation, encode
 from tl_factedit.measure.change import Change, check_made_for, identity
 from tl_factedit.measure.excess import excess_of
 from tl_factedit.measure.first_tokens import firsts
@@ -267,9 +267,13 @@ def check_routes(model: Model, routes: Sequence[Route], prepend_bos: bool) -> li
     """The requests of some routes.
 
     Raises:
-        ValueError: An answer is no continuation of its prompt.
+        ValueError: An answer is no continuation of its prompt, or both are longer than the model's context.
     """
-    return [RouteTokens.of(model.tokenizer, route, prepend_bos) for route in routes]
+    found = [RouteTokens.of(model.tokenizer, route, prepend_bos) for route in routes]
+    for route, tokens in zip(routes, found, strict=True):
+        answers = [answer for _, answer in tokens.requests]
+        check_room(tokens.requests[0][0], answers, getattr(model.cfg, "n_ctx", None), route.prompt)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

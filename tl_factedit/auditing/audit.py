@@ -14,6 +14,7 @@ What wasn't gathered is listed, and no label claims more than was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tl_factedit.attacks.attack import Attack
@@ -43,7 +44,7 @@ from tl_factedit.core.tokens import check_all
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import check_objective
 from tl_factedit.editing.objectives import Objective
-from tl_factedit.measure.change import Changed
+from tl_factedit.measure.change import Change, Changed, check_made_for
 from tl_factedit.measure.population import Population, check_facts_once
 
 
@@ -127,7 +128,7 @@ def audit(
         check_one(thresholds, Thresholds, "thresholds", "fe.Thresholds(...)")
     routes, same_subject = as_routes(routes), as_facts(same_subject, "same_subject")
     texts = as_several(texts, str, "texts", "a text")
-    attacks = as_several(attacks, Attack, "attacks", "an attack, such as fe.attacks.WeightReversal()")  # type: ignore[type-abstract]
+    attacks = as_several(attacks, Attack, "attacks", "an attack, such as fe.attacks.WeightReversal()")
     reference = None if reference is None else as_facts(reference, "reference")
     population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress, force)
     erasing = is_erasure(population, objective)
@@ -188,17 +189,19 @@ def _population(
     check_facts_once(facts)
     others = tuple(facts if reference is None and isinstance(changed, Sequence) else reference or ())
     population = Population.of(
-        model, changed, facts, reference=others, prepend_bos=prepend_bos, folder=folder, progress=progress, force=force
+        model, changed, facts, reference=others, prepend_bos=prepend_bos, folder=folder, progress=progress, force=True
     )
     for part in population.parts:
         if isinstance(part.changed, Edit):
             part.changed.check(model)
     room = getattr(model.cfg, "n_ctx", None)
     check_all(model.tokenizer, facts, prepend_bos=population.prepend_bos, room=room)
+    if isinstance(changed, Change) and not force:  # what can't be asked at all is refused as such, first
+        check_made_for(changed, [fact for fact in facts if fact.target_new is not None], "an audit")
     if calibration is not None:
         check_apart(calibration, facts)
         others = tuple(unchanged(others, changed, calibration))
-    return population.asking([with_controls(fact, (*facts, *others)) for fact in facts], others)
+    return replace(population, force=force).asking([with_controls(fact, (*facts, *others)) for fact in facts], others)
 
 
 def _with_defaults(

@@ -150,5 +150,6 @@ def device(model: Model) -> torch.device:
 
 def as_layers(layers: int | Iterable[int]) -> tuple[int, ...]:
     """One layer or several (of any kind of integer), ascending, each once."""
-    several = isinstance(layers, Iterable) and not isinstance(layers, str)
-    return tuple(sorted({as_whole(layer, "layer", None) for layer in (layers if several else [layers])}))
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        return tuple(sorted({as_whole(layer, "layer", None) for layer in layers}))
+    return (as_whole(layers, "layer", None),)

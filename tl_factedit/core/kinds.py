@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 def short(value: Any) -> str:
     """A value as it is written, cut to less than a line."""
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "…"
+    line, *more = repr(value).splitlines() or [""]
+    return line if len(line) < 80 and not more else line[:77] + "…"
 
 
 def check_one(given: object, kind: type, name: str, how: str) -> None:

@@ -15,7 +15,7 @@ from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.kinds import check_one
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
-from tl_factedit.core.tokens import Aligned, align_all
+from tl_factedit.core.tokens import Aligned, align, align_all
 from tl_factedit.editing.concerns import warn_before
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
@@ -174,11 +174,32 @@ def factor(stats: KeyStats, ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
         raise ValueError(too_few(stats, str(error))) from error
 
 
-def prefixes(contexts: SampledContexts | Sequence[str], model: Model) -> tuple[str, ...]:
-    """The contexts, the bare one first."""
+def prefixes(contexts: SampledContexts | Sequence[str], inputs: EditInputs) -> tuple[str, ...]:
+    """The contexts, the bare one first.
+
+    Raises:
+        ValueError: With one of them a prompt is longer than the model's context.
+    """
     if isinstance(contexts, SampledContexts):
-        return contexts.draw(model)
-    return tuple(contexts) if contexts and contexts[0] == "" else ("", *contexts)
+        found = contexts.draw(inputs.model)
+    else:
+        found = tuple(contexts) if contexts and contexts[0] == "" else ("", *contexts)
+    tokenizer, room = inputs.model.tokenizer, getattr(inputs.model.cfg, "n_ctx", None)
+    for i, context in enumerate(found):
+        if room is None or not context:
+            continue
+        for fact, prompt in zip(inputs.facts, inputs.prompts, strict=True):
+            longest = max((len(ids) for ids in (prompt.old_ids, prompt.new_ids) if ids is not None), default=1)
+            if len((context + prompt.text).encode()) + longest <= room:
+                continue  # a token has a byte at least
+            count = len(align(tokenizer, fact, prepend_bos=inputs.prepend_bos, prefix=context).ids) + longest - 1
+            if count > room:
+                begin = context if len(context) < 80 else context[:77] + "…"
+                raise ValueError(
+                    f"context {i} of {len(found)} (the bare prompt is 0), {begin!r}, makes {count} tokens of the "
+                    f"prompt of {fact.name!r} and its object, and the model has room for {room} (cfg.n_ctx): shorten it"
+                )
+    return found
 
 
 def check_objective(objective: Objective) -> None:

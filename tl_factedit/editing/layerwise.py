@@ -194,7 +194,7 @@ def layerwise_edit(
     )
     bos = inputs.prepend_bos
     solvers = {layer: editor.solver(stats) for layer, stats in editor.stats.items()}
-    contexts = prefixes(editor.contexts, model)
+    contexts = prefixes(editor.contexts, inputs)
     with frozen(model):
         targets = editor.objective.wishes(model, inputs.facts, prepend_bos=bos)
         if where == "resid" and not _reach_stream(model, layers, inputs.prompts[0].ids):

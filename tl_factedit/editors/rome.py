@@ -148,7 +148,7 @@ class Rome:
         bos = inputs.prepend_bos
         # Before any forward pass, as it may fail; the identity needs none.
         lower = None if stats.is_identity else factor(stats, self.ridge)
-        contexts = prefixes(self.contexts, model)
+        contexts = prefixes(self.contexts, inputs)
         with frozen(model):
             # Each by itself, as some objectives look at all facts they are given (the spread of their embeddings).
             targets = [self.objective.wishes(model, [fact], prepend_bos=bos)[0] for fact in inputs.facts]

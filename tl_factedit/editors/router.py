@@ -74,7 +74,7 @@ class Router:
             RuntimeError: The optimisation is not finite.
         """
         inputs = EditInputs.of(model, facts, [self.layer], fit=self.fit, prepend_bos=self.prepend_bos, writes=False)
-        contexts = prefixes(self.contexts, model)
+        contexts = prefixes(self.contexts, inputs)
         fitted = fit_values(
             model,
             inputs.facts,
