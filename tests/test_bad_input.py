@@ -365,6 +365,17 @@ def test_contexts_are_prefixes_and_a_fit_has_sizes(stats):
             make()
 
 
+def test_what_is_too_long_for_the_model_is_named(model, stats, refuse):
+    long = "The " * 300
+    for contexts in (["Hello . ", long], ["", "Hello . ", long]):
+        editor = rome(stats, contexts=contexts)
+        refuse(lambda editor=editor: editor(model, [FACT]), "context 2 of 3", "'The The", "cfg.n_ctx", "shorten it")
+    many = fe.FineTune(LAYER, contexts=[long])
+    refuse(lambda: many(model, [FACT]), "context 1 of 2", "'The Eiffel Tower'", "cfg.n_ctx")
+    asked = FACT.but(paraphrases=(long + "{} is",))
+    refuse(lambda: fe.evaluate(model, [asked]), "'The The", "cfg.n_ctx", "shorten the prompt")
+
+
 OF_ANOTHER_KIND = """
 import laws, numpy as np, tiny, tl_factedit as fe
 model = tiny.bridge("gpt2")
@@ -372,6 +383,7 @@ stats = laws.stats(model, 1)
 quick = {"fit": laws.QUICK, "contexts": (), "progress": False}
 edit = fe.Rome(stats, **quick)(model, laws.FACT)
 new = laws.FACT.but(target_true=None)
+whole = fe.Population.of(model, edit, laws.FACT, progress=False)
 for call in (
     lambda: fe.Rome(None),
     lambda: fe.Memit([stats]),
@@ -398,6 +410,43 @@ for call in (
     lambda: fe.audit(model, edit, new),
     lambda: fe.Rome(stats, objective=fe.Erase(), **quick)(model, new),
     lambda: fe.attacks.ReadOut()(fe.Population.of(model, edit, [new])),
+    lambda: fe.audit(model, edit, laws.FACT, objective="erase"),
+    lambda: fe.audit(model, edit, laws.FACT, objective=fe.Erase),
+    lambda: fe.audit(model, edit, laws.FACT, reference="x"),
+    lambda: fe.audit(model, edit, laws.FACT, reference=["x"]),
+    lambda: fe.audit(model, edit, laws.FACT, routes=["x"]),
+    lambda: fe.audit(model, edit, laws.FACT, same_subject="x"),
+    lambda: fe.audit(model, edit, laws.FACT, texts="hello there"),
+    lambda: fe.audit(model, edit, laws.FACT, texts=[1]),
+    lambda: fe.audit(model, edit, laws.FACT, texts=[None]),
+    lambda: fe.audit(model, edit, laws.FACT, attacks=[fe.attacks.KnockOut]),
+    lambda: fe.audit(model, edit, laws.FACT, calibration=(edit, [laws.FACT])),
+    lambda: fe.audit(model, edit, laws.FACT, thresholds={}),
+    lambda: fe.Population.of(model, edit, laws.FACT, reference="x"),
+    lambda: fe.attacks.redundancy(model, [laws.FACT], "x"),
+    lambda: fe.evaluation.specificity(whole, "x"),
+    lambda: fe.attacks.follow_routes(whole, ["x"]),
+    lambda: fe.attacks.FollowRoutes(["x"])(whole),
+    lambda: fe.evaluation.drift(whole, [None]),
+    lambda: fe.evaluation.gains(model, edit, None),
+    lambda: fe.Rome(stats, fit={"steps": 3}),
+    lambda: fe.causal_trace(model, laws.FACT, corruption="noise"),
+    lambda: fe.causal_trace(model, laws.FACT, corruption=fe.GaussianNoise),
+    lambda: fe.causal_trace(model, laws.FACT, window=1.5),
+    lambda: fe.key_stats(model, 1, ["Rome"], batch_tokens=0),
+    lambda: fe.key_stats(model, 1, ["Rome"], batch_tokens=-1),
+    lambda: fe.key_stats(model, 1, ["Rome"], batch_tokens=float("nan")),
+    lambda: fe.key_stats(model, 1, ["Rome"], batch_tokens=1.5),
+    lambda: fe.key_stats(model, 1, ["Rome"], batch_tokens="4"),
+    lambda: fe.key_stats(model, 1, ["Rome"], batch_tokens=None),
+    lambda: fe.key_stats(model, 1, ["Rome"], n_tokens="10"),
+    lambda: fe.key_stats(model, 1, ["Rome"], n_tokens=float("nan")),
+    lambda: fe.key_stats(model, 1, None),
+    lambda: fe.ValueFit(steps=1.5),
+    lambda: fe.ValueFit(steps="3"),
+    lambda: edit.scaled("2"),
+    lambda: edit.scaled(float("nan")),
+    lambda: fe.FineTune(True),
 ):
     try:
         call()
@@ -449,6 +498,43 @@ def test_what_is_of_another_kind_is_told_so():
         "no target_true, and an audit needs the old object",
         "no target_true, and Erase needs the old object",
         "no target_true, and",
+        "such as Inject()",
+        "write Erase()",
+        "reference is 'x', a str: needed Facts",
+        "reference[0] is 'x', a str: needed a Fact",
+        "routes[0] is 'x', a str: needed a fe.Route(",
+        "same_subject is 'x', a str: needed Facts",
+        "texts is 'hello there', a str: needed a list, each a text",
+        "texts[0] is 1, a int: needed a text",
+        "texts[0] is None, a NoneType: needed a text",
+        "attacks[0] is the class KnockOut",
+        "a tuple: needed fe.Calibration(changed, facts)",
+        "thresholds is {}, a dict: needed fe.Thresholds(",
+        "reference is 'x'",
+        "reference is 'x'",
+        "same_subject is 'x'",
+        "routes[0] is 'x'",
+        "routes[0] is 'x'",
+        "texts[0] is None",
+        "text is None, a NoneType: needed one text",
+        "fit is {'steps': 3}, a dict: needed fe.ValueFit(",
+        "corruption is 'noise', a str: needed one such as fe.GaussianNoise()",
+        "corruption is the class GaussianNoise",
+        "window is 1.5, needed at least 1 (a whole number)",
+        "batch_tokens is 0, needed at least 1",
+        "batch_tokens is -1, needed at least 1",
+        "batch_tokens is nan, needed at least 1",
+        "batch_tokens is 1.5, needed at least 1",
+        "batch_tokens is '4', needed at least 1",
+        "batch_tokens is None, needed at least 1",
+        "n_tokens is '10', needed at least 1",
+        "n_tokens is nan, needed at least 1",
+        "texts is None, needed an iterable of strings",
+        "steps is 1.5, needed at least 1",
+        "steps is '3', needed at least 1",
+        "alpha is '2', needed a finite number",
+        "alpha is nan, needed a finite number",
+        "layer is True, needed a whole number",
     )
     assert len(said) == len(wanted)
     assert all(words in line for words, line in zip(wanted, said, strict=True)), said

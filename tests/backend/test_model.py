@@ -12,6 +12,7 @@ import torch
 from oracles import untouched
 from torch import nn
 
+import tl_factedit as fe
 from tl_factedit.backend.fingerprint import fingerprint
 from tl_factedit.backend.hook_names import EMBED, component_hook, resid_post, resid_pre
 from tl_factedit.backend.loading import from_hf, from_hub
@@ -701,11 +702,15 @@ def test_an_unknown_kind_is_refused():
 
 
 @pytest.mark.skipif(tiny.HAS_HOOKED, reason="TransformerLens 3 has a HookedTransformer")
-def test_hooked_where_there_is_none_is_refused_with_the_way_out():
+def test_hooked_where_there_is_none_is_refused_with_the_way_out(monkeypatch):
     with pytest.raises(ValueError, match=r"TransformerLens 4 no longer has: take kind='bridge', or install"):
         from_hf(tiny.hf_model("llama"), tiny.tokenizer(), kind="hooked")
     with pytest.raises(ValueError, match="take kind='bridge'"):
         from_hub("gpt2", kind="hooked")
+    monkeypatch.setattr(fe.models, "smollm2_hf", lambda **_: pytest.fail("it was loaded first"))
+    for load in (fe.models.smollm2, functools.partial(fe.models.load, "smollm2")):
+        with pytest.raises(ValueError, match="take kind='bridge'"):
+            load("hooked")
 
 
 def test_a_name_the_hub_does_not_give_is_in_the_error(kind):

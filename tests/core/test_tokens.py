@@ -3,6 +3,7 @@
 import functools
 import re
 
+import laws
 import pytest
 import tiny
 import torch
@@ -10,8 +11,19 @@ from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+import tl_factedit as fe
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align, align_all, check_all, continuation, encode, find_span, pad, spell
+from tl_factedit.core.tokens import (
+    align,
+    align_all,
+    check_all,
+    check_texts,
+    continuation,
+    encode,
+    find_span,
+    pad,
+    spell,
+)
 
 SUBWORD = ("bytebpe", "spm", "spm-always")  # those that spell every text back
 MODELS = [(kind, name) for kind in tiny.KINDS for name in tiny.TOKENIZERS]
@@ -400,6 +412,38 @@ def test_a_text_that_its_tokens_do_not_spell_is_refused_and_its_neighbour_is_not
     with pytest.raises(ValueError, match=r"the tokens of .* spell .*no token for some byte"):
         align(tok, Fact("A\U00040fff", "{} is", " Paris"), prepend_bos=True)
     align(tiny.tokenizer("bytebpe"), Fact("A\U00040fff", "{} is", " Paris"), prepend_bos=True)
+
+
+def test_objects_that_their_tokens_do_not_spell_are_refused_too():
+    tok, lost = without_bytes("ñ"), " \U00050000"
+    assert continuation(tok, "It is in", " Paris").tolist()
+    with pytest.raises(ValueError, match="no token for some byte"):
+        continuation(tok, "It is in", lost)
+    fact = Fact("The Tower", "{} is in", " Paris", " Rome", controls=[" Oslo"])
+    check_texts(tok, fact, prepend_bos=True)
+    for name, text in (("target_true", lost), ("target_new", lost), ("controls", [lost])):
+        with pytest.raises(ValueError, match="no token for some byte"):
+            check_texts(tok, fact.but(**{name: text}), prepend_bos=True)
+
+
+def test_no_model_is_asked_what_its_tokens_do_not_spell(kind, monkeypatch):
+    model, lost = tiny.model(kind, "gpt2"), " \U00050000"
+    edit = laws.rome(model, contexts=("",))(model, [laws.FACT])
+    monkeypatch.setattr(model, "tokenizer", without_bytes("ñ"))
+    asked = laws.FACT.but(prompt=f"{lost} {{}} is in", neighbours=(), neighbour_targets=())
+    calls = (
+        lambda: fe.known(model, asked),
+        lambda: fe.known(model, laws.FACT.but(target_true=lost)),
+        lambda: fe.evaluate(model, asked),
+        lambda: fe.evaluate(model, laws.FACT.but(target_new=lost)),
+        lambda: fe.evaluation.token_accuracy(model, asked),
+        lambda: fe.evaluation.gains(model, edit, lost),
+    )
+    for call in calls:
+        with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="no token for some byte"):
+            call()
+    (_, why), *_ = fe.alignable(model, laws.FACT.but(controls=[lost]))[1]
+    assert "no token for some byte" in why
 
 
 # ---------------------------------------------------------------------------------------- many facts at once

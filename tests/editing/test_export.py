@@ -207,8 +207,18 @@ def test_a_scaled_edit_moves_its_key_as_far_as_asked(kind):
         halfway = laws.logits(model)
     with edit.applied(model):
         assert not torch.allclose(laws.logits(model), halfway, atol=1e-4)
-    with laws.untouched(model), edit.scaled(0.0).applied(model):
+    nothing = edit.scaled(0.0)
+    with laws.untouched(model), nothing.applied(model):
         pass
+    (whole,), (part,), (none,) = edit.diagnostics, half.diagnostics, nothing.diagnostics
+    assert part.update_norm == pytest.approx(0.5 * whole.update_norm)
+    assert part.relative_norm == pytest.approx(0.5 * whole.relative_norm)
+    assert part.value_norm == pytest.approx(float(half.values[1].norm() / now.norm()))
+    assert (none.update_norm, none.relative_norm) == (0, 0) and none.value_norm == pytest.approx(1)
+    assert edit.scaled(-2.0).diagnostics[0].update_norm == pytest.approx(2 * whole.update_norm)
+    assert "layers {1: 0.00% of ‖W‖}" in repr(nothing) and "prob_after" not in nothing.fits[0]
+    (said,) = nothing.concerns
+    assert "scaled by 0.0 and changes nothing" in said
 
 
 def test_composed_edits_do_what_both_do(kind):

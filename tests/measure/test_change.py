@@ -126,3 +126,27 @@ def test_what_is_no_change_is_told_before_anything_runs(model, tmp_path, monkeyp
             parts_of(model, path, FACTS)
     with pytest.raises((TypeError, fe.UnsupportedModelError)):
         parts_of(model, torch.nn.Linear(2, 2), FACTS)
+
+
+def test_facts_that_a_single_change_was_not_made_for_are_refused_unless_forced(model, edits, monkeypatch):
+    edit, other = edits[0], FACTS[1]
+    calls = (
+        lambda **force: fe.Population.of(model, edit, FACTS, **force),
+        lambda **force: fe.Population.of(model, fe.editors.RoutedEdit.of(edit), other, **force),
+        lambda **force: fe.compare(fe.LogitLens(), model, edit, [other], **force),
+        lambda **force: fe.attacks.footprint(model, edit, [other], **force),
+        lambda **force: fe.evaluation.dose_curve(model, edit, other, doses=[1.0], **force),
+    )
+    for call in calls:
+        with (
+            laws.no_forward(monkeypatch, model),
+            pytest.raises(ValueError, match=r"made for .* or force=True") as error,
+        ):
+            call()
+        assert repr(other.name) in str(error.value)
+        call(force=True)
+    made = fe.Population.of(model, edit, FACTS[0].but(target_new=None))
+    assert made.asking(other).facts == (other,)  # whoever asks it knows what else is asked
+    route = fe.Route(other, "One hop", " Rome", " Paris")
+    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="force=True"):
+        fe.attacks.follow_routes(made, [route])

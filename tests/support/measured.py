@@ -6,7 +6,7 @@ from typing import Any
 import tl_factedit as fe
 from tl_factedit.attacks.attack import Recovery
 
-OF_POPULATION = ("reference", "prepend_bos", "folder", "progress")
+OF_POPULATION = ("reference", "prepend_bos", "folder", "progress", "force")
 
 
 def population(model, changed, facts, **options) -> fe.Population:

@@ -16,7 +16,7 @@ from tl_factedit.attacks.replacements import Replacements
 from tl_factedit.attacks.silencing import SilencedPrompt, Silencing, says_under
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import Aligned, align
+from tl_factedit.core.tokens import Aligned, align, check_length
 from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.measure.population import Population, Read
 
@@ -58,7 +58,7 @@ class Asking:
         """Of a population: which references are averaged for which fact; the same of a relation, as far as can be.
 
         Raises:
-            ValueError: Fewer than five references of a fact's relation.
+            ValueError: Fewer than five references of a fact's relation, or one longer than the model's context.
         """
         facts, reference = population.facts, population.reference
         order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
@@ -69,6 +69,9 @@ class Asking:
             ]
         )
         tokenizer, bos = population.model.tokenizer, population.prepend_bos
+        room = getattr(population.model.cfg, "n_ctx", None)
+        for fact in reference:
+            check_length(tokenizer, fact.text, f"reference {fact.name!r}", prepend_bos=bos, room=room)
         return cls(
             rows=[align(tokenizer, fact, prepend_bos=bos) for fact in facts],
             objects=[row.objects for row in population.first_tokens],

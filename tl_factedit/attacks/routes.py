@@ -26,9 +26,10 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact, glued
+from tl_factedit.core.kinds import as_several
 from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside
-from tl_factedit.core.tokens import continuation, encode
-from tl_factedit.measure.change import identity
+from tl_factedit.core.tokens import check_room, continuation, encode
+from tl_factedit.measure.change import Change, check_made_for, identity
 from tl_factedit.measure.excess import excess_of
 from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.measure.likelihood import Request, log_probs
@@ -104,6 +105,15 @@ class Route:
     def tells_apart(self) -> bool:
         """Whether the old and the new object lead to different answers."""
         return self.old_answer != self.new_answer
+
+
+def as_routes(routes: Sequence[Route]) -> tuple[Route, ...]:
+    """Some routes as a tuple.
+
+    Raises:
+        ValueError: Something else is given, or is among them.
+    """
+    return as_several(routes, Route, "routes", "a fe.Route(fact, prompt, old_answer, new_answer)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,10 +216,14 @@ def follow_routes(population: Population, routes: Sequence[Route], *, batch_toke
     Raises:
         ValueError: An answer isn't a continuation of its prompt; a change for each fact, and none for a route's.
     """
-    routes = tuple(routes)
+    routes = as_routes(routes)
     if not routes:
         nothing = torch.zeros(0, len(QUANTITIES))
         return _summed((), torch.zeros(0, dtype=torch.bool), nothing, nothing)
+    asked_already = {identity(fact) for fact in population.facts}
+    further = [route.fact for route in routes if identity(route.fact) not in asked_already]
+    if isinstance(population.changed, Change) and not population.force:
+        check_made_for(population.changed, further, "what is measured")
     asking = population.asking([route.fact for route in routes])
     asked = check_routes(population.model, routes, population.prepend_bos)
 
@@ -249,7 +263,7 @@ class FollowRoutes:
             ValueError: No routes of the population's facts; an answer that isn't a continuation of its prompt.
         """
         places = {identity(fact): i for i, fact in enumerate(population.facts)}
-        routes = [route for route in self.routes if identity(route.fact) in places]
+        routes = [route for route in as_routes(self.routes) if identity(route.fact) in places]
         if not routes:
             raise ValueError("no route follows from a fact of the population, needed one at least")
         found = follow_routes(population, routes, batch_tokens=self.batch_tokens)
@@ -277,9 +291,13 @@ def check_routes(model: Model, routes: Sequence[Route], prepend_bos: bool) -> li
     """The requests of some routes.
 
     Raises:
-        ValueError: An answer is no continuation of its prompt.
+        ValueError: An answer is no continuation of its prompt, or both are longer than the model's context.
     """
-    return [RouteTokens.of(model.tokenizer, route, prepend_bos) for route in routes]
+    found = [RouteTokens.of(model.tokenizer, route, prepend_bos) for route in routes]
+    for route, tokens in zip(routes, found, strict=True):
+        answers = [answer for _, answer in tokens.requests]
+        check_room(tokens.requests[0][0], answers, getattr(model.cfg, "n_ctx", None), route.prompt)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ What wasn't gathered is listed, and no label claims more than was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tl_factedit.attacks.attack import Attack
@@ -21,7 +22,7 @@ from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
 from tl_factedit.attacks.knockout import KnockOut
 from tl_factedit.attacks.readout import ReadOut
 from tl_factedit.attacks.reversal import WeightReversal
-from tl_factedit.attacks.routes import FollowRoutes, Route
+from tl_factedit.attacks.routes import FollowRoutes, Route, as_routes
 from tl_factedit.auditing.calibration import Calibration, check_apart, unchanged
 from tl_factedit.auditing.findings import Thresholds
 from tl_factedit.auditing.gather import Plan, findings_of, gather, is_erasure, with_controls
@@ -38,8 +39,10 @@ from tl_factedit.auditing.wording import (
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
+from tl_factedit.core.kinds import as_several, check_one
 from tl_factedit.core.tokens import check_all
 from tl_factedit.editing.edit import Edit
+from tl_factedit.editing.inputs import check_objective
 from tl_factedit.editing.objectives import Objective
 from tl_factedit.measure.change import Change, Changed, check_made_for
 from tl_factedit.measure.population import Population, check_facts_once
@@ -118,22 +121,29 @@ def audit(
         >>> verdict.label, verdict.table()                        # doctest: +SKIP
     """
     facts = as_facts(facts)
-    population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress)
-    if isinstance(changed, Change) and not force:
-        # What has no new object at all is refused as such, in a moment.
-        check_made_for(changed, [fact for fact in facts if fact.target_new is not None], "an audit")
+    if objective is not None:
+        check_objective(objective)
+    if calibration is not None:
+        check_one(calibration, Calibration, "calibration", "fe.Calibration(changed, facts)")
+    if thresholds is not None:
+        check_one(thresholds, Thresholds, "thresholds", "fe.Thresholds(...)")
+    routes, same_subject = as_routes(routes), as_facts(same_subject, "same_subject")
+    texts = as_several(texts, str, "texts", "a text")
+    attacks = tuple(attacks) if isinstance(attacks, Sequence) else (attacks,)
+    reference = None if reference is None else as_facts(reference, "reference")
+    population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress, force)
     erasing = is_erasure(population, objective)
     plan = Plan(
-        attacks=_with_defaults(population, attacks, tuple(routes), full, seed),
-        routes=tuple(routes),
-        same_subject=tuple(same_subject),
-        texts=tuple(texts),
+        attacks=_with_defaults(population, attacks, routes, full, seed),
+        routes=routes,
+        same_subject=same_subject,
+        texts=texts,
         calibration=calibration,
         erasing=erasing,
         seed=seed,
     )
     plan.check(population)
-    thresholds = thresholds or Thresholds()
+    thresholds = Thresholds() if thresholds is None else thresholds
     evidence = gather(population, plan)
     findings = findings_of(evidence, erasing=erasing, facts=len(population.facts))
     found = judge(findings, thresholds)
@@ -173,23 +183,26 @@ def _population(
     prepend_bos: bool | None,
     folder: str | Path | None,
     progress: bool,
+    force: bool,
 ) -> Population:
     """What is audited: each fact once, with controls, and with the references that the change left alone."""
     need_old_object(facts, "an audit")
     check_facts_once(facts)
     others = tuple(facts if reference is None and isinstance(changed, Sequence) else reference or ())
     population = Population.of(
-        model, changed, facts, reference=others, prepend_bos=prepend_bos, folder=folder, progress=progress
+        model, changed, facts, reference=others, prepend_bos=prepend_bos, folder=folder, progress=progress, force=True
     )
     for part in population.parts:
         if isinstance(part.changed, Edit):
             part.changed.check(model)
     room = getattr(model.cfg, "n_ctx", None)
     check_all(model.tokenizer, facts, prepend_bos=population.prepend_bos, room=room)
+    if isinstance(changed, Change) and not force:  # what can't be asked at all is refused as such, first
+        check_made_for(changed, [fact for fact in facts if fact.target_new is not None], "an audit")
     if calibration is not None:
         check_apart(calibration, facts)
         others = tuple(unchanged(others, changed, calibration))
-    return population.asking([with_controls(fact, (*facts, *others)) for fact in facts], others)
+    return replace(population, force=force).asking([with_controls(fact, (*facts, *others)) for fact in facts], others)
 
 
 def _with_defaults(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tl_factedit.core.facts import Fact
+from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.measure.change import Change, Changed
 
 
@@ -20,6 +20,10 @@ class Calibration:
 
     changed: Changed
     facts: Sequence[Fact]
+
+    def __post_init__(self) -> None:
+        """Check that its facts are facts."""
+        object.__setattr__(self, "facts", as_facts(self.facts, "calibration.facts"))
 
 
 def unchanged(reference: Sequence[Fact], changed: Changed, calibration: Calibration | None) -> list[Fact]:

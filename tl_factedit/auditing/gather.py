@@ -18,12 +18,13 @@ from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.tokens import check_length
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.objectives import Erase, Objective
 from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.evaluation.edit_gains import Gains, gains
 from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
-from tl_factedit.evaluation.same_subject import Specificity, pair_same_subject, specificity
+from tl_factedit.evaluation.same_subject import Specificity, check_same_subject, pair_same_subject, specificity
 from tl_factedit.evaluation.scores import Answer, Scores, evaluate, scores_of
 from tl_factedit.evaluation.text_drift import Drift, drift, encode_texts
 from tl_factedit.measure.population import Population
@@ -64,10 +65,17 @@ class Plan:
             if isinstance(attack, type) or not callable(attack):
                 name = attack.__name__ if isinstance(attack, type) else repr(attack)
                 raise TypeError(f"attacks holds {name}, needed values such as KnockOut(): a class isn't one")
-        check_routes(population.model, self.routes, population.prepend_bos)
+        model, bos = population.model, population.prepend_bos
+        check_routes(model, self.routes, bos)
         pair_same_subject(population.facts, self.same_subject)
+        check_same_subject(model, self.same_subject, bos)
+        calibrated = () if self.calibration is None else self.calibration.facts
+        for what, facts in (("reference", population.reference), ("calibration fact", calibrated)):
+            for fact in facts:
+                room = getattr(model.cfg, "n_ctx", None)
+                check_length(model.tokenizer, fact.text, f"{what} {fact.name!r}", prepend_bos=bos, room=room)
         if self.texts:
-            encode_texts(population.model, self.texts, population.prepend_bos)
+            encode_texts(model, self.texts, bos)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +145,7 @@ def gather(population: Population, plan: Plan) -> Evidence:
         drift=drifted,
         retention=kept,
         upstream=upstream,
-        dose=dose_curve(model, alone, facts) if alone is not None else None,
+        dose=dose_curve(model, alone, facts, force=True) if alone is not None else None,
         gains=()
         if alone is None
         else tuple(

@@ -26,16 +26,12 @@ def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str |
     Raises:
         ValueError: ``kind="hooked"`` where TransformerLens has no HookedTransformer.
     """
+    check_class(kind)
     name = str(name or hf_model.config._name_or_path or type(hf_model).__name__)
     if hf_model.config.architectures is None:
         hf_model.config.architectures = [type(hf_model).__name__]
     tokenizer.init_kwargs.setdefault("name_or_path", name)
-    if kind == "bridge":
-        model = _boot_bridge(hf_model, tokenizer, name)
-    elif kind == "hooked":
-        model = _boot_hooked(hf_model, tokenizer)
-    else:
-        raise ValueError(f"kind {kind!r} is unknown, needed 'bridge' or 'hooked'")
+    model = _boot_bridge(hf_model, tokenizer, name) if kind == "bridge" else _boot_hooked(hf_model, tokenizer)
     model.cfg.model_name = name
     return model
 
@@ -57,6 +53,18 @@ def from_hub(name: str, *, kind: Kind = "bridge") -> Model:
             f"{name!r} could not be had from the model hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}): check the name and the network, or take 'smollm2', which needs no hub"
         ) from error
+
+
+def check_class(kind: str) -> None:
+    """Check that there is such a class of models, before anything is loaded.
+
+    Raises:
+        ValueError: ``"hooked"`` where TransformerLens has no HookedTransformer, or another kind.
+    """
+    if kind == "hooked":
+        _hooked_transformer()
+    elif kind != "bridge":
+        raise ValueError(f"kind {kind!r} is unknown, needed 'bridge' or 'hooked'")
 
 
 def _hooked_transformer() -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix as FactoredMatrix  # the type of Delta.matrix
+
+from tl_factedit.core.kinds import as_whole
 
 Kind: TypeAlias = Literal["hooked", "bridge"]
 
@@ -149,6 +150,6 @@ def device(model: Model) -> torch.device:
 
 def as_layers(layers: int | Iterable[int]) -> tuple[int, ...]:
     """One layer or several (of any kind of integer), ascending, each once."""
-    if isinstance(layers, Iterable):
-        return tuple(sorted({operator.index(layer) for layer in layers}))
-    return (operator.index(layers),)
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        return tuple(sorted({as_whole(layer, "layer", None) for layer in layers}))
+    return (as_whole(layers, "layer", None),)

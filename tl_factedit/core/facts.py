@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
+from tl_factedit.core.kinds import short
 from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside, trimmed
 
 
@@ -220,8 +221,12 @@ def glued(what: str, text: str, target: str) -> str:
     )
 
 
-def as_facts(facts: Fact | Iterable[Fact]) -> tuple[Fact, ...]:
+def as_facts(facts: Fact | Iterable[Fact], name: str = "facts") -> tuple[Fact, ...]:
     """Some facts, or a single one, as a tuple: the door through which every public call takes its facts.
+
+    Args:
+        facts: What is given.
+        name: The argument's name, for the message.
 
     Raises:
         ValueError: Something else is given, or is among them.
@@ -230,19 +235,14 @@ def as_facts(facts: Fact | Iterable[Fact]) -> tuple[Fact, ...]:
         return (facts,)
     if isinstance(facts, (str, bytes, Mapping)) or not isinstance(facts, Iterable):
         raise ValueError(
-            f"facts is {_short(facts)}, a {type(facts).__name__}: needed Facts, such as "
+            f"{name} is {short(facts)}, a {type(facts).__name__}: needed Facts, such as "
             'fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")'
         )
     given = tuple(facts)
     for i, fact in enumerate(given):
         if not isinstance(fact, Fact):
-            raise ValueError(f"facts[{i}] is {_short(fact)}, a {type(fact).__name__}: needed a Fact")
+            raise ValueError(f"{name}[{i}] is {short(fact)}, a {type(fact).__name__}: needed a Fact")
     return given
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "…"
 
 
 def need_old_object(facts: Iterable[Fact], what: str) -> tuple[str, ...]:

@@ -198,6 +198,26 @@ def check_room(
         )
 
 
+def check_length(tokenizer: Any, text: str, name: str, *, prepend_bos: bool, room: int | None) -> None:
+    """Check that a text of its own fits into the model's context.
+
+    Args:
+        tokenizer: The model's own.
+        text: The text.
+        name: What it is, for the message.
+        prepend_bos: Whether to put BOS in front.
+        room: Tokens that the model has room for (``cfg.n_ctx``); None for no limit.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    if room is not None and (count := len(encode(tokenizer, text, prepend_bos=prepend_bos)[0])) > room:
+        begin = text if len(text) < 80 else text[:77] + "…"
+        raise ValueError(
+            f"{name}, {begin!r}, has {count} tokens, and the model has room for {room} (cfg.n_ctx): shorten it"
+        )
+
+
 def check_texts(tokenizer: Any, fact: Fact, *, prepend_bos: bool, room: int | None = None) -> None:
     """Check that everything that can be asked of a fact can be tokenised: prompt, paraphrases, neighbours, objects.
 
@@ -346,7 +366,7 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
 
     Raises:
         ValueError: The text's own tokens change when the target follows (the two merge into one
-            token), so that a model that has read `text` could not go on with `target`.
+            token), so that a model that has read `text` could not go on with `target`; or they don't spell the texts.
     """
     if text[-1:] == " " and target[:1] == " ":
         raise ValueError(
@@ -364,6 +384,7 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
         raise ValueError(
             f"target {target!r} merges with the last token of {text!r}, needed a continuation of its tokens; {hint}"
         )
+    check_spelling(tokenizer, torch.tensor(whole), text + target)
     return torch.tensor(whole[len(before) :])
 
 

@@ -165,6 +165,8 @@ def concerns_of(edit: Edit) -> Iterator[str]:
     """What `Edit.concerns` says."""
     weight = {d.layer: d.weight_norm for d in edit.diagnostics}
     relative = {each.layer: each.norm / weight[each.layer] for each in edit.deltas if each.layer in weight}
+    if edit.editor.get("name") == "scaled" and not any(delta.norm for delta in edit.deltas):
+        yield f"it is scaled by {edit.editor['alpha']} and changes nothing: take another α"
     for layer, size in relative.items():
         if size > LARGE_UPDATE:
             yield (

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_factedit.backend.weights import DownProj
 from tl_factedit.editing.delta import LayerUpdate, norm_ratio
@@ -27,7 +29,7 @@ class Diagnostics:
             is to add at its keys (what it leaves out of a fact's target is `unmet`).
         value_norm: ‖v*‖ / ‖v‖ of the value written and the one replaced.
         unmet: For each fact, the share of its residual that the update doesn't meet, ‖k ΔW − r‖ / ‖r‖ before
-            rounding; empty where all is met by construction.
+            rounding; empty where all is met by construction, or where it isn't known (`Edit.scaled`).
         key_cosines: For each fact, the largest cosine, in size, of its key with another fact's; empty for one fact.
         off_target: For each fact, the largest ‖k_t ΔW‖ / ‖k ΔW‖ over the other tokens t of its prompt (BOS is one),
             with k the key where the edit is to write: how much of it is added where it isn't meant. Empty where it
@@ -64,6 +66,11 @@ class Diagnostics:
         return self.update_norm / self.weight_norm
 
 
+def value_norm(written: Float[Tensor, "fact d_model"], replaced: Float[Tensor, "fact d_model"]) -> float:
+    """‖v*‖ / ‖v‖ of the values written and those replaced, the largest over facts."""
+    return float((written.norm(dim=-1) / replaced.norm(dim=-1)).max())
+
+
 def diagnose(site: DownProj, update: LayerUpdate, *, off_target: Sequence[float] = ()) -> Diagnostics:
     """Diagnostics of what an editor does in one layer.
 
@@ -91,7 +98,7 @@ def diagnose(site: DownProj, update: LayerUpdate, *, off_target: Sequence[float]
         update_norm=delta.norm,
         weight_norm=float(weight.double().norm()),
         exactness=float((moved - wanted).norm() / wanted.norm()) if bool(wanted.any()) else 0.0,
-        value_norm=float(((now + wanted).norm(dim=-1) / now.norm(dim=-1)).max()),
+        value_norm=value_norm(now + wanted, now),
         unmet=unmet,
         key_cosines=tuple(cosines.amax(-1).tolist()) if len(keys) > 1 else (),
         off_target=tuple(off_target),

@@ -25,9 +25,10 @@ from tl_factedit.backend.state import one_thread, plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.kinds import as_finite
 from tl_factedit.editing.concerns import concerns_of, warn_once
 from tl_factedit.editing.delta import Delta, LayerUpdate
-from tl_factedit.editing.diagnostics import Diagnostics, diagnose
+from tl_factedit.editing.diagnostics import Diagnostics, diagnose, value_norm
 from tl_factedit.editing.inputs import EditInputs
 from tl_factedit.editing.ledger import base_fingerprint, commit_all, ledger_of, made_on
 from tl_factedit.editing.objectives import EditTarget
@@ -271,17 +272,29 @@ class Edit:
     def scaled(self, alpha: float) -> Edit:
         """The same edit α times as strong: ``W_out += α · Δ``; 0 writes nothing, −1 the opposite.
 
-        `values` move along with it; `diagnostics` and `fits` are those of the edit it was made from, without what
-        became of the targets.
+        `values` move along with it, and so do the norms in `diagnostics`; `exactness` stays that of the edit it was
+        made from. What became of the targets (in `fits`), and how much isn't met (`Diagnostics.unmet`), was measured
+        of that edit and isn't known of this one: it is left out.
         """
+        alpha = as_finite(alpha, "alpha", "a finite number, such as 0.5")
         if alpha == 1:
             return self
         deltas = tuple(Delta(delta.layer, delta.left, alpha * delta.right) for delta in self.deltas)
         moved = {delta.layer: self.keys[delta.layer] @ delta.left @ delta.right for delta in self.deltas}
+        values = {layer: value + (alpha - 1) * moved[layer] for layer, value in self.values.items()}
         return replace(
             self,
             deltas=deltas,
-            values={layer: value + (alpha - 1) * moved[layer] for layer, value in self.values.items()},
+            values=values,
+            diagnostics=tuple(
+                replace(
+                    each,
+                    update_norm=abs(alpha) * each.update_norm,
+                    value_norm=value_norm(values[each.layer], self.values[each.layer] - moved[each.layer]),
+                    unmet=(),
+                )
+                for each in self.diagnostics
+            ),
             fits=tuple({name: item for name, item in fit.items() if name not in MEASURED} for fit in self.fits),
             editor={"name": "scaled", "alpha": alpha, "of": dict(self.editor)},
         )

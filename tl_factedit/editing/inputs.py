@@ -16,9 +16,10 @@ from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.kinds import check_one
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.spacing import before_prompts
-from tl_factedit.core.tokens import Aligned, align_all
+from tl_factedit.core.tokens import Aligned, align, align_all
 from tl_factedit.editing.concerns import callers_level, warn_before
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
@@ -177,14 +178,22 @@ def factor(stats: KeyStats, ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
         raise ValueError(too_few(stats, str(error))) from error
 
 
-def prefixes(contexts: SampledContexts | Sequence[str], model: Model) -> tuple[str, ...]:
+def prefixes(contexts: SampledContexts | Sequence[str], inputs: EditInputs) -> tuple[str, ...]:
     """The contexts, the bare one first, with a space between each and the prompt where the script has one.
 
     Warns:
         UserWarning: A context of one's own ended without it.
+
+    Raises:
+        ValueError: With one of them a prompt is longer than the model's context.
     """
-    if isinstance(contexts, SampledContexts):
-        return contexts.draw(model)
+    own = not isinstance(contexts, SampledContexts)
+    found = _spaced(contexts, inputs.model) if own else contexts.draw(inputs.model)
+    _check_room(found, inputs)
+    return found
+
+
+def _spaced(contexts: Sequence[str], model: Model) -> tuple[str, ...]:
     special = tuple(str(each) for each in getattr(model.tokenizer, "all_special_tokens", ()) if each)
     found = tuple(each if each.endswith(special) else before_prompts(each) for each in contexts)
     changed = [(given, now) for given, now in zip(contexts, found, strict=True) if given != now]
@@ -195,6 +204,24 @@ def prefixes(contexts: SampledContexts | Sequence[str], model: Model) -> tuple[s
             stacklevel=callers_level(inspect.currentframe()),
         )
     return found if found and found[0] == "" else ("", *found)
+
+
+def _check_room(contexts: Sequence[str], inputs: EditInputs) -> None:
+    tokenizer, room = inputs.model.tokenizer, getattr(inputs.model.cfg, "n_ctx", None)
+    for i, context in enumerate(contexts):
+        if room is None or not context:
+            continue
+        for fact, prompt in zip(inputs.facts, inputs.prompts, strict=True):
+            longest = max((len(ids) for ids in (prompt.old_ids, prompt.new_ids) if ids is not None), default=1)
+            if len((context + prompt.text).encode()) + longest <= room:
+                continue  # a token has a byte at least
+            count = len(align(tokenizer, fact, prepend_bos=inputs.prepend_bos, prefix=context).ids) + longest - 1
+            if count > room:
+                begin = context if len(context) < 80 else context[:77] + "…"
+                raise ValueError(
+                    f"context {i} of {len(contexts)} (the bare prompt is 0), {begin!r}, makes {count} tokens of the "
+                    f"prompt of {fact.name!r} and its object, and the model has room for {room} (cfg.n_ctx): shorten it"
+                )
 
 
 def check_objective(objective: Objective) -> None:
@@ -213,6 +240,11 @@ def check_number(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} is {value!r}, needed a number")
+
+
+def check_fit(fit: ValueFit) -> None:
+    """Check that it is said how to fit values by a `ValueFit`."""
+    check_one(fit, ValueFit, "fit", "fe.ValueFit(...), such as fe.ValueFit(steps=25)")
 
 
 def check_ridge(ridge: float) -> None:

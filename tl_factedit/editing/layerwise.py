@@ -44,6 +44,7 @@ from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import (
     EditInputs,
     check_contexts,
+    check_fit,
     check_number,
     check_objective,
     check_ridge,
@@ -135,6 +136,7 @@ def check_layerwise(editor: LayerwiseEditor, *, ridge: float | None) -> dict[int
         check_ridge(ridge)
     check_objective(editor.objective)
     check_contexts(editor.contexts)
+    check_fit(editor.fit)
     return stats
 
 
@@ -227,7 +229,7 @@ def layerwise_edit(
     )
     bos = inputs.prepend_bos
     solvers = {layer: editor.solver(stats) for layer, stats in editor.stats.items()}
-    contexts = prefixes(editor.contexts, model)
+    contexts = prefixes(editor.contexts, inputs)
     with frozen(model):
         targets = editor.objective.targets(model, inputs.facts, prepend_bos=bos)
         if where == "resid" and not _reach_stream(model, layers, inputs.prompts[0].ids):

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.core.kinds import as_whole
+
 Where = Literal["mlp", "resid", "modules"]
 """Where δ is added: to what ``W_out`` answers, to the stream after the block, or (PMET) one δ to what the attention and
 one to what ``W_out`` hands on."""
@@ -46,8 +48,7 @@ class ValueFit:
 
     def __post_init__(self) -> None:
         """Check the numbers and choices."""
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, needed at least 1 (which only reads the loss)")
+        as_whole(self.steps, "steps", what="a whole number; 1 only reads the loss")
         for name in ("lr", "clamp"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, needed more than 0")

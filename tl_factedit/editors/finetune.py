@@ -107,7 +107,7 @@ class FineTune:
         inputs = EditInputs.of(model, facts, self._layers, objective=self.objective, prepend_bos=self.prepend_bos)
         sites = [down_proj(model, layer) for layer in self._layers]
         bos = inputs.prepend_bos
-        contexts = prefixes(self.contexts, model)
+        contexts = prefixes(self.contexts, inputs)
         with frozen(model):
             targets = self.objective.targets(model, inputs.facts, prepend_bos=bos)
             rows = [TrainingRows.of(model, target, contexts, bos) for target in targets]

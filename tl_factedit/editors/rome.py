@@ -28,6 +28,7 @@ from tl_factedit.editing.inputs import (
     EditInputs,
     check_contexts,
     check_facts,
+    check_fit,
     check_objective,
     check_ridge,
     factor,
@@ -104,6 +105,7 @@ class Rome:
         check_ridge(self.ridge)
         check_objective(self.objective)
         check_contexts(self.contexts)
+        check_fit(self.fit)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Edit:
@@ -146,7 +148,7 @@ class Rome:
         bos = inputs.prepend_bos
         # Before any forward pass, as it may fail; the identity needs none.
         lower = None if stats.is_identity else factor(stats, self.ridge)
-        contexts = prefixes(self.contexts, model)
+        contexts = prefixes(self.contexts, inputs)
         with frozen(model):
             # Each by itself, as some objectives look at all facts they are given (the spread of their embeddings).
             targets = [self.objective.targets(model, [fact], prepend_bos=bos)[0] for fact in inputs.facts]

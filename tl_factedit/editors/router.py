@@ -21,7 +21,7 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.description import describe
-from tl_factedit.editing.inputs import EditInputs, check_contexts, prefixes
+from tl_factedit.editing.inputs import EditInputs, check_contexts, check_fit, prefixes
 from tl_factedit.editing.ledger import made_on
 from tl_factedit.editing.objectives import EditTarget
 from tl_factedit.editing.outcome import outcomes
@@ -63,6 +63,7 @@ class Router:
         if not self.radius > 0:
             raise ValueError(f"radius is {self.radius}, needed more than 0 (a share of a stored key's norm)")
         check_contexts(self.contexts)
+        check_fit(self.fit)
 
     @plain_torch()
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> RoutedEdit:
@@ -73,7 +74,7 @@ class Router:
             RuntimeError: The optimisation is not finite.
         """
         inputs = EditInputs.of(model, facts, [self.layer], fit=self.fit, prepend_bos=self.prepend_bos, writes=False)
-        contexts = prefixes(self.contexts, model)
+        contexts = prefixes(self.contexts, inputs)
         fitted = fit_values(
             model,
             inputs.facts,

@@ -19,6 +19,7 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
+from tl_factedit.measure.change import check_made_for
 from tl_factedit.measure.first_tokens import with_new_objects
 
 
@@ -63,7 +64,13 @@ DOSES = tuple(round(-0.5 + 0.1 * i, 1) for i in range(21))
 
 @plain_torch()
 def dose_curve(
-    model: Model, edit: Edit, facts: Fact | Sequence[Fact], *, doses: Sequence[float] = DOSES, batch_tokens: int = 4096
+    model: Model,
+    edit: Edit,
+    facts: Fact | Sequence[Fact],
+    *,
+    doses: Sequence[float] = DOSES,
+    batch_tokens: int = 4096,
+    force: bool = False,
 ) -> Dose:
     """Margin of the new object over the old as the edit's share at the last subject token grows.
 
@@ -75,11 +82,15 @@ def dose_curve(
         facts: Each with a ``target_new``.
         doses: The a's; 1 is the edit as it is.
         batch_tokens: Most tokens in one forward pass.
+        force: Whether to ask about facts that the edit wasn't made for.
 
     Raises:
-        ValueError: No doses, or one that is not finite; a fact without one of its objects.
+        ValueError: No doses, or one that is not finite; a fact without one of its objects, or that the edit wasn't
+            made for, unless `force`.
     """
     facts = with_new_objects(facts)
+    if not force:
+        check_made_for(edit, facts, "a dose curve")
     doses = tuple(doses)
     if not doses or not all(math.isfinite(dose) for dose in doses):
         raise ValueError(f"doses is {doses}, needed some finite numbers, such as (0.0, 0.5, 1.0)")

@@ -17,7 +17,8 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
-from tl_factedit.core.tokens import encode, spell
+from tl_factedit.core.kinds import check_one
+from tl_factedit.core.tokens import check_spelling, encode, spell
 from tl_factedit.editing.edit import Edit
 
 
@@ -62,8 +63,10 @@ def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = Non
     Returns:
         The gains. Those of later layers are of the keys in the edited model.
     """
+    check_one(text, str, "text", "one text, such as fact.text")
     bos = edit.provenance.prepend_bos if prepend_bos is None else prepend_bos
     ids, _ = encode(model.tokenizer, text, prepend_bos=bos)
+    check_spelling(model.tokenizer, ids, text)
     edit.check(model)
     sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
     first = min(edit.deltas, key=lambda delta: delta.layer)

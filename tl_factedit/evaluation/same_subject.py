@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, mean_over_facts
-from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import batches, continuation, encode
+from tl_factedit.core.facts import Fact, as_facts, need_old_object
+from tl_factedit.core.tokens import batches, check_length, continuation, encode
 from tl_factedit.measure.excess import excess_of
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -97,7 +98,9 @@ def specificity(
         ValueError: A fact about a subject that no fact of the population has, or that is one of these facts itself.
     """
     facts, model, bos = population.facts, population.model, population.prepend_bos
+    same_subject = as_facts(same_subject, "same_subject")
     pairs = pair_same_subject(facts, same_subject)
+    check_same_subject(model, same_subject, bos)
     rows = [encode(model.tokenizer, question.text, prepend_bos=bos)[0] for _, question in pairs]
     true = torch.tensor(
         [int(continuation(model.tokenizer, q.text, q.old, prepend_bos=bos)[0]) for _, q in pairs],
@@ -155,6 +158,18 @@ def specificity(
         kept=excess_of(by_fact(torch.where(before, after.float(), math.nan))),
         kl=mean_over_facts(by_fact(moved)),
     )
+
+
+def check_same_subject(model: Model, same_subject: Sequence[Fact], prepend_bos: bool) -> None:
+    """Check that questions have an answer that goes on after them, and fit into the model's context.
+
+    Raises:
+        ValueError: One doesn't; the message names it.
+    """
+    for question, old in zip(same_subject, need_old_object(same_subject, "specificity"), strict=True):
+        name, room = f"same_subject {question.name!r}", getattr(model.cfg, "n_ctx", None)
+        check_length(model.tokenizer, question.text, name, prepend_bos=prepend_bos, room=room)
+        continuation(model.tokenizer, question.text, old, prepend_bos=prepend_bos)
 
 
 def pair_same_subject(facts: Sequence[Fact], same_subject: Sequence[Fact]) -> list[tuple[int, Fact]]:

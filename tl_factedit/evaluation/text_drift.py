@@ -14,7 +14,8 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, mean_over_facts
-from tl_factedit.core.tokens import batches, encode, pad
+from tl_factedit.core.kinds import as_several
+from tl_factedit.core.tokens import batches, check_length, encode, pad
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
 from tl_factedit.measure.population import Population
 
@@ -101,10 +102,14 @@ def encode_texts(model: Model, texts: Sequence[str], prepend_bos: bool) -> list[
     """Token ids of neutral texts.
 
     Raises:
-        ValueError: No texts, or one without a token to predict.
+        ValueError: No texts, one without a token to predict, or one longer than the model's context.
     """
     if isinstance(texts, str) or not texts:
         raise ValueError("texts is empty or a string, needed a list of texts")
+    texts = as_several(texts, str, "texts", "a text")
+    for i, text in enumerate(texts):
+        room = getattr(model.cfg, "n_ctx", None)
+        check_length(model.tokenizer, text, f"texts[{i}]", prepend_bos=prepend_bos, room=room)
     rows = [encode(model.tokenizer, text, prepend_bos=prepend_bos)[0] for text in texts]
     short = [text for text, row in zip(texts, rows, strict=True) if len(row) < 2]
     if short:

@@ -23,6 +23,7 @@ from tl_factedit.backend.hook_names import EMBED
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.kinds import check_one
 from tl_factedit.core.tokens import Aligned
 
 
@@ -294,6 +295,18 @@ class GivenNoise:
 
 
 # ------------------------------------------------------------------------------------ what they share
+
+
+def corruption_of(given: Corruption | None) -> Corruption:
+    """The corruption that is asked for, or the default one.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if given is None:
+        return GaussianNoise()
+    check_one(given, Corruption, "corruption", "one such as fe.GaussianNoise()")
+    return given
 
 
 def _check(noise: Any) -> None:

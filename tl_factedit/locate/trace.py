@@ -15,7 +15,6 @@ Positions before the subject can't have an effect in a causal model: theirs is e
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +31,10 @@ from tl_factedit.backend.protocol import Component, Model, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
+from tl_factedit.core.kinds import as_whole
 from tl_factedit.core.tokens import Aligned
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
-from tl_factedit.locate.corruption import Corruption, GaussianNoise
+from tl_factedit.locate.corruption import Corruption, corruption_of
 from tl_factedit.locate.inputs import align_all, ask, check_contrasts, donor_texts
 from tl_factedit.locate.metrics import Metric, identity, metric_of
 from tl_factedit.locate.patching import Patching
@@ -95,10 +95,10 @@ def causal_trace(
         >>> trace.peak_layer                                      # doctest: +SKIP
     """
     facts = as_facts(facts)
-    window = operator.index(window)
+    window = as_whole(window, "window")
     _check(facts, component, window, severed, direction, memory)
     metric_name, measure = metric_of(metric)
-    corruption = corruption or GaussianNoise()
+    corruption = corruption_of(corruption)
     provenance = Provenance.of(model, prepend_bos, prompts=(fact.text for fact in facts))
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
     check_contrasts(facts, rows, measure, corruption)
@@ -234,8 +234,6 @@ def _check(
     memory: float,
 ) -> None:
     check_distinct(facts)
-    if window < 1:
-        raise ValueError(f"window is {window}, needed at least 1")
     component_hook(component, 0)
     if severed not in (None, "mlp", "attn"):
         raise ValueError(f"severed is {severed!r}, needed 'mlp', 'attn' or None")

@@ -27,7 +27,7 @@ from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.tokens import Aligned
 from tl_factedit.core.words import counted
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
-from tl_factedit.locate.corruption import Corruption, GaussianNoise
+from tl_factedit.locate.corruption import Corruption, corruption_of
 from tl_factedit.locate.inputs import align_all, ask, check_contrasts
 from tl_factedit.locate.metrics import Metric, metric_of
 
@@ -174,7 +174,7 @@ def trace_units(
     provenance = Provenance.of(model, prepend_bos, prompts=(fact.text for fact in facts))
     rows = align_all(model, facts, prepend_bos=provenance.prepend_bos)
     positions = tuple(_position(row, at) for row in rows)
-    corruption = corruption or GaussianNoise()
+    corruption = corruption_of(corruption)
     check_contrasts(facts, rows, measure, corruption)
     sign = -1 if direction == "noise" else 1
     with frozen(model), torch.no_grad():

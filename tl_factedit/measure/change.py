@@ -70,7 +70,7 @@ def asked_as(fact: Fact) -> tuple[tuple[str, str, str | None], ...]:
 
 
 def check_made_for(change: Change, facts: Sequence[Fact], what: str) -> None:
-    """Check that a change was made for some facts: by subject, prompt and new object.
+    """Check that a change was made for some facts: by subject, prompt and new object (if a fact has one).
 
     Args:
         change: One change.
@@ -81,7 +81,12 @@ def check_made_for(change: Change, facts: Sequence[Fact], what: str) -> None:
         ValueError: It wasn't made for one of them; the message names the fact.
     """
     made = {identity(fact) for fact in change.facts}
-    others = [fact for fact in facts if made.isdisjoint(asked_as(fact))]
+    asked = {(fact.subject, fact.prompt) for fact in change.facts}
+    others = [
+        fact
+        for fact in facts
+        if made.isdisjoint(asked_as(fact)) and (fact.target_new is not None or (fact.subject, fact.prompt) not in asked)
+    ]
     if others:
         known = ", ".join(repr(fact.text) for fact in change.facts[:3])
         raise ValueError(

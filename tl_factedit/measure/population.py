@@ -31,7 +31,7 @@ from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
 from tl_factedit.core.cache import Cache
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.words import counted
-from tl_factedit.measure.change import Change, Changed, Digested, asked_as, identity
+from tl_factedit.measure.change import Change, Changed, Digested, asked_as, check_made_for, identity
 from tl_factedit.measure.first_tokens import FirstTokens, are_known
 
 T = TypeVar("T")
@@ -91,6 +91,7 @@ class Population:
         parts: Which change serves which facts.
         cache: Where readings are kept; None: nowhere.
         progress: Whether to show a bar on what takes longer than a second.
+        force: Whether facts may be asked that a single change wasn't made for.
     """
 
     model: Model
@@ -101,6 +102,7 @@ class Population:
     parts: tuple[Part, ...]
     cache: Cache | None
     progress: bool
+    force: bool = False
 
     @classmethod
     @plain_torch()
@@ -114,6 +116,7 @@ class Population:
         prepend_bos: bool | None = None,
         folder: str | Path | None = None,
         progress: bool = True,
+        force: bool = False,
     ) -> Population:
         """Check what is given, and find out which change serves which fact; no model is run.
 
@@ -127,29 +130,34 @@ class Population:
             folder: Where to keep what is read; a call that was killed resumes there, and one of more facts is only
                 asked what is new.
             progress: Whether to show a bar on what takes longer than a second.
+            force: Whether to ask about facts that a single change wasn't made for; what is measured then says nothing
+                about the change. Of a list of changes each fact needs its own all the same.
 
         Raises:
-            ValueError: No facts or no changes; a fact that no change of a list was made for, or several; another model
-                with another vocabulary; a BOS policy other than the change's; a folder, and a change or a model that
+            ValueError: No facts or no changes; a fact that the change wasn't made for (by subject, prompt and new
+                object), unless `force`, or that no change of a list was made for, or several; another model with
+                another vocabulary; a BOS policy other than the change's; a folder, and a change or a model that
                 can't be told from others.
 
         Example:
             >>> population = fe.Population.of(model, edit, [fact])      # doctest: +SKIP
             >>> fe.attacks.ReadOut()(population)                        # doctest: +SKIP
         """
-        facts = as_facts(facts)
+        facts, reference = as_facts(facts), as_facts(reference, "reference")
         parts = parts_of(model, changed, facts)
+        if isinstance(changed, Change) and not force:
+            check_made_for(changed, facts, "what is measured")
         bos = bos_of_change(model, changed, prepend_bos)
         cache = Cache.at(folder)
         if cache is not None:
             _check_keepable(parts)
-        return cls(model, changed, facts, tuple(reference), bos, parts, cache, progress)
+        return cls(model, changed, facts, reference, bos, parts, cache, progress, force)
 
     @plain_torch()
     def asking(self, facts: Fact | Sequence[Fact], reference: Sequence[Fact] | None = None) -> Population:
-        """The same changes, asked about other facts (or with other references)."""
+        """The same changes, asked about other facts (or with other references), whatever a change was made for."""
         facts = as_facts(facts)
-        reference = self.reference if reference is None else tuple(reference)
+        reference = self.reference if reference is None else as_facts(reference, "reference")
         parts = parts_of(self.model, self.changed, facts)
         return replace(self, facts=facts, reference=reference, parts=parts)
 

@@ -78,7 +78,7 @@ def key_stats(
     if not wanted:
         raise ValueError("layers is empty, needed at least one")
     sites = {layer: down_proj(model, layer) for layer in wanted}
-    check_amounts(texts, n_tokens, context)
+    check_amounts(texts, n_tokens, context, batch_tokens)
     if save_every <= 0:
         raise ValueError(f"save_every is {save_every}, needed at least 1 token")
     provenance = Provenance.of(model, prepend_bos)

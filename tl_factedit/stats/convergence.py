@@ -189,7 +189,7 @@ def stats_convergence(
     facts = as_facts(facts)
     if not facts:
         raise ValueError("facts is empty, needed at least one")
-    check_amounts(texts, n_tokens, context)
+    check_amounts(texts, n_tokens, context, batch_tokens)
     if steps < 1:
         raise ValueError(f"steps is {steps}, needed at least 1 halving of n_tokens")
     if ridge < 0:

@@ -19,21 +19,23 @@ from torch import Tensor
 from tl_factedit.backend.protocol import Model, device
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
+from tl_factedit.core.kinds import as_whole, short
 from tl_factedit.core.tokens import encode, pad
 
 
-def check_amounts(texts: Iterable[str], n_tokens: int, context: int) -> None:
+def check_amounts(texts: Iterable[str], n_tokens: int, context: int, batch_tokens: int = 1) -> None:
     """Check that there is something to read, and how much.
 
     Raises:
         ValueError: One string in place of several, no tokens asked for, or pieces too short to hold text.
     """
-    if n_tokens <= 0:
-        raise ValueError(f"n_tokens is {n_tokens}, needed at least 1")
-    if context < 2:
-        raise ValueError(f"context is {context}, needed at least 2 tokens")
+    as_whole(n_tokens, "n_tokens", what="a whole number of tokens")
+    as_whole(context, "context", 2, what="a whole number of tokens")
+    as_whole(batch_tokens, "batch_tokens", what="a whole number of tokens")
     if isinstance(texts, str):
         raise ValueError("texts is one string, needed an iterable of strings: write [text]")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts is {short(texts)}, needed an iterable of strings")
 
 
 @dataclass(frozen=True)
