@@ -127,8 +127,6 @@ def test_a_model_that_reads_backwards_too_is_refused(which):
     with pytest.raises(UnsupportedModelError, match="isn't causal"):
         fe.causal_trace(model, laws.FACT, progress=False)
     with pytest.raises(UnsupportedModelError, match="isn't causal"):
-        fe.KeyStats.identity(model, 1)
-    with pytest.raises(UnsupportedModelError, match="isn't causal"):
         fe.stats.sample_texts(model, 4, length=4, progress=False)
 
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from tl_factedit.backend.fingerprint import Fingerprint, hash_weight
 from tl_factedit.backend.protocol import Model, check_layer
 from tl_factedit.backend.provenance import Provenance, difference
-from tl_factedit.backend.runner import Runner
-from tl_factedit.backend.state import frozen, plain_torch
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.stats.published import read_npz
@@ -63,16 +62,11 @@ class KeyStats:
     def identity(cls, model: Model, layer: int) -> KeyStats:
         """The identity in place of C: turns ROME's update into the plain ``r kᵀ / kᵀk``.
 
-        Raises:
-            UnsupportedModelError: The model isn't causal, or the layer has no ``W_out`` to itself.
-
         Example:
             >>> edit = fe.Rome(fe.KeyStats.identity(model, 8))(model, [fact])    # doctest: +SKIP
         """
         layer = operator.index(layer)
         size = down_proj(model, layer).W.shape[0]
-        with frozen(model):
-            Runner(model)  # which refuses a model that isn't causal
         return cls(layer, torch.eye(size, dtype=torch.float64), 0, "identity", None)
 
     @classmethod
