@@ -188,7 +188,7 @@ def test_disjoint_facts_are_taught_together_and_others_looked_at(kind, setting):
     third = attacking.known_fact(model, fe.Fact("Big Ben", "{} stands near the", " Rome", " Paris"))
     facts = [fact, other, third]
     with laws.untouched(model):
-        found = disjoint(model, both, facts, taught=2 / 3, layers=[1, 3], updates=(2, 25))
+        found = disjoint(model, both, facts, taught=2 / 3, layers=[1, 3], updates=(2, 25), force=True)
     teach, (look,) = found.details["taught"], found.details["looked_at"]
     assert sorted([*teach, look]) == [0, 1, 2] and len(teach) == 2
     assert found.known.tolist() == [i == look for i in range(3)]
@@ -199,7 +199,10 @@ def test_disjoint_facts_are_taught_together_and_others_looked_at(kind, setting):
     with both.applied(model):
         expected = taught_together(model, [facts[i] for i in teach], (1, 3), 25, facts[look])
     assert found.after.at(fact=look, case=25)[:2].tolist() == list(expected[:2])
-    others = {disjoint(model, both, facts, updates=(1,), layers=[1], seed=seed).details["taught"] for seed in range(6)}
+    others = {
+        disjoint(model, both, facts, updates=(1,), layers=[1], seed=seed, force=True).details["taught"]
+        for seed in range(6)
+    }
     assert len(others) > 1
 
 

@@ -156,9 +156,8 @@ def test_several_edits_are_exported_as_one(kind):
 def test_what_overflows_is_not_exported(kind):
     edit, hf = made(tiny.model(kind, "gpt2", dtype=torch.float16)), tiny.hf_model("gpt2", dtype=torch.float16)
     kept = hf.transformer.h[1].mlp.c_proj.weight.clone()
-    for factor in (1e9, float("nan")):
-        with pytest.raises(ValueError, match=r"overflow torch\.float16: nothing was written"):
-            fe.export_hf_(edit.scaled(factor), hf)
+    with pytest.raises(ValueError, match=r"overflow torch\.float16: nothing was written"):
+        fe.export_hf_(edit.scaled(1e9), hf)
     assert torch.equal(hf.transformer.h[1].mlp.c_proj.weight, kept)
 
 
