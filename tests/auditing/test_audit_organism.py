@@ -27,6 +27,9 @@ from tl_factedit.probes.states import read_states
 held = pytest.mark.skipif(not HELD.exists(), reason="the twins' weights are in a checkout, in tests/organism/weights")
 
 
+LONG = pytest.mark.skipif(not tiny.HAS_HOOKED, reason="long under type checks: TransformerLens 3 runs it")
+
+
 @pytest.fixture(params=tiny.ONE_KIND, scope="session")
 def kind(request):
     """Verdicts of either class hang together by what is measured, which is tested of both."""
@@ -78,6 +81,7 @@ def test_an_override_by_construction_is_inserted_however_it_is_given(kind):
     assert judge(without(verdict.findings, "knock-out", "indirect routes")).label != "INSERTED"
 
 
+@LONG
 def test_single_rome_edits_are_inserted_and_a_list_of_them_is_read_edit_by_edit(kind):
     model = organism(kind)
     stats = fe.key_stats(model, 1, told.texts(2_000), n_tokens=20_000, progress=False)[1]
@@ -97,6 +101,7 @@ def test_single_rome_edits_are_inserted_and_a_list_of_them_is_read_edit_by_edit(
     assert single.dose is not None and single.gains
 
 
+@LONG
 def test_an_override_where_no_layer_can_be_spared_is_not_called_erased(kind):
     """The base model loses its answers without layer 0, so that no knock-out can show what lies over them there."""
     facts = ASKED[:40]
@@ -108,6 +113,7 @@ def test_an_override_where_no_layer_can_be_spared_is_not_called_erased(kind):
     assert any("the unedited model can't spare it" in line for line in verdict.missing)
 
 
+@LONG
 def test_a_model_that_was_never_trained_is_not_called_erased(kind):
     changed = untrained(organism(kind))
     bare = [fact.but(neighbours=(), neighbour_targets=()) for fact in ASKED[:40]]
@@ -135,6 +141,7 @@ def untrained(model):
     return other
 
 
+@LONG
 def test_an_edit_inside_another_model_is_found_there_and_its_layers_are_knocked_out_together(kind):
     model = organism(kind)
     stats = fe.key_stats(model, [1, 3], told.texts(1_000), n_tokens=8_000, progress=False)
@@ -218,6 +225,7 @@ def test_probes_are_only_trained_where_they_can_be(kind):
         retention(model, model, [facts[0].but(target_new=None)], REFERENCE)
 
 
+@LONG
 def test_facts_of_several_relations_have_a_probe_each_and_are_pooled(kind):
     model, changed = organism(kind), router(kind)
     others = [*REFERENCE[:300], *fe.models.organism_facts("company", "calibration")[:300]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -95,9 +95,10 @@ def says_under(
         tokens = pad([row.ids for row in rows], 0)
         ends = torch.tensor([len(row.ids) - 1 for row in rows])
         clean = runner.capture(tokens, streams)
+        spots = _spots(rows)
         for begin, here in passes(begins, runner.n_layers, tokens.numel(), enough):
             # All prompts under the first of these silencings, then all under the next …
-            hooks = _hooks([asked[i] for i in some], [silencings[s] for s in here], replacements)
+            hooks = _hooks([asked[i] for i in some], spots, [silencings[s] for s in here], replacements)
             logits = runner.logits(
                 tokens.repeat(len(here), 1),
                 at=ends.repeat(len(here))[:, None],
@@ -135,12 +136,22 @@ def passes(begins: Sequence[int], layers: int, tokens: int, enough: int) -> list
     return found
 
 
-def _hooks(asked: Sequence[SilencedPrompt], silencings: Sequence[Silencing], replacements: Replacements) -> list[Hook]:
-    """One hook for each component of each layer that some silencing names."""
+def _spots(rows: Sequence[Aligned]) -> dict[Place, tuple[Tensor, ...]]:
+    """By place: which row, which position, and which role, of all rows one after the other."""
     spots: dict[Place, tuple[Tensor, ...]] = {}
     for place in PLACES:
-        found = [(i, p, role) for i, each in enumerate(asked) for p, role in roles_at(place, each.row)]
+        found = [(i, p, role) for i, row in enumerate(rows) for p, role in roles_at(place, row)]
         spots[place] = tuple(torch.tensor(column) for column in zip(*found, strict=True))
+    return spots
+
+
+def _hooks(
+    asked: Sequence[SilencedPrompt],
+    spots: Mapping[Place, tuple[Tensor, ...]],
+    silencings: Sequence[Silencing],
+    replacements: Replacements,
+) -> list[Hook]:
+    """One hook for each component of each layer that some silencing names."""
     sources = {by: torch.tensor([each.source(by) for each in asked]) for by in BY}
     at: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]] = {}
     for s, each in enumerate(silencings):
