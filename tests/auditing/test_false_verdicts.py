@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not tiny.HAS_HOOKED, reason="minutes under type 
 
 @pytest.fixture(scope="session")
 def kind():
-    """The bridge: the tests of the audit on the organism, beside these, take HookedTransformer with TransformerLens 3."""
+    """The bridge: the other audits of the organism take HookedTransformer with TransformerLens 3."""
     return "bridge"
 
 
