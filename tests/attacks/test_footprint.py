@@ -29,7 +29,7 @@ def test_of_an_edit_it_is_the_update_at_every_key(form):
     model = tiny.model(*form)
     edit = rome(model)
     with laws.untouched(model):
-        found = footprint(model, edit, FACTS, force=True, progress=False)  # also where it wasn't meant to
+        found = footprint(model, edit, FACTS, progress=False)  # also where it wasn't meant to
     assert found.written == (("mlp", 1),)
     (delta,) = edit.deltas
     row = found.components.index(("mlp", 1))

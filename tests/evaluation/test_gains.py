@@ -85,7 +85,7 @@ def test_at_dose_one_the_margin_is_that_of_the_edited_model(edited, target_new):
     model, edit = edited
     fact = laws.FACT.but(target_new=target_new)
     with laws.untouched(model):
-        found = fe.evaluation.dose_curve(model, edit, [fact])
+        found = fe.evaluation.dose_curve(model, edit, [fact], force=True)
     clean = margin(model, fact)
     with edit.applied(model):
         assert float(found.override_margin[0]) == pytest.approx(margin(model, fact), abs=1e-4)

@@ -219,5 +219,5 @@ def test_coverage_is_of_one_layer_and_of_the_edits_own_facts(setting):
     both = fe.compose([edit, rome(model, other, 2)])
     with pytest.raises(ValueError, match=r"writes layers \[1, 2\], needed one"):
         measured.gain_coverage(model, both, [fact, other])
-    with pytest.raises(ValueError, match="the edit wasn't made for"):
+    with pytest.raises(ValueError, match="isn't one that the change was made for"):
         measured.gain_coverage(model, edit, [other])

@@ -133,8 +133,6 @@ def test_facts_that_a_single_change_was_not_made_for_are_refused_unless_forced(m
     calls = (
         lambda **force: fe.Population.of(model, edit, FACTS, **force),
         lambda **force: fe.Population.of(model, fe.editors.RoutedEdit.of(edit), other, **force),
-        lambda **force: fe.compare(fe.LogitLens(), model, edit, [other], **force),
-        lambda **force: fe.attacks.footprint(model, edit, [other], **force),
         lambda **force: fe.evaluation.dose_curve(model, edit, other, doses=[1.0], **force),
     )
     for call in calls:

@@ -12,6 +12,7 @@ from oracles import attacking, probing, untouched
 from planted import gaussian_states
 
 import tl_factedit as fe
+from tl_factedit.attacks.silencing import NOTHING
 from tl_factedit.backend.hook_names import resid_pre
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
@@ -272,7 +273,7 @@ def test_it_is_audited_as_an_edit_is(kind):
         with erasure.applied(some):
             log_p = laws.logits(some, known[0].text)[0, -1].log_softmax(-1)
         old = int(some.to_tokens(known[0].target_true, prepend_bos=False)[0, 0])
-        said = found.after.at(fact=0, case=(), quantity="logp_old")
+        said = found.after.at(fact=0, case=NOTHING, quantity="logp_old")
         assert float(said) == pytest.approx(float(log_p[old]), abs=1e-4)
         assert verdict.label not in ("ERASED", "MOVED", "LATENT")  # two facts are no evidence of absence
 

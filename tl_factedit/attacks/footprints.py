@@ -194,7 +194,6 @@ def footprint(
     batch_tokens: int = BATCH_TOKENS,
     folder: str | Path | None = None,
     progress: bool = True,
-    force: bool = False,
 ) -> Footprint:
     """Where a change writes: in which components, at which tokens of the facts' prompts, and how much.
 
@@ -209,7 +208,6 @@ def footprint(
         batch_tokens: Most tokens in one forward pass.
         folder: Where to keep what was measured.
         progress: Whether to show a bar.
-        force: Whether to run prompts of facts that a single change wasn't made for.
 
     Raises:
         ValueError: As in `Population.of`; or another model with another number of layers.
@@ -218,7 +216,7 @@ def footprint(
         >>> fe.attacks.footprint(model, edit, [fact]).table()      # doctest: +SKIP
     """
     population = Population.of(
-        model, changed, as_facts(facts), prepend_bos=prepend_bos, folder=folder, progress=progress, force=force
+        model, changed, as_facts(facts), prepend_bos=prepend_bos, folder=folder, progress=progress, force=True
     )
     return footprint_of(population, batch_tokens=batch_tokens)
 

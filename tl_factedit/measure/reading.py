@@ -105,7 +105,6 @@ def compare(
     prepend_bos: bool | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
-    force: bool = False,
 ) -> Comparison:
     """Run a probe on a model, and on the same model edited, or on another model.
 
@@ -119,13 +118,12 @@ def compare(
         folder: Where to keep the readings; a call that was killed resumes there. The probe's ``repr`` has to say all
             that they depend on.
         progress: Whether to show a bar on several changes that take longer than a second.
-        force: Whether to read about facts that a single change wasn't made for, such as neighbours.
 
     Raises:
         ValueError: As in `Population.of`; or a list of changes, and a probe whose reading has no axis ``"fact"``.
     """
     population = Population.of(
-        model, changed, facts, prepend_bos=prepend_bos, folder=folder, progress=progress, force=force
+        model, changed, facts, prepend_bos=prepend_bos, folder=folder, progress=progress, force=True
     )
 
     def read(runner: Runner, indices: tuple[int, ...]) -> Tensor:
