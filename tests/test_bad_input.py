@@ -507,7 +507,7 @@ def test_what_is_of_another_kind_is_told_so():
         "texts is 'hello there', a str: needed a list, each a text",
         "texts[0] is 1, a int: needed a text",
         "texts[0] is None, a NoneType: needed a text",
-        "attacks[0] is the class KnockOut",
+        "attacks holds the class KnockOut",
         "a tuple: needed fe.Calibration(changed, facts)",
         "thresholds is {}, a dict: needed fe.Thresholds(",
         "reference is 'x'",

@@ -129,14 +129,14 @@ def test_what_it_brings_back_decides(kind, old, by, label):
 )
 def test_a_class_is_no_attack_and_refused_before_anything_is_run(kind, monkeypatch, given, named):
     model, fact, edit = edited(kind)
-    message = rf"attacks holds {named}, needed values such as KnockOut\(\): a class isn't one"
-    with laws.untouched(model), laws.no_forward(monkeypatch, model), pytest.raises(TypeError, match=message):
+    message = rf"attacks holds the class {named}, needed values such as KnockOut\(\): a class isn't one"
+    with laws.untouched(model), laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match=message):
         fe.audit(model, edit, fact, attacks=given, progress=False)
 
 
 @pytest.mark.parametrize("given", [3, "knock-out"])
 def test_what_cannot_be_called_is_no_attack(given):
-    with pytest.raises(TypeError, match=f"attacks holds {given!r}, needed values such as"):
+    with pytest.raises(ValueError, match=f"attacks holds {given!r}, needed values such as"):
         unchecked(Plan.check)(SimpleNamespace(attacks=(given,)), None)
 
 

@@ -236,11 +236,11 @@ def test_facts_of_several_relations_have_a_probe_each_and_are_pooled(kind):
         beside = work[fact.subject]
         new = next(company for company in companies if company != beside.target_true)
         facts += [fact, beside.but(target_new=new)]
-    found = retention(model, changed, facts, others, progress=False)
+    found = retention(model, changed, facts, others, progress=False, force=True)
     assert found.relations == {"city": 24, "company": 24} and "2 relations" in repr(found)
     assert found.n_native == 600
     apart = [
-        retention(model, changed, facts[i::2], [other for other in others if other.relation == relation])
+        retention(model, changed, facts[i::2], [x for x in others if x.relation == relation], force=True)
         for i, relation in enumerate(("city", "company"))
     ]
     assert found.facts == (*apart[0].facts, *apart[1].facts)

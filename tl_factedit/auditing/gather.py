@@ -58,13 +58,12 @@ class Plan:
         """Check that all of it can be asked, before anything is run.
 
         Raises:
-            TypeError: An attack that can't be called, or a class in place of a value of it.
-            ValueError: Something else can't; the message says what.
+            ValueError: Something can't; the message says what.
         """
         for attack in self.attacks:
             if isinstance(attack, type) or not callable(attack):
-                name = attack.__name__ if isinstance(attack, type) else repr(attack)
-                raise TypeError(f"attacks holds {name}, needed values such as KnockOut(): a class isn't one")
+                what = f"the class {attack.__name__}" if isinstance(attack, type) else repr(attack)
+                raise ValueError(f"attacks holds {what}, needed values such as KnockOut(): a class isn't one")
         model, bos = population.model, population.prepend_bos
         check_routes(model, self.routes, bos)
         pair_same_subject(population.facts, self.same_subject)
