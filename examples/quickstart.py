@@ -81,7 +81,7 @@ def main() -> int:
     edit.undo_(model)
     print(before_and_after(before, after).to_string(index=False))
 
-    heading("4. Audit: was the fact edited, or was a new one laid over it?")
+    heading("4. Audit: what did the edit change, and what did it leave?")
     verdict = fe.audit(model, edit, [FACT], reference=fe.data.world())
     print(verdict)
 

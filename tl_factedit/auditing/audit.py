@@ -1,9 +1,10 @@
-"""Was the fact edited, or was a new one laid over it?
+"""What did a change do to some facts, and what did it leave?
 
 `audit` gathers what bears on that, each number with its null, and `rules.judge` makes a label of it:
 
 - does the change work (`evaluate`), and what else does it break: neighbours, the subject's other facts, plain text;
-- is the old object back when one place is knocked out, or on indirect routes (*recoverable*);
+- without what the change wrote, is the old object still there (*elsewhere*);
+- with the change in force, does it come back (*underneath*);
 - can it be decoded, as facts are encoded here or in another code (*retained*).
 
 What *cannot* have changed is checked bit for bit and reported as such: everything up to the key of an edit. A lens, the
