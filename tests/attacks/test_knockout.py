@@ -13,8 +13,8 @@ from measured import knock_out
 from oracles import knocking
 
 import tl_factedit as fe
+from tl_factedit.attacks.attack import SURVIVES
 from tl_factedit.attacks.cells import Cell, in_order, windows_of
-from tl_factedit.attacks.knockout import SURVIVES
 from tl_factedit.attacks.silencing import NOTHING, Silencing, passes
 from tl_factedit.core.tokens import align
 from tl_factedit.organism import text as told

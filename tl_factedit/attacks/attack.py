@@ -53,6 +53,9 @@ Shows: TypeAlias = Literal["elsewhere", "underneath", "residue"]
 AsksWeights: TypeAlias = Literal["directions", "teaching"]
 """How an attack asks the changed weights: without their largest directions, or after other facts were taught."""
 
+SURVIVES = 0.5
+"""A case counts if the unedited model keeps its answer under it for this share of the facts, or more."""
+
 TIE = 1e-9
 """Means of the same facts that differ by no more are equal but for rounding."""
 
@@ -343,3 +346,12 @@ class Attack(Protocol):
 
 def _columns(found: Estimates) -> tuple[Tensor, ...]:
     return found.mean, found.low, found.high, found.n
+
+
+def why_masked(survives: float) -> str:
+    """Why a case can't tell anything, by the share of known facts that the unedited model keeps; empty if it can."""
+    if math.isnan(survives):
+        return "the unedited model knows none of the facts"
+    if survives < SURVIVES:
+        return f"the unedited model keeps its answer in {survives:.0%} of the facts it knows, needed {SURVIVES:.0%}"
+    return ""

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.attacks.asking import LEAST_REFERENCES, QUANTITIES, Asking
-from tl_factedit.attacks.attack import Case, Recovery
+from tl_factedit.attacks.attack import SURVIVES, Case, Recovery, why_masked
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order, singles_of
 from tl_factedit.attacks.footprints import WHOLE, Footprint, footprint_of
 from tl_factedit.attacks.silencing import NOTHING, Silencing
@@ -41,8 +41,6 @@ from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
 
-SURVIVES = 0.5
-"""A case counts if the unedited model keeps its answer under it for this share of the facts, or more."""
 OFF = 0.5
 """Cells that cover this share of what was written switch the change off."""
 LOOKED_INTO = 0.02
@@ -266,16 +264,14 @@ def _deciding(found: Recovery, looked: set[int]) -> list[int]:
 
 
 def _masked(silencing: Silencing, spared: dict[Silencing, float], unread: int | None) -> str:
-    share = spared[silencing]
-    if math.isnan(share):
-        return "the unedited model knows none of the facts"
+    why = why_masked(spared[silencing])
+    if math.isnan(spared[silencing]):
+        return why
     if all(cell.layer == unread and cell.place == "subject" for cell in silencing.cells):
         return "after the last layer nothing reads the last subject token"
     if silencing.by == "half" and spared[silencing._replace(by="mean")] >= SURVIVES:
         return "the unedited model can spare it whole"
-    if share < SURVIVES:
-        return f"the unedited model keeps its answer in {share:.0%} of the facts it knows, needed {SURVIVES:.0%}"
-    return ""
+    return why
 
 
 def _disagreeing(found: Recovery) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.attacks.asking import Asking
+from tl_factedit.attacks.attack import SURVIVES
 from tl_factedit.attacks.cells import (
     COMPONENTS,
     PLACES,
@@ -38,7 +39,6 @@ from tl_factedit.attacks.cells import (
     in_order,
     singles_of,
 )
-from tl_factedit.attacks.knockout import SURVIVES
 from tl_factedit.attacks.silencing import NOTHING, Silencing
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.state import plain_torch

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_factedit.attacks.attack import Case, Recovery
+from tl_factedit.attacks.attack import Case, Recovery, why_masked
 from tl_factedit.backend.protocol import Model, check_layer, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
@@ -40,8 +40,6 @@ from tl_factedit.measure.reading import Reading
 
 QUANTITIES = ("old_first", "new_first", "control_first", "neighbours")
 DROPPED = (16, 32, 64)
-SURVIVES = 0.5
-"""A case counts if the unedited model keeps its answer under it for this share of the facts, or more."""
 
 
 Loss: TypeAlias = tuple[tuple[int, ...] | None, int]
@@ -112,7 +110,7 @@ class WeightReversal:
         near = over_facts_each(counted[..., 3], seed=self.seed)
         survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
         cases = [
-            Case(_key(loss), _label(loss), "underneath", _masked(share))
+            Case(_key(loss), _label(loss), "underneath", why_masked(share))
             for loss, share in zip(losses, survives.tolist(), strict=True)
         ]
         return Recovery.of(
@@ -174,14 +172,6 @@ def _label(loss: Loss) -> str:
     layers, count = loss
     where = "" if layers is None else f" of layer {layers[0]} alone"
     return f"{count} direction{'s' * (count > 1)}{where} dropped"
-
-
-def _masked(share: float) -> str:
-    if math.isnan(share):
-        return "the unedited model knows none of the facts"
-    if share < SURVIVES:
-        return f"the unedited model keeps its answer in {share:.0%} of the facts it knows, needed {SURVIVES:.0%}"
-    return ""
 
 
 # ------------------------------------------------------------------------------------ what is asked

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.attacks.attack import Case, Recovery
-from tl_factedit.attacks.reversal import SURVIVES, written_layers
+from tl_factedit.attacks.attack import Case, Recovery, why_masked
+from tl_factedit.attacks.reversal import written_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import down_proj, rewritten
@@ -86,7 +86,7 @@ class Rounding:
         known = before[:, 0, 0] == 1
         survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
         cases = [
-            Case(count, f"{count} bits", "underneath", _masked(share))
+            Case(count, f"{count} bits", "underneath", why_masked(share))
             for count, share in zip(bits, survives.tolist(), strict=True)
         ]
         return Recovery.of(
@@ -111,11 +111,3 @@ def rounded(weight: Float[Tensor, "d_mlp d_model"], bits: int, group: int) -> Fl
     scale = grouped.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / most
     found = ((grouped / scale).round() * scale).flatten(1)[:, : rows.shape[1]]
     return found.T.to(weight.dtype)
-
-
-def _masked(share: float) -> str:
-    if math.isnan(share):
-        return "the unedited model knows none of the facts"
-    if share < SURVIVES:
-        return f"the unedited model keeps its answer in {share:.0%} of the facts it knows, needed {SURVIVES:.0%}"
-    return ""

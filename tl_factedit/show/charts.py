@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tl_factedit.attacks.attack import Recovery
+from tl_factedit.attacks.attack import SURVIVES, Recovery
 from tl_factedit.attacks.cells import COMPONENTS, PLACES
-from tl_factedit.attacks.knockout import SURVIVES
 from tl_factedit.attacks.silencing import Silencing
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.evaluation.dose import Dose
