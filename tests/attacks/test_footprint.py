@@ -118,10 +118,10 @@ def test_sets_are_nested_and_the_whole_is_the_fewest(kind):
     found = footprint(model, edit, [laws.FACT], progress=False)
     assert found.written == (("mlp", 0), ("mlp", 2), ("mlp", 3))
     nested = found.nested("all")
-    assert [len(cells) for cells in nested] == [1, 2, 3][: len(nested)]
+    assert [len(cells) for cells in nested] == [1, 2, 3]
     assert all(set(small) < set(large) for small, large in itertools.pairwise(nested))
-    whole = found.whole()
-    assert whole is None or float(found.cover(whole)[0]) >= 0.99
+    # What is left is written before the subject, where nothing is silenced.
+    assert found.whole() is None and 0.8 < float(found.cover(nested[-1])[0]) < 0.99
     shares = list(found.shares("all").values())
     assert shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-9
 
