@@ -152,3 +152,16 @@ def test_the_table_and_the_repr_tell_where(kind):
 def test_another_number_of_layers_is_refused(kind):
     with pytest.raises(ValueError, match="the changed model has 2 layers, and the unedited one 4"):
         footprint(tiny.model(kind, "gpt2"), tiny.model(kind, "gpt2", n_layers=2), FACTS, progress=False)
+
+
+def test_a_small_write_beside_a_large_one_is_not_taken_out_with_it(kind):
+    """An adversary's: what the override writes is less than a hundredth of all that was written."""
+    model = tiny.model(kind, "gpt2")
+    other = copy.deepcopy(model)
+    for layer, size in ((1, 1e-2), (3, 10.0)):
+        site = down_proj(other, layer)
+        site.write_(site.W * (1 + size))
+    found = footprint(model, other, [laws.FACT], progress=False)
+    large, both = [Cell("mlp", 3, "all")], [Cell("mlp", 1, "all"), Cell("mlp", 3, "all")]
+    assert float(found.cover(large)[0]) / float(found.cover(both)[0]) > 0.99
+    assert not bool(found.takes_out(large)[0]) and found.whole() != tuple(large)

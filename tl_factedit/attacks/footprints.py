@@ -94,6 +94,21 @@ class Footprint:
         return gone / total
 
     @plain_torch()
+    def takes_out(self, cells: Sequence[Cell]) -> Bool[Tensor, "fact"]:
+        """Whether silencing some cells takes out all that was written: nothing from the subject on is left.
+
+        A share alone won't do: beside a large write that nothing reads, an override's is small. Before the subject,
+        where nothing is silenced, what is left may be a hundredth of the whole.
+        """
+        left = torch.where(self.is_written[None, :, None], self.write.nan_to_num(0.0), 0.0)
+        for i, (start, _) in enumerate(self.subject):
+            left[i, :, :start] = 0.0
+            for cell in cells:
+                row = self.components.index((cell.component, cell.layer))
+                left[i, row, list(self._positions(i, cell.place))] = 0.0
+        return (left.amax((1, 2)) < WRITES) & (self.cover(cells) >= WHOLE)
+
+    @plain_torch()
     def shares(self, place: Place) -> dict[Cell, float]:
         """The cells of a place that were written, with the mean share of what was written there, the largest first."""
         written = [(name, layer) for name, layer in self.written if name in COMPONENTS]
@@ -116,7 +131,7 @@ class Footprint:
 
     @plain_torch()
     def whole(self) -> Cells | None:
-        """The fewest cells that cover all that was written of every fact, at the subject if they can; None if none do.
+        """The fewest cells that take out all that was written, at the subject if they can; None if none do.
 
         Silencing them everywhere from the subject on is the most that can be done.
         """
@@ -124,7 +139,7 @@ class Footprint:
         for place in places:
             order = list(self.shares(place))
             for size in range(1, len(order) + 1):
-                if bool((self.cover(order[:size]) >= WHOLE).all()):
+                if bool(self.takes_out(order[:size]).all()):
                     return in_order(order[:size])
         return None
 

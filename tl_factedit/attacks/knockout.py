@@ -30,7 +30,7 @@ from torch import Tensor
 from tl_factedit.attacks.asking import LEAST_REFERENCES, QUANTITIES, Asking
 from tl_factedit.attacks.attack import SURVIVES, Case, Recovery, why_masked
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order, singles_of
-from tl_factedit.attacks.footprints import WHOLE, Footprint, footprint_of
+from tl_factedit.attacks.footprints import Footprint, footprint_of
 from tl_factedit.attacks.silencing import NOTHING, Silencing
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
@@ -145,6 +145,7 @@ class KnockOut:
         survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
         unread = None if any(row.last == len(row.ids) - 1 for row in rows) else layers - 1
         cover_of, off_of = dict(zip(sets, cover, strict=True)), dict(zip(sets, off, strict=True))
+        takes_out = {cells: bool(written.takes_out(cells).all()) for cells in sets}
         spared = {s: float(share) for s, share in zip(silencings, survives, strict=True)}
         cases = [
             Case(
@@ -153,7 +154,7 @@ class KnockOut:
                 "elsewhere" if off_of[s.cells] else "underneath",
                 _masked(s, spared, unread),
                 tuple(sorted({cell.layer for cell in s.cells})),
-                covers=s.by != "half" and bool((cover_of[s.cells] >= WHOLE).all()),
+                covers=s.by != "half" and takes_out[s.cells],
             )
             for s in silencings
         ]

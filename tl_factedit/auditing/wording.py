@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tl_factedit.attacks.footprints import WHOLE
 from tl_factedit.auditing.findings import Findings
 from tl_factedit.auditing.gather import Evidence
 from tl_factedit.auditing.retained import Retention
@@ -37,8 +36,8 @@ def of_what_was_written(evidence: Evidence) -> Iterator[str]:
         if off is None or off.best is None or "cover" not in off.extra:
             continue
         place = off.keys.index(off.best.key)
-        cover, survives, share = (float(off.extra[name][place]) for name in ("cover", "survives", "of_unedited"))
-        if cover >= WHOLE:
+        survives, share = (float(off.extra[name][place]) for name in ("survives", "of_unedited"))
+        if off.best.covers:
             yield (
                 f"the strongest {recovery.attack} takes out all that the change wrote ({off.best.label}), and the "
                 f"unedited model keeps {survives:.0%} of its answers under it: that such ways exist was foreseeable "
