@@ -3,6 +3,7 @@
 import inspect
 
 import laws
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -105,7 +106,7 @@ def test_a_parametrized_w_out_of_a_hooked_transformer_is_refused():
 
 
 @pytest.mark.parametrize("which", tiny.KINDS)
-def test_a_model_that_reads_backwards_too_is_refused(which):
+def test_a_model_that_reads_backwards_too_is_refused(which, tmp_path):
     model = tiny.model(which, "gpt2" if which == "hooked" else "llama")
     check_causal(model)
     if which == "hooked":
@@ -128,6 +129,12 @@ def test_a_model_that_reads_backwards_too_is_refused(which):
         fe.causal_trace(model, laws.FACT, progress=False)
     with pytest.raises(UnsupportedModelError, match="isn't causal"):
         fe.stats.sample_texts(model, 4, length=4, progress=False)
+    with pytest.raises(UnsupportedModelError, match="isn't causal"):
+        fe.KeyStats.identity(model, 1)
+    moments = tmp_path / "moments.npz"
+    np.savez(moments, **{"mom2.count": 500, "mom2.mom2": 500 * np.eye(len(down_proj(model, 1).W))})
+    with pytest.raises(UnsupportedModelError, match="isn't causal"):
+        fe.KeyStats.from_npz(moments, model, 1)
 
 
 @pytest.mark.parametrize("which", tiny.KINDS)
@@ -136,6 +143,31 @@ def test_a_hook_is_named_as_its_user_names_it_and_once(which, name):
     model = tiny.model(which, "gpt2")
     model.add_hook(name, lambda value, hook: value)
     assert users_hooks(model) == (name,)
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_a_hook_on_all_modules_is_noted_once_with_every_result(which, register):
+    model = tiny.model(which, "gpt2")
+    identity = fe.KeyStats.identity(model, 1)
+    rome = fe.Rome(identity, contexts=("",), fit=laws.QUICK, progress=False)
+    model.add_hook("blocks.2.hook_mlp_out", lambda value, hook: value)
+    handles = [getattr(nn.modules.module, register)(lambda *_: None) for _ in range(2)]
+    try:
+        noted = [
+            result.provenance.hooks
+            for result in (
+                rome(model, [laws.FACT]),
+                fe.evaluate(model, laws.FACT),
+                fe.causal_trace(model, laws.FACT, progress=False),
+                fe.key_stats(model, [1], laws.texts(3), n_tokens=4, progress=False)[1],
+            )
+        ]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert noted == [("all modules", "blocks.2.hook_mlp_out")] * 4
+    assert fe.editing.Provenance.of(model).hooks == ("blocks.2.hook_mlp_out",)
 
 
 def test_a_model_without_blocks_is_refused():

@@ -24,7 +24,7 @@ CACHES = ("cache", "past_key_values")
 """What the cache is called in a model's forward: the newer name first, as the older one is going away."""
 
 OF_BRIDGES = "past_key_values"
-"""What the attention of a bridge looks for where it computes itself, whatever the model hands it (TransformerLens 4.3)."""
+"""What a bridge's own attention looks for, whatever the model around it calls its cache (TransformerLens 4.3)."""
 
 
 class BridgeBackend:

@@ -24,7 +24,8 @@ class Provenance:
         dtype: The weights' type, e.g. ``"float32"``.
         versions: Versions of torch, transformers, transformer-lens and tl-factedit.
         revision: The commit of the hub that the weights were taken from, if the model's config says so.
-        hooks: Names of the places where hooks were on the model, a user's or those of a change by hooks (a router).
+        hooks: Names of the places where hooks were on the model, a user's or those of a change by hooks (a router);
+            ``"all modules"`` for one of ``torch.nn.modules.module.register_module_forward_hook``.
         edits: For an edit, the digests of those that were on the model when it was made; `weights` are those below
             them.
         bos_in_prompt: Whether some prompt begins with the BOS token itself (a chat template), so that none was put in

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from tl_factedit.backend.protocol import Model, kind, model_name
 
@@ -90,12 +91,18 @@ def one_thread(model: Model) -> Iterator[None]:
             vars(root).pop(_HOLD, None)
 
 
+EVERYWHERE = "all modules"
+"""The place of a hook that PyTorch calls at each module of the process."""
+
+
 def users_hooks(model: Model) -> tuple[str, ...]:
     """The names of the places where a user, or another tool, has hooked something into the model, each once.
 
-    A bridge has a place under several names, some of them internal: the one that both classes have is given.
+    A bridge has a place under several names, some of them internal: the one that both classes have is given. A hook on
+    all modules of the process (``register_module_forward_hook``) is one place more, `EVERYWHERE`.
     """
-    found: list[str] = []
+    everywhere = [*torch_modules._global_forward_hooks.values(), *torch_modules._global_forward_pre_hooks.values()]
+    found = [] if all(map(_is_theirs, everywhere)) else [EVERYWHERE]
     names: dict[int, str] | None = None
     seen: set[int] = set()
     for name, module in ((n, m) for root in _roots(model) for n, m in root.named_modules()):

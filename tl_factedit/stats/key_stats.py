@@ -23,7 +23,8 @@ from torch import Tensor
 from tl_factedit.backend.fingerprint import Fingerprint, hash_weight
 from tl_factedit.backend.protocol import Model, check_layer
 from tl_factedit.backend.provenance import Provenance, difference
-from tl_factedit.backend.state import plain_torch
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.stats.published import read_npz
@@ -62,11 +63,14 @@ class KeyStats:
     def identity(cls, model: Model, layer: int) -> KeyStats:
         """The identity in place of C: turns ROME's update into the plain ``r kᵀ / kᵀk``.
 
+        Raises:
+            UnsupportedModelError: The layer has no W_out that can be edited, or the model isn't causal.
+
         Example:
             >>> edit = fe.Rome(fe.KeyStats.identity(model, 8))(model, [fact])    # doctest: +SKIP
         """
         layer = operator.index(layer)
-        size = down_proj(model, layer).W.shape[0]
+        size = _size_of_keys(model, layer)
         return cls(layer, torch.eye(size, dtype=torch.float64), 0, "identity", None)
 
     @classmethod
@@ -84,12 +88,13 @@ class KeyStats:
         Raises:
             FileNotFoundError: No such file.
             ValueError: It isn't such a file, or its moment can't be one of this layer.
+            UnsupportedModelError: The layer has no W_out that can be edited, or the model isn't causal.
 
         Example:
             >>> stats = fe.KeyStats.from_npz("h.17.mlp.c_proj_mom2.npz", model, 17)   # doctest: +SKIP
         """
         layer, file = operator.index(layer), files.pinned(path)
-        moment, n_tokens = read_npz(file, down_proj(model, layer).W.shape[0])
+        moment, n_tokens = read_npz(file, _size_of_keys(model, layer))
         if prepend_bos is None:
             bos = model.tokenizer.bos_token_id
             prepend_bos = bos is not None and model.tokenizer("a")["input_ids"][:1] == [bos]
@@ -212,6 +217,14 @@ class KeyStats:
         """Layer, tokens and size in a line."""
         where = self.provenance.model if self.provenance else "any model"
         return f"KeyStats(layer={self.layer}, {self.n_tokens:,} tokens, d_mlp={len(self.moment)}, {where})"
+
+
+def _size_of_keys(model: Model, layer: int) -> int:
+    """d_mlp of a layer; the model is refused as it is where keys are collected (see `check_causal`)."""
+    size = down_proj(model, layer).W.shape[0]
+    with frozen(model):
+        Runner(model)
+    return size
 
 
 def write_stats_file(stats: Sequence[KeyStats], path: Path, asked: dict[str, Any]) -> None:
