@@ -548,7 +548,7 @@ def test_a_damaged_unfinished_collection_is_refused_by_name_and_left_as_it_is(sm
     ("change", "said"),
     [
         (lambda header, tensors: header.pop("place"), "it has no 'place'"),
-        (lambda header, tensors: header.update(place={"texts": 1}), "missing"),
+        (lambda header, tensors: header.update(place={"texts": 1}), "place has no 'parts'"),
         (lambda header, tensors: header.update(counted="many"), "counted is 'many'"),
         (lambda header, tensors: header.pop("provenance"), "it has no 'provenance'"),
         (lambda header, tensors: tensors["layer.1"].fill_(float("nan")), "numbers that are not finite"),

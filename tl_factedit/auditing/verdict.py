@@ -18,6 +18,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.kinds import as_finite
 from tl_factedit.core.words import counted
 from tl_factedit.evaluation.dose import Dose
 from tl_factedit.evaluation.edit_gains import Gains
@@ -99,6 +100,11 @@ class Verdict:
     dose: Dose | None
     facts: tuple[Fact, ...]
     provenance: AuditProvenance
+
+    def __post_init__(self) -> None:
+        """Check that thresholds are numbers: a file may say anything."""
+        for name, value in vars(self.thresholds).items():
+            as_finite(value, f"thresholds.{name}")
 
     def save(self, path: str | Path) -> None:
         """Write everything into one safetensors file: all that was measured, with its provenance.

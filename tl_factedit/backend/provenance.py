@@ -11,6 +11,7 @@ from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
 from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
 from tl_factedit.backend.state import users_hooks
 from tl_factedit.core.tokens import brings_bos
+from tl_factedit.core.typed import made
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,12 @@ class Provenance:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
-        """Back from `to_json`."""
-        w = data["weights"]
-        return cls(
-            model=data["model"],
-            weights=Fingerprint(tuple(w["w_out"]), w["rest"], w["layout"]),
-            prepend_bos=data["prepend_bos"],
-            dtype=data["dtype"],
-            versions=data["versions"],
-            revision=data.get("revision"),
-            edits=tuple(data.get("edits", ())),
-            hooks=tuple(data.get("hooks", ())),
-            bos_in_prompt=data.get("bos_in_prompt", False),
-        )
+        """Back from `to_json`; of older files some fields are missing.
+
+        Raises:
+            ValueError: A field is missing, or no such thing as it has to be; the message names it.
+        """
+        return made(cls, data, "provenance", plain=True, missing=("revision", "edits", "hooks", "bos_in_prompt"))
 
 
 def _revision(model: Model) -> str | None:

@@ -101,7 +101,8 @@ def users_hooks(model: Model) -> tuple[str, ...]:
     A bridge has a place under several names, some of them internal: the one that both classes have is given. A hook on
     all modules of the process (``register_module_forward_hook``) is one place more, `EVERYWHERE`.
     """
-    everywhere = [*torch_modules._global_forward_hooks.values(), *torch_modules._global_forward_pre_hooks.values()]
+    of_torch: Any = torch_modules  # which tells of them in no public way
+    everywhere = [*of_torch._global_forward_hooks.values(), *of_torch._global_forward_pre_hooks.values()]
     found = [] if all(map(_is_theirs, everywhere)) else [EVERYWHERE]
     names: dict[int, str] | None = None
     seen: set[int] = set()

@@ -53,7 +53,7 @@ class Cache:
         if not path.exists():
             return None
         with files.opened(path, what) as file:
-            theirs, found = file.field("name", str), files.decode(file.header["result"], file.tensors, kinds)
+            theirs, found = file.field("name", str), files.decode(file.header["result"], "result", file.tensors, kinds)
         if theirs != name:
             raise ValueError(
                 f"{path} holds another result than its name says, as after renaming or copying files in the folder: "

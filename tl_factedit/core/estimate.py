@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -37,6 +37,8 @@ class Estimate:
                 raise ValueError(f"{name} of an estimate is {value!r}, needed a number")
         if isinstance(self.n, bool) or not isinstance(self.n, Integral) or self.n < 0:
             raise ValueError(f"n of an estimate is {self.n!r}, needed a whole number, 0 or more")
+        if math.isnan(self.low) != math.isnan(self.high):
+            raise ValueError(f"low and high of an estimate are {self.low} and {self.high}, needed both or neither")
 
     def __format__(self, spec: str) -> str:
         """``f"{estimate:.2f}"`` gives the mean with its interval and n."""
@@ -125,10 +127,10 @@ class Estimates:
         n: Facts that have a value.
     """
 
-    mean: Tensor
-    low: Tensor
-    high: Tensor
-    n: Tensor
+    mean: Float[Tensor, "*cell"]
+    low: Float[Tensor, "*cell"]
+    high: Float[Tensor, "*cell"]
+    n: Int[Tensor, "*cell"]
 
 
 def over_facts_each(values: Float[Tensor, "fact *cell"], *, draws: int = 2_000, seed: int = 0) -> Estimates:

@@ -15,7 +15,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tl_factedit.core.kinds import short
+from tl_factedit.core.typed import fitting, made
 
 FORMAT = "1"
 
@@ -185,13 +188,24 @@ class Content:
         self.path, self.header, self.tensors = path, header, tensors
         self.sizes: dict[str, int] = {}
 
-    def field(self, name: str, kind: type[T]) -> T:
-        """A value of the header, if it is of this type (a whole number is a float, a bool isn't a number)."""
-        return of_kind(self.header[name], kind, name)
+    def field(self, name: str, kind: Any) -> Any:
+        """A value of the header, if it is what a class or another annotation says (see `fitting`)."""
+        return fitting(self.header[name], kind, name, plain=True)
 
-    def fields(self, name: str, kind: type[T]) -> list[T]:
-        """A list of the header whose values are all of this type."""
-        return [of_kind(value, kind, f"{name}[{i}]") for i, value in enumerate(self.field(name, list))]
+    def fields(self, name: str, kind: Any) -> list[Any]:
+        """A list of the header whose values are all what an annotation says."""
+        return [fitting(value, kind, f"{name}[{i}]", plain=True) for i, value in enumerate(self.field(name, list))]
+
+    def made(self, name: str, kind: type[T], *, missing: Collection[str] = ()) -> T:
+        """A value of a dataclass that the header has as a dict, all of whose fields are checked."""
+        return made(kind, self.field(name, dict), name, plain=True, missing=missing)
+
+    def all_made(self, name: str, kind: type[T], *, missing: Collection[str] = ()) -> tuple[T, ...]:
+        """Values of a dataclass that the header has as a list of dicts."""
+        return tuple(
+            made(kind, each, f"{name}[{i}]", plain=True, missing=missing)
+            for i, each in enumerate(self.fields(name, dict))
+        )
 
     def tensor(self, name: str, axes: str, *, dtype: torch.dtype | None = None, missing: bool = False) -> Tensor:
         """A tensor, if its axes are as long as they are elsewhere in the file.
@@ -226,23 +240,6 @@ class Content:
                 f"tensor {name!r} holds {'infinite numbers' if missing else 'numbers that are not finite'}"
             )
         return found
-
-
-def of_kind(value: Any, kind: type[T], what: str) -> T:
-    """The value itself, if it is of a type.
-
-    Raises:
-        ValueError: It isn't; `what` names it.
-    """
-    if not _fits(value, kind):
-        raise ValueError(f"{what} is {value!r}, needed a value of type {kind.__name__}")
-    return value
-
-
-def _fits(value: Any, kind: type[Any]) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 @contextmanager
@@ -314,17 +311,30 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor], kinds: Sequence[ty
     return {"text": repr(value)}
 
 
-def decode(data: Any, tensors: Mapping[str, Tensor], kinds: Sequence[type]) -> Any:
-    """Back from `encode`; lists come back as tuples."""
+def decode(data: Any, name: str, tensors: Mapping[str, Tensor], kinds: Sequence[type]) -> Any:
+    """Back from `encode`; lists come back as tuples, and what a field holds is checked against its annotation.
+
+    Raises:
+        ValueError: It isn't what `encode` writes; the message names it.
+    """
     if isinstance(data, list):
-        return tuple(decode(each, tensors, kinds) for each in data)
+        return tuple(decode(each, f"{name}[{i}]", tensors, kinds) for i, each in enumerate(data))
     if not isinstance(data, dict):
         return data
-    if "tensor" in data:
+    if set(data) == {"tensor"}:
+        if data["tensor"] not in tensors:
+            raise ValueError(f"{name} has no tensor {data['tensor']!r}")
         return tensors[data["tensor"]]
-    if "text" in data:
-        return Unknown(data["text"])
+    if set(data) == {"text"}:
+        return Unknown(fitting(data["text"], str, f"the text of {name}"))
     known = {kind.__name__: kind for kind in kinds}
+    if set(data) != {"kind", "fields"}:
+        raise ValueError(f"{name} is {short(data)}, needed its kind and fields")
     if data["kind"] not in known:
-        raise ValueError(f"the file holds a {data['kind']}, needed one of {sorted(known)}: a newer version wrote it")
-    return known[data["kind"]](**{key: decode(each, tensors, kinds) for key, each in data["fields"].items()})
+        raise ValueError(
+            f"the kind of {name} is {data['kind']!r}, needed one of {sorted(known)}: a newer version wrote it"
+        )
+    kind, held = known[data["kind"]], fitting(data["fields"], dict, f"the fields of {name}")
+    left_out = [field.name for field in dataclasses.fields(kind) if not field.repr]
+    fields = {key: decode(each, f"{name}.{key}", tensors, kinds) for key, each in held.items()}
+    return made(kind, fields, name, missing=left_out)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from tl_factedit.core import files
+from tl_factedit.core.kinds import short
+from tl_factedit.core.typed import fitting, made
 
 PACKAGE = __name__.partition(".")[0]
 T = TypeVar("T")
@@ -56,8 +58,7 @@ def load(path: str | Path, what: str, kind: type[T]) -> T:
             together; the message names it.
     """
     with files.opened(path, what) as file:
-        found = _decoded(file.header["result"], file.tensors)
-        return files.of_kind(found, kind, "the result")
+        return fitting(_decoded(file.header["result"], what, file.tensors), kind, what)
 
 
 def as_plain(value: Any, name: str = "it") -> Any:
@@ -109,24 +110,56 @@ def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return _number_or_text(value, name)
 
 
-def _decoded(data: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _decoded(data: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
+    """Back from `_encoded`; what a field holds is checked against its annotation."""
     if isinstance(data, list):
-        return [_decoded(each, tensors) for each in data]
+        return [_decoded(each, f"{name}[{i}]", tensors) for i, each in enumerate(data)]
     if not isinstance(data, dict):
         return data
-    if "tensor" in data:
-        return tensors[data["tensor"]]
-    if "tuple" in data:
-        return tuple(_decoded(each, tensors) for each in data["tuple"])
-    if "named" in data:
-        return _class(data["named"])(*(_decoded(each, tensors) for each in data["items"]))
-    if "range" in data:
-        return range(*data["range"])
-    if "set" in data:
-        return frozenset(_decoded(each, tensors) for each in data["set"])
-    if "mapping" in data:
-        return {_decoded(key, tensors): _decoded(each, tensors) for key, each in data["mapping"]}
-    return _class(data["class"])(**{name: _decoded(each, tensors) for name, each in data["fields"].items()})
+    marks = [mark for mark in MARKS if mark in data]
+    if len(marks) != 1 or set(data) != set(MARKS[marks[0]]):
+        raise ValueError(f"{name} is {short(data)}, needed a value as `save` writes it")
+    mark, held = marks[0], data[marks[0]]
+    if mark in ("tensor", "class", "named"):
+        fitting(held, str, f"the {mark} of {name}")
+    else:
+        fitting(held, list, f"the {mark} of {name}")
+    if mark == "tensor":
+        if held not in tensors:
+            raise ValueError(f"{name} has no tensor {held!r}")
+        return tensors[held]
+    if mark == "range":
+        return range(*(fitting(each, int, f"the range of {name}") for each in held))
+    if mark == "mapping":
+        pairs = [fitting(pair, tuple[Any, Any], f"the mapping of {name}", plain=True) for pair in held]
+        return {
+            _decoded(key, f"a key of {name}", tensors): _decoded(each, f"{name}[{key!r}]", tensors)
+            for key, each in pairs
+        }
+    if mark in ("tuple", "set"):
+        each = [_decoded(one, f"{name}[{i}]", tensors) for i, one in enumerate(held)]
+        return tuple(each) if mark == "tuple" else frozenset(each)
+    kind = _class(held)
+    fields = fitting(
+        data["fields" if mark == "class" else "items"], dict if mark == "class" else list, f"the fields of {name}"
+    )
+    if mark == "named":
+        if len(fields) != len(kind._fields):
+            raise ValueError(f"{name} has {len(fields)} values, and a {kind.__name__} {len(kind._fields)}")
+        fields = dict(zip(kind._fields, fields, strict=True))
+    return made(kind, {field: _decoded(each, f"{name}.{field}", tensors) for field, each in fields.items()}, name)
+
+
+MARKS = {
+    "tensor": ("tensor",),
+    "tuple": ("tuple",),
+    "named": ("named", "items"),
+    "range": ("range",),
+    "set": ("set",),
+    "mapping": ("mapping",),
+    "class": ("class", "fields"),
+}
+"""What tells kinds of values apart in a header, and what else goes with each."""
 
 
 def _class(name: str) -> Any:

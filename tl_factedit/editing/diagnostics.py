@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.backend.weights import DownProj
+from tl_factedit.core.typed import Number, made
 from tl_factedit.editing.delta import LayerUpdate, norm_ratio
 
 
@@ -39,21 +40,24 @@ class Diagnostics:
     """
 
     layer: int
-    division_factor: float
-    update_norm: float
-    weight_norm: float
-    exactness: float
-    value_norm: float
-    unmet: Sequence[float] = ()
-    key_cosines: Sequence[float] = ()
-    off_target: Sequence[float] = ()
+    division_factor: Number
+    update_norm: Number
+    weight_norm: Number
+    exactness: Number
+    value_norm: Number
+    unmet: Sequence[Number] = ()
+    key_cosines: Sequence[Number] = ()
+    off_target: Sequence[Number] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Diagnostics:
-        """From plain data; older files have no ``off_target``, no ``unmet``, and one cosine for all facts."""
-        known: dict[str, Any] = {name: value for name, value in data.items() if name != "key_cosine"}
-        known |= {name: tuple(data.get(name, ())) for name in ("unmet", "key_cosines", "off_target")}
-        return cls(**known)
+        """From plain data; older files have no ``off_target``, no ``unmet``, and one cosine for all facts.
+
+        Raises:
+            ValueError: A field is missing, or no such thing as it has to be; the message names it.
+        """
+        known = {name: value for name, value in data.items() if name != "key_cosine"}
+        return made(cls, known, "diagnostics", plain=True, missing=("unmet", "key_cosines", "off_target"))
 
     @property
     def key_cosine(self) -> float:

@@ -33,7 +33,7 @@ from tl_factedit.editing.inputs import EditInputs
 from tl_factedit.editing.ledger import base_fingerprint, commit_all, ledger_of, made_on
 from tl_factedit.editing.objectives import EditTarget
 from tl_factedit.editing.off_target import adding_hooks, measure_off_target
-from tl_factedit.editing.outcome import MEASURED, outcomes
+from tl_factedit.editing.outcome import MEASURED, as_editor, check_fits, outcomes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -329,9 +329,12 @@ class Edit:
         """
         with files.opened(path, "edit") as file:
             layers, take = file.fields("layers", int), file.tensor
-            facts = tuple(Fact(**fact) for fact in file.fields("facts", dict))
+            facts = file.all_made("facts", Fact)
+            file.sizes["fact"] = len(facts)
             diagnostics = tuple(Diagnostics.from_json(d) for d in file.fields("diagnostics", dict))
-            _check_lengths(len(facts), layers, diagnostics, len(file.fields("fits", dict)))
+            fits = tuple(file.fields("fits", dict))
+            _check_lengths(len(facts), layers, diagnostics, len(fits))
+            check_fits(fits)
             return cls(
                 facts=facts,
                 deltas=tuple(
@@ -340,10 +343,10 @@ class Edit:
                 ),
                 keys={n: take(f"keys.{n}", "fact d_mlp") for n in layers},
                 values={n: take(f"values.{n}", "fact d_model") for n in layers},
-                editor=file.field("editor", dict),
+                editor=as_editor(file.field("editor", dict)),
                 contexts=tuple(file.fields("contexts", str)),
                 diagnostics=diagnostics,
-                fits=tuple(file.fields("fits", dict)),
+                fits=fits,
                 provenance=Provenance.from_json(file.field("provenance", dict)),
             )
 

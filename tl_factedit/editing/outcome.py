@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,58 @@ from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.tokens import Aligned, align, batches, pad
+from tl_factedit.core.typed import Finite, Number, fitting
 from tl_factedit.editing.objectives import EditTarget, set_subjects
 
 MEASURED = ("prob_before", "prob_after", "first_before", "first_after")
 """What `outcomes` says of a target; of no other change than the one it was measured with."""
+
+
+SAID: dict[str, Any] = {
+    "target": str,
+    "unlikely": bool,
+    **dict.fromkeys(("prob_before", "prob_after"), Finite),
+    **dict.fromkeys(("first_before", "first_after"), bool),
+}
+"""All that is said of a target together."""
+
+FITTED: dict[str, Any] = {
+    "target_prob": tuple[Finite, ...],
+    "losses": tuple[Number, ...],
+    "stopped": str,
+    "same_first_token": bool,
+    "missed": Number,
+}
+"""What else editors of this package say of a fit."""
+
+
+def check_fits(fits: Sequence[Mapping[str, Any]]) -> None:
+    """Check that what a file says of fits is what those need who read them; editors may say more.
+
+    Raises:
+        ValueError: It isn't; the message names the field.
+    """
+    for i, fit in enumerate(fits):
+        for name, kind in (SAID | FITTED).items():
+            if name in fit:
+                fitting(fit[name], kind, f"fits[{i}].{name}", plain=True)
+        lacks = [name for name in SAID if name not in fit]
+        if lacks and any(name in fit for name in MEASURED):
+            raise ValueError(f"fits[{i}] has no {lacks[0]!r}, and has others of {', '.join(SAID)}: needed all or none")
+
+
+def as_editor(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a file says of an editor, if it is what those need who read it; editors may say more.
+
+    Raises:
+        ValueError: It isn't; the message names the field.
+    """
+    fitting(said.get("name"), str, "editor.name")
+    if said["name"] == "scaled":
+        fitting(said.get("alpha"), Finite, "editor.alpha")
+    if "digests" in said:
+        fitting(said["digests"], tuple[str, ...], "editor.digests", plain=True)
+    return said
 
 
 def outcomes(

@@ -24,9 +24,11 @@ from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, pad
+from tl_factedit.core.typed import Finite
 from tl_factedit.editing.concerns import concerns_of_fits, warn_once
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.ledger import base_fingerprint
+from tl_factedit.editing.outcome import as_editor, check_fits
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: == of tensors has no truth value
@@ -219,17 +221,21 @@ class RoutedEdit:
             ValueError: The file is cut short or changed, isn't a router, or what it holds doesn't fit together.
         """
         with files.opened(path, "routed edit") as file:
-            facts = tuple(Fact(**fact) for fact in file.fields("facts", dict))
+            facts = file.all_made("facts", Fact)
             file.sizes["fact"] = len(facts)
+            fits = tuple(file.fields("fits", dict))
+            if len(fits) != len(facts):
+                raise ValueError(f"fits are {len(fits)}, needed one for each of {len(facts)} facts")
+            check_fits(fits)
             return cls(
                 facts=facts,
                 layer=file.field("layer", int),
                 keys=file.tensor("keys", "fact d_mlp"),
                 values=file.tensor("values", "fact d_model"),
-                radius=file.field("radius", float),
-                editor=file.field("editor", dict),
+                radius=file.field("radius", Finite),
+                editor=as_editor(file.field("editor", dict)),
                 contexts=tuple(file.fields("contexts", str)),
-                fits=tuple(file.fields("fits", dict)),
+                fits=fits,
                 provenance=Provenance.from_json(file.field("provenance", dict)),
             )
 

@@ -105,6 +105,17 @@ class Scores:
     facts: tuple[Fact, ...]
     provenance: Provenance
 
+    def __post_init__(self) -> None:
+        """Check that answers are of the facts, and that estimates are numbers where there is something to estimate."""
+        for i, answer in enumerate(self.answers):
+            if not 0 <= answer.fact < len(self.facts):
+                raise ValueError(f"answers[{i}].fact is {answer.fact}, needed one of {len(self.facts)} facts")
+        for name in ("efficacy", "paraphrase", "neighbourhood", "score", "p_new", "p_old"):
+            found: Estimate = getattr(self, name)
+            for end, least in (("mean", 1), ("low", 2), ("high", 2)):
+                if math.isfinite(getattr(found, end)) != (found.n >= least):
+                    raise ValueError(f"{name}.{end} is {getattr(found, end)} of {found.n} facts")
+
     def save(self, path: str | Path) -> None:
         """Write everything into one safetensors file.
 

@@ -70,9 +70,9 @@ class TraceFolder:
                         file.tensor(f"effect.{i}", f"layer pos.{i} sample", missing=True),
                         file.tensor(f"clean.{i}", "clean", missing=True),
                         file.tensor(f"corrupted.{i}", "sample", missing=True),
-                        top=files.of_kind(top, int, "top"),
+                        top=top,
                     )
-                    for i, top in file.fields("top", list)
+                    for i, top in file.fields("top", tuple[int, int])
                 }
             if digest != parts.digest:
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ from tl_factedit.core import files
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.files import Unknown, decode, encode
+from tl_factedit.core.typed import fitting, hints_of
 from tl_factedit.locate.cells import Direction
 from tl_factedit.locate.corruption import Corruption
 from tl_factedit.locate.replacement import CORRUPTIONS
@@ -292,16 +294,24 @@ class Trace:
             ValueError: The file is cut short or changed, isn't a trace, or what it holds doesn't fit together.
         """
         with files.opened(path, "trace") as file:
-            plain = {name: _frozen(file.header[name]) for name in _PLAIN}
-            facts = tuple(Fact(**fact) for fact in file.fields("facts", dict))
+            kinds = hints_of(cls)
+            plain = {name: file.field(name, kinds[name]) for name in _PLAIN}
+            facts = file.all_made("facts", Fact)
             file.sizes["fact"] = len(facts)
             effect = file.tensor("sample_effect", "fact layer pos sample", missing=True)
+            corrupted = file.tensor("sample_corrupted", "fact sample", missing=True)
+            clean = file.tensor("clean", "fact", missing=True)
             _check_lengths(plain, len(facts), effect.shape[2])
+            _check_missing(effect, corrupted, clean, [len(pieces) for pieces in plain["tokens"]])
             return cls(
-                **sample_means(effect, file.tensor("sample_corrupted", "fact sample", missing=True)),
-                clean=file.tensor("clean", "fact", missing=True),
+                **sample_means(effect, corrupted),
+                clean=clean,
                 facts=facts,
-                corruption=decode(file.header["corruption"], file.tensors, (*CORRUPTIONS, Unknown)),
+                corruption=fitting(
+                    decode(file.header["corruption"], "corruption", file.tensors, (*CORRUPTIONS, Unknown)),
+                    kinds["corruption"],
+                    "corruption",
+                ),
                 provenance=Provenance.from_json(file.field("provenance", dict)),
                 **plain,
             )
@@ -376,16 +386,26 @@ def sample_means(effect: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
 
 def _check_lengths(plain: dict[str, Any], facts: int, positions: int) -> None:
     """Check that what a file says of each fact is there for each, and that subjects lie within their tokens."""
-    for name in ("tokens", "subject", "top", "known"):
-        if not isinstance(plain[name], tuple) or len(plain[name]) != facts:
+    for name in ("tokens", "subject", "top", "known", "donors"):
+        if len(plain[name]) != facts:
             raise ValueError(f"{name} is {plain[name]!r}, needed one for each of {facts} facts")
-    for i, (pieces, span) in enumerate(zip(plain["tokens"], plain["subject"], strict=True)):
-        if not isinstance(pieces, tuple) or not 0 < len(pieces) <= positions:
+    for i, (pieces, (start, stop)) in enumerate(zip(plain["tokens"], plain["subject"], strict=True)):
+        if not 0 < len(pieces) <= positions:
             raise ValueError(f"tokens[{i}] is {pieces!r}, needed 1 to {positions} tokens, as the effects have")
-        whole = isinstance(span, tuple) and len(span) == 2 and all(type(each) is int for each in span)
-        if not whole or not 0 <= span[0] < span[1] <= len(pieces):
-            raise ValueError(f"subject[{i}] is {span!r}, needed a start and a stop within {len(pieces)} tokens")
+        if not 0 <= start < stop <= len(pieces):
+            raise ValueError(f"subject[{i}] is {(start, stop)}, needed a start and a stop within {len(pieces)} tokens")
+    if plain["window"] < 1:
+        raise ValueError(f"window is {plain['window']}, needed 1 or more")
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
+def _check_missing(effect: Tensor, corrupted: Tensor, clean: Tensor, lengths: Sequence[int]) -> None:
+    """Check that NaN stands only where a fact has no token or no sample."""
+    sampled = ~corrupted.isnan()
+    token = torch.arange(effect.shape[2]) < torch.tensor(lengths)[:, None]
+    there = (token[:, :, None] & sampled[:, None])[:, None]
+    if bool((effect.isnan() == there).any()):
+        raise ValueError(
+            "sample_effect has NaN elsewhere than where a fact has no token, or no number in sample_corrupted"
+        )
+    if bool((clean.isnan() & sampled.any(-1)).any()):
+        raise ValueError("clean is NaN for a fact that was corrupted")

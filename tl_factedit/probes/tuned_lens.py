@@ -183,7 +183,10 @@ class TunedLens:
         with files.opened(path, "tuned lens") as file:
             layers = tuple(file.fields("layers", int))
             file.sizes["layer"] = len(layers)
-            low_rank = "inner" in file.tensors
+            training = file.made("training", LensTraining)
+            low_rank = training.rank is not None
+            if not low_rank and "inner" in file.tensors:
+                raise ValueError("training.rank is None, and there is a tensor 'inner' of a lens of low rank")
             return cls(
                 layers=layers,
                 bias=file.tensor("bias", "layer d_model"),
@@ -191,7 +194,7 @@ class TunedLens:
                 inner=file.tensor("inner", "layer rank d_model") if low_rank else None,
                 kl_logit=file.tensor("kl_logit", "layer"),
                 kl=file.tensor("kl", "layer"),
-                training=LensTraining(**file.field("training", dict)),
+                training=training,
                 n_tokens=file.field("n_tokens", int),
                 corpus=file.field("corpus", str),
                 provenance=Provenance.from_json(file.field("provenance", dict)),

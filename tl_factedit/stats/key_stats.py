@@ -27,6 +27,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
+from tl_factedit.core.typed import made
 from tl_factedit.stats.published import read_npz
 from tl_factedit.stats.sums import pack_sums, unpack_sums
 
@@ -227,6 +228,22 @@ def _size_of_keys(model: Model, layer: int) -> int:
     return size
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What a file's header says of one layer; `size` is d_mlp."""
+
+    layer: int
+    n_tokens: int
+    corpus: str
+    size: int
+    provenance: Provenance | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("layer", 0), ("n_tokens", 0), ("size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, needed {least} or more")
+
+
 def write_stats_file(stats: Sequence[KeyStats], path: Path, asked: dict[str, Any]) -> None:
     """Write statistics of several layers into one file, with what they were asked with."""
     header = {
@@ -253,16 +270,10 @@ def read_stats_file(path: Path) -> tuple[dict[str, Any], list[KeyStats]]:
     """
     with files.opened(path, "key statistics") as file:
         found = []
-        for entry in file.fields("layers", dict):
-            layer, size = (files.of_kind(entry[name], int, name) for name in ("layer", "size"))
-            packed = file.tensor(f"layer.{layer}", str(size * (size + 1) // 2), dtype=torch.float64)
+        for i, entry in enumerate(file.fields("layers", dict)):
+            said = made(_Saved, entry, f"layers[{i}]", plain=True)
+            packed = file.tensor(f"layer.{said.layer}", str(said.size * (said.size + 1) // 2), dtype=torch.float64)
             found.append(
-                KeyStats(
-                    layer=layer,
-                    moment=unpack_sums(packed, size),
-                    n_tokens=files.of_kind(entry["n_tokens"], int, "n_tokens"),
-                    corpus=files.of_kind(entry["corpus"], str, "corpus"),
-                    provenance=None if entry["provenance"] is None else Provenance.from_json(entry["provenance"]),
-                )
+                KeyStats(said.layer, unpack_sums(packed, said.size), said.n_tokens, said.corpus, said.provenance)
             )
         return file.field("asked", dict), found

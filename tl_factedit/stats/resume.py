@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_factedit.backend.provenance import Provenance, difference
 from tl_factedit.core import files
+from tl_factedit.core.typed import fitting
 from tl_factedit.stats.key_stats import KeyStats, read_stats_file
 from tl_factedit.stats.streaming import Place, Reader
 from tl_factedit.stats.sums import Sums, pack_sums, unpack_sums
@@ -103,7 +104,7 @@ class Draft:
                     asked=file.field("asked", dict),
                     layers=layers,
                     counted=file.field("counted", int),
-                    place=Place(**file.field("place", dict)),
+                    place=file.made("place", Place),
                     provenance=Provenance.from_json(file.field("provenance", dict)),
                     packed={
                         n: file.tensor(f"layer.{n}", f"packed.{n}") for n in layers if f"layer.{n}" in file.tensors
@@ -142,7 +143,7 @@ def reuse_file(
         if given != asked:
             raise ValueError(f"{path} was collected with {given}, asked for {asked}: name another path or delete it")
         if digest is None:
-            digest = _digest_of(source, then["n_texts"])
+            digest = _digest_of(source, fitting(then.get("n_texts"), int, f"asked.n_texts of {path}"))
             if stats[0].n_tokens < asked["n_asked"] and next(source, None) is not None:
                 digest = None  # those texts ended before the tokens that were asked for; these go on
         held = {s.layer: s for s in stats}
