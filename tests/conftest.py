@@ -26,6 +26,22 @@ settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--newest",
+        action="store_true",
+        help="packages are newer than constraints.txt: deprecations that others cause among themselves are no errors",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--newest"):
+        for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+            for line in (f"default::{kind}", f"error::{kind}:tl_factedit"):
+                config.addinivalue_line("filterwarnings", line)
+
+
 @pytest.fixture(params=tiny.KINDS, scope="session")
 def kind(request: pytest.FixtureRequest) -> tiny.Kind:
     """The name of each model class that this TransformerLens has."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ PACKED_INPUTS = ("attention_mask", "position_ids")
 
 CACHES = ("cache", "past_key_values")
 """What the cache is called in a model's forward: the newer name first, as the older one is going away."""
+
+OF_BRIDGES = "past_key_values"
+"""What the attention of a bridge looks for where it computes itself, whatever the model hands it (TransformerLens 4.3)."""
 
 
 class BridgeBackend:
@@ -45,6 +48,7 @@ class BridgeBackend:
         self._points = points
         self._blocks = blocks(model)
         self._arity = self._probe_arity()
+        self._renames_cache = False
 
     def resid(self, tokens: Tensor, start: tuple[int, Tensor] | None, stop: int) -> Tensor:
         """The residual stream before a block, or after the last one."""
@@ -71,6 +75,15 @@ class BridgeBackend:
         Raises:
             UnsupportedModelError: The model's cache doesn't hold the keys and values of each block.
         """
+        found, cache = self._run_packed(tokens, at, start, packing)
+        if not self._filled(cache) and not self._renames_cache and self._cache_name() != OF_BRIDGES:
+            self._renames_cache = True
+            found, cache = self._run_packed(tokens, at, start, packing)
+        return found, self._own_past(cache, packing)
+
+    def _run_packed(
+        self, tokens: Tensor, at: At | None, start: tuple[int, Tensor], packing: Packing
+    ) -> tuple[Tensor, Any]:
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -80,7 +93,8 @@ class BridgeBackend:
         seen = packing.visible[:, None].to(resid.device)
         mask = torch.zeros(seen.shape, dtype=resid.dtype, device=resid.device)
         mask.masked_fill_(~seen, torch.finfo(resid.dtype).min)
-        with self._from(start), self._joining(packing.joined, len(resid), start[0]), self._picked(at):
+        joining = self._joining(packing.joined, len(resid), start[0])
+        with self._from(start), joining, self._picked(at), self._cache_handed_on():
             # The wrapped model itself, as the bridge's forward makes masks and positions of its own.
             out = self._model.original_model(
                 input_ids=tokens,
@@ -89,7 +103,7 @@ class BridgeBackend:
                 use_cache=True,
                 **{self._cache_name(): cache},
             )
-        return out.logits, self._own_past(cache, packing)
+        return out.logits, cache
 
     def why_not_packed(self) -> str:
         """Why no row can be packed, as far as can be told without a pass; ``""`` for no such reason."""
@@ -113,9 +127,26 @@ class BridgeBackend:
         square = [b for b in buffers if b.ndim == 4 and b.shape[-1] == b.shape[-2] and not b.is_floating_point()]
         return min((int(b[0, 0, :, 0].sum()) for b in square), default=None)
 
+    @contextmanager
+    def _cache_handed_on(self) -> Iterator[None]:
+        """Give each block's attention the cache under the name that it looks for, where the model uses another."""
+
+        def rename(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, {OF_BRIDGES if name in CACHES else name: value for name, value in given.items()}
+
+        attentions = [block.attn for block in self._blocks if hasattr(block, "attn")] if self._renames_cache else []
+        with ExitStack() as stack:
+            for attention in attentions:
+                stack.callback(attention.register_forward_pre_hook(rename, with_kwargs=True).remove)
+            yield
+
+    def _filled(self, cache: Any) -> bool:
+        """Whether a cache holds the keys of all blocks."""
+        return len(cache.layers) == len(self._blocks) and all(layer.keys is not None for layer in cache.layers)
+
     def _own_past(self, cache: Any, packing: Packing) -> Past:
         before = packing.visible.shape[-1] - packing.visible.shape[-2]
-        if len(cache.layers) != len(self._blocks) or any(layer.keys is None for layer in cache.layers):
+        if not self._filled(cache):
             raise UnsupportedModelError(f"the cache of {model_name(self._model)} doesn't hold keys of all its blocks")
         return tuple(
             (layer.keys[:, :, before:].transpose(1, 2), layer.values[:, :, before:].transpose(1, 2))
