@@ -346,6 +346,9 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "show.edit": lambda w: fe.show.edit(w.model, w.edit, w.fact.text).html,
     "show.trace": lambda w: fe.show.trace(w.trace).html,
     "show.average": lambda w: fe.show.average(fe.causal_trace(w.model, w.facts[:2], progress=False)).html,
+    "show.redundancy": lambda w: fe.show.redundancy(
+        a.redundancy(w.model, w.facts[:1], w.people, places=("subject",), most_cells=1, progress=False)
+    ).html,
     "show.scores": lambda w: fe.show.scores(w.scores).html,
     "show.report": report,
     "stats.stats_convergence": lambda w: fe.stats.stats_convergence(
