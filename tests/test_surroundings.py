@@ -87,6 +87,7 @@ def world_of(model: Any) -> SimpleNamespace:
         trace=fe.causal_trace(model, facts[0], progress=False),
         scores=fe.evaluate(model, facts),
         hf=tiny.hf_model("gpt2", n_layers=3),
+        retain=tiny.model(KIND, "gpt2", n_layers=3, seed=1),
     )
 
 
@@ -341,9 +342,13 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "probes.Patchscope": lambda w: w.scope(w.model, w.facts[:2]),
     "probes.Patchscope.read": lambda w: w.scope.read(w.model, w.learnt),
     "probes.crossed_patchscope": lambda w: p.crossed_patchscope(w.scope, w.model, w.edit, [w.fact]),
+    "probes.unlearning_depth": lambda w: p.unlearning_depth(population(w), w.retain),
     "show.edit": lambda w: fe.show.edit(w.model, w.edit, w.fact.text).html,
     "show.trace": lambda w: fe.show.trace(w.trace).html,
     "show.average": lambda w: fe.show.average(fe.causal_trace(w.model, w.facts[:2], progress=False)).html,
+    "show.redundancy": lambda w: fe.show.redundancy(
+        a.redundancy(w.model, w.facts[:1], w.people, places=("subject",), most_cells=1, progress=False)
+    ).html,
     "show.scores": lambda w: fe.show.scores(w.scores).html,
     "show.report": report,
     "stats.stats_convergence": lambda w: fe.stats.stats_convergence(
@@ -601,7 +606,7 @@ ANEW = {
     "what an edit that was made there does": (
         "Edit.apply_", "Edit.undo_", "Edit.applied", "edits_on", "undo_all_", "editing.forget_edits_", "compose",
         "compare", "evaluation.attribute_positions", "evaluation.mediate", "editors.RoutedEdit.applied",
-        "show.edit", "show.scores",
+        "probes.unlearning_depth", "show.edit", "show.scores",
     ),
     "states, and what is fitted to them": (
         "auditing.retention", "probes.read_states", "probes.read_states_edited", "probes.fit_linear_probe",

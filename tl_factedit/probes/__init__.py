@@ -23,6 +23,7 @@ from tl_factedit.probes.scrubbing import Eraser, leace, random_subspace
 from tl_factedit.probes.selectivity import ControlTask, control_task
 from tl_factedit.probes.states import HiddenStates, read_states, read_states_edited
 from tl_factedit.probes.tuned_lens import TunedLens, train_tuned_lens
+from tl_factedit.probes.unlearning import UnlearningDepth, unlearning_depth
 
 __all__ = [
     "Comparison",
@@ -60,6 +61,8 @@ __all__ = [
     "Patchscope",
     "CrossedPatchscope",
     "crossed_patchscope",
+    "UnlearningDepth",
+    "unlearning_depth",
 ]
 
 __dir__ = shows(__all__)

@@ -60,6 +60,7 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     rules: Sequence[Rule] = (),
     dots: Sequence[tuple[float, float, str]] = (),
+    whole: bool = False,
     width: float = 350.0,
     height: float = 236.0,
 ) -> Html:
@@ -73,6 +74,7 @@ def line_chart(
         y_range: Ends of the vertical axis; None for those of the data.
         rules: Straight lines across the chart.
         dots: Points to mark, as (x, y, tooltip).
+        whole: Whether the horizontal axis counts things: it has no mark between whole numbers then.
         width: Width in px.
         height: Height in px.
     """
@@ -100,7 +102,7 @@ def line_chart(
 
     grid = [line_segment(left, py(t), right, py(t), stroke="#e3e3e8") for t in ticks]
     names = [text_label(left - 6, py(t) + 4, tick_text(t, ticks), "end") for t in ticks]
-    x_ticks = nice(x0, x1, 6)
+    x_ticks = [t for t in nice(x0, x1, 6) if not whole or t == round(t)]
     names += [text_label(px(t), bottom + 16, tick_text(t, x_ticks), "middle") for t in x_ticks]
     names += [
         text_label(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tl_factedit.attacks.attack import Recovery
+from tl_factedit.attacks.redundancies import Redundancy
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core import files
@@ -14,12 +15,13 @@ from tl_factedit.locate.trace_result import Trace
 from tl_factedit.show.attacks import attack
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture, document
+from tl_factedit.show.redundancies import redundancy
 from tl_factedit.show.score_tables import scores
 from tl_factedit.show.trace_averages import average
 from tl_factedit.show.traces import trace
 from tl_factedit.show.verdicts import verdict
 
-_Item = Picture | Trace | Verdict | Scores | Recovery | str
+_Item = Picture | Trace | Verdict | Scores | Recovery | Redundancy | str
 
 
 @plain_torch()
@@ -28,8 +30,9 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
 
     Args:
         path: The file to write; one that exists is replaced.
-        items: Pictures and results (a `Trace`, `Verdict` or `Scores` is drawn by the function of this name, a trace of
-            several facts by `average`), plain text (an empty line begins a paragraph), or ``(heading, item)``.
+        items: Pictures and results (a `Trace`, `Verdict`, `Scores` or `Redundancy` is drawn by the function of this
+            name, a `Recovery` by `attack`, a trace of several facts by `average`), plain text (an empty line begins a
+            paragraph), or ``(heading, item)``.
         title: Title of the page.
 
     Returns:
@@ -79,9 +82,12 @@ def _drawn(what: object) -> Picture:
         return scores(what)
     if isinstance(what, Recovery):
         return attack(what)
+    if isinstance(what, Redundancy):
+        return redundancy(what)
     hint = ": draw it with fe.show.edit(model, edit, text)" if isinstance(what, Edit) else ""
     raise TypeError(
-        f"a report can't hold a {type(what).__name__}, needed a Picture, Trace, Verdict, Scores, Recovery or text{hint}"
+        f"a report can't hold a {type(what).__name__}, needed a Picture, Trace, Verdict, Scores, Recovery, Redundancy "
+        f"or text{hint}"
     )
 
 
