@@ -98,10 +98,12 @@ EDIT["removed"] += f"|{LESS}"
 EITHER = r"(mean|low|high)"
 UNKNOWN = rf".*\.{EITHER}|.*\.nll_(true|new)"  # NaN where nothing, or too little, was there to be measured
 SCORES = HERE | {"NaN": UNKNOWN}
-FOUND = r"findings\.(neighbour_loss|perplexity)|drift|upstream|dose|.*\.cases\.0\.key|provenance\.changes\.0\.digest"
-TENSORS = r"verdict\..*\.(values|mean|low|high|extra\[.*)|verdict\.(dose|drift|gains).*|verdict\..*details.*"
+FOUND = r"findings\.(neighbour_loss|perplexity)|drift|upstream|dose|.*\.cases\.0\.key|.*\.counted"
+TENSORS = (
+    r"verdict\..*\.(values|mean|low|high|extra\[.*|counted\[.*)|verdict\.(dose|drift|gains).*|verdict\..*details.*"
+)
 VERDICT = {
-    "None": rf"(.*\.)?{HERE['None']}|{FOUND}|.*\.details\..*",
+    "None": rf"(.*\.)?{HERE['None']}|{FOUND}|.*\.digest|.*\.details\..*",
     "another kind": rf"(.*\.)?{FACT}|(.*\.)?(provenance|model)\.revision|.*\.cases\.0\.key|.*\.details\..*",
     "removed": r".*\.details\..*",
     "NaN": rf"{UNKNOWN}|.*\.(at_most|least|predicted_error)|{TENSORS}",
@@ -162,7 +164,7 @@ def mutations(header: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[tu
             del found_at(changed, at[:-1])[at[-1]]
             yield "removed", at, changed, tensors
     for name, tensor in tensors.items():
-        if ".after." in name or ".attacks[1]" in name:
+        if ".after." in name or re.search(r"\.attacks\[[1-9]", name):
             continue
         yield "removed", (name,), header, {key: each for key, each in tensors.items() if key != name}
         other = tensor.long() if tensor.is_floating_point() else tensor.double()

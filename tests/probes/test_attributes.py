@@ -52,7 +52,9 @@ def drawn(kind: str, arch: str) -> TunedLens:
     draw = torch.Generator().manual_seed(0)
     matrix, bias = torch.randn(2, 32, 32, generator=draw) / 6, torch.randn(2, 32, generator=draw)
     provenance = Provenance.of(shared(kind, arch))
-    return TunedLens((0, 2), matrix, None, bias, torch.zeros(2), torch.zeros(2), LensTraining(), 0, "none", provenance)
+    return TunedLens(
+        (0, 2), matrix, None, bias, torch.zeros(2), torch.zeros(2), LensTraining(), False, 0, "none", provenance
+    )
 
 
 @on_models

@@ -56,7 +56,8 @@ def drawn(kind: str, arch: str, rank: int | None = None) -> TunedLens:
     draw = torch.Generator().manual_seed(0)
     inner = None if rank is None else torch.randn(4, rank, 32, generator=draw) / 6
     matrix = torch.randn(4, 32, rank or 32, generator=draw) / 6
-    return replace(lens, matrix=matrix, inner=inner, bias=torch.randn(4, 32, generator=draw))
+    training = replace(lens.training, rank=rank)
+    return replace(lens, matrix=matrix, inner=inner, bias=torch.randn(4, 32, generator=draw), training=training)
 
 
 def matrices(lens: TunedLens) -> torch.Tensor:
@@ -337,6 +338,39 @@ def test_a_lens_refuses_models_it_does_not_fit(kind):
     for options in ({"d_model": 16}, {"n_layers": 3}):
         with pytest.raises(ValueError, match="train a lens on this model"):
             lens(tiny.model(kind, "gpt2", **options), [FACT])
+
+
+def processed(kind: str, arch: str):
+    """The model with its norms folded and, where it has LayerNorms, what is written to its stream centred."""
+    if kind == "hooked":
+        return tiny.hooked(arch, processed=True)
+    model = tiny.bridge(arch)
+    model.enable_compatibility_mode()
+    return model
+
+
+@pytest.mark.parametrize("other", tiny.KINDS)
+def test_a_lens_refuses_a_model_whose_stream_is_centred_otherwise(kind, other):
+    """Its translator reads the mean over d_model, which centring takes away: its numbers were wrong."""
+    raw, centred = trained(kind, "gpt2"), train_tuned_lens(processed(kind, "gpt2"), TEXTS, **QUICK)
+    assert not raw.centred and centred.centred
+    for lens, model in ((raw, processed(other, "gpt2")), (centred, shared(other, "gpt2"))):
+        with laws.untouched(model), pytest.raises(ValueError, match=r"centred stream.*center_writing_weights.*train a"):
+            lens(model, [FACT])
+    centred.check(processed(other, "gpt2"))
+    raw.check(shared(other, "gpt2"))
+    # Why: the same translators read another thing there.
+    as_if = replace(drawn(kind, "gpt2"), centred=True)
+    gap = as_if(processed(kind, "gpt2"), [FACT]).values - drawn(kind, "gpt2")(shared(kind, "gpt2"), [FACT]).values
+    assert float(gap[..., :2].abs().nan_to_num().max()) > 0.1  # log-probabilities
+
+
+def test_folded_norms_leave_what_a_lens_reads(kind):
+    """Without LayerNorms nothing is centred: the stream, and so the reading, is that of the weights as they were."""
+    lens, model = drawn(kind, "llama"), processed(kind, "llama")
+    assert not lens.centred
+    want, found = lens(shared(kind, "llama"), [FACT]).values, lens(model, [FACT]).values
+    torch.testing.assert_close(found[..., :2], want[..., :2], rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize(

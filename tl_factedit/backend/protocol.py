@@ -143,6 +143,20 @@ def layout(model: Model) -> str:
     return kind(model) + ("+compat" if processed else "")
 
 
+def centred(model: Model) -> bool:
+    """Whether what is written to the residual stream was centred (``center_writing_weights``), by the embeddings.
+
+    Only a bridge says of itself how its weights were processed. Folding norms or centring the unembedding leaves the
+    stream and the probabilities as they are; centring takes the mean over d_model out of the stream.
+    """
+    tokens: Any = model
+    table = tokens.W_E.detach()
+    mean = table.mean(-1, dtype=torch.float32).square().mean()
+    size = table.square().mean(dtype=torch.float32)
+    # Means of unrelated numbers come to 1 here; rounding in bfloat16 to 1e-6.
+    return bool(mean * table.shape[1] < 1e-4 * size)
+
+
 def device(model: Model) -> torch.device:
     """Where the model's inputs go."""
     return torch.device(model.cfg.device or "cpu")

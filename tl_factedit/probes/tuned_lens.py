@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.backend.protocol import Model, check_layer, layout, model_name, n_layers
+from tl_factedit.backend.protocol import Model, centred, check_layer, model_name, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
@@ -57,6 +57,7 @@ class TunedLens:
         kl_logit: KL divergence of the logit lens on held-out tokens, nats a token, [layer].
         kl: KL divergence of this lens on the same tokens.
         training: How it was trained.
+        centred: Whether the model's stream was centred (``center_writing_weights``): of another stream it says nothing.
         n_tokens: Number of tokens it was trained on.
         corpus: Hash of the texts that were read.
         provenance: Model, weights and BOS policy it was trained with.
@@ -69,6 +70,7 @@ class TunedLens:
     kl_logit: Float[Tensor, "layer"]
     kl: Float[Tensor, "layer"]
     training: LensTraining
+    centred: bool
     n_tokens: int
     corpus: str
     provenance: Provenance
@@ -89,7 +91,7 @@ class TunedLens:
         """The translated streams that the model's head reads, fact by fact.
 
         Raises:
-            ValueError: The model has another width, depth or weight processing than the one it was trained on.
+            ValueError: The model has another width, depth or centring than the one it was trained on.
         """
         self.check(model)
         states = read_states(model, facts, prepend_bos=self.provenance.prepend_bos)
@@ -143,19 +145,20 @@ class TunedLens:
         return lens
 
     def check(self, model: Model) -> None:
-        """Check that the lens fits a model: same width, depth and weight processing (weights may differ).
+        """Check that the lens fits a model: same width, depth and centring of the stream (weights may differ).
+
+        Folded norms and a centred unembedding don't matter: they leave the stream and the probabilities as they are.
 
         Raises:
             ValueError: It doesn't fit.
         """
-        width, depth = int(model.cfg.d_model), len(self.provenance.weights.w_out)
-        given = (width, n_layers(model), layout(model).endswith("+compat"))
-        fits = (self.bias.shape[1], depth, self.provenance.weights.layout.endswith("+compat"))
+        given = (int(model.cfg.d_model), n_layers(model), centred(model))
+        fits = (self.bias.shape[1], len(self.provenance.weights.w_out), self.centred)
         if given != fits:
             raise ValueError(
-                f"the lens is of {self.provenance.model!r} (d_model {fits[0]}, {fits[1]} layers, processed weights: "
-                f"{fits[2]}), but {model_name(model)!r} has d_model {given[0]}, {given[1]} layers, processed "
-                f"weights: {given[2]}: train a lens on this model"
+                f"the lens is of {self.provenance.model!r} (d_model {fits[0]}, {fits[1]} layers, centred stream: "
+                f"{fits[2]}), but {model_name(model)!r} has d_model {given[0]}, {given[1]} layers, centred stream: "
+                f"{given[2]} (center_writing_weights): train a lens on this model"
             )
 
     @plain_torch()
@@ -164,6 +167,7 @@ class TunedLens:
         header = {
             "layers": list(self.layers),
             "training": asdict(self.training),
+            "centred": self.centred,
             "n_tokens": self.n_tokens,
             "corpus": self.corpus,
             "provenance": self.provenance.to_json(),
@@ -195,6 +199,7 @@ class TunedLens:
                 kl_logit=file.tensor("kl_logit", "layer"),
                 kl=file.tensor("kl", "layer"),
                 training=training,
+                centred=file.field("centred", bool),
                 n_tokens=file.field("n_tokens", int),
                 corpus=file.field("corpus", str),
                 provenance=Provenance.from_json(file.field("provenance", dict)),
@@ -290,6 +295,7 @@ def train_tuned_lens(
         kl_logit=zero,
         kl=after,
         training=training,
+        centred=centred(model),
         n_tokens=len(learnt),
         corpus=reader.digest,
         provenance=provenance,
