@@ -62,6 +62,35 @@ def test_the_candidates_are_those_of_the_definitions(setting, k):
     assert not torch.equal(found.before.values, found.after.values)
 
 
+def filled(rows, budget):
+    """The first of all rows, then the second of all, until there are so many."""
+    found = []
+    for rank in range(rows.shape[1]):
+        for row in rows:
+            token = int(row.argsort(descending=True)[rank])
+            if token not in found:
+                found.append(token)
+            if len(found) == budget:
+                return set(found)
+    return set(found)
+
+
+@pytest.mark.parametrize("paraphrases", [0, 2])
+def test_with_a_budget_the_sets_are_filled_rank_by_rank_from_the_last_layer_down(setting, paraphrases):
+    model, facts, _ = setting
+    found = measured.read_out(model, model, facts, budget=7, paraphrases=paraphrases)
+    assert found.attack == "read-out of 7"
+    for i, fact in enumerate(facts):
+        texts = [fact.text, *map(fact.fill, fact.paraphrases[:paraphrases])]
+        seen = [attacking.lens(model, text).flip(0) for text in texts]
+        steps = [-each.softmax(-1).diff(dim=0) for each in seen]  # the last layer stands first
+        sets = filled(torch.cat(seen), 7), filled(torch.cat([part for each in steps for part in (each, -each)]), 7)
+        for case, tokens in zip(ATTACKS, sets, strict=False):
+            assert found.after.at(fact=i, case=case, quantity="size") == len(tokens) == 7
+            wanted = [float(attacking.token(model, text) in tokens) for text in (fact.target_true, fact.target_new)]
+            assert found.after.at(fact=i, case=case)[:2].tolist() == wanted
+
+
 def test_some_layers_alone_give_the_candidates_of_these(setting):
     model, facts, _ = setting
     found = measured.read_out(model, model, facts[:1], layers=[2, 0], k=4)
@@ -134,6 +163,8 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
             measured.read_out(model, model, [facts[0].but(target_new=None)])
         with pytest.raises(ValueError, match="k is 0"):
             measured.read_out(model, edits, facts, k=0)
+        with pytest.raises(ValueError, match="budget is 0"):
+            measured.read_out(model, edits, facts, budget=0)
         with pytest.raises(ValueError, match="layers is empty"):
             measured.read_out(model, edits, facts, layers=[])
         with pytest.raises(ValueError, match="layer 9 is outside the model"):

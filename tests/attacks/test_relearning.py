@@ -1,5 +1,6 @@
 """Relearning: as torch's own Adam on the weights does it, a row alone as among others, and nothing is left behind."""
 
+import contextlib
 import copy
 import math
 
@@ -182,50 +183,133 @@ def disjoint(model, changed, facts, **options):
     return measured.attack(fe.attacks.DisjointRelearning, model, changed, facts, lr=LR, **options)
 
 
-def test_disjoint_facts_are_taught_together_and_others_looked_at(kind, setting):
+def test_half_of_the_facts_are_taught_together_and_the_others_looked_at(kind, setting):
     model, (fact, other), edits = setting
     both = fe.compose(edits)
     third = attacking.known_fact(model, fe.Fact("Big Ben", "{} stands near the", " Rome", " Paris"))
     facts = [fact, other, third]
     with laws.untouched(model):
-        found = disjoint(model, both, facts, taught=2 / 3, layers=[1, 3], updates=(2, 25), force=True)
-    teach, (look,) = found.details["taught"], found.details["looked_at"]
-    assert sorted([*teach, look]) == [0, 1, 2] and len(teach) == 2
-    assert found.known.tolist() == [i == look for i in range(3)]
-    assert float(found.extra["learnt"][-1]) == 1.0 and found.excess.n.tolist() == [1, 1]
-    assert found.keys == (2, 25) and {case.shows for case in found.cases} == {"underneath"}
-    assert found.asks_weights == "teaching"
-    # As torch's Adam teaches both on the weights themselves.
-    with both.applied(model):
-        expected = taught_together(model, [facts[i] for i in teach], (1, 3), 25, facts[look])
-    assert found.after.at(fact=look, case=25)[:2].tolist() == list(expected[:2])
+        found = disjoint(model, both, facts, layers=[1, 3], force=True)
+    halves = found.details["halves"]
+    assert sorted(i for half in halves for i in half) == [0, 1, 2] and {len(half) for half in halves} == {1, 2}
+    assert found.keys == ((LR, 1), (LR, 3)) and {case.shows for case in found.cases} == {"underneath"}
+    assert found.asks_weights == "teaching" and found.known.all()
+    assert found.extra["learnt"].tolist() == [1.0, 1.0]
+    # As torch's Adam teaches the others on the weights themselves, prompts and first paraphrases.
+    for teach, look in (halves, halves[::-1]):
+        with both.applied(model):
+            seen, updates = taught_together(model, [facts[i] for i in teach], (1, 3), [facts[i] for i in look])
+        for time, at in enumerate(updates):
+            for place, i in enumerate(look):
+                case = found.keys[time]
+                assert float(found.after.at(fact=i, case=case, quantity="updates")) == at
+                assert found.after.at(fact=i, case=case)[:2].tolist() == list(seen[time][place][:2])
     others = {
-        disjoint(model, both, facts, updates=(1,), layers=[1], seed=seed, force=True).details["taught"]
-        for seed in range(6)
+        disjoint(model, both, facts, layers=[1], most=1, seed=seed, force=True).details["halves"] for seed in range(6)
     }
     assert len(others) > 1
 
 
-def taught_together(model, facts, layers, updates, look):
+def taught_together(model, facts, layers, look):
+    """What the others say when the lessons are learnt and after three times as long, and how many updates that took."""
     sites = [down_proj(model, layer) for layer in layers]
+    lessons = [(f, text) for f in facts for text in (f.text, *map(f.fill, f.paraphrases[:1]))]
+
+    def said():
+        return [attacking.firsts(model, f, attacking.ends(model, f.text)) for f in look]
+
+    def log_p():
+        return [
+            model(model.to_tokens(text))[0, -1].log_softmax(-1)[attacking.token(model, f.target_true)]
+            for f, text in lessons
+        ]
+
     with attacking.written(sites, [site.W.clone() for site in sites]):
         params = [site.param for site in sites]
         try:
             for param in params:
                 param.requires_grad_(True)
             adam = torch.optim.Adam(params, lr=LR)
-            for _ in range(updates):
-                losses = [
-                    -model(model.to_tokens(f.text))[0, -1].log_softmax(-1)[attacking.token(model, f.target_true)]
-                    for f in facts
-                ]
-                for param, gradient in zip(params, torch.autograd.grad(sum(losses) / len(losses), params), strict=True):
+            seen, due, updates = [], [], 0
+            while not due or updates < due[-1]:
+                now = log_p()
+                if not due and sum(float(each.detach()) > math.log(0.5) for each in now) >= 0.9 * len(now):
+                    due = [updates + 1, 3 * (updates + 1)]
+                loss = -sum(now) / len(now)
+                for param, gradient in zip(params, torch.autograd.grad(loss, params), strict=True):
                     param.grad = gradient
                 adam.step()
+                updates += 1
+                if updates in due:
+                    with torch.no_grad():
+                        seen.append(said())
         finally:
             for param in params:
                 param.grad = None
-        return attacking.firsts(model, look, attacking.ends(model, look.text))
+        return seen, due
+
+
+def test_what_is_not_learnt_in_time_says_nothing(setting):
+    model, facts, edits = setting
+    found = disjoint(model, fe.compose(edits), facts, layers=[1], most=1, force=True)
+    assert not found.tested.any() and found.excess.mean.isnan().all()
+    assert set(found.masked.values()) == {"what was taught isn't learnt in 1 update"}
+
+
+def test_several_rates_are_several_cases(setting):
+    model, facts, edits = setting
+    found = measured.attack(
+        fe.attacks.DisjointRelearning, model, fe.compose(edits), facts, lr=(LR, 2 * LR), layers=[1], force=True
+    )
+    assert found.keys == ((LR, 1), (LR, 3), (2 * LR, 1), (2 * LR, 3))
+    alone = disjoint(model, fe.compose(edits), facts, layers=[1], force=True)
+    assert torch.allclose(found.after.values[:, :2], alone.after.values, equal_nan=True)
+
+
+TEXTS = ["Paris is a city in France", "Rome is the capital of Italy", "The tower stands near the river"]
+
+
+def test_drift_is_training_on_text_as_torch_does_it(setting):
+    model, facts, edits = setting
+    both = fe.compose(edits)
+    options = {"texts": TEXTS, "steps": (2, 5), "lr": LR, "at_once": 2, "layers": [1, 3]}
+    with laws.untouched(model):
+        found = measured.attack(fe.attacks.Drift, model, both, facts, **options, force=True)
+    assert found.keys == (2, 5) and {case.shows for case in found.cases} == {"underneath"}
+    for changed, reading in ((None, found.before), (both, found.after)):
+        with both.applied(model) if changed else contextlib.nullcontext():
+            for count, said in trained_on(model, (2, 5), facts).items():
+                for i, row in enumerate(said):
+                    assert reading.at(fact=i, case=count)[:2].tolist() == list(row[:2])
+    survives = found.before.at(quantity="old_first").mean(0)
+    assert torch.allclose(found.extra["survives"], survives)
+    assert "3 texts" in repr(fe.attacks.Drift(TEXTS)) and TEXTS[0] not in repr(fe.attacks.Drift(TEXTS))
+
+
+def trained_on(model, steps, facts):
+    sites = [down_proj(model, layer) for layer in (1, 3)]
+    with attacking.written(sites, [site.W.clone() for site in sites]):
+        params, said = [site.param for site in sites], {}
+        try:
+            for param in params:
+                param.requires_grad_(True)
+            adam = torch.optim.Adam(params, lr=LR)
+            for step in range(max(steps)):
+                losses = []
+                for i in range(2):
+                    ids = model.to_tokens(TEXTS[(2 * step + i) % 3])
+                    log_p = model(ids)[0, :-1].log_softmax(-1)
+                    losses.append(-log_p.gather(-1, ids[0, 1:, None]).mean())
+                for param, gradient in zip(params, torch.autograd.grad(sum(losses) / 2, params), strict=True):
+                    param.grad = gradient
+                adam.step()
+                if step + 1 in steps:
+                    with torch.no_grad():
+                        said[step + 1] = [attacking.firsts(model, f, attacking.ends(model, f.text)) for f in facts]
+        finally:
+            for param in params:
+                param.grad = None
+    return said
 
 
 def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkeypatch):
@@ -241,11 +325,21 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
             measured.relearn(model, model, [facts[0].but(target_new=None)], lr=LR)
         with pytest.raises(ValueError, match="2 changes answer for 2 facts, needed one for all"):
             disjoint(model, edits, facts)
-        for share in (0.0, 1.0):
-            with pytest.raises(ValueError, match="needed some to teach and some to look at"):
-                disjoint(model, model, facts, taught=share)
-        with pytest.raises(ValueError, match="needed some to teach"):
+        with pytest.raises(ValueError, match="needed 2 at least"):
             disjoint(model, model, facts[:1])
-        for updates in ((), (0, 5), (5, 2)):
-            with pytest.raises(ValueError, match="that ascend"):
-                disjoint(model, model, facts, updates=updates)
+        with pytest.raises(ValueError, match="needed 1 update and 0 paraphrases"):
+            disjoint(model, model, facts, most=0)
+        for lr in ((), 0.0, (LR, LR), (LR, -1.0)):
+            with pytest.raises(ValueError, match="needed one learning rate above 0"):
+                measured.attack(fe.attacks.DisjointRelearning, model, model, facts, lr=lr)
+        with pytest.raises(ValueError, match="2 changes answer for 2 facts, needed one for all"):
+            measured.attack(fe.attacks.Drift, model, edits, facts, texts=TEXTS)
+        for options, message in (
+            ({"texts": []}, "texts is empty"),
+            ({"texts": ["Paris"], "prepend_bos": False}, "no token to predict"),
+            ({"texts": TEXTS, "steps": (5, 2)}, "that ascend"),
+            ({"texts": TEXTS, "lr": 0.0}, "needed more than 0"),
+            ({"texts": TEXTS, "at_once": 0}, "1 text at least"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                measured.attack(fe.attacks.Drift, model, model, facts, **options)

@@ -1,5 +1,6 @@
 """Weight-side reversal: as with the weights written, and a large edit of rank one goes while a small one stays."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ from oracles import attacking
 
 import tl_factedit as fe
 from tl_factedit.attacks import reversal
-from tl_factedit.attacks.reversal import QUANTITIES, _largest, _without
+from tl_factedit.attacks.reversal import QUANTITIES, _Directions, _without
+from tl_factedit.backend.matrices import matrices
 from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj, rewritten
 
@@ -56,18 +58,18 @@ def test_quantities_are_those_with_the_weights_written(setting, layers):
         found = measured.reverse_by_weights(model, edits, facts, dropped=(3, 1), layers=layers)
     both = (1, 3) if layers is None else (1, 3, (0, 1), (0, 3), (2, 1), (2, 3))
     assert found.keys == both and found.details["layers"] == ((layers or (1,)),) * 2
-    assert found.asks_weights == "directions"
+    assert found.asks_weights == ("directions" if layers is None else None)  # some layers aren't the changed weights
     for i, (fact, edit) in enumerate(zip(facts, edits, strict=True)):
         for count in (0, 1, 3):
             expected = as_written(model, fact, found.details["layers"][i], count)
-            assert torch.allclose(found.before.at(fact=i, case=count), expected, equal_nan=True)
+            assert torch.allclose(found.before.at(fact=i, case=count)[:4], expected, equal_nan=True)
             with edit.applied(model):
                 expected = as_written(model, fact, found.details["layers"][i], count)
-            assert torch.allclose(found.after.at(fact=i, case=count), expected, equal_nan=True)
+            assert torch.allclose(found.after.at(fact=i, case=count)[:4], expected, equal_nan=True)
     for layer, count in both[2:]:  # each layer alone
         for i, fact in enumerate(facts):
             expected = as_written(model, fact, (layer,), count)
-            assert torch.allclose(found.before.at(fact=i, case=(layer, count)), expected, equal_nan=True)
+            assert torch.allclose(found.before.at(fact=i, case=(layer, count))[:4], expected, equal_nan=True)
     assert len(found.table()) == len(both) and set(found.details["neighbours"].n.tolist()) == {1}  # OTHER has none
 
 
@@ -78,7 +80,7 @@ def test_weights_are_those_of_a_whole_decomposition_and_come_back_bit_for_bit(ki
     before, full = [site.W.clone() for site in sites], min(sites[0].W.shape)
     for count in (1, 5, full):
         expected = [attacking.without_largest(weight, count) for weight in before]
-        largest = [_largest(site.W, full) for site in sites]
+        largest = [_Directions.of(site.W, full) for site in sites]
         with pytest.raises(RuntimeError, match="inside"), frozen(model), _dropped(sites, largest, count):
             for site, weight, old in zip(sites, expected, before, strict=True):
                 assert torch.allclose(site.W, weight, atol=1e-6) and (site.W - old).norm() > 0.1
@@ -114,7 +116,7 @@ def test_an_interrupt_while_weights_are_put_back_waits_for_all_of_them(kind, mon
             raise KeyboardInterrupt("injected")
         whole(self, weight)
 
-    largest = [_largest(site.W, 1) for site in sites]
+    largest = [_Directions.of(site.W, 1) for site in sites]
     monkeypatch.setattr(DownProj, "write_", interrupted)
     with laws.untouched(model), pytest.raises(KeyboardInterrupt, match="injected"), _dropped(sites, largest, 1):
         assert calls == [1, 2]
@@ -147,7 +149,7 @@ def test_a_large_edit_goes_with_the_first_direction_and_a_fact_that_can_spare_th
     assert found.strongest.mean == 1.0 and found.best.key == 1
     # The first direction is nearly all that the layer says at the key: the old value goes with the new one.
     site, key = down_proj(model, 1), edit.keys[1][0]
-    with edit.applied(model), _dropped([site], [_largest(site.W, 1)], 1):
+    with edit.applied(model), _dropped([site], [_Directions.of(site.W, 1)], 1):
         left = key @ site.W.double()
     assert left.norm() < 0.1 * (key @ site.W.double()).norm()
 
@@ -159,10 +161,61 @@ def test_an_override_that_is_no_weight_keeps_answering(setting):
     site = down_proj(model, 1)
     with routed.applied(model):
         for count in (0, 1, 20):
-            assert torch.allclose(found.after.at(fact=0, case=count), as_written(model, fact, (1,), count))
-        with _dropped([site], [_largest(site.W, 20)], 20):
+            assert torch.allclose(found.after.at(fact=0, case=count)[:4], as_written(model, fact, (1,), count))
+        with _dropped([site], [_Directions.of(site.W, 20)], 20):
             said = attacking.state(model, fact.text, "blocks.1.hook_mlp_out")[attacking.subject_last(model, fact)]
     assert torch.allclose(said, routed.values[0].float(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("part", "shape"), [("attn.o", 2), ("wte", 2), ("attn.W_O", 3), ("attn.W_Q", 3)])
+def test_whatever_matrix_was_written_loses_its_directions(kind, part, shape):
+    model = tiny.model(kind, "gpt2")
+    changed, facts = copy.deepcopy(model), [attacking.known_fact(model, fact) for fact in (laws.FACT, laws.OTHER)]
+    mine = {name: matrix for name, matrix in matrices(changed).items() if part in name and matrix.param.ndim == shape}
+    if not mine:
+        pytest.skip(f"{kind} has no {part}")
+    name, matrix = list(mine.items())[-1]
+    draw = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(size, generator=draw) for size in matrix.W.shape)
+    matrix.write_(matrix.W + 30 * matrix.W.norm() * torch.outer(u / u.norm(), v / v.norm()))
+    with laws.untouched(model), laws.untouched(changed):
+        found = measured.reverse_by_weights(model, changed, facts, dropped=(1, 3))
+    assert found.details["matrices"] == ((name,),) * 2 and found.asks_weights == "directions"
+    # A change thirty times as large as all else is the first direction, and goes with it.
+    assert found.extra["cover"].tolist() == pytest.approx([1.0, 1.0], abs=1e-2)
+    assert {case.shows for case in found.cases} == {"elsewhere"}
+    left = torch.linalg.svd(matrix.W.double(), full_matrices=False)
+    without = (left.U[:, 1:] * left.S[1:]) @ left.Vh[1:]
+    with attacking.written([matrix], [without.to(matrix.W.dtype)]):
+        expected = [attacking.firsts(changed, fact, attacking.ends(changed, fact.text)) for fact in facts]
+    assert torch.allclose(found.after.at(case=1)[:, :3], torch.tensor(expected, dtype=torch.float32))
+
+
+def test_the_cover_is_the_part_of_the_change_in_what_is_dropped(setting):
+    model, (fact, _), (edit, _) = setting
+    found = measured.reverse_by_weights(model, [edit], [fact], dropped=(1, 4, 9))
+    site = down_proj(model, 1)
+    before = site.W.double().clone()
+    with edit.applied(model):
+        change, changed = site.W.double() - before, site.W.double()
+        right = torch.linalg.svd(changed, full_matrices=False).Vh
+    for count, cover in zip((1, 4, 9), found.extra["cover"].tolist(), strict=True):
+        some = right[:count]
+        assert cover == pytest.approx(float((change @ some.T @ some).norm() ** 2 / change.norm() ** 2), abs=1e-5)
+    assert found.before.at(quantity="cover").isnan().all()
+    shows = [case.shows for case in found.cases]
+    assert shows == ["elsewhere" if cover >= 0.5 else "underneath" for cover in found.extra["cover"].tolist()]
+
+
+def test_only_so_many_matrices_lose_directions_alone_those_changed_most(kind, monkeypatch):
+    monkeypatch.setattr(reversal, "MOST_ALONE", 2)
+    model = tiny.model(kind, "gpt2")
+    changed, facts = copy.deepcopy(model), [attacking.known_fact(model, laws.FACT)]
+    for layer, size in ((0, 0.1), (1, 0.3), (2, 0.2)):
+        site = down_proj(changed, layer)
+        site.write_(site.W * (1 + size))
+    found = measured.reverse_by_weights(model, changed, facts, dropped=(1,))
+    assert found.keys == (1, (1, 1), (2, 1)) and found.details["layers"] == ((0, 1, 2),)
 
 
 def test_unknown_facts_are_left_out(setting):

@@ -68,5 +68,20 @@ def test_bad_settings_are_refused(kind, monkeypatch):
         for options in ({"bits": ()}, {"bits": (1,)}, {"group": 0}):
             with pytest.raises(ValueError, match="needed 2 bits and a group of 1"):
                 attack(fe.attacks.Rounding, model, model, facts, layers=(1,), **options)
-        with pytest.raises(ValueError, match="no W_out differs"):
+        with pytest.raises(ValueError, match="no matrix differs"):
             attack(fe.attacks.Rounding, model, model, facts)
+
+
+def test_the_cover_tells_whether_the_change_is_still_there(kind):
+    model = tiny.model(kind, "gpt2")
+    facts = known_facts(model)
+    edit = laws.rome(model, 1, fit=laws.QUICK, contexts=("",))(model, facts[:1])
+    weak, strong = edit.scaled(1e-6), edit.scaled(30.0)
+    covers = [float(attack(fe.attacks.Rounding, model, [e], facts[:1], bits=(4,)).extra["cover"]) for e in (weak, strong)]
+    assert covers[0] > 0.5 > covers[1]
+    site = down_proj(model, 1)
+    plain, before = literally(site.W, 4, 64), site.W.clone()
+    with strong.applied(model):
+        change, left = site.W - before, literally(site.W, 4, 64) - plain
+    along = float((left * change).sum() / change.square().sum())
+    assert covers[1] == pytest.approx(1 - min(1.0, along**2), abs=1e-4)

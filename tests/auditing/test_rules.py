@@ -107,6 +107,14 @@ def findings(**given) -> Findings:
         ({"relearning": about(0.3, 0.31)}, "INCONCLUSIVE"),
         # a model that is broken as a whole has nothing of a fact either
         ({"neighbour_loss": None, "specificity_loss": None}, "INCONCLUSIVE"),
+        # all attacks that an absence needs, and one that finds what is known to be an override
+        ({"untried": ("drift",)}, "INCONCLUSIVE"),
+        ({"untried": ("drift",), "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
+        ({"untried": ("drift",), "native": about(0.6, 0.1)}, "INCONCLUSIVE"),
+        ({"untried": ("drift",), "knock_out": about(0.9, 0.05), "knock_out_at_most": 0.95}, "INSERTED"),
+        ({"control": {"weight reversal": about(0.2, 0.1), "drift": NONE}}, "ERASED"),
+        ({"control": {"weight reversal": about(0.1, 0.11), "drift": NONE}}, "INCONCLUSIVE"),
+        ({"control": {}}, "INCONCLUSIVE"),
         # of a population one fact that happens to be known says nothing
         ({"knock_out": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
         ({"route_old": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
@@ -183,7 +191,9 @@ def test_what_is_missing_is_named_and_every_erased_states_its_power():
     for what in ("neighbourhood", "subject", "plain text", "knock-out", "routes", "decoder", "read-outs", "relearning"):
         assert any(what in line for line in bare.missing), what
     erased = judge(findings())
-    assert any("cases of knock-out would have shown" in line for line in erased.power)
+    controlled = judge(findings(control={"weight reversal": about(0.2, 0.1)}))
+    assert any("made as a control" in line and "weight reversal 0.20" in line for line in controlled.power)
+    assert any("a case of knock-out, one of" in line for line in erased.power)
     assert sum("decoder would have shown" in line for line in erased.power) == 2
 
 

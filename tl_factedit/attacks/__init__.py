@@ -4,6 +4,7 @@ from tl_factedit.attacks.attack import Attack, Case, Recovery
 from tl_factedit.attacks.cells import Cell
 from tl_factedit.attacks.context import ContextAttack, QuestionPrefix, RepeatPrefix, TextPrefix
 from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
+from tl_factedit.attacks.drifting import Drift
 from tl_factedit.attacks.footprints import Footprint, footprint
 from tl_factedit.attacks.knockout import KnockOut
 from tl_factedit.attacks.readout import ReadOut
@@ -21,6 +22,7 @@ __all__ = [
     "Cell",
     "ContextAttack",
     "DisjointRelearning",
+    "Drift",
     "FollowRoutes",
     "Footprint",
     "KnockOut",

@@ -11,7 +11,8 @@ residue
     can the old object still be read or learnt, whatever the model says? Alone never a verdict.
 
 What counts is never how often the old object is back, but by how much that exceeds what control objects do, which the
-relation could have had and nobody was taught (`measure.first_tokens`), with one interval for all cases together.
+relation could have had and nobody was taught (`measure.first_tokens`), with one interval for all cases together; in a
+verdict for all cases of all attacks (`Recovery.among`).
 
 An attack of your own is a frozen value with a ``__call__``::
 
@@ -55,6 +56,9 @@ AsksWeights: TypeAlias = Literal["directions", "teaching"]
 
 SURVIVES = 0.5
 """A case counts if the unedited model keeps its answer under it for this share of the facts, or more."""
+
+OFF = 0.5
+"""What takes away this share of what was written switches the change off."""
 
 TIE = 1e-9
 """Means of the same facts that differ by no more are equal but for rounding."""
@@ -113,6 +117,8 @@ class Recovery:
         details: What this attack has to say beside, by name; see the attack.
         asks_weights: How it asks the changed weights as a whole; None if it doesn't. Where not all that was written can
             be silenced, a claim of absence needs an attack of each kind.
+        counted: What the excess is of: whether the old object comes first, and its null; NaN where it doesn't count.
+        seed: Seed of the bootstrap.
     """
 
     attack: str
@@ -126,6 +132,8 @@ class Recovery:
     extra: Mapping[str, Float[Tensor, "case"]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     asks_weights: AsksWeights | None = None
+    counted: tuple[Float[Tensor, "fact case"], Float[Tensor, "fact case"]] | None = None
+    seed: int = 0
 
     @classmethod
     @plain_torch()
@@ -211,7 +219,24 @@ class Recovery:
             extra=extra,
             details=dict(details or {}),
             asks_weights=asks_weights,
+            counted=(old, control),
+            seed=seed,
         )
+
+    @plain_torch()
+    def among(self, tests: int) -> Recovery:
+        """The same with intervals that hold for so many cases together, as of all attacks of a verdict.
+
+        Raises:
+            ValueError: Fewer than were tested here, or a `Recovery` that wasn't made by `of`.
+        """
+        if self.counted is None or tests < int(self.tested.sum()):
+            raise ValueError(
+                f"{tests} cases together with {int(self.tested.sum())} of this attack, needed as many at least"
+                if self.counted is not None
+                else f"{self.attack} holds no counts, needed one that Recovery.of made"
+            )
+        return replace(self, corrected=excess(*self.counted, tests=max(1, tests), seed=self.seed))
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
@@ -293,6 +318,7 @@ class Recovery:
             excess=Estimates(*(values[picked] for values in _columns(self.excess))),
             corrected=Estimates(*(values[picked] for values in _columns(self.corrected))),
             extra={name: values[picked] for name, values in self.extra.items()},
+            counted=None if self.counted is None else (self.counted[0][:, picked], self.counted[1][:, picked]),
         )
 
     @plain_torch()

@@ -1,7 +1,12 @@
 """Disjoint relearning: do the old objects of facts that nobody taught come back with those of others?
 
 Deeb & Roger 2024 (arXiv:2410.08827): a change that removed facts from the weights leaves nothing that teaching *other*
-facts could bring back.
+facts could bring back. Some facts' old objects are taught together, under their prompts and some paraphrases, until
+they are learnt, and beyond; then the facts that nobody taught are asked.
+
+How fast one learns decides what comes along: gentle updates learn each fact by itself, and large ones take down what
+the facts have in common, such as a change that lies over them. So several rates are tried. What comes back must exceed
+the control objects, as teaching one relation's objects makes all of them likelier.
 """
 
 from __future__ import annotations
@@ -9,46 +14,62 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery
-from tl_factedit.attacks.learner import Group, Learner, adding_hooks, learning_layers
+from tl_factedit.attacks.learner import LEARNT, Group, Learner, Pupil, adding_hooks, check_one_change, learning_layers
 from tl_factedit.attacks.relearning import relearning_rate
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align, batches
-from tl_factedit.measure.first_tokens import FIRST, at_the_ends, with_new_objects
+from tl_factedit.core.tokens import batches, continuation, encode
+from tl_factedit.core.words import counted
+from tl_factedit.measure.first_tokens import FIRST, FirstTokens, at_the_ends, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
+from tl_factedit.measure.reading import Reading
+
+ENOUGH = 0.9
+"""The lessons are learnt when this share of them is."""
+
+TIMES = (1, 3)
+"""The others are asked when the lessons are learnt, and after so many times as many updates."""
+
+RATES = (10.0, 30.0)
+"""Times the rate at which control objects take eight updates (`relearning_rate`): where overrides come back most."""
+
+QUANTITIES = (*FIRST, "updates")
 
 
 @dataclass(frozen=True)
 class DisjointRelearning:
     """Teach the old objects of some facts together, and look whether those of others come along.
 
-    The population's facts are split by `seed`; the cases are numbers of updates, and the facts that aren't taught
-    count. One change for all facts, or another model, can be asked: single edits have nothing in common that one could
-    teach. ``extra`` has ``learnt``, how often the old object is first of the objects of a fact that *was* taught;
-    ``details`` has ``taught`` and ``looked_at``, places in the population's facts.
+    The population's facts are split by `seed`: half of the subjects are taught and the others looked at, and then the
+    other way round, from the changed model again. The cases are pairs of a rate and of 1 or 3: the lessons are learnt
+    (nine in ten of them likelier than ½), or as many updates twice more. One change for all facts, or another model,
+    can be asked: single edits have nothing in common that one could teach. A case in which the lessons aren't learnt
+    after `most` updates is masked. ``extra`` has ``learnt``, how often the old object is first of the objects of a fact
+    that *was* taught, and ``updates``, the mean of both halves; ``details`` has ``halves`` (places in the population's
+    facts), ``lr`` and ``layers``.
 
     Attributes:
-        lr: Learning rate of Adam, such as `relearning_rate` finds; None finds one on the unedited model.
-        taught: Share of the subjects whose old objects are taught.
+        lr: Learning rates of Adam; None for ten and thirty times what `relearning_rate` finds on the unedited model.
+        paraphrases: How many of each taught fact's paraphrases are taught beside its prompt.
         layers: Whose ``W_out`` may learn; None for all.
-        updates: After how many updates to look, ascending.
+        most: Most updates.
         batch_tokens: Most tokens in one forward pass.
         seed: Seed of the split and of the bootstrap.
     """
 
-    lr: float | None = None
-    taught: float = 0.5
+    lr: float | Sequence[float] | None = None
+    paraphrases: int = 1
     layers: Sequence[int] | None = None
-    updates: Sequence[int] = (5, 10, 20)
+    most: int = 100
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
@@ -57,75 +78,137 @@ class DisjointRelearning:
         """Teach, and look at the others.
 
         Raises:
-            ValueError: A list of changes; fewer than two subjects; updates that don't ascend; a share that leaves
-                nobody to teach or to look at.
+            ValueError: A list of changes; fewer than two subjects; no rate, or no updates.
             RuntimeError: The learning is not finite.
         """
-        facts, model = with_new_objects(population.facts), population.model
-        if len(population.parts) != 1:
+        facts, model, bos = with_new_objects(population.facts), population.model, population.prepend_bos
+        check_one_change(population, "single edits have nothing in common that one could teach")
+        if self.most < 1 or self.paraphrases < 0:
             raise ValueError(
-                f"{len(population.parts)} changes answer for {len(facts)} facts, needed one for all: single edits have "
-                "nothing in common that one could teach"
+                f"most is {self.most} and paraphrases {self.paraphrases}, needed 1 update and 0 paraphrases at least"
             )
-        updates = tuple(self.updates)
-        if not updates or list(updates) != sorted(set(updates)) or updates[0] < 1:
-            raise ValueError(f"updates are {updates}, needed numbers from 1 on that ascend")
-        teach, look = self._split(facts)
-        chosen = learning_layers(model, self.layers)
-        lr = self.lr or relearning_rate(model, facts, layers=chosen, prepend_bos=population.prepend_bos, seed=self.seed)
+        halves = self._halves(facts)
+        chosen, rates = learning_layers(model, self.layers), self._rates(population)
         asked = population.first_tokens
-        pupils = [
-            (asked[i].ids, align(model.tokenizer, facts[i], prepend_bos=population.prepend_bos).true_ids) for i in teach
+        pupils = [[pupil for i in half for pupil in self._lessons(model.tokenizer, facts[i], bos)] for half in halves]
+
+        def read(runner: Runner, _: tuple[int, ...]) -> Float[Tensor, "fact half case quantity"]:
+            of_half = [
+                torch.cat([self._taught(runner, mine, asked, chosen, lr) for lr in rates], 1) for mine in pupils
+            ]
+            return torch.stack(of_half, 1)
+
+        settings = (rates, halves, chosen, self.paraphrases, self.most, self.batch_tokens)
+        found = population.after("disjoint relearning", read, settings=settings)
+        # Of a case in which one half isn't learnt nothing counts: the others would be half of the facts.
+        untaught = found[..., 0].isnan().all(0).any(0)
+        after, taught = found[:, 0].clone(), found[:, 1].clone()
+        after[list(halves[0])], taught[list(halves[0])] = found[list(halves[0]), 1], found[list(halves[0]), 0]
+        known = population.known
+        learnt = torch.where(known[:, None], taught[..., 0], math.nan).nanmean(0)
+        cases = [
+            Case(
+                (lr, times),
+                f"others learnt at rate {lr:.2g}" + (f", and {times} times as long" if times > 1 else ""),
+                "underneath",
+                f"what was taught isn't learnt in {counted(self.most, 'update')}" if bool(untaught[c]) else "",
+            )
+            for c, (lr, times) in enumerate((lr, times) for lr in rates for times in TIMES)
         ]
-
-        def read(runner: Runner, _: tuple[int, ...]) -> Float[Tensor, "fact update quantity"]:
-            found = torch.full((len(asked), len(updates), len(FIRST)), math.nan)
-            sites = [down_proj(runner.model, layer) for layer in chosen]
-            learner = Learner(runner, sites, 1, lr)
-            try:
-                groups = [
-                    Group(runner, [pupils[i] for i in batch], chosen[0])
-                    for batch in batches([len(ids) + len(target) - 1 for ids, target in pupils], self.batch_tokens)
-                ]
-                for when in range(1, updates[-1] + 1):
-                    learner.update(groups)
-                    if when in updates:
-                        with torch.no_grad():
-                            hooks = adding_hooks(sites, learner.learnt)
-                            rows = [one.ids for one in asked]
-                            for i, logits in at_the_ends(runner, rows, self.batch_tokens, hooks=hooks):
-                                found[i, updates.index(when)] = asked[i].first(logits)
-            finally:
-                detach_caches(runner.model)
-            return found
-
-        settings = (lr, teach, chosen, updates, self.batch_tokens)
-        after = population.after("disjoint relearning", read, settings=settings)
-        known = population.known.clone()
-        learnt = torch.where(known[:, None], after[..., 0], math.nan)[teach].nanmean(0)
-        known[teach] = False
+        reading = Reading(
+            name="disjoint relearning",
+            values=after,
+            axes={"fact": range(len(facts)), "case": [case.key for case in cases], "quantity": QUANTITIES},
+            unit="1 where first among the objects (of controls the mean), updates",
+        )
         return Recovery.of(
             "disjoint relearning",
             population,
-            [Case(when, f"{when} update{'s' * (when > 1)} on other facts", "underneath") for when in updates],
-            torch.full_like(after, math.nan),
-            after,
-            known=known,
-            extra={"learnt": learnt},
-            details={"taught": tuple(teach), "looked_at": tuple(look), "lr": lr, "layers": chosen},
+            cases,
+            replace(reading, values=torch.full_like(after, math.nan)),
+            reading,
+            extra={"learnt": learnt, "updates": found[0, ..., QUANTITIES.index("updates")].nanmean(0)},
+            details={"halves": halves, "lr": rates, "layers": chosen},
             asks_weights="teaching",
             seed=self.seed,
         )
 
-    def _split(self, facts: Sequence[Fact]) -> tuple[list[int], list[int]]:
-        """Places of the facts to teach and of those to look at; no subject is on both sides."""
+    def _taught(
+        self, runner: Runner, pupils: Sequence[Pupil], asked: Sequence[FirstTokens], layers: Sequence[int], lr: float
+    ) -> Float[Tensor, "fact time quantity"]:
+        """What all facts say once the lessons are learnt, and later; NaN where they weren't."""
+        found = torch.full((len(asked), len(TIMES), len(QUANTITIES)), math.nan)
+        sites = [down_proj(runner.model, layer) for layer in layers]
+        learner, rows = Learner(runner, sites, 1, lr), [one.ids for one in asked]
+        lengths = [len(ids) + len(target) - 1 for ids, target in pupils]
+        try:
+            groups = [
+                Group(runner, [pupils[i] for i in batch], layers[0]) for batch in batches(lengths, self.batch_tokens)
+            ]
+            due: dict[int, int] = {}
+            for when in range(self.most + 1):
+                for time in [time for time, update in due.items() if update == when]:
+                    self._look(found[:, time], runner, learner, asked, rows, float(when))
+                if due and when >= max(due.values()):
+                    break
+                share = float((learner.update(groups).exp() > LEARNT).double().mean())
+                if not due and share >= ENOUGH:
+                    due = {t: min(self.most, (when + 1) * times) for t, times in enumerate(TIMES)}
+        finally:
+            detach_caches(runner.model)
+        return found
+
+    def _look(
+        self,
+        found: Tensor,
+        runner: Runner,
+        learner: Learner,
+        asked: Sequence[FirstTokens],
+        rows: Sequence[Tensor],
+        update: float,
+    ) -> None:
+        with torch.no_grad():
+            hooks = adding_hooks(learner.sites, learner.learnt)
+            for i, logits in at_the_ends(runner, rows, self.batch_tokens, hooks=hooks):
+                found[i, : len(FIRST)] = asked[i].first(logits)
+        found[:, QUANTITIES.index("updates")] = update
+
+    def _rates(self, population: Population) -> tuple[float, ...]:
+        if isinstance(self.lr, (int, float)):
+            rates: tuple[float, ...] = (float(self.lr),)
+        elif self.lr is None:
+            least = relearning_rate(
+                population.model,
+                population.facts,
+                layers=self.layers,
+                prepend_bos=population.prepend_bos,
+                seed=self.seed,
+            )
+            rates = tuple(times * least for times in RATES)
+        else:
+            rates = tuple(self.lr)
+        if not rates or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
+            raise ValueError(f"lr is {self.lr}, needed one learning rate above 0, or several different ones")
+        return rates
+
+    def _lessons(self, tokenizer: object, fact: Fact, bos: bool) -> list[Pupil]:
+        texts = (fact.text, *map(fact.fill, fact.paraphrases[: self.paraphrases]))
+        return [
+            (
+                encode(tokenizer, text, prepend_bos=bos)[0],
+                continuation(tokenizer, text, fact.target_true, prepend_bos=bos),
+            )
+            for text in texts
+        ]
+
+    def _halves(self, facts: Sequence[Fact]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Places of the facts of either half; no subject is in both."""
         subjects = list(dict.fromkeys(fact.subject for fact in facts))
-        count = round(self.taught * len(subjects))
-        if not 0 < count < len(subjects):
+        if len(subjects) < 2:
             raise ValueError(
-                f"taught={self.taught} of {len(subjects)} subjects are {count} to teach, needed some to teach and some "
+                f"the facts are about {counted(len(subjects), 'subject')}, needed 2 at least: some to teach and some "
                 "to look at"
             )
-        chosen = set(random.Random(f"disjoint {self.seed}").sample(subjects, count))
-        teach = [i for i, fact in enumerate(facts) if fact.subject in chosen]
-        return teach, [i for i in range(len(facts)) if i not in set(teach)]
+        chosen = set(random.Random(f"disjoint {self.seed}").sample(subjects, len(subjects) // 2))
+        one = tuple(i for i, fact in enumerate(facts) if fact.subject in chosen)
+        return one, tuple(i for i in range(len(facts)) if i not in set(one))

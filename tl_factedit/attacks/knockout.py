@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.attacks.asking import LEAST_REFERENCES, QUANTITIES, Asking
-from tl_factedit.attacks.attack import SURVIVES, Case, Recovery, why_masked
+from tl_factedit.attacks.attack import OFF, SURVIVES, Case, Recovery, why_masked
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order, singles_of
 from tl_factedit.attacks.footprints import Footprint, footprint_of
 from tl_factedit.attacks.silencing import NOTHING, Silencing
@@ -41,8 +41,6 @@ from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
 
-OFF = 0.5
-"""Cells that cover this share of what was written switch the change off."""
 LOOKED_INTO = 0.02
 """Where the excess over controls is larger, it is looked whether the object is merely common."""
 AT_A_TIME = 4

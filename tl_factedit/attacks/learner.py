@@ -22,6 +22,7 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align, batches, continuation, pad
 from tl_factedit.editing.adam import Adam
 from tl_factedit.measure.first_tokens import FirstTokens
+from tl_factedit.measure.population import Population
 
 LEARNT = 0.5
 """An object is learnt when it is likelier than this."""
@@ -175,6 +176,18 @@ def _learn(
         if not bool(taken.isnan().any()):
             break
     return taken.nan_to_num(nan=steps + 1.0)
+
+
+def check_one_change(population: Population, why: str) -> None:
+    """Check that one change answers for all facts.
+
+    Raises:
+        ValueError: Several do.
+    """
+    if len(population.parts) != 1:
+        raise ValueError(
+            f"{len(population.parts)} changes answer for {len(population.facts)} facts, needed one for all: {why}"
+        )
 
 
 def learning_layers(model: Model, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ attack makes a set C of candidates of it::
 
 Patil et al. 2023 (arXiv:2309.17410, sec. 4); the third is what hides directly beneath the new object. A set that holds
 many tokens holds the old object by chance, and unions over layers hold what is frequent. So k is 1 by default, and what
-counts is the excess over control objects.
+counts is the excess over control objects. With a *budget* B, as theirs, the first of all layers are taken, from the
+last layer down, then the second of all, until C holds B tokens; with paraphrases C is of all texts together.
 
 It is evidence that something of the old object is left, never that the change lies over it: of a model retrained in
 full the layers can still tell what it used to say.
@@ -55,7 +56,9 @@ class ReadOut:
     (`Estimates`, [layer]; descriptive), and ``layers``.
 
     Attributes:
-        k: How many tokens each layer names.
+        k: How many tokens each layer names, where there is no budget.
+        budget: How many tokens a set holds at most; None for those that k gives.
+        paraphrases: How many of each fact's paraphrases are read beside its prompt.
         layers: Which layers' residual streams (after the block) are read; None for all. The last one's reading is the
             model's output.
         batch_tokens: Most tokens in one forward pass.
@@ -63,6 +66,8 @@ class ReadOut:
     """
 
     k: int = 1
+    budget: int | None = None
+    paraphrases: int = 0
     layers: Sequence[int] | None = None
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
@@ -72,30 +77,36 @@ class ReadOut:
         """Read the states.
 
         Raises:
-            ValueError: A fact without ``target_new``; k below 1; a layer outside the model, or none.
+            ValueError: A fact without ``target_new``; k or a budget below 1, or paraphrases below 0; a layer outside
+                the model, or none.
         """
         with_new_objects(population.facts)
         if self.k < 1:
             raise ValueError(f"k is {self.k}, needed 1 token a layer at least")
+        if (self.budget is not None and self.budget < 1) or self.paraphrases < 0:
+            raise ValueError(
+                f"budget is {self.budget} and paraphrases {self.paraphrases}, needed 1 token and 0 paraphrases at least"
+            )
         chosen = tuple(sorted(set(range(n_layers(population.model)) if self.layers is None else self.layers)))
         if not chosen:
             raise ValueError("layers is empty, needed one at least")
         for layer in chosen:
             check_layer(population.model, layer)
-        asked = population.first_tokens
+        name = "read-out" if self.budget is None else f"read-out of {self.budget}"
+        asked = [self._texts(population, i) for i in range(len(population.facts))]
 
         def read(runner: Runner, indices: tuple[int, ...]) -> _Found:
-            return _read(runner, [asked[i] for i in indices], chosen, self.k, self.batch_tokens)
+            return self._read(runner, [asked[i] for i in indices], chosen)
 
-        settings = (self.k, chosen, self.batch_tokens)
-        before = population.unedited("read-out", read, settings=settings, kinds=(_Found,))
+        settings = (self.k, self.budget, self.paraphrases, chosen, self.batch_tokens)
+        before = population.unedited(name, read, settings=settings, kinds=(_Found,))
         after = _Found.empty(len(asked), len(chosen))
-        for part, found in population.each("read-out", read, settings=settings, kinds=(_Found,)):
+        for part, found in population.each(name, read, settings=settings, kinds=(_Found,)):
             after.put(part.indices, found)
         each_layer = torch.where(before.known[:, None, None], after.layers, math.nan)
         size = torch.where(before.known[:, None], after.sets[..., QUANTITIES.index("size")], math.nan)
         return Recovery.of(
-            "read-out",
+            name,
             population,
             [Case(attack, attack.replace("_", " "), "residue") for attack in ATTACKS],
             _reading(population.facts, before.sets),
@@ -108,6 +119,61 @@ class ReadOut:
             },
             seed=self.seed,
         )
+
+    def _texts(self, population: Population, fact: int) -> tuple[FirstTokens, ...]:
+        """The prompt, and the paraphrases in which the objects begin alike."""
+        prompt, of = population.first_tokens[fact], population.facts[fact]
+        others = [of.but(prompt=text, paraphrases=()) for text in of.paraphrases[: self.paraphrases]]
+        spelt = [FirstTokens.of(population.model.tokenizer, other, population.prepend_bos) for other in others]
+        return (prompt, *(each for each in spelt if each.objects == prompt.objects))
+
+    def _read(self, runner: Runner, asked: Sequence[Sequence[FirstTokens]], layers: Sequence[int]) -> _Found:
+        found = _Found.empty(len(asked), len(layers))
+        # The output is needed too: for the runner-up, and for what the model knows.
+        read = [*layers, *([] if runner.n_layers - 1 in layers else [runner.n_layers - 1])]
+        texts = [text for each in asked for text in each]
+        seen: dict[int, Tensor] = {}
+        first = [sum(len(each) for each in asked[:i]) for i in range(len(asked) + 1)]
+        for some in batches([max(len(text.ids), len(read)) for text in texts], self.batch_tokens):
+            caught = runner.capture(pad([texts[i].ids for i in some], 0), [resid_post(layer) for layer in read])
+            ends = torch.tensor([texts[i].end for i in some])
+            rows = torch.arange(len(some))
+            stream = torch.stack([caught[resid_post(layer)][rows, ends] for layer in read], 1).flatten(0, 1)
+            tokens = torch.zeros(len(stream), 1, dtype=torch.long)
+            logits = runner.logits(tokens, start=(runner.n_layers, stream[:, None]))[:, 0].float().cpu()
+            seen |= dict(zip(some, logits.split(len(read)), strict=True))
+            for i in range(len(asked)):  # as soon as all texts of a fact were read, so that no more is kept
+                mine = range(first[i], first[i + 1])
+                if all(j in seen for j in mine):
+                    self._attack(found, i, asked[i][0], [seen.pop(j) for j in mine], len(layers))
+        return found
+
+    def _attack(self, found: _Found, i: int, asked: FirstTokens, logits: Sequence[Tensor], count: int) -> None:
+        """Fill in one fact from the logits of its texts, [layer vocab]; their last row is the output."""
+        # Of a stream that overflows nothing can be read: NaN would be the likeliest of all tokens.
+        if not asked.apart or any(bool(each.isnan().any()) for each in logits):
+            return
+        output, lens = logits[0][-1], [each[:count] for each in logits]
+        steps = [each.softmax(-1).diff(dim=0) for each in lens]
+        rivals = [asked.old, *asked.controls]
+        sets = (
+            self._named_by(torch.cat([each.flip(0) for each in lens])),
+            self._named_by(torch.cat([part.flip(0) for each in steps for part in (each, -each)])),
+            {rivals[int(output[rivals].argmax())]},
+        )
+        found.sets[i] = torch.tensor([[*_named(asked, named), float(len(named))] for named in sets])
+        for row, tokens in enumerate(lens[0].topk(min(self.k, lens[0].shape[-1])).indices.tolist()):
+            old, _, control = _named(asked, set(tokens))
+            found.layers[i, row] = torch.tensor([old, control])
+        found.known[i] = bool(asked.first(output)[0] == 1)
+
+    def _named_by(self, scores: Float[Tensor, "row vocab"]) -> set[int]:
+        """The tokens that rows of scores name."""
+        width = scores.shape[-1]
+        if self.budget is None:
+            return set(scores.topk(min(self.k, width)).indices.flatten().tolist())
+        ranked = scores.topk(min(self.budget, width)).indices.T.flatten().tolist()  # the first of all rows first
+        return set(list(dict.fromkeys(ranked))[: self.budget])
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,45 +201,6 @@ class _Found:
     def put(self, places: Sequence[int], other: _Found) -> None:
         chosen = list(places)
         self.sets[chosen], self.layers[chosen], self.known[chosen] = other.sets, other.layers, other.known
-
-
-def _read(runner: Runner, asked: Sequence[FirstTokens], layers: Sequence[int], k: int, batch_tokens: int) -> _Found:
-    found = _Found.empty(len(asked), len(layers))
-    # The output is needed too: for the runner-up, and for what the model knows.
-    read = [*layers, *([] if runner.n_layers - 1 in layers else [runner.n_layers - 1])]
-    for some in batches([max(len(one.ids), len(read)) for one in asked], batch_tokens):
-        caught = runner.capture(pad([asked[i].ids for i in some], 0), [resid_post(layer) for layer in read])
-        ends = torch.tensor([asked[i].end for i in some])
-        rows = torch.arange(len(some))
-        stream = torch.stack([caught[resid_post(layer)][rows, ends] for layer in read], 1).flatten(0, 1)
-        tokens = torch.zeros(len(stream), 1, dtype=torch.long)
-        logits = runner.logits(tokens, start=(runner.n_layers, stream[:, None]))[:, 0].float().cpu()
-        for i, of_fact in zip(some, logits.split(len(read)), strict=True):
-            # Of a stream that overflows nothing can be read: NaN would be the likeliest of all tokens.
-            if asked[i].apart and not bool(of_fact.isnan().any()):
-                _attack(found, i, asked[i], of_fact, len(layers), k)
-    return found
-
-
-def _attack(
-    found: _Found, i: int, asked: FirstTokens, logits: Float[Tensor, "layer vocab"], count: int, k: int
-) -> None:
-    """Fill in one fact; the last row of logits is the output."""
-    output, lens = logits[-1], logits[:count]
-    step = lens.softmax(-1).diff(dim=0)
-    top = lens.topk(min(k, lens.shape[-1])).indices
-    ends = [step.topk(min(k, step.shape[-1]), largest=largest).indices for largest in (True, False)]
-    rivals = [asked.old, *asked.controls]
-    sets = (
-        set(top.flatten().tolist()),
-        set(torch.cat(ends).flatten().tolist()),
-        {rivals[int(output[rivals].argmax())]},
-    )
-    found.sets[i] = torch.tensor([[*_named(asked, named), float(len(named))] for named in sets])
-    for row, tokens in enumerate(top.tolist()):
-        old, _, control = _named(asked, set(tokens))
-        found.layers[i, row] = torch.tensor([old, control])
-    found.known[i] = bool(asked.first(output)[0] == 1)
 
 
 def _named(asked: FirstTokens, named: set[int]) -> tuple[float, float, float]:

@@ -9,14 +9,15 @@ value included: then this is a knock-out of the layer at that key, found in the 
 directions go too, so neighbours are read as well, and the unedited model under the same loss: where that loses the
 fact, that nothing comes back says nothing.
 
-Each changed layer loses its directions alone, and all of them together. W'_q stands in the model's weights while it is
-read, and is taken back bit for bit; an override that is no weight, such as a router, keeps answering.
+Each changed matrix loses its directions alone, and all of them together. How much of what was written goes with them
+(`written`) tells whether the change is still in force. W'_q stands in the model's weights while it is read, and is
+taken back bit for bit; an override that is no weight, such as a router, keeps answering.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -26,40 +27,49 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery, why_masked
-from tl_factedit.backend.protocol import Model, check_layer, n_layers
+from tl_factedit.attacks.written import Written, question
+from tl_factedit.backend.matrices import Matrix, matrices
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
-from tl_factedit.backend.weights import down_proj, rewritten
+from tl_factedit.backend.weights import rewritten
 from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import continuation, encode
-from tl_factedit.measure.change import Change
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_objects
-from tl_factedit.measure.population import BATCH_TOKENS, Part, Population
+from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
 
-QUANTITIES = ("old_first", "new_first", "control_first", "neighbours")
+QUANTITIES = ("old_first", "new_first", "control_first", "neighbours", "cover")
 DROPPED = (16, 32, 64)
 
+MOST_ALONE = 32
+"""So many matrices lose directions alone at most: those that were changed most, for their size."""
 
-Loss: TypeAlias = tuple[tuple[int, ...] | None, int]
-"""The layers that lose directions (None: all that were changed), and how many each loses."""
+
+Loss: TypeAlias = tuple[str | None, int]
+"""The matrix that loses directions (None: all that were changed), and how many each loses."""
 
 
 @dataclass(frozen=True)
 class WeightReversal:
-    """Drop the largest singular directions of the changed ``W_out``, in the unedited and in the changed model.
+    """Drop the largest singular directions of the changed matrices, in the unedited and in the changed model.
 
-    The cases are the numbers of directions that all layers lose together and, where a change wrote several for all
-    facts, pairs of a layer and a number that it loses alone. A case in which the unedited model doesn't know the facts
-    either is masked. ``before`` and ``after`` also hold the case 0 (nothing dropped) and the quantity ``neighbours``,
-    the share of neighbours that are answered rightly; ``extra`` has ``survives``, the share of the known facts whose
-    old object is still first in the unedited model under the same loss, and ``neighbours``; ``details`` has
-    ``neighbours`` with its intervals (`Estimates`, [case]) and ``layers``, those that lost directions for each fact.
+    The cases are the numbers of directions that all matrices lose together and, where a change wrote several for all
+    facts, pairs of a matrix (of a ``W_out`` its layer, of others the name) and a number that it loses alone. A case in
+    which the unedited model doesn't know the facts either is masked. Cases that take away half or more of what was
+    written ask what lies elsewhere, the others what lies underneath.
+
+    ``before`` and ``after`` also hold the case 0 (nothing dropped), and the quantities ``neighbours``, the share of
+    neighbours that are answered rightly, and ``cover``, the share of the squared change that lies in what is dropped
+    (of the unedited model NaN); ``extra`` has ``survives``, the share of the known facts whose old object is still
+    first in the unedited model under the same loss, ``neighbours`` and ``cover``; ``details`` has ``neighbours`` with
+    its intervals (`Estimates`, [case]), ``matrices``, those that lost directions for each fact, and ``layers``, those
+    of them that are a ``W_out``.
 
     Attributes:
-        dropped: How many directions to drop, each tried alone; None for 16, 32 and 64, of narrow matrices fewer.
-        layers: From which layers; None for those whose ``W_out`` the change wrote.
+        dropped: How many directions to drop, each tried alone; None for 16, 32 and 64, of narrow matrices at most half.
+        layers: From the ``W_out`` of which layers; None for all matrices that the change wrote, whatever they are. Of
+            two models of different classes only ``W_out`` can be compared; it then asks the weights in part.
         neighbours: How many of each fact's neighbours to ask.
         batch_tokens: Most tokens in one forward pass.
         seed: Seed of the bootstrap.
@@ -76,101 +86,87 @@ class WeightReversal:
         """Drop the directions.
 
         Raises:
-            ValueError: A fact without ``target_new``; another model whose ``W_out`` are the unedited one's, without
-                `layers`; more directions than a weight has, or none.
+            ValueError: A fact without ``target_new``; another model whose matrices are the unedited one's, without
+                `layers`; more directions than a matrix has, or none.
         """
         facts = with_new_objects(population.facts)
-        model = population.model
-        of_fact = written_layers(population, self.layers)
-        most = min(min(down_proj(model, layer).W.shape) for layers in set(of_fact) for layer in layers)
-        some = [count for count in DROPPED if count <= most // 2] or [1] if self.dropped is None else self.dropped
-        dropped = tuple(sorted(set(some)))
-        if not dropped or dropped[0] < 1 or dropped[-1] > most:
-            raise ValueError(f"dropped is {dropped}, needed numbers of directions from 1 to {most}")
-        asked = [_WithNeighbours.of(model.tokenizer, fact, population.prepend_bos, self.neighbours) for fact in facts]
-
-        alone = of_fact[0] if len(set(of_fact)) == 1 and len(of_fact[0]) > 1 else ()
+        written = Written.of(population, self.layers)
+        rank = {name: min(weight.shape) for name, weight in written.unedited.items()}
+        if self.dropped is None:
+            dropped = tuple(count for count in DROPPED if count <= max(rank.values()) // 2) or (1,)
+        else:
+            dropped = tuple(sorted(set(self.dropped)))
+            if not dropped or dropped[0] < 1 or dropped[-1] > min(rank.values()):
+                raise ValueError(
+                    f"dropped is {dropped}, needed numbers of directions from 1 to {min(rank.values())}"
+                )
+        asked = [
+            _WithNeighbours.of(population.model.tokenizer, fact, population.prepend_bos, self.neighbours)
+            for fact in facts
+        ]
+        names = written.names
+        alone = _alone(population, written) if len(set(names)) == 1 and len(names[0]) > 1 else ()
         losses: list[Loss] = [(None, count) for count in dropped]
-        losses += [((layer,), count) for layer in alone for count in dropped]
+        limit = {name: size if self.dropped is not None else max(1, size // 2) for name, size in rank.items()}
+        losses += [(name, count) for name in alone for count in dropped if count <= limit[name]]
 
         def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact loss quantity"]:
             out = torch.full((len(indices), 1 + len(losses), len(QUANTITIES)), math.nan)
-            for layers in dict.fromkeys(of_fact[i] for i in indices):
-                rows = [row for row, i in enumerate(indices) if of_fact[i] == layers]
+            there = matrices(runner.model)
+            for mine in dict.fromkeys(names[i] for i in indices):
+                rows = [row for row, i in enumerate(indices) if names[i] == mine]
                 here = [asked[indices[row]] for row in rows]
-                out[rows] = _read(runner.model, here, layers, [(None, 0), *losses], self.batch_tokens)
+                sites = [there[name] for name in mine]
+                out[rows] = _read(runner, here, sites, [(None, 0), *losses], written, limit, self.batch_tokens)
             return out
 
         def settings(indices: tuple[int, ...]) -> object:
-            return losses, [of_fact[i] for i in indices], self.neighbours, self.batch_tokens
+            return losses, [names[i] for i in indices], self.neighbours, self.batch_tokens
 
         before, after = population.read("weight reversal", read, settings=settings)
         known = before[:, 0, 0] == 1
         counted = torch.where(known[:, None, None], after, math.nan)[:, 1:]
         near = over_facts_each(counted[..., 3], seed=self.seed)
         survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
+        keys = [_key(loss, written) for loss in losses]
         cases = [
-            Case(_key(loss), _label(loss), "underneath", why_masked(share))
-            for loss, share in zip(losses, survives.tolist(), strict=True)
+            Case(key, _label(loss), question(counted[:, c, 4]), why_masked(float(survives[c])))
+            for c, (key, loss) in enumerate(zip(keys, losses, strict=True))
         ]
         return Recovery.of(
             "weight reversal",
             population,
             cases,
-            _reading(facts, losses, before),
-            _reading(facts, losses, after),
+            _reading(facts, keys, before),
+            _reading(facts, keys, after),
             known=known,
-            extra={"survives": survives, "neighbours": near.mean},
-            details={"neighbours": near, "layers": tuple(of_fact)},
-            asks_weights="directions",
+            extra={"survives": survives, "neighbours": near.mean, "cover": counted[..., 4].nanmean(0)},
+            details={"neighbours": near, "matrices": names, "layers": written.layers},
+            asks_weights="directions" if written.compared else None,
             seed=self.seed,
         )
 
 
-def written_layers(population: Population, layers: Sequence[int] | None) -> list[tuple[int, ...]]:
-    """For each fact the layers whose ``W_out`` the change that serves it wrote; or those named.
-
-    Raises:
-        ValueError: There are none, or one is outside the model.
-    """
-    found: list[tuple[int, ...]] = [()] * len(population.facts)
-    for part in population.parts:
-        for i in part.indices:
-            found[i] = _where(population.model, part, layers)
-    return found
-
-
-def _where(model: Model, part: Part, layers: Sequence[int] | None) -> tuple[int, ...]:
-    chosen = tuple(sorted(set(_written(part) if layers is None else layers)))
-    if not chosen:
-        raise ValueError(
-            "no W_out differs from the unedited model's, needed layers=[...]"
-            if layers is None
-            else "layers is empty, needed one at least"
-        )
-    return tuple(check_layer(model, layer) for layer in chosen)
+def _alone(population: Population, written: Written) -> tuple[str, ...]:
+    """The matrices that lose directions alone: all, or those that were changed most."""
+    names = written.names[0]
+    if len(names) <= MOST_ALONE:
+        return names
+    with population.parts[0].applied() as tested:
+        there = matrices(tested)
+        size = {name: float(written.change(there[name]).norm() / written.unedited[name].norm()) for name in names}
+    chosen = sorted(names, key=lambda name: -size[name])[:MOST_ALONE]
+    return tuple(name for name in names if name in chosen)
 
 
-def _written(part: Part) -> tuple[int, ...]:
-    """The layers whose ``W_out`` a change wrote."""
-    if isinstance(part.changed, Change):
-        return part.changed.layers
-    there = part.changed
-    return tuple(
-        layer
-        for layer in range(n_layers(part.unedited))
-        if not torch.equal(down_proj(part.unedited, layer).W, down_proj(there, layer).W)
-    )
-
-
-def _key(loss: Loss) -> int | tuple[int, int]:
-    layers, count = loss
-    return count if layers is None else (layers[0], count)
+def _key(loss: Loss, written: Written) -> int | tuple[int | str, int]:
+    name, count = loss
+    return count if name is None else (written.layer.get(name, name), count)
 
 
 def _label(loss: Loss) -> str:
-    layers, count = loss
-    where = "" if layers is None else f" of layer {layers[0]} alone"
+    name, count = loss
+    where = "" if name is None else f" of {name} alone"
     return f"{count} direction{'s' * (count > 1)}{where} dropped"
 
 
@@ -197,39 +193,67 @@ class _WithNeighbours:
         return cls(FirstTokens.of(tokenizer, fact, bos), tuple(near))
 
 
-def _without(weight: Float[Tensor, "d_mlp d_model"], vectors: Tensor, count: int) -> Tensor:
-    """A weight without its first so many directions."""
-    wide, some = weight.double(), vectors[:, :count]
-    return (wide - wide @ some @ some.T).to(weight.dtype)
+@dataclass(frozen=True, eq=False)
+class _Directions:
+    """The largest singular directions of a matrix, the largest first, on its narrower side."""
+
+    vectors: Float[Tensor, "side direction"]
+    of_rows: bool
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "rows columns"], most: int) -> _Directions:
+        # The square of the narrower side: what its squared condition costs is lost at the small end, which isn't
+        # dropped.
+        wide, of_rows = weight.double(), weight.shape[0] < weight.shape[1]
+        square = wide @ wide.T if of_rows else wide.T @ wide
+        return cls(torch.linalg.eigh(square).eigenvectors.flip(-1)[:, :most], of_rows)
+
+    def part(self, weight: Float[Tensor, "rows columns"], count: int) -> Float[Tensor, "rows columns"]:
+        """What of a matrix lies in the first so many directions, in float64."""
+        wide, some = weight.double(), self.vectors[:, :count]
+        return some @ (some.T @ wide) if self.of_rows else (wide @ some) @ some.T
 
 
-def _largest(weight: Float[Tensor, "d_mlp d_model"], most: int) -> Float[Tensor, "d_model direction"]:
-    """The right singular vectors v_i, the largest first."""
-    # WᵀW is the smaller square; what its squared condition costs is lost at the small end, which isn't dropped.
-    wide = weight.double()
-    return torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(-1)[:, :most]
+def _without(weight: Float[Tensor, "rows columns"], directions: _Directions, count: int) -> Tensor:
+    """A matrix without its first so many directions."""
+    return (weight.double() - directions.part(weight, count)).to(weight.dtype)
+
+
+def _cover(sites: Sequence[Matrix], directions: dict[str, _Directions], loss: Loss, written: Written) -> float:
+    """The share of the squared change of some matrices that lies in what is dropped; NaN where nothing was changed."""
+    name, count = loss
+    gone = total = 0.0
+    for site in sites:
+        change = written.change(site)
+        total += float(change.square().sum())
+        if count and name in (None, site.name):
+            gone += float(directions[site.name].part(change, count).square().sum())
+    return gone / total if total else math.nan
 
 
 def _read(
-    model: Model, asked: Sequence[_WithNeighbours], layers: Sequence[int], losses: Sequence[Loss], batch_tokens: int
+    runner: Runner,
+    asked: Sequence[_WithNeighbours],
+    sites: Sequence[Matrix],
+    losses: Sequence[Loss],
+    written: Written,
+    limit: Mapping[str, int],
+    batch_tokens: int,
 ) -> Float[Tensor, "fact loss quantity"]:
     rows = [ids for one in asked for ids in (one.fact.ids, *(ids for ids, _ in one.neighbours))]
     owner = [(i, j) for i, one in enumerate(asked) for j in range(-1, len(one.neighbours))]
     out = torch.full((len(asked), len(losses), len(QUANTITIES)), math.nan)
-    sites = {layer: down_proj(model, layer) for layer in layers}
     most = max(count for _, count in losses)
-    directions = {layer: _largest(site.W, most) for layer, site in sites.items()}
-    runner = Runner(model)
-    for q, (some, count) in enumerate(losses):
+    directions = {site.name: _Directions.of(site.W, min(most, limit[site.name])) for site in sites}
+    for q, (name, count) in enumerate(losses):
         right: dict[int, list[float]] = {}
-        losing = layers if some is None else some
+        out[:, q, 4] = _cover(sites, directions, (name, count), written)
         with ExitStack() as stack:
             if count:
-                chosen = [sites[layer] for layer in losing]
-                weights = [_without(site.W, directions[site.layer], count) for site in chosen]
-                writing = rewritten(chosen, weights)
-                stack.enter_context(writing)
-            for row, logits in at_the_ends(runner, rows, batch_tokens):
+                chosen = [site for site in sites if name in (None, site.name)]
+                weights = [_without(site.W, directions[site.name], count) for site in chosen]
+                stack.enter_context(rewritten(chosen, weights))
+            for row, logits in at_the_ends(Runner(runner.model), rows, batch_tokens):
                 i, j = owner[row]
                 fact = asked[i].fact
                 if j < 0:
@@ -243,10 +267,10 @@ def _read(
     return out
 
 
-def _reading(facts: Sequence[Fact], losses: Sequence[Loss], values: Tensor) -> Reading:
+def _reading(facts: Sequence[Fact], keys: Sequence[object], values: Tensor) -> Reading:
     return Reading(
         name="weight-side reversal",
         values=values,
-        axes={"fact": range(len(facts)), "case": [0, *map(_key, losses)], "quantity": QUANTITIES},
-        unit="1 where first among the objects (of controls the mean), share of neighbours",
+        axes={"fact": range(len(facts)), "case": [0, *keys], "quantity": QUANTITIES},
+        unit="1 where first among the objects (of controls the mean), share of neighbours, share of the change",
     )

@@ -19,14 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from tl_factedit.attacks.attack import Attack
+from tl_factedit.attacks.context import ContextAttack
 from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
+from tl_factedit.attacks.drifting import Drift
 from tl_factedit.attacks.knockout import KnockOut
 from tl_factedit.attacks.readout import ReadOut
 from tl_factedit.attacks.reversal import WeightReversal
+from tl_factedit.attacks.rounding import Rounding
 from tl_factedit.attacks.routes import FollowRoutes, Route, as_routes
 from tl_factedit.auditing.calibration import Calibration, check_apart, unchanged
 from tl_factedit.auditing.findings import Thresholds
 from tl_factedit.auditing.gather import Plan, findings_of, gather, is_erasure, with_controls
+from tl_factedit.auditing.positive import found_in_an_override
 from tl_factedit.auditing.provenance import AuditProvenance
 from tl_factedit.auditing.rules import judge
 from tl_factedit.auditing.verdict import Verdict
@@ -47,6 +51,12 @@ from tl_factedit.editing.inputs import check_objective
 from tl_factedit.editing.objectives import Objective
 from tl_factedit.measure.change import Change, Changed, check_made_for
 from tl_factedit.measure.population import Population, check_facts_once
+
+ABSENCES = ("ERASED", "MOVED", "LATENT")
+"""Labels that say that no way back was found."""
+
+BUDGET, PARAPHRASES = 20, 2
+"""Of the read-out at a budget (Patil et al. 2023): so many tokens, over the prompt and so many paraphrases."""
 
 
 @plain_torch()
@@ -89,11 +99,14 @@ def audit(
         same_subject: Other facts about the same subjects, which should stay.
         texts: Plain text that has nothing to do with them.
         calibration: The same kind of change made for other subjects (`Calibration`).
-        attacks: Further attacks, beside those that every audit makes (`KnockOut`, `ReadOut`, and `FollowRoutes` where
-            routes are given), or a single one; one of the same type takes the place of the default one.
-        full: Whether to also drop the largest directions of the changed weights (`WeightReversal`) and, of one change
-            for all facts, to teach some facts and look at the others (`DisjointRelearning`): what a claim of absence
-            needs where not all that was written can be silenced.
+        attacks: Further attacks, beside those that every audit makes (`KnockOut`, `ReadOut` of one token a layer and of
+            20, and `FollowRoutes` where routes are given), or a single one; one of the same type takes the place of the
+            default ones.
+        full: Whether to make all attacks that a claim of absence needs: to also drop the largest directions of the
+            changed weights (`WeightReversal`) and round them (`Rounding`), to put the old object before the prompt
+            (`ContextAttack`) and, of one change for all facts, to teach some facts and look at the others
+            (`DisjointRelearning`) and to train on `texts` (`Drift`). Where an absence would be claimed, all of them are
+            then also made on an override of the same facts, which they have to find.
         objective: What the change was to bring about: of `Erase` that the old object no longer leads, of anything else
             that the new one does. None: what an edit was made with, and `Inject` for anything else.
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
@@ -134,8 +147,10 @@ def audit(
     reference = None if reference is None else as_facts(reference, "reference")
     population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress, force)
     erasing = is_erasure(population, objective)
+    usual = _usual(population, attacks, routes, texts, full, seed)
     plan = Plan(
-        attacks=_with_defaults(population, attacks, routes, full, seed),
+        attacks=(*usual, *attacks),
+        usual=len(usual),
         routes=routes,
         same_subject=same_subject,
         texts=texts,
@@ -146,8 +161,13 @@ def audit(
     plan.check(population)
     thresholds = Thresholds() if thresholds is None else thresholds
     evidence = gather(population, plan)
-    findings = findings_of(evidence, erasing=erasing, facts=len(population.facts))
+    one_change = not isinstance(changed, Sequence)
+    findings = findings_of(evidence, erasing=erasing, facts=len(population.facts), one_change=one_change)
     found = judge(findings, thresholds)
+    if found.label in ABSENCES:
+        controlled = population.asking([fact for fact in population.facts if fact.controls])
+        findings = replace(findings, control=found_in_an_override(controlled, plan.attacks, evidence.attacks))
+        found = judge(findings, thresholds)
     return Verdict(
         label=found.label,
         level="per edit" if findings.few else "population",
@@ -206,17 +226,23 @@ def _population(
     return replace(population, force=force).asking([with_controls(fact, (*facts, *others)) for fact in facts], others)
 
 
-def _with_defaults(
-    population: Population, attacks: Attack | Sequence[Attack], routes: tuple[Route, ...], full: bool, seed: int
+def _usual(
+    population: Population,
+    given: Sequence[Attack],
+    routes: tuple[Route, ...],
+    texts: tuple[str, ...],
+    full: bool,
+    seed: int,
 ) -> tuple[Attack, ...]:
-    """The attacks that every audit makes, those of a full one, and the user's own."""
+    """The attacks that every audit makes, and those of a full one; without those whose type the user gave himself."""
     usual: list[Attack] = [KnockOut(partial=True, seed=seed), ReadOut(seed=seed)]
+    usual.append(ReadOut(budget=BUDGET, paraphrases=PARAPHRASES, seed=seed))
     if routes:
         usual.append(FollowRoutes(routes))
     if full:
-        usual.append(WeightReversal(seed=seed))
+        usual += [WeightReversal(neighbours=0, seed=seed), Rounding(seed=seed), ContextAttack(seed=seed)]
         if not isinstance(population.changed, Sequence):
             usual.append(DisjointRelearning(seed=seed))
-    given = tuple(attacks) if isinstance(attacks, Sequence) else (attacks,)
+            usual += [Drift(texts, seed=seed)] if texts else []
     own = {type(attack) for attack in given}
-    return (*(attack for attack in usual if type(attack) not in own), *given)
+    return tuple(attack for attack in usual if type(attack) not in own)

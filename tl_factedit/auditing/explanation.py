@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tl_factedit.attacks.attack import Recovery, Shows
+from tl_factedit.attacks.silencing import Silencing
 
 if TYPE_CHECKING:
     from tl_factedit.auditing.verdict import Verdict
@@ -48,8 +49,9 @@ def _off(verdict: Verdict) -> str:
     assert found is not None and found.best is not None  # or it wouldn't have decided
     key = found.best.key
     with_it, without = found.share("old_first", key), found.share("old_first", key, before=True)
+    how = f"{found.best.label} silenced" if isinstance(key, Silencing) else found.best.label
     return (
-        f"With {found.best.label} silenced the changed model names the old object in {with_it:.2f} of the facts; the "
+        f"With {how} the changed model names the old object in {with_it:.2f} of the facts; the "
         f"unedited model did in {without:.2f}, so that a way past the change was foreseeable."
     )
 

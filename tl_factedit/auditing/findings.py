@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,22 @@ LEAST_ERASED = 50
 
 LEAST_ROUTES = 10
 """Facts whose indirect routes have to be looked at before an absence is claimed."""
+
+NEEDED = (
+    "knock-out",
+    "indirect routes",
+    "read-out",
+    "read-out of 20",
+    "context attack",
+    "weight reversal",
+    "rounding",
+    "disjoint relearning",
+    "drift",
+)
+"""The attacks that must have been tried before an absence is claimed, each with a case that could be tested."""
+
+OF_ONE_CHANGE = frozenset({"disjoint relearning", "drift"})
+"""Those of them that ask one change for all facts alone."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,8 @@ class AttackFinding:
         at_most: The largest upper end of any case, not corrected: for "nothing brings it back" each has to show it, and
             no correction is due.
         least: The smallest corrected upper end of any case: below 0 the old object does worse than its controls.
-        tests: How many cases were tried (that the unedited model survives).
+        tests: How many cases were tried, of all attacks together (that the unedited model survives): what intervals are
+            corrected for.
         covers: Whether a tested case takes out all that the change wrote; None for attacks that switch nothing off, and
             where nothing could be asked.
         asks_weights: How the attack asks the changed weights as a whole; None if it doesn't.
@@ -80,8 +98,8 @@ class AttackFinding:
     asks_weights: AsksWeights | None = None
 
     @classmethod
-    def of(cls, recovery: Recovery, shows: Shows) -> AttackFinding | None:
-        """Of the cases that ask one question; None if there are none."""
+    def of(cls, recovery: Recovery, shows: Shows, tests: int | None = None) -> AttackFinding | None:
+        """Of the cases that ask one question; None if there are none. With `tests`, corrected for so many cases."""
         found = recovery.showing(shows)
         if found is None:
             return None
@@ -93,7 +111,7 @@ class AttackFinding:
             strongest=found.strongest,
             at_most=found.at_most,
             least=float(ends.min()) if len(ends) else math.nan,
-            tests=int(recovery.tested.sum()),
+            tests=int(recovery.tested.sum()) if tests is None else tests,
             covers=recovery.details.get("whole") if shows == "elsewhere" else None,
             asks_weights=found.asks_weights,
         )
@@ -115,6 +133,9 @@ class Findings:
         adaptive: ρ by a decoder of the old object trained on other people's changed facts.
         erasing: Whether the change was to erase, not to write a new object: nothing new is to follow then.
         facts: How many facts were asked; 0 for those that efficacy is over.
+        untried: Attacks that an absence needs and that were not tried, or with no case that could be tested.
+        control: What the attacks bring back of an override of the same facts that is known to be one, by their names;
+            None if that wasn't looked into (it only is where an absence would be claimed).
     """
 
     efficacy: Estimate
@@ -128,6 +149,8 @@ class Findings:
     adaptive: Estimate | None = None
     erasing: bool = False
     facts: int = 0
+    untried: tuple[str, ...] = ()
+    control: Mapping[str, Estimate] | None = None
 
     @property
     def one(self) -> bool:

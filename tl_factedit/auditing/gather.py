@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from tl_factedit.attacks.attack import Attack, Recovery
 from tl_factedit.attacks.routes import Route, Routes, check_routes
-from tl_factedit.auditing.findings import AttackFinding, Findings
+from tl_factedit.auditing.findings import NEEDED, OF_ONE_CHANGE, AttackFinding, Findings
 from tl_factedit.auditing.retained import Calibration, Retention, retention
 from tl_factedit.auditing.upstream import Upstream, all_upstream
 from tl_factedit.backend.provenance import Provenance
@@ -26,9 +26,10 @@ from tl_factedit.evaluation.edit_gains import Gains, gains
 from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
 from tl_factedit.evaluation.same_subject import Specificity, check_same_subject, pair_same_subject, specificity
 from tl_factedit.evaluation.scores import Answer, Scores, evaluate, scores_of
-from tl_factedit.evaluation.text_drift import Drift, drift, encode_texts
+from tl_factedit.evaluation.text_drift import TextDrift, drift
 from tl_factedit.measure.population import Population
 from tl_factedit.measure.reading import Comparison, Reading
+from tl_factedit.measure.texts import encode_texts
 from tl_factedit.probes.lens import LogitLens
 
 
@@ -38,6 +39,7 @@ class Plan:
 
     Attributes:
         attacks: In their order.
+        usual: How many of these, the first, are the audit's own: one that can't be run with what was given is noted.
         routes: What follows from the facts.
         same_subject: Other facts about the same subjects.
         texts: Plain text.
@@ -47,6 +49,7 @@ class Plan:
     """
 
     attacks: tuple[Attack, ...]
+    usual: int
     routes: tuple[Route, ...]
     same_subject: tuple[Fact, ...]
     texts: tuple[str, ...]
@@ -87,11 +90,12 @@ class Evidence:
     erasure_success: ErasureSuccess | None
     attacks: tuple[Recovery, ...]
     specificity: Specificity | None
-    drift: Drift | None
+    drift: TextDrift | None
     retention: Retention | None
     upstream: Upstream | None
     dose: Dose | None
     gains: tuple[Gains, ...]
+    not_run: tuple[str, ...] = ()
 
     @property
     def routes(self) -> Routes | None:
@@ -116,13 +120,19 @@ def gather(population: Population, plan: Plan) -> Evidence:
         before, after, lens = _scores_and_lens(population)
         gone = erasure_success(population) if plan.erasing else None
         stages.update()
-        recoveries = list[Recovery]()
+        recoveries, not_run = list[Recovery](), list[str]()
         controlled = [fact for fact in facts if fact.controls]
-        for attack in plan.attacks:
+        for place, attack in enumerate(plan.attacks):
             stages.set_postfix_str(type(attack).__name__)
             if controlled:
-                recoveries.append(_recovery_of(attack, population.asking(controlled), recoveries))
+                try:
+                    recoveries.append(_recovery_of(attack, population.asking(controlled), recoveries))
+                except ValueError as error:
+                    if place >= plan.usual:
+                        raise
+                    not_run.append(f"{type(attack).__name__} couldn't be run: {error}")
             stages.update()
+        recoveries = corrected_together(recoveries)
         stages.set_postfix_str("what else broke")
         beside = specificity(population, plan.same_subject) if plan.same_subject else None
         drifted = drift(population, plan.texts) if plan.texts else None
@@ -150,7 +160,14 @@ def gather(population: Population, plan: Plan) -> Evidence:
         else tuple(
             gains(model, alone, text) for fact in facts for text in (fact.text, *map(fact.fill, fact.paraphrases))
         ),
+        not_run=tuple(not_run),
     )
+
+
+def corrected_together(recoveries: Sequence[Recovery]) -> list[Recovery]:
+    """Each with intervals that hold for all cases of all of them; what doesn't say its counts stays as it is."""
+    tests = sum(int(recovery.tested.sum()) for recovery in recoveries)
+    return [recovery if recovery.counted is None else recovery.among(tests) for recovery in recoveries]
 
 
 def _recovery_of(attack: Attack, population: Population, others: Sequence[Recovery]) -> Recovery:
@@ -167,9 +184,12 @@ def _recovery_of(attack: Attack, population: Population, others: Sequence[Recove
     return found
 
 
-def findings_of(evidence: Evidence, *, erasing: bool, facts: int) -> Findings:
+def findings_of(evidence: Evidence, *, erasing: bool, facts: int, one_change: bool) -> Findings:
     """The numbers that the rules read."""
     gone, kept, routes = evidence.erasure_success, evidence.retention, evidence.routes
+    tests = sum(int(recovery.tested.sum()) for recovery in evidence.attacks)
+    tried = {recovery.attack for recovery in evidence.attacks if bool(recovery.tested.any())}
+    needed = [name for name in NEEDED if one_change or name not in OF_ONE_CHANGE]
     return Findings(
         efficacy=evidence.after.efficacy if gone is None else gone.prompt,
         paraphrase=evidence.after.paraphrase if gone is None else gone.paraphrase,
@@ -180,13 +200,14 @@ def findings_of(evidence: Evidence, *, erasing: bool, facts: int) -> Findings:
             finding
             for recovery in evidence.attacks
             for shows in ("elsewhere", "underneath", "residue")
-            if (finding := AttackFinding.of(recovery, shows)) is not None
+            if (finding := AttackFinding.of(recovery, shows, tests)) is not None
         ),
         route_new=None if routes is None else routes.new,
         native=None if kept is None or kept.native is None else kept.native.pooled,
         adaptive=None if kept is None or kept.adaptive is None else kept.adaptive.pooled,
         erasing=erasing,
         facts=facts,
+        untried=tuple(name for name in needed if name not in tried),
     )
 
 

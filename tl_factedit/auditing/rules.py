@@ -142,7 +142,7 @@ def inserted(f: Findings, t: Thresholds) -> Ruling:
         if not value.n:
             found.missing.append(f"{name}: no case could be tested")
             continue
-        corrected = f"best of {finding.tests}" + (", corrected" if value.n > 1 else "")
+        corrected = f"the best of all attacks' {finding.tests} cases" + (", corrected" if value.n > 1 else "")
         found.reasons.append(
             f"{name} ({finding.case}): the old object is back in excess of controls in {value:.2f} ({corrected})"
         )
@@ -315,7 +315,8 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
     """Whether attacks of both questions were run, and each bounds what it may bring back.
 
     Without all that was written there must be no way back; where not all of it can be silenced, the weights are asked
-    instead: by their largest directions, and by teaching other facts.
+    instead: by their largest directions, and by teaching other facts. All attacks of `NEEDED` must have been tried, and
+    what asks the weights must find an override that is known to be one, where that was looked into.
     """
     tested = [finding for finding in f.showing("elsewhere", "underneath") if finding.strongest.n > 1]
     switched_off = any(finding.shows == "elsewhere" and finding.covers for finding in tested)
@@ -323,6 +324,12 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
     if not shown and tested:
         found.missing.append("the changed weights themselves (full=True): not all that was written can be silenced")
     shown = shown and any(finding.shows == "underneath" for finding in tested)
+    if f.untried and tested:
+        shown = False
+        found.missing.append(f"attacks that an absence needs (full=True, routes=, texts=): {', '.join(f.untried)}")
+    if f.control is not None and not any(value.low > 0 for value in f.control.values()):
+        shown = False
+        found.missing.append("an attack that finds an override of these facts known to be one: none of those tried does")
     for finding in tested:
         if not finding.at_most <= t.absent:
             shown = False
@@ -334,5 +341,5 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
 
 
 def _largest(finding: AttackFinding) -> float:
-    ends = [end for end in (finding.at_most, finding.strongest.high) if not math.isnan(end)]
-    return max(ends, default=math.nan)
+    """The most that an attack may find, not corrected: of a bound on each case none is due."""
+    return finding.at_most

@@ -24,7 +24,7 @@ from tl_factedit.evaluation.edit_gains import Gains
 from tl_factedit.evaluation.erasure import ErasureSuccess
 from tl_factedit.evaluation.same_subject import Specificity
 from tl_factedit.evaluation.scores import Scores
-from tl_factedit.evaluation.text_drift import Drift
+from tl_factedit.evaluation.text_drift import TextDrift
 from tl_factedit.measure.reading import Comparison
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Verdict:
     attacks: tuple[Recovery, ...]
     retention: Retention | None
     specificity: Specificity | None
-    drift: Drift | None
+    drift: TextDrift | None
     upstream: Upstream | None
     lens: Comparison
     gains: tuple[Gains, ...]

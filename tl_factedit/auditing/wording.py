@@ -12,6 +12,7 @@ from tl_factedit.auditing.verdict import Axis
 
 def what_is_missing(evidence: Evidence) -> Iterator[str]:
     """What was left out, and what couldn't tell anything."""
+    yield from evidence.not_run
     for recovery in evidence.attacks:
         yield from recovery.details.get("left_out", ())
     if evidence.retention is not None:
@@ -33,7 +34,7 @@ def of_what_was_written(evidence: Evidence) -> Iterator[str]:
     """What was foreseeable: what comes back without the change is what the unedited model says without it too."""
     for recovery in evidence.attacks:
         off = recovery.showing("elsewhere")
-        if off is None or off.best is None or "cover" not in off.extra:
+        if off is None or off.best is None or "of_unedited" not in off.extra:
             continue
         place = off.keys.index(off.best.key)
         survives, share = (float(off.extra[name][place]) for name in ("survives", "of_unedited"))

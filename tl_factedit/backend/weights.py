@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -140,7 +140,21 @@ def down_proj(model: Model, layer: int) -> DownProj:
     return DownProj(layer, param, transposed, bias, f"{where}.hook_post", value_at, owner)
 
 
-def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp d_model"]]) -> None:
+@runtime_checkable
+class Writable(Protocol):
+    """A matrix that lives in a model: a `DownProj`, or any other (`backend.matrices`)."""
+
+    @property
+    def W(self) -> Tensor:
+        """The numbers."""
+        ...
+
+    def write_(self, weight: Tensor) -> None:
+        """Overwrite them in place."""
+        ...
+
+
+def write_all(sites: Sequence[Writable], weights: Sequence[Float[Tensor, "rows columns"]]) -> None:
     """Write several weights; what interrupts it is raised once all are written."""
 
     def write() -> None:
@@ -151,7 +165,7 @@ def write_all(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp 
 
 
 @contextmanager
-def rewritten(sites: Sequence[DownProj], weights: Sequence[Float[Tensor, "d_mlp d_model"]]) -> Iterator[None]:
+def rewritten(sites: Sequence[Writable], weights: Sequence[Float[Tensor, "rows columns"]]) -> Iterator[None]:
     """Other weights for the length of a ``with`` block; the old ones are back afterwards, bit for bit."""
     before = [site.W.clone() for site in sites]
     try:

@@ -9,7 +9,7 @@ from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
 from tl_factedit.evaluation.mediation import Mediation, mediate
 from tl_factedit.evaluation.same_subject import Specificity, specificity
 from tl_factedit.evaluation.teacher_forced import TokenAccuracy, token_accuracy
-from tl_factedit.evaluation.text_drift import Drift, drift
+from tl_factedit.evaluation.text_drift import TextDrift, drift
 
 __all__ = [
     "PositionAttribution",
@@ -26,7 +26,7 @@ __all__ = [
     "mediate",
     "Specificity",
     "specificity",
-    "Drift",
+    "TextDrift",
     "drift",
     "TokenAccuracy",
     "token_accuracy",

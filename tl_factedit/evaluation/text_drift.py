@@ -14,14 +14,14 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, mean_over_facts
-from tl_factedit.core.kinds import as_several
-from tl_factedit.core.tokens import batches, check_length, encode, pad
+from tl_factedit.core.tokens import batches, pad
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
 from tl_factedit.measure.population import Population
+from tl_factedit.measure.texts import encode_texts
 
 
 @dataclass(frozen=True, eq=False)
-class Drift:
+class TextDrift:
     """How a change moves the model on text that has nothing to do with it.
 
     Attributes:
@@ -50,11 +50,11 @@ class Drift:
     def __repr__(self) -> str:
         """Both in a line."""
         over = f"{len(self.kl)} changes" if len(self.kl) > 1 else f"{len(self.tokens)} texts"
-        return f"Drift(perplexity ratio {self.perplexity_ratio:.4f}, KL {self.mean_kl:.5f}, over {over})"
+        return f"TextDrift(perplexity ratio {self.perplexity_ratio:.4f}, KL {self.mean_kl:.5f}, over {over})"
 
 
 @plain_torch()
-def drift(population: Population, texts: Sequence[str], *, batch_tokens: int = 1024) -> Drift:
+def drift(population: Population, texts: Sequence[str], *, batch_tokens: int = 1024) -> TextDrift:
     """Perplexity and divergence on neutral text.
 
     Args:
@@ -95,26 +95,7 @@ def drift(population: Population, texts: Sequence[str], *, batch_tokens: int = 1
     after, kl = torch.stack(both, 1)
     counts = torch.tensor([len(row) - 1 for row in rows])
     ratio, moved = _over(before, after, kl, counts)
-    return Drift(before, after, kl, counts, ratio, moved)
-
-
-def encode_texts(model: Model, texts: Sequence[str], prepend_bos: bool) -> list[Int[Tensor, "_"]]:
-    """Token ids of neutral texts.
-
-    Raises:
-        ValueError: No texts, one without a token to predict, or one longer than the model's context.
-    """
-    if isinstance(texts, str) or not texts:
-        raise ValueError("texts is empty or a string, needed a list of texts")
-    texts = as_several(texts, str, "texts", "a text")
-    for i, text in enumerate(texts):
-        room = getattr(model.cfg, "n_ctx", None)
-        check_length(model.tokenizer, text, f"texts[{i}]", prepend_bos=prepend_bos, room=room)
-    rows = [encode(model.tokenizer, text, prepend_bos=prepend_bos)[0] for text in texts]
-    short = [text for text, row in zip(texts, rows, strict=True) if len(row) < 2]
-    if short:
-        raise ValueError(f"text {short[0]!r} has no token to predict, needed two tokens at least")
-    return rows
+    return TextDrift(before, after, kl, counts, ratio, moved)
 
 
 def _over(before: Tensor, after: Tensor, kl: Tensor, counts: Tensor) -> tuple[Estimate, Estimate]:
