@@ -256,6 +256,16 @@ def test_intervals_for_many_cases_together_are_held_by_all_of_them(n, tests):
             assert one**tests < 0.5  # where it isn't corrected
 
 
-def test_the_number_of_subjects_is_one_at_least():
-    with pytest.raises(ValueError, match="subjects is 0, needed one at least"):
-        excess(torch.ones(3), torch.zeros(3), subjects=0)
+def test_nulls_may_be_shared_in_some_cells_and_not_in_others():
+    old, control = draws(0.4, 30, 3, seed=7), torch.full((30, 3), 0.2)
+    some = excess(old, control, subjects=torch.tensor([16.0, math.inf, 4.0]))
+    for cell, subjects in enumerate((16, None, 4)):
+        alone = excess(old[:, cell], control[:, cell], subjects=subjects)
+        assert (float(some.low[cell]), float(some.high[cell])) == pytest.approx((float(alone.low), float(alone.high)))
+    assert some.high[2] - some.low[2] > some.high[0] - some.low[0] > some.high[1] - some.low[1]
+
+
+@pytest.mark.parametrize("subjects", [0, math.nan])
+def test_the_number_of_subjects_is_one_at_least(subjects):
+    with pytest.raises(ValueError, match="needed one at least"):
+        excess(torch.ones(3), torch.zeros(3), subjects=torch.tensor(float(subjects)))

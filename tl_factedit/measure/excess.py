@@ -31,7 +31,7 @@ def excess(
     control: Float[Tensor, "fact *cell"],
     *,
     tests: int = 1,
-    subjects: int | None = None,
+    subjects: int | Float[Tensor, "*cell"] | None = None,
     seed: int = 0,
 ) -> Estimates:
     """The mean excess of each cell, with its interval.
@@ -43,15 +43,17 @@ def excess(
             (Bonferroni: each at 1 − .05 / tests).
         subjects: Of how many subjects the controls were read, where facts share them: then the interval also holds
             their error, by Wilson's interval of a share of so many, as if all facts shared all of it (the interval of a
-            difference by Zou and Donner 2008, doi:10.1002/sim.3095). None where each fact has controls of its own.
+            difference by Zou and Donner 2008, doi:10.1002/sim.3095). One number, or one a cell (infinite where facts
+            don't share them); None where each fact has controls of its own throughout.
         seed: Seed of the bootstrap over facts (one resampling for all cells).
 
     Raises:
-        ValueError: `subjects` is less than one.
+        ValueError: `subjects` is less than one, or not a number.
     """
-    if subjects is not None and subjects < 1:
-        raise ValueError(f"subjects is {subjects}, needed one at least: None where each fact has controls of its own")
     shape, count = old.shape[1:], len(old)
+    asked = None if subjects is None else torch.as_tensor(subjects, dtype=torch.float64).expand(shape).flatten()
+    if asked is not None and not bool((asked >= 1).all()):
+        raise ValueError(f"subjects is {subjects}, needed one at least: None where each fact has controls of its own")
     if not old.numel():
         nan = torch.full(shape, math.nan, dtype=torch.float64)
         return Estimates(nan, nan, nan, torch.zeros(shape, dtype=torch.long))
@@ -69,9 +71,9 @@ def excess(
         ends[:, differ] = _bootstrap(torch.where(known, values, 0.0)[:, differ], known[:, differ], alpha, seed)
     low, high = wilson_ends(share, n, alpha)
     low, high = torch.fmin(ends[0], low - (share - mean)), torch.fmax(ends[1], high - (share - mean))
-    if subjects is not None:
+    if asked is not None:
         null = (share - mean).clamp(0, 1)
-        ends = wilson_ends(null, torch.full_like(null, subjects), alpha)
+        ends = wilson_ends(null, asked, alpha)
         low = mean - ((mean - low) ** 2 + (ends[1] - null) ** 2).sqrt()
         high = mean + ((high - mean) ** 2 + (null - ends[0]) ** 2).sqrt()
     low, high = (torch.where(n >= 2, end.clamp(-1, 1), math.nan) for end in (low, high))
