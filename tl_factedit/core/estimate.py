@@ -1,4 +1,8 @@
-"""A number with its uncertainty: bootstrap over facts."""
+"""A number with its uncertainty: bootstrap over facts, widened where it is known to be too narrow.
+
+How often the intervals that a rule of the audit reads hold the truth is simulated in
+``tests/auditing/test_coverage_of_intervals.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over facts with its 95 % bootstrap interval.
+    """A mean over facts with its 95 % interval.
 
     Attributes:
         mean: The estimate; NaN if no fact could be scored.
@@ -56,6 +60,9 @@ class Estimate:
 
 DRAWS = 10_000
 
+ALPHA = 0.05
+"""Share of intervals that may miss."""
+
 Z = 1.959964
 """Standard deviations of a 95 % interval."""
 
@@ -70,31 +77,43 @@ AT_ONCE = 5_000_000
 
 
 def over_facts(values: Sequence[float], *, span: tuple[float, float] | None = (0.0, 1.0), seed: int = 0) -> Estimate:
-    """Mean and percentile-bootstrap interval; facts without a value (NaN) don't count.
+    """Mean and bootstrap interval over facts; facts without a value (NaN) don't count.
 
-    Where all facts have one value, resampling them shows no spread. By Wilson's interval a share of up to
-    ``z² / (n + z²)`` of other facts may have another one then, at worst at an end of the scale: for shares of 0 and 1
-    that is Wilson's interval itself.
+    A bootstrap is that of `jointly`, and knows of no fact but those that it draws from: of 30 facts, three of a hundred
+    of which lose everything, 40 % of samples hold none of these, and resampling such a sample never finds one. So on a
+    scale with ends the interval reaches at least to where it would be if others, unseen, lay at an end of the scale: by
+    Wilson's interval of a share of none, up to ``z² / (n + z²)`` of all facts may. Where all values lie at the ends
+    (shares of yes and no) it holds Wilson's interval as well.
 
     Args:
         values: One a fact.
-        span: The ends of the scale; None where there are none: facts of one value have no interval then.
+        span: The ends of the scale; None where there are none: facts of one value have no interval then, and rare
+            facts far from the others, none of which was seen, aren't covered by any.
         seed: Seed of the bootstrap.
     """
     found = jointly([values], lambda means: means[0], seed=seed)
-    if found.n < 2 or found.high - found.low > ROUNDING * max(1.0, abs(found.mean)):
+    if found.n < 2:
         return found
-    if span is None or not span[0] <= found.mean <= span[1]:
-        return Estimate(found.mean, math.nan, math.nan, found.n)
+    agree = found.high - found.low <= ROUNDING * max(1.0, abs(found.mean))
+    if span is None or (agree and not span[0] <= found.mean <= span[1]):
+        return Estimate(found.mean, math.nan, math.nan, found.n) if agree else found
     other = Z**2 / (found.n + Z**2)
     low, high = (found.mean + other * (end - found.mean) for end in span)
-    return Estimate(found.mean, low, high, found.n)
+    if all(value in span for value in values if not math.isnan(value)):
+        width = span[1] - span[0]
+        share, n = (torch.tensor(x, dtype=torch.float64) for x in ((found.mean - span[0]) / width, float(found.n)))
+        wilson = [span[0] + width * float(end) for end in wilson_ends(share, n, ALPHA)]
+        low, high = min(low, wilson[0]), max(high, wilson[1])
+    return Estimate(found.mean, min(found.low, low), max(found.high, high), found.n)
 
 
 def jointly(
     columns: Sequence[Sequence[float]], combine: Callable[[Sequence[Tensor]], Tensor], *, seed: int = 0
 ) -> Estimate:
     """A function of the means of several per-fact scores, with facts resampled together.
+
+    The ends are those quantiles of the resampled values that are as wide for n facts as Student's t is: plain ones,
+    at 2.5 and 97.5 %, are too narrow by a fifth for 10 facts, and by a fiftieth for 75 (`tail`).
 
     Args:
         columns: Scores by kind, each with one value a fact (NaN: this fact has none).
@@ -112,8 +131,23 @@ def jointly(
     if n < 2:
         return Estimate(mean, math.nan, math.nan, n)
     means = combine(list(_resampled_means(table, torch.Generator().manual_seed(seed))))
-    low, high = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    at = tail(n)
+    low, high = torch.nanquantile(means, torch.tensor([at, 1 - at], dtype=means.dtype)).tolist()
     return Estimate(mean, low, high, n)
+
+
+def tail(n: int) -> float:
+    """The share of resampled means beyond each end of a 95 % interval over n facts (two at least).
+
+    A resample of n facts varies by (n − 1)/n of the variance that it stands for, and n facts show their own variance
+    with an error; Student's t has both: ``Φ(−√(n / (n − 1)) · t)``, t its quantile at n − 1 degrees (by its expansion
+    in 1/(n − 1): 2.2621 for 10 facts, where it is 2.2622). Hesterberg 2015 (arXiv:1411.5279), the expanded percentile
+    interval.
+    """
+    v, z = n - 1, Z
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return 0.5 * math.erfc(math.sqrt(n / v) * t / math.sqrt(2))
 
 
 @dataclass(frozen=True, eq=False)

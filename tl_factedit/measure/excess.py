@@ -5,6 +5,9 @@
 Its interval is a percentile bootstrap over facts. A share of 0 or 1 shows no spread when resampled, and near them a
 bootstrap is too narrow; so each end is moved out to where Wilson's interval of the old object's share ends (less the
 controls' mean), if that is further. A claim that something is *absent* rests on the upper end where nothing was seen.
+
+Resampling facts takes the controls as they are. Where facts share them, as when the same few subjects are asked for all
+facts with one old object, their own error doesn't average out over the facts, and is added in squares (`subjects`).
 """
 
 from __future__ import annotations
@@ -24,7 +27,12 @@ IN_TAIL = 20
 
 
 def excess(
-    old: Float[Tensor, "fact *cell"], control: Float[Tensor, "fact *cell"], *, tests: int = 1, seed: int = 0
+    old: Float[Tensor, "fact *cell"],
+    control: Float[Tensor, "fact *cell"],
+    *,
+    tests: int = 1,
+    subjects: int | Float[Tensor, "*cell"] | None = None,
+    seed: int = 0,
 ) -> Estimates:
     """The mean excess of each cell, with its interval.
 
@@ -33,9 +41,19 @@ def excess(
         control: The mean of the same over control objects.
         tests: How many cells are looked at for one claim: the intervals are at 95 % for all of them together
             (Bonferroni: each at 1 − .05 / tests).
+        subjects: Of how many subjects the controls were read, where facts share them: then the interval also holds
+            their error, by Wilson's interval of a share of so many, as if all facts shared all of it (the interval of a
+            difference by Zou and Donner 2008, doi:10.1002/sim.3095). One number, or one a cell (infinite where facts
+            don't share them); None where each fact has controls of its own throughout.
         seed: Seed of the bootstrap over facts (one resampling for all cells).
+
+    Raises:
+        ValueError: `subjects` is less than one, or not a number.
     """
     shape, count = old.shape[1:], len(old)
+    asked = None if subjects is None else torch.as_tensor(subjects, dtype=torch.float64).expand(shape).flatten()
+    if asked is not None and not bool((asked >= 1).all()):
+        raise ValueError(f"subjects is {subjects}, needed one at least: None where each fact has controls of its own")
     if not old.numel():
         nan = torch.full(shape, math.nan, dtype=torch.float64)
         return Estimates(nan, nan, nan, torch.zeros(shape, dtype=torch.long))
@@ -53,6 +71,11 @@ def excess(
         ends[:, differ] = _bootstrap(torch.where(known, values, 0.0)[:, differ], known[:, differ], alpha, seed)
     low, high = wilson_ends(share, n, alpha)
     low, high = torch.fmin(ends[0], low - (share - mean)), torch.fmax(ends[1], high - (share - mean))
+    if asked is not None:
+        null = (share - mean).clamp(0, 1)
+        ends = wilson_ends(null, asked, alpha)
+        low = mean - ((mean - low) ** 2 + (ends[1] - null) ** 2).sqrt()
+        high = mean + ((high - mean) ** 2 + (null - ends[0]) ** 2).sqrt()
     low, high = (torch.where(n >= 2, end.clamp(-1, 1), math.nan) for end in (low, high))
     return Estimates(*(each.reshape(shape) for each in (mean, low, high, n)))
 
