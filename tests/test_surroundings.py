@@ -273,7 +273,8 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "attacks.WeightReversal": attack(a.WeightReversal(dropped=(1, 2))),
     "attacks.Rounding": attack(a.Rounding(bits=(4,))),
     "attacks.Relearn": attack(a.Relearn(layers=(LAYER,), lr=1e-2, steps=3, controls=2)),
-    "attacks.DisjointRelearning": attack(a.DisjointRelearning(lr=1e-3, layers=(LAYER,), updates=(1, 2)), crowded),
+    "attacks.DisjointRelearning": attack(a.DisjointRelearning(lr=1e-3, layers=(LAYER,), most=3), crowded),
+    "attacks.Drift": lambda w: a.Drift(laws.texts(3), steps=(1, 2), layers=(LAYER,))(crowded(w)),
     "attacks.relearning_rate": lambda w: a.relearning_rate(
         w.model, w.facts, layers=[LAYER], rates=(3e-2, 1e-2, 5e-3), steps=20, least=2.0
     ),
