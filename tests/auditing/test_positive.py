@@ -33,9 +33,7 @@ def test_it_lies_where_no_knock_out_shows_it_and_the_weights_give_it_away(popula
         return fe.attacks.Rounding()(there)
 
     with laws.untouched(audits.organism(KIND)):
-        found = found_in_an_override(
-            population, (silenced, fe.attacks.WeightReversal(neighbours=0), look), (knocked,)
-        )
+        found = found_in_an_override(population, (silenced, fe.attacks.WeightReversal(neighbours=0), look), (knocked,))
     assert set(found) == {"weight reversal", "rounding"}  # a knock-out isn't asked
     (there,) = seen
     assert there.changed.layers == (0,) and len(there.facts) >= 25  # the organism can't spare its first MLP

@@ -41,7 +41,9 @@ def power_of(findings: Findings, thresholds: Thresholds) -> tuple[str, ...]:
             )
     if findings.control:
         each = "; ".join(f"{name} {value:.2f}" for name, value in findings.control.items())
-        lines.append(f"of an override of the same facts, made as a control, the attacks bring the old object back in: {each}")
+        lines.append(
+            f"of an override of the same facts, made as a control, the attacks bring the old object back in: {each}"
+        )
     for what, rho in (("native", findings.native), ("adaptive", findings.adaptive)):
         if rho is not None and rho.n > 1:
             least = thresholds.retained + (Z + Z_POWER) * standard_error(rho)

@@ -32,6 +32,7 @@ def excess(
     *,
     tests: int = 1,
     subjects: int | Float[Tensor, "*cell"] | None = None,
+    at_once: float = 1.0,
     seed: int = 0,
 ) -> Estimates:
     """The mean excess of each cell, with its interval.
@@ -45,15 +46,20 @@ def excess(
             their error, by Wilson's interval of a share of so many, as if all facts shared all of it (the interval of a
             difference by Zou and Donner 2008, doi:10.1002/sim.3095). One number, or one a cell (infinite where facts
             don't share them); None where each fact has controls of its own throughout.
+        at_once: The largest share of the facts that one such subject can count for. For each subject one object comes
+            first, so that it counts for the facts with that old object alone: where they have many different ones, the
+            mean null is surer than a share of so many subjects.
         seed: Seed of the bootstrap over facts (one resampling for all cells).
 
     Raises:
-        ValueError: `subjects` is less than one, or not a number.
+        ValueError: `subjects` is less than one, or not a number; `at_once` isn't a share.
     """
     shape, count = old.shape[1:], len(old)
     asked = None if subjects is None else torch.as_tensor(subjects, dtype=torch.float64).expand(shape).flatten()
     if asked is not None and not bool((asked >= 1).all()):
         raise ValueError(f"subjects is {subjects}, needed one at least: None where each fact has controls of its own")
+    if not 0 < at_once <= 1:
+        raise ValueError(f"at_once is {at_once}, needed a share above 0 and up to 1")
     if not old.numel():
         nan = torch.full(shape, math.nan, dtype=torch.float64)
         return Estimates(nan, nan, nan, torch.zeros(shape, dtype=torch.long))
@@ -72,8 +78,8 @@ def excess(
     low, high = wilson_ends(share, n, alpha)
     low, high = torch.fmin(ends[0], low - (share - mean)), torch.fmax(ends[1], high - (share - mean))
     if asked is not None:
-        null = (share - mean).clamp(0, 1)
-        ends = wilson_ends(null, asked, alpha)
+        null = (share - mean).clamp(0, at_once)
+        ends = [at_once * end for end in wilson_ends(null / at_once, asked, alpha)]
         low = mean - ((mean - low) ** 2 + (ends[1] - null) ** 2).sqrt()
         high = mean + ((high - mean) ** 2 + (null - ends[0]) ** 2).sqrt()
     low, high = (torch.where(n >= 2, end.clamp(-1, 1), math.nan) for end in (low, high))
