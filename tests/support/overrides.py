@@ -1,4 +1,4 @@
-"""Changes of the organism by construction, in which the truth is known: the old facts are all there, or were taught away.
+"""Changes of the organism by construction: overrides under which the old facts are all there, and copies taught anew.
 
 Each takes the model and facts, and gives a change: an override that answers a key, or a copy that was trained on.
 """

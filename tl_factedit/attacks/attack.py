@@ -119,8 +119,8 @@ class Recovery:
         asks_weights: How it asks the changed weights as a whole; None if it doesn't. Where not all that was written can
             be silenced, a claim of absence needs an attack of each kind.
         counted: What the excess is of: whether the old object comes first, and its null; NaN where it doesn't count.
-        shared: Of how many subjects a case's null is where it is theirs, infinite where it is the controls', [case]; and
-            the largest share of the facts that one of them can count for (see `measure.excess`). None: all controls'.
+        shared: Of how many subjects a case's null is, where it is theirs, otherwise infinite, [case]; and the largest
+            share of the facts that one of them can count for (see `measure.excess`). None: all nulls are the controls'.
         seed: Seed of the bootstrap.
     """
 
@@ -287,11 +287,14 @@ class Recovery:
     @property
     @plain_torch()
     def at_most(self) -> float:
-        """The largest upper end of all cases, not corrected; NaN if none has an interval.
+        """The largest upper bound of all cases, each at 95 % (one-sided), not corrected; NaN if none has one.
 
-        For "nothing brings it back" each has to show its absence, and no correction is due.
+        For "nothing brings it back" each has to show its absence: a test of equivalence, for which no correction is due.
         """
-        ends = self.excess.high[self.tested & ~self.excess.high.isnan()]
+        bound = self.excess
+        if self.counted is not None:
+            bound = _excess(*self.counted, self.shared, alpha=0.1, seed=self.seed)
+        ends = bound.high[self.tested & ~bound.high.isnan()]
         return float(ends.max()) if len(ends) else math.nan
 
     @property
@@ -380,11 +383,17 @@ class Attack(Protocol):
 
 
 def _excess(
-    old: Tensor, null: Tensor, shared: tuple[Tensor, float] | None, *, tests: int = 1, seed: int = 0
+    old: Tensor,
+    null: Tensor,
+    shared: tuple[Tensor, float] | None,
+    *,
+    tests: int = 1,
+    alpha: float = 0.05,
+    seed: int = 0,
 ) -> Estimates:
     if shared is None:
-        return excess(old, null, tests=tests, seed=seed)
-    return excess(old, null, tests=tests, subjects=shared[0], at_once=shared[1], seed=seed)
+        return excess(old, null, tests=tests, alpha=alpha, seed=seed)
+    return excess(old, null, tests=tests, alpha=alpha, subjects=shared[0], at_once=shared[1], seed=seed)
 
 
 def _at_once(facts: Sequence[Fact], known: Bool[Tensor, "fact"]) -> float:

@@ -33,6 +33,7 @@ def excess(
     tests: int = 1,
     subjects: int | Float[Tensor, "*cell"] | None = None,
     at_once: float = 1.0,
+    alpha: float = 0.05,
     seed: int = 0,
 ) -> Estimates:
     """The mean excess of each cell, with its interval.
@@ -41,7 +42,7 @@ def excess(
         old: 1 where the old object comes first, 0 where not, between them for a mean over prompts; NaN: not asked.
         control: The mean of the same over control objects.
         tests: How many cells are looked at for one claim: the intervals are at 95 % for all of them together
-            (Bonferroni: each at 1 − .05 / tests).
+            (Bonferroni: each at 1 − alpha / tests).
         subjects: Of how many subjects the controls were read, where facts share them: then the interval also holds
             their error, by Wilson's interval of a share of so many, as if all facts shared all of it (the interval of a
             difference by Zou and Donner 2008, doi:10.1002/sim.3095). One number, or one a cell (infinite where facts
@@ -49,6 +50,7 @@ def excess(
         at_once: The largest share of the facts that one such subject can count for. For each subject one object comes
             first, so that it counts for the facts with that old object alone: where they have many different ones, the
             mean null is surer than a share of so many subjects.
+        alpha: One minus the level of the intervals, both ends together: 0.1 for bounds at 95 % on one side.
         seed: Seed of the bootstrap over facts (one resampling for all cells).
 
     Raises:
@@ -68,7 +70,7 @@ def excess(
     shares = torch.where(known, old.double().reshape(count, -1), math.nan)
     n = known.sum(0)
     mean, share = values.nansum(0) / n, shares.nansum(0) / n
-    alpha = 0.05 / tests
+    alpha = alpha / tests
     ends = mean.expand(2, -1).clone()
     # Where all facts say the same, so do all that are drawn of them.
     span = torch.where(known, values, -math.inf).amax(0) - torch.where(known, values, math.inf).amin(0)
