@@ -88,9 +88,9 @@ newest:
 demo: $(DEMO_ENV)/.installed-run  ## locate, edit, audit, undo one fact; MODEL=smollm2 KIND=bridge|hooked
 	$(DEMO_ENV)/bin/python examples/quickstart.py --model $(MODEL) --kind $(KIND)
 
-.PHONY: test test-tl4 test-tl3
+.PHONY: test test-tl4 test-tl3 test-device
 test:  ## the whole test suite, against both generations of TransformerLens
-	@failed=; for env in tl4 tl3; do $(MAKE) --no-print-directory test-$$env || failed="$$failed $$env"; done; \
+	@failed=; for env in tl4 tl3 $(if $(PYTEST_ARGS),,device); do $(MAKE) --no-print-directory test-$$env || failed="$$failed $$env"; done; \
 	  if [ -n "$$failed" ]; then echo "Tests failed with:$$failed" >&2; exit 1; fi
 
 test-tl4: .venv/tl4/.installed-dev  ## the same against TransformerLens 4 alone
@@ -100,6 +100,13 @@ test-tl4: .venv/tl4/.installed-dev  ## the same against TransformerLens 4 alone
 test-tl3: .venv/tl3/.installed-dev  ## the same against TransformerLens 3 alone
 	@echo "Tests with transformer-lens $(TL3)"
 	@$(call PYTEST,tl3) -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# In a process of their own, as PyTorch has an accelerator from then on (tests/support/second_device).
+test-device: .venv/tl4/.installed-dev .venv/tl3/.installed-dev  ## every public call on a pretended GPU, against both
+	@failed=; for env in tl4 tl3; do \
+	  echo "Tests on a second device, in .venv/$$env"; \
+	  $(call PYTEST,$$env) -o norecursedirs='.*' tests/device $(PYTEST_ARGS) || failed="$$failed $$env"; done; \
+	  if [ -n "$$failed" ]; then echo "Tests on a second device failed in:$$failed" >&2; exit 1; fi
 
 # One of each kind: the backends, a trace, an editor, an audit, and each public call once. Deprecations of the package's
 # own doing are errors here as everywhere; those of other packages among themselves aren't (--newest, tests/conftest.py).

@@ -181,6 +181,22 @@ def test_weights_that_cannot_be_written(kind, monkeypatch, how, words):
         assert all(word in str(error.value) for word in (f"blocks.{LAYER}.mlp", *words))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: fe.causal_trace(model, FACT, progress=False),
+        lambda model: fe.evaluate(model, [FACT]),
+        lambda model: fe.LogitLens()(model, [FACT]),
+        lambda model: fe.probes.read_states(model, [FACT]),
+    ],
+)
+def test_weights_that_are_not_in_memory(kind, monkeypatch, call):
+    model = broken(kind, "offloaded")
+    words = r"1 of the parameters of .* are on the meta device \(offloaded\).*load without offloading"
+    with laws.no_forward(monkeypatch, model), pytest.raises(UnsupportedModelError, match=words):
+        call(model)
+
+
 # -- key statistics of another model, layer or weights
 
 

@@ -70,7 +70,7 @@ def fit_value(model: Any, target: Any, layer: int, contexts: Any, **options: Any
 def logits(model: Any, text: str = FACT.text + " Paris") -> Tensor:
     """Logits at every position of a text."""
     with frozen(model), torch.no_grad():
-        return Runner(model).logits(model.to_tokens(text)).clone()
+        return Runner(model).logits(model.to_tokens(text)).to("cpu", copy=True)
 
 
 # ------------------------------------------------------------------------------------ all that can be left behind

@@ -30,7 +30,8 @@ def said(model, prompt: str, offered) -> list[float]:
         ids, total = model.to_tokens(prompt)[0].tolist(), 0.0
         for token in model.to_tokens(answer, prepend_bos=False)[0].tolist():
             with torch.no_grad():
-                total += float(model(torch.tensor([ids]))[0, -1].float().log_softmax(-1)[token])
+                logits = model(torch.tensor([ids], device=model.W_E.device))[0, -1]
+            total += float(logits.float().log_softmax(-1)[token])
             ids.append(token)
         found.append(total)
     return found

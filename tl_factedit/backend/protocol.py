@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -158,8 +159,35 @@ def centred(model: Model) -> bool:
 
 
 def device(model: Model) -> torch.device:
-    """Where the model's inputs go."""
-    return torch.device(model.cfg.device or "cpu")
+    """Where the model's inputs go: where its embeddings are (``cfg.device`` isn't told of every move)."""
+    tokens: Any = model
+    return tokens.W_E.device
+
+
+def check_in_memory(model: Model) -> None:
+    """Check that all weights are in memory.
+
+    Raises:
+        UnsupportedModelError: Some are on the meta device, which is where accelerate leaves what it offloads.
+    """
+    away = [param for param in model.parameters() if param.is_meta]
+    if away:
+        raise UnsupportedModelError(
+            f"{len(away)} of the parameters of {model_name(model)} are on the meta device (offloaded), needed weights in "
+            "memory: load without offloading"
+        )
+
+
+@contextmanager
+def told_where_it_is(model: Model) -> Iterator[None]:
+    """``cfg.device`` is `device` for the length of a block: for what TransformerLens itself does by it."""
+    told: Any = model.cfg
+    before = told.device
+    told.device = str(device(model))
+    try:
+        yield
+    finally:
+        told.device = before
 
 
 def as_layers(layers: int | Iterable[int]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from tl_factedit.backend.protocol import (
     Hook,
     Model,
     UnsupportedModelError,
+    check_in_memory,
     device,
     hook_points,
     kind,
@@ -68,7 +69,7 @@ class Runner:
     logits at each row's own positions. Gradients flow if they are enabled.
 
     Args:
-        model: Either class. It is used as it is: call inside `frozen`.
+        model: Either class, with all weights in memory. It is used as it is: call inside `frozen`.
 
     Attributes:
         n_layers: How many blocks the model has.
@@ -79,6 +80,7 @@ class Runner:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.n_layers = n_layers(model)
+        check_in_memory(model)
         self._points: dict[str, Any] = hook_points(model)
         self._backend: Backend = BridgeBackend(model, self._points) if kind(model) == "bridge" else HookedBackend(model)
         self.mixes_pasts = self._backend.mixes_pasts

@@ -210,7 +210,7 @@ def ledger_of(model: Model) -> Ledger:
 def _is_restored(model: Model, layer: int, base: Tensor, ledger: Ledger) -> bool:
     """Whether a layer holds the weights from before its edits, and not because they change nothing."""
     weight = down_proj(model, layer).W
-    same = weight.dtype == base.dtype and weight.device == base.device and torch.equal(weight, base)
+    same = weight.dtype == base.dtype and torch.equal(weight, base.to(weight.device))
     return same and hash_weight(base) != ledger.written[layer]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.backend.protocol import Model, device, model_name
+from tl_factedit.backend.protocol import Model, device, model_name, told_where_it_is
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.tokens import encode
@@ -117,7 +117,8 @@ def sample_texts(
     with (
         frozen(model),
         torch.no_grad(),
-        torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),
+        told_where_it_is(model),
+        _left_alone(where),
         tqdm(total=wanted, unit="text", desc="sampling text", delay=1, disable=not progress) as bar,
     ):
         if wanted > 0:
@@ -139,6 +140,13 @@ def sample_texts(
             texts += _decode(model, made[:, 1:])
             bar.update(count)
     return texts
+
+
+def _left_alone(where: torch.device) -> Any:
+    """PyTorch's generators of the CPU and of a device are afterwards as they were (Apple's MPS has no way to do so)."""
+    if where.type in ("cpu", "mps"):
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[where], device_type=where.type)
 
 
 def _sample(runner: Runner, rows: Tensor, length: int, top_k: int, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_factedit.backend.protocol import Model, device
+from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
 from tl_factedit.core.kinds import as_whole, short
@@ -144,7 +144,9 @@ class KeyBatch:
 
     def keys(self, layer: int, at: torch.device) -> Float[Tensor, "token d_mlp"]:
         """The keys in the order in which texts are counted, in float64."""
-        return self.caught[layer][self.real].to(at).double()
+        caught = self.caught[layer]
+        rows, places = (index.to(caught.device) for index in self.real.nonzero(as_tuple=True))
+        return caught[rows, places].to(at).double()
 
 
 def stream_keys(
@@ -174,9 +176,7 @@ def stream_keys(
         lengths = torch.tensor([len(row.ids) for row in rows])
         real = torch.arange(ids.shape[1])[None] < lengths[:, None]
         caught = runner.capture(ids, names, stop=max(sites) + 1)
-        yield KeyBatch(
-            {layer: caught[site.key_hook] for layer, site in sites.items()}, real.to(device(model)), rows[-1].place
-        )
+        yield KeyBatch({layer: caught[site.key_hook] for layer, site in sites.items()}, real, rows[-1].place)
 
 
 def _batches(found: Iterable[Piece], n_tokens: int, batch_tokens: int) -> Iterator[list[Piece]]:

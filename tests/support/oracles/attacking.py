@@ -37,7 +37,7 @@ def known_fact(model: Any, fact: fe.Fact, *, words: Sequence[str] = WORDS) -> fe
 def ends(model: Any, text: str) -> Tensor:
     """Logits after a text."""
     with torch.no_grad():
-        return model(model.to_tokens(text))[0, -1].float()
+        return model(model.to_tokens(text).to(model.W_E.device))[0, -1].float()
 
 
 def first(model: Any, fact: fe.Fact, logits: Tensor) -> str:
