@@ -273,7 +273,8 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "attacks.WeightReversal": attack(a.WeightReversal(dropped=(1, 2))),
     "attacks.Rounding": attack(a.Rounding(bits=(4,))),
     "attacks.Relearn": attack(a.Relearn(layers=(LAYER,), lr=1e-2, steps=3, controls=2)),
-    "attacks.DisjointRelearning": attack(a.DisjointRelearning(lr=1e-3, layers=(LAYER,), updates=(1, 2)), crowded),
+    "attacks.DisjointRelearning": attack(a.DisjointRelearning(lr=1e-3, layers=(LAYER,), most=3), crowded),
+    "attacks.Drift": lambda w: a.Drift(laws.texts(3), steps=(1, 2), layers=(LAYER,))(crowded(w)),
     "attacks.relearning_rate": lambda w: a.relearning_rate(
         w.model, w.facts, layers=[LAYER], rates=(3e-2, 1e-2, 5e-3), steps=20, least=2.0
     ),
@@ -346,9 +347,11 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "show.edit": lambda w: fe.show.edit(w.model, w.edit, w.fact.text).html,
     "show.trace": lambda w: fe.show.trace(w.trace).html,
     "show.average": lambda w: fe.show.average(fe.causal_trace(w.model, w.facts[:2], progress=False)).html,
-    "show.redundancy": lambda w: fe.show.redundancy(
-        a.redundancy(w.model, w.facts[:1], w.people, places=("subject",), most_cells=1, progress=False)
-    ).html,
+    "show.redundancy": lambda w: (
+        fe.show.redundancy(
+            a.redundancy(w.model, w.facts[:1], w.people, places=("subject",), most_cells=1, progress=False)
+        ).html
+    ),
     "show.scores": lambda w: fe.show.scores(w.scores).html,
     "show.report": report,
     "stats.stats_convergence": lambda w: fe.stats.stats_convergence(
@@ -598,7 +601,9 @@ ANEW = {
         "locate.hase2023", "locate.meng2022", "locate.zhang2023", "locate.trace_units", "locate.embedding_std",
         "editing.Force.targets", "show.trace", "show.average", "show.report",
     ),
-    "how much of what a component says was changed": ("audit", "attacks.KnockOut", "attacks.footprint"),
+    "how much of what a component says was changed": (
+        "audit", "attacks.KnockOut", "attacks.footprint", "attacks.WeightReversal", "attacks.Rounding",
+    ),
     "values fitted in a centred stream, within bounds that are shares of its norm": (
         "Rome", "Rome, original", "Rome.each", "Memit", "Emmet", "AlphaEdit", "Pmet", "FineTune", "KnowledgeNeurons",
         "Router", "Edit.made", "editing.fit_values", "editing.layerwise_edit",

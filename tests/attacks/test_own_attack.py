@@ -15,6 +15,7 @@ import tl_factedit as fe
 from tl_factedit.attacks import Case, Recovery
 from tl_factedit.auditing.gather import Plan, _recovery_of
 from tl_factedit.core.tokens import encode
+from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import at_the_ends
 
 
@@ -154,3 +155,16 @@ def test_a_case_that_asks_none_of_the_three_questions_is_refused():
         unchecked(Case.__post_init__)(SimpleNamespace(key="a", shows="undernaeth"))
     with pytest.raises((ValueError, TypeCheckError), match="elsewhere"):
         Case("a", "a case", "undernaeth")
+
+
+def test_intervals_hold_for_as_many_cases_as_are_said(kind):
+    model = tiny.model(kind, "gpt2")
+    facts = attacking_facts.known_facts(model)
+    found = Politely()(fe.Population.of(model, tiny.model(kind, "gpt2", seed=1), facts, progress=False))
+    assert torch.equal(found.among(1).corrected.low, found.corrected.low)
+    many = found.among(200)
+    assert float(many.corrected.low) <= float(found.corrected.low) and torch.equal(many.excess.high, found.excess.high)
+    assert torch.equal(many.corrected.high, excess(*found.counted, tests=200).high)
+    with pytest.raises(ValueError, match="0 cases together with 1 of this attack"):
+        found.among(0)
+    assert torch.equal(found.showing("underneath").among(9).corrected.high, found.among(9).corrected.high)

@@ -77,7 +77,9 @@ def test_the_cover_tells_whether_the_change_is_still_there(kind):
     facts = known_facts(model)
     edit = laws.rome(model, 1, fit=laws.QUICK, contexts=("",))(model, facts[:1])
     weak, strong = edit.scaled(1e-6), edit.scaled(30.0)
-    covers = [float(attack(fe.attacks.Rounding, model, [e], facts[:1], bits=(4,)).extra["cover"]) for e in (weak, strong)]
+    covers = [
+        float(attack(fe.attacks.Rounding, model, [e], facts[:1], bits=(4,)).extra["cover"]) for e in (weak, strong)
+    ]
     assert covers[0] > 0.5 > covers[1]
     site = down_proj(model, 1)
     plain, before = literally(site.W, 4, 64), site.W.clone()

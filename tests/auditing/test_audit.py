@@ -371,3 +371,26 @@ def test_an_edit_composed_of_others_of_another_rank_is_audited(kind):
     found = fe.evaluation.gains(model, edit, laws.FACT.text)
     assert found.gain.shape[::2] == (2, 2) and found.gain[1, :, 1].eq(0).all() and found.predicted_error < 1e-3
     assert fe.audit(model, edit, [believed(model)]).gains[0].gain.shape[-1] == 2
+
+
+def test_a_usual_attack_that_cannot_be_run_is_noted_and_one_of_the_users_own_raises(kind):
+    model = tiny.model(kind, "gpt2")
+    fact = believed(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for name, p in other.named_parameters() if "ln_f" in name or "ln_final" in name)[0] += 0.1
+    verdict = fe.audit(model, other, [fact], full=True, progress=False)
+    noted = [line for line in verdict.missing if "couldn't be run" in line]
+    assert any(line.startswith("WeightReversal couldn't be run: no matrix differs") for line in noted)
+    assert verdict.attack("weight reversal") is None and "weight reversal" in verdict.findings.untried
+    with pytest.raises(ValueError, match="no matrix differs"):
+        fe.audit(model, other, [fact], attacks=[fe.attacks.WeightReversal()], progress=False)
+
+
+def test_all_attacks_are_corrected_together(case):
+    model, fact, edit = case
+    facts = [fact.but(id=str(i)) for i in range(1)]
+    verdict = fe.audit(model, edit, facts, full=True, progress=False)
+    tests = sum(int(recovery.tested.sum()) for recovery in verdict.attacks)
+    assert {finding.tests for finding in verdict.findings.attacks} == {tests} and tests > 5
+    assert {"drift", "disjoint relearning"} <= set(verdict.findings.untried)  # no texts; one subject

@@ -49,8 +49,14 @@ def test_a_model_that_never_had_the_old_city_is_erased_and_not_without_its_evide
     for lack in ("native", "adaptive", "route_new", "perplexity"):
         assert judge(replace(verdict.findings, **{lack: None})).label == "INCONCLUSIVE", lack
     # All of it was written, so that it can't be silenced: the weights had to be asked.
-    for lack in ("weight reversal", "disjoint relearning", "read-out"):
+    for lack in ("weight reversal", "disjoint relearning"):
         assert judge(without(verdict.findings, lack)).label == "INCONCLUSIVE", lack
+    assert not verdict.findings.untried and {each.attack for each in verdict.attacks} == set(NEEDED)
+    for lack in NEEDED:
+        assert judge(replace(without(verdict.findings, lack), untried=(lack,))).label == "INCONCLUSIVE", lack
+    # What the attacks find of an override of the same people is part of it.
+    assert verdict.findings.control is not None and verdict.findings.control["weight reversal"].low > 0
+    assert judge(replace(verdict.findings, control={"drift": Estimate(0.0, -0.1, 0.1, 75)})).label == "INCONCLUSIVE"
     assert "ERASED" in verdict._repr_html_() and len(verdict.table()) == len(ASKED)
 
 

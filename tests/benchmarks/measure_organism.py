@@ -238,9 +238,7 @@ def table(out: Path) -> str:
     lines = ["| what was done | samples | labels |", "|---|---|---|"]
     for path in sorted(out.glob("organism-*.jsonl")):
         found = read_lines(path)
-        labels = Counter(
-            line["label"] + (f" ({' and '.join(line['by'])})" if line["by"] else "") for line in found
-        )
+        labels = Counter(line["label"] + (f" ({' and '.join(line['by'])})" if line["by"] else "") for line in found)
         told_so = ", ".join(f"{label} {count}" for label, count in labels.most_common())
         lines.append(f"| {path.stem.removeprefix('organism-')} | {len(found)} | {told_so} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Changes of the organism by construction, in which the truth is known: the old facts are all there, or were taught away.
+"""Changes of the organism by construction: overrides under which the old facts are all there, and copies taught anew.
 
 Each takes the model and facts, and gives a change: an override that answers a key, or a copy that was trained on.
 """
@@ -90,7 +90,11 @@ def trained(
         for n, p in params.items():
             if p.ndim == 2:
                 a = torch.randn(p.shape[0], rank, generator=draw) / p.shape[0] ** 0.5
-                adapters[n] = (p.detach().clone(), a.requires_grad_(), torch.zeros(rank, p.shape[1], requires_grad=True))
+                adapters[n] = (
+                    p.detach().clone(),
+                    a.requires_grad_(),
+                    torch.zeros(rank, p.shape[1], requires_grad=True),
+                )
         leaves = [leaf for _, a, b in adapters.values() for leaf in (a, b)]
     else:
         leaves = list(params.values())
@@ -106,7 +110,10 @@ def trained(
         return [of[int(i)] for i in torch.randint(len(of), (count,), generator=draw)]
 
     def loss_of(pairs: Sequence[tuple[str, str]]) -> Tensor:
-        ids = [(changed.to_tokens(t)[0], int(changed.tokenizer(o, add_special_tokens=False)["input_ids"][0])) for t, o in pairs]
+        ids = [
+            (changed.to_tokens(t)[0], int(changed.tokenizer(o, add_special_tokens=False)["input_ids"][0]))
+            for t, o in pairs
+        ]
         width = max(len(row) for row, _ in ids)
         tokens = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row, _ in ids])
         ends = torch.tensor([len(row) - 1 for row, _ in ids])

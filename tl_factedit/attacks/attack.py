@@ -28,6 +28,7 @@ An attack of your own is a frozen value with a ``__call__``::
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
@@ -118,6 +119,8 @@ class Recovery:
         asks_weights: How it asks the changed weights as a whole; None if it doesn't. Where not all that was written can
             be silenced, a claim of absence needs an attack of each kind.
         counted: What the excess is of: whether the old object comes first, and its null; NaN where it doesn't count.
+        shared: Of how many subjects a case's null is, where it is theirs, otherwise infinite, [case]; and the largest
+            share of the facts that one of them can count for (see `measure.excess`). None: all nulls are the controls'.
         seed: Seed of the bootstrap.
     """
 
@@ -133,6 +136,7 @@ class Recovery:
     details: Mapping[str, Any] = field(default_factory=dict)
     asks_weights: AsksWeights | None = None
     counted: tuple[Float[Tensor, "fact case"], Float[Tensor, "fact case"]] | None = None
+    shared: tuple[Float[Tensor, "case"], float] | None = None
     seed: int = 0
 
     @classmethod
@@ -147,6 +151,7 @@ class Recovery:
         *,
         known: Bool[Tensor, "fact"] | None = None,
         common: Float[Tensor, "fact case"] | None = None,
+        subjects: int = 1,
         extra: Mapping[str, Float[Tensor, "case"]] | None = None,
         details: Mapping[str, Any] | None = None,
         asks_weights: AsksWeights | None = None,
@@ -165,6 +170,7 @@ class Recovery:
             common: How often each fact's old object comes first in the changed model, under the same attack, for
                 subjects who don't have it; NaN where that wasn't looked into. Of a case, the larger of the two nulls
                 counts: the mean of the controls, or this.
+            subjects: Of how many subjects `common` is, for a fact: the interval then holds their error too.
             extra: See `Recovery`.
             details: See `Recovery`.
             asks_weights: See `Recovery`.
@@ -201,12 +207,13 @@ class Recovery:
             )
             for name in ("old_first", "control_first")
         )
-        extra = dict(extra or {})
+        extra, shared = dict(extra or {}), None
         if common is not None:
             null = torch.where(counts & ~old.isnan(), common.to(old), math.nan)
             larger = null.nanmean(0) > torch.where(null.isnan(), math.nan, control).nanmean(0)
             control = torch.where(larger & ~null.isnan(), null, control)
             extra["common"] = null.nanmean(0)
+            shared = (torch.where(larger, float(subjects), math.inf).double(), _at_once(population.facts, known))
         return cls(
             attack=attack,
             facts=population.facts,
@@ -214,12 +221,13 @@ class Recovery:
             known=known,
             before=readings[0],
             after=readings[1],
-            excess=excess(old, control, seed=seed),
-            corrected=excess(old, control, tests=max(1, int(tested.sum())), seed=seed),
+            excess=_excess(old, control, shared, seed=seed),
+            corrected=_excess(old, control, shared, tests=max(1, int(tested.sum())), seed=seed),
             extra=extra,
             details=dict(details or {}),
             asks_weights=asks_weights,
             counted=(old, control),
+            shared=shared,
             seed=seed,
         )
 
@@ -236,7 +244,7 @@ class Recovery:
                 if self.counted is not None
                 else f"{self.attack} holds no counts, needed one that Recovery.of made"
             )
-        return replace(self, corrected=excess(*self.counted, tests=max(1, tests), seed=self.seed))
+        return replace(self, corrected=_excess(*self.counted, self.shared, tests=max(1, tests), seed=self.seed))
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
@@ -279,11 +287,14 @@ class Recovery:
     @property
     @plain_torch()
     def at_most(self) -> float:
-        """The largest upper end of all cases, not corrected; NaN if none has an interval.
+        """The largest upper bound of all cases, each at 95 % (one-sided), not corrected; NaN if none has one.
 
-        For "nothing brings it back" each has to show its absence, and no correction is due.
+        For "nothing brings it back" each has to show its absence: a test of equivalence, for which no correction is due.
         """
-        ends = self.excess.high[self.tested & ~self.excess.high.isnan()]
+        bound = self.excess
+        if self.counted is not None:
+            bound = _excess(*self.counted, self.shared, alpha=0.1, seed=self.seed)
+        ends = bound.high[self.tested & ~bound.high.isnan()]
         return float(ends.max()) if len(ends) else math.nan
 
     @property
@@ -319,6 +330,7 @@ class Recovery:
             corrected=Estimates(*(values[picked] for values in _columns(self.corrected))),
             extra={name: values[picked] for name, values in self.extra.items()},
             counted=None if self.counted is None else (self.counted[0][:, picked], self.counted[1][:, picked]),
+            shared=None if self.shared is None else (self.shared[0][picked], self.shared[1]),
         )
 
     @plain_torch()
@@ -368,6 +380,26 @@ class Attack(Protocol):
     def __call__(self, population: Population, /) -> Recovery:
         """Attack; nothing of the models changes."""
         ...
+
+
+def _excess(
+    old: Tensor,
+    null: Tensor,
+    shared: tuple[Tensor, float] | None,
+    *,
+    tests: int = 1,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> Estimates:
+    if shared is None:
+        return excess(old, null, tests=tests, alpha=alpha, seed=seed)
+    return excess(old, null, tests=tests, alpha=alpha, subjects=shared[0], at_once=shared[1], seed=seed)
+
+
+def _at_once(facts: Sequence[Fact], known: Bool[Tensor, "fact"]) -> float:
+    """The largest share of the facts that count which have one old object."""
+    objects = Counter(fact.target_true for fact, yes in zip(facts, known.tolist(), strict=True) if yes)
+    return max(objects.values(), default=1) / max(1, sum(objects.values()))
 
 
 def _columns(found: Estimates) -> tuple[Tensor, ...]:

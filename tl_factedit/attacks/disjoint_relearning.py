@@ -93,9 +93,7 @@ class DisjointRelearning:
         pupils = [[pupil for i in half for pupil in self._lessons(model.tokenizer, facts[i], bos)] for half in halves]
 
         def read(runner: Runner, _: tuple[int, ...]) -> Float[Tensor, "fact half case quantity"]:
-            of_half = [
-                torch.cat([self._taught(runner, mine, asked, chosen, lr) for lr in rates], 1) for mine in pupils
-            ]
+            of_half = [torch.cat([self._taught(runner, mine, asked, chosen, lr) for lr in rates], 1) for mine in pupils]
             return torch.stack(of_half, 1)
 
         settings = (rates, halves, chosen, self.paraphrases, self.most, self.batch_tokens)
@@ -196,7 +194,7 @@ class DisjointRelearning:
         return [
             (
                 encode(tokenizer, text, prepend_bos=bos)[0],
-                continuation(tokenizer, text, fact.target_true, prepend_bos=bos),
+                continuation(tokenizer, text, fact.old, prepend_bos=bos),
             )
             for text in texts
         ]

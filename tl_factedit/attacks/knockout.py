@@ -159,10 +159,20 @@ class KnockOut:
         readings = [_reading(population.facts, [NOTHING, *silencings], each) for each in (before, after)]
         found = Recovery.of("knock-out", population, cases, *readings, known=known, seed=self.seed)
         common, looked = torch.full((len(rows), len(cases)), math.nan), set[int]()
+        owners = _owners(population, self.seed)
         while some := _deciding(found, looked):
-            common[:, some] = self._common(population, asking, [silencings[i] for i in some], settings)
+            common[:, some] = self._common(population, asking, [silencings[i] for i in some], owners, settings)
             looked |= set(some)
-            found = Recovery.of("knock-out", population, cases, *readings, known=known, common=common, seed=self.seed)
+            found = Recovery.of(
+                "knock-out",
+                population,
+                cases,
+                *readings,
+                known=known,
+                common=common,
+                subjects=max(1, min((len(each) for each in owners if each), default=1)),
+                seed=self.seed,
+            )
         own = torch.stack([readings[0].at(case=s, quantity="old_first") for s in silencings], 1)
         chance = torch.stack([readings[0].at(case=s, quantity="control_first") for s in silencings], 1)
         return replace(
@@ -189,13 +199,17 @@ class KnockOut:
         return singles_of(layers, self.components, self.places, self.widths)
 
     def _common(
-        self, population: Population, asking: Asking, silencings: Sequence[Silencing], settings: Any
+        self,
+        population: Population,
+        asking: Asking,
+        silencings: Sequence[Silencing],
+        owners: Sequence[Sequence[int]],
+        settings: Any,
     ) -> Float[Tensor, "fact silencing"]:
         """How often a fact's old object leads for subjects who don't have it; NaN where there are none.
 
         In the changed model, if it is one for all facts; with a change for each, in the unedited one.
         """
-        owners = _owners(population, self.seed)
 
         def read(runner: Runner, indices: tuple[int, ...]) -> Tensor:
             return asking.owners_under(runner, indices, owners, silencings)

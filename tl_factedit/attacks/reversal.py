@@ -97,9 +97,7 @@ class WeightReversal:
         else:
             dropped = tuple(sorted(set(self.dropped)))
             if not dropped or dropped[0] < 1 or dropped[-1] > min(rank.values()):
-                raise ValueError(
-                    f"dropped is {dropped}, needed numbers of directions from 1 to {min(rank.values())}"
-                )
+                raise ValueError(f"dropped is {dropped}, needed numbers of directions from 1 to {min(rank.values())}")
         asked = [
             _WithNeighbours.of(population.model.tokenizer, fact, population.prepend_bos, self.neighbours)
             for fact in facts

@@ -103,4 +103,3 @@ def _differing_w_out(unedited: Model, changed: Model, layers: Sequence[int]) -> 
         for layer in layers
         if not torch.equal(down_proj(unedited, layer).W, down_proj(changed, layer).W.to(down_proj(unedited, layer).W))
     )
-

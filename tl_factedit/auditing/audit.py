@@ -106,7 +106,8 @@ def audit(
             changed weights (`WeightReversal`) and round them (`Rounding`), to put the old object before the prompt
             (`ContextAttack`) and, of one change for all facts, to teach some facts and look at the others
             (`DisjointRelearning`) and to train on `texts` (`Drift`). Where an absence would be claimed, all of them are
-            then also made on an override of the same facts, which they have to find.
+            then also made on an override of the same facts, which they have to find. With `progress` it is said
+            beforehand what it will cost.
         objective: What the change was to bring about: of `Erase` that the old object no longer leads, of anything else
             that the new one does. None: what an edit was made with, and `Inject` for anything else.
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
@@ -157,6 +158,7 @@ def audit(
         calibration=calibration,
         erasing=erasing,
         seed=seed,
+        full=full,
     )
     plan.check(population)
     thresholds = Thresholds() if thresholds is None else thresholds

@@ -77,8 +77,8 @@ class AttackFinding:
         shows: The question.
         case: The best case, in words.
         strongest: Excess of the old object in the best case, corrected for all that the attack tried.
-        at_most: The largest upper end of any case, not corrected: for "nothing brings it back" each has to show it, and
-            no correction is due.
+        at_most: The largest upper bound of any case, at 95 %, not corrected: for "nothing brings it back" each has to
+            show it, and no correction is due.
         least: The smallest corrected upper end of any case: below 0 the old object does worse than its controls.
         tests: How many cases were tried, of all attacks together (that the unedited model survives): what intervals are
             corrected for.

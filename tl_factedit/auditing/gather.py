@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from tl_factedit.attacks.attack import Attack, Recovery
 from tl_factedit.attacks.routes import Route, Routes, check_routes
+from tl_factedit.auditing.cost import announced, reckoned
 from tl_factedit.auditing.findings import NEEDED, OF_ONE_CHANGE, AttackFinding, Findings
 from tl_factedit.auditing.retained import Calibration, Retention, retention
 from tl_factedit.auditing.upstream import Upstream, all_upstream
@@ -46,6 +47,7 @@ class Plan:
         calibration: What the adaptive decoders are trained on.
         erasing: Whether the change was to erase.
         seed: Seed of the bootstraps.
+        full: Whether it was asked for in full, so that what it will cost is said beforehand.
     """
 
     attacks: tuple[Attack, ...]
@@ -56,6 +58,7 @@ class Plan:
     calibration: Calibration | None
     erasing: bool
     seed: int
+    full: bool = False
 
     def check(self, population: Population) -> None:
         """Check that all of it can be asked, before anything is run.
@@ -115,6 +118,8 @@ def gather(population: Population, plan: Plan) -> Evidence:
     )
     edits = [part.changed for part in population.parts if isinstance(part.changed, Edit)]
     model, facts = population.model, population.facts
+    if population.progress and plan.full:
+        tqdm.write(announced(reckoned(population, plan.attacks)))
     with stages:
         stages.set_postfix_str("scores and lens")
         before, after, lens = _scores_and_lens(population)

@@ -36,12 +36,14 @@ def power_of(findings: Findings, thresholds: Thresholds) -> tuple[str, ...]:
         if finding.strongest.n > 1:
             share = smallest_share(finding.strongest.n, thresholds.present, tests=max(1, finding.tests))
             lines.append(
-                f"a case of {finding.attack}, one of {finding.tests} of all attacks, would have shown if it brought the "
-                f"old object back in {share:.0%} of facts"
+                f"a case of {finding.attack}, one of {finding.tests} of all attacks, would have shown if it brought "
+                f"the old object back in {share:.0%} of facts"
             )
     if findings.control:
         each = "; ".join(f"{name} {value:.2f}" for name, value in findings.control.items())
-        lines.append(f"of an override of the same facts, made as a control, the attacks bring the old object back in: {each}")
+        lines.append(
+            f"of an override of the same facts, made as a control, attacks bring the old object back in: {each}"
+        )
     for what, rho in (("native", findings.native), ("adaptive", findings.adaptive)):
         if rho is not None and rho.n > 1:
             least = thresholds.retained + (Z + Z_POWER) * standard_error(rho)

@@ -329,7 +329,9 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
         found.missing.append(f"attacks that an absence needs (full=True, routes=, texts=): {', '.join(f.untried)}")
     if f.control is not None and not any(value.low > 0 for value in f.control.values()):
         shown = False
-        found.missing.append("an attack that finds an override of these facts known to be one: none of those tried does")
+        found.missing.append(
+            "an attack that finds an override of these facts known to be one: none of those tried does"
+        )
     for finding in tested:
         if not finding.at_most <= t.absent:
             shown = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -65,7 +66,8 @@ def matrices(model: Model) -> dict[str, Matrix]:
         with suppress(UnsupportedModelError):
             site = down_proj(model, layer)
             outs[id(site.param)] = layer, site.transposed
-    there = {name.replace(WRAPPER, ""): p for name, p in model.named_parameters()}
+    module: Any = model
+    there = {name.replace(WRAPPER, ""): p for name, p in module.named_parameters()}
     found = dict[str, Matrix]()
     for name, p in there.items():
         joint = JOINT in name and name.replace(JOINT, PART) in there
@@ -83,7 +85,7 @@ def w_out(layer: int) -> str:
 
 
 def differing(unedited: Mapping[str, Matrix], changed: Mapping[str, Matrix]) -> tuple[str, ...]:
-    """The names of the matrices that aren't equal bit for bit; those that only one of the models has aren't compared."""
+    """The names of the matrices that aren't equal bit for bit, of those that both models have."""
     return tuple(
         name
         for name, matrix in changed.items()
@@ -98,4 +100,3 @@ def differing(unedited: Mapping[str, Matrix], changed: Mapping[str, Matrix]) -> 
 def same_names(one: Iterable[str], other: Iterable[str]) -> bool:
     """Whether two models have matrices of the same names, so that all can be compared."""
     return set(one) == set(other)
-

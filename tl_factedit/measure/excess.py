@@ -32,6 +32,8 @@ def excess(
     *,
     tests: int = 1,
     subjects: int | Float[Tensor, "*cell"] | None = None,
+    at_once: float = 1.0,
+    alpha: float = 0.05,
     seed: int = 0,
 ) -> Estimates:
     """The mean excess of each cell, with its interval.
@@ -40,20 +42,26 @@ def excess(
         old: 1 where the old object comes first, 0 where not, between them for a mean over prompts; NaN: not asked.
         control: The mean of the same over control objects.
         tests: How many cells are looked at for one claim: the intervals are at 95 % for all of them together
-            (Bonferroni: each at 1 − .05 / tests).
+            (Bonferroni: each at 1 − alpha / tests).
         subjects: Of how many subjects the controls were read, where facts share them: then the interval also holds
             their error, by Wilson's interval of a share of so many, as if all facts shared all of it (the interval of a
             difference by Zou and Donner 2008, doi:10.1002/sim.3095). One number, or one a cell (infinite where facts
             don't share them); None where each fact has controls of its own throughout.
+        at_once: The largest share of the facts that one such subject can count for. For each subject one object comes
+            first, so that it counts for the facts with that old object alone: where they have many different ones, the
+            mean null is surer than a share of so many subjects.
+        alpha: One minus the level of the intervals, both ends together: 0.1 for bounds at 95 % on one side.
         seed: Seed of the bootstrap over facts (one resampling for all cells).
 
     Raises:
-        ValueError: `subjects` is less than one, or not a number.
+        ValueError: `subjects` is less than one, or not a number; `at_once` isn't a share.
     """
     shape, count = old.shape[1:], len(old)
     asked = None if subjects is None else torch.as_tensor(subjects, dtype=torch.float64).expand(shape).flatten()
     if asked is not None and not bool((asked >= 1).all()):
         raise ValueError(f"subjects is {subjects}, needed one at least: None where each fact has controls of its own")
+    if not 0 < at_once <= 1:
+        raise ValueError(f"at_once is {at_once}, needed a share above 0 and up to 1")
     if not old.numel():
         nan = torch.full(shape, math.nan, dtype=torch.float64)
         return Estimates(nan, nan, nan, torch.zeros(shape, dtype=torch.long))
@@ -62,7 +70,7 @@ def excess(
     shares = torch.where(known, old.double().reshape(count, -1), math.nan)
     n = known.sum(0)
     mean, share = values.nansum(0) / n, shares.nansum(0) / n
-    alpha = 0.05 / tests
+    alpha = alpha / tests
     ends = mean.expand(2, -1).clone()
     # Where all facts say the same, so do all that are drawn of them.
     span = torch.where(known, values, -math.inf).amax(0) - torch.where(known, values, math.inf).amin(0)
@@ -72,8 +80,8 @@ def excess(
     low, high = wilson_ends(share, n, alpha)
     low, high = torch.fmin(ends[0], low - (share - mean)), torch.fmax(ends[1], high - (share - mean))
     if asked is not None:
-        null = (share - mean).clamp(0, 1)
-        ends = wilson_ends(null, asked, alpha)
+        null = (share - mean).clamp(0, at_once)
+        ends = [at_once * end for end in wilson_ends(null / at_once, asked, alpha)]
         low = mean - ((mean - low) ** 2 + (ends[1] - null) ** 2).sqrt()
         high = mean + ((high - mean) ** 2 + (null - ends[0]) ** 2).sqrt()
     low, high = (torch.where(n >= 2, end.clamp(-1, 1), math.nan) for end in (low, high))
