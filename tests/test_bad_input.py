@@ -66,6 +66,8 @@ ASKING = {
     "subject_embeddings": lambda model, facts: fe.probes.subject_embeddings(model, facts),
     "Patchscope": lambda model, facts: SCOPE(model, facts),
     "audit": lambda model, facts: fe.audit(model, model, facts, progress=False),
+    "footprint": lambda model, facts: fe.attacks.footprint(model, model, facts, progress=False),
+    "ReadOut": lambda model, facts: fe.attacks.ReadOut()(fe.Population.of(model, model, facts, progress=False)),
 }
 ALSO = {"paraphrase": ("evaluate", "token_accuracy", "KnowledgeNeurons", "audit"), "neighbour": ("evaluate", "audit")}
 

@@ -240,6 +240,7 @@ def footprint(
 def footprint_of(population: Population, *, batch_tokens: int = BATCH_TOKENS) -> Footprint:
     """`footprint` of a population."""
     tokenizer, bos = population.model.tokenizer, population.prepend_bos
+    population.check_room()
     rows = [align(tokenizer, fact, prepend_bos=bos) for fact in population.facts]
     layers = n_layers(population.model)
     components = (
