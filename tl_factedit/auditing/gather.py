@@ -129,7 +129,7 @@ def gather(population: Population, plan: Plan) -> Evidence:
         controlled = [fact for fact in facts if fact.controls]
         attacked = (
             population.asking(controlled) if controlled else None
-        )  # once: what is known, and the tokens, are kept
+        )  # once, with its tokens
         for place, attack in enumerate(plan.attacks):
             stages.set_postfix_str(type(attack).__name__)
             if attacked is not None:
