@@ -32,6 +32,73 @@ def model(request):
     return tiny.model(*request.param)
 
 
+LONG = " ".join(["is"] * 80)
+TOO_LONG = {
+    "prompt": FACT.but(prompt=f"{{}} {LONG}", id="the long one"),
+    "paraphrase": FACT.but(paraphrases=[f"{{}} {LONG}"], id="the long one"),
+    "neighbour": FACT.but(neighbours=[LONG], neighbour_targets=[" Paris"], id="the long one"),
+}
+FEW = {"fit": fe.ValueFit(steps=2), "contexts": ("",), "progress": False}
+SCOPE = fe.probes.Patchscope("The city of {} is in", source_layers=[0], target_layers=[0])
+
+
+def plain(model) -> fe.KeyStats:
+    return fe.KeyStats(1, torch.eye(len(down_proj(model, 1).W)).double(), 0, "identity", None)
+
+
+ASKING = {
+    "known": lambda model, facts: fe.known(model, facts),
+    "evaluate": lambda model, facts: fe.evaluate(model, facts),
+    "token_accuracy": lambda model, facts: fe.evaluation.token_accuracy(model, facts),
+    "causal_trace": lambda model, facts: fe.causal_trace(model, facts, progress=False),
+    "trace_units": lambda model, facts: fe.locate.trace_units(model, facts[1], layers=[1], progress=False),
+    "calibrate_noise": lambda model, facts: fe.locate.calibrate_noise(model, facts, 0.3),
+    "meng2022": lambda model, facts: fe.locate.meng2022(model, facts, unknown="trace", progress=False),
+    "hase2023": lambda model, facts: fe.locate.hase2023(model, facts, progress=False),
+    "zhang2023": lambda model, facts: fe.locate.zhang2023(model, facts, progress=False),
+    "Rome": lambda model, facts: fe.Rome(plain(model), **FEW)(model, facts[1:]),
+    "Memit": lambda model, facts: fe.Memit({1: plain(model)}, **FEW)(model, facts),
+    "FineTune": lambda model, facts: fe.FineTune(1, steps=2, progress=False)(model, facts),
+    "KnowledgeNeurons": lambda model, facts: fe.KnowledgeNeurons(steps=2, progress=False)(model, facts),
+    "Router": lambda model, facts: fe.Router(1, **FEW)(model, facts),
+    "LogitLens": lambda model, facts: fe.LogitLens()(model, facts),
+    "read_states": lambda model, facts: fe.probes.read_states(model, facts),
+    "subject_embeddings": lambda model, facts: fe.probes.subject_embeddings(model, facts),
+    "Patchscope": lambda model, facts: SCOPE(model, facts),
+    "audit": lambda model, facts: fe.audit(model, model, facts, progress=False),
+    "footprint": lambda model, facts: fe.attacks.footprint(model, model, facts, progress=False),
+    "ReadOut": lambda model, facts: fe.attacks.ReadOut()(fe.Population.of(model, model, facts, progress=False)),
+}
+ALSO = {"paraphrase": ("evaluate", "token_accuracy", "KnowledgeNeurons", "audit"), "neighbour": ("evaluate", "audit")}
+
+
+@pytest.mark.parametrize(
+    ("what", "call"), [("prompt", call) for call in ASKING] + [(what, call) for what in ALSO for call in ALSO[what]]
+)
+def test_a_text_longer_than_the_context_is_named_with_its_fact_before_any_pass(model, what, call, monkeypatch):
+    def run(*_, **__):
+        raise AssertionError("a forward pass was run")
+
+    for method in ("logits", "capture", "remember"):
+        monkeypatch.setattr(Runner, method, run)
+    facts = [laws.OTHER, TOO_LONG[what]]
+    with pytest.raises(
+        ValueError, match=r"(?s)tokens.*has room for 64.*'the long one'|'the long one'.*has room for 64"
+    ):
+        ASKING[call](model, facts)
+
+
+@pytest.mark.parametrize("call", ["gains", "Patchscope"])
+def test_another_text_that_is_too_long_is_named_too(model, call):
+    with pytest.raises(ValueError, match=r"'(The Eiffel Tower|\?) is is.* tokens, and the model has room for 64"):
+        if call == "gains":
+            fe.evaluation.gains(
+                model, fe.Rome(fe.KeyStats.identity(model, 1), **FEW)(model, [FACT]), TOO_LONG["prompt"].text
+            )
+        else:
+            fe.probes.Patchscope(f"{{}} {LONG}", source_layers=[0], target_layers=[0])(model, [FACT])
+
+
 @pytest.fixture(scope="module")
 def stats(model):
     return laws.stats(model, LAYER)
@@ -421,6 +488,7 @@ for call in (
     lambda: fe.evaluate(model, laws.FACT, batch_tokens="2"),
     lambda: fe.evaluation.dose_curve(model, edit, laws.FACT, doses=[]),
     lambda: fe.evaluation.dose_curve(model, edit, laws.FACT, doses=[float("nan")]),
+    lambda: fe.evaluation.dose_curve(model, edit, []),
     lambda: fe.causal_trace(model, new),
     lambda: fe.evaluate(model, new),
     lambda: fe.audit(model, edit, new),
@@ -507,8 +575,9 @@ def test_what_is_of_another_kind_is_told_so():
         "a NoneType: needed Facts",
         "batch_tokens is 0, needed a whole number",
         "batch_tokens is '2', needed a whole number",
-        "doses is ()",
-        "doses is (nan,)",
+        "doses is empty, needed some finite numbers",
+        "doses[0] is nan, needed some finite numbers",
+        "facts is empty, needed at least one",
         "no target_true, and a trace needs the old object",
         "no target_true, and evaluate needs the old object",
         "no target_true, and an audit needs the old object",
@@ -573,4 +642,4 @@ def test_earlier_edits_and_statistics_are_of_this_model_and_of_enough(model, sta
         "never seen would count as free",
         "collect more text",
     )
-    refuse(lambda: fe.AlphaEdit({LAYER: fe.KeyStats.identity(model, LAYER)}), "the identity", "key_stats")
+    refuse(lambda: fe.AlphaEdit({LAYER: plain(model)}), "the identity", "key_stats")

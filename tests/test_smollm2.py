@@ -110,6 +110,34 @@ def test_the_edit_is_exact_after_rounding_to_float32(edits, kind):
     assert diagnostics.exactness < 1e-5
 
 
+FEW = {"contexts": ("",), "fit": fe.ValueFit(steps=3), "progress": False}
+
+
+@pytest.mark.parametrize("objective", [fe.Inject(), fe.Erase()], ids=["inject", "erase"])
+def test_an_edit_of_the_last_layer_says_that_no_answer_reads_it(models, kind, objective):
+    model = models[kind]
+    with pytest.warns(fe.EditWarning, match="layer 29 is the last"):
+        edit = fe.Rome(fe.KeyStats.identity(model, 29), objective=objective, **FEW)(model, [FACT])
+    # What it adds by the way where the prompt ends, to another key, is all that is read.
+    assert edit.fits[0]["prob_after"] == pytest.approx(edit.fits[0]["prob_before"], abs=0.01)
+    assert any("its probability is" in concern and "take a lower layer" in concern for concern in edit.concerns)
+
+
+@pytest.mark.parametrize("case", ["two small steps", "a large weight", "one step of fine-tuning"])
+def test_an_edit_that_did_nothing_says_so(models, kind, case):
+    model = models[kind]
+    stats = {LAYER: fe.KeyStats.identity(model, LAYER)}
+    editor = {
+        "two small steps": fe.Rome(stats[LAYER], **FEW | {"fit": fe.ValueFit(steps=2, lr=1e-3)}),
+        "a large weight": fe.Memit(stats, weight=1e9, **FEW),
+        "one step of fine-tuning": fe.FineTune(LAYER, steps=1, lr=1e-6, progress=False),
+    }[case]
+    edit = editor(model, [FACT])
+    (said,) = [concern for concern in edit.concerns if "its probability is" in concern]
+    assert "' Rome' was to become likely" in said and f"  concern: {said}" in repr(edit)
+    assert edit.fits[0]["prob_after"] < 0.5 and not edit.fits[0]["first_after"]
+
+
 def test_undo_gives_bit_equal_logits_and_weights(models, edits, kind):
     model, edit = models[kind], edits[kind]
     logits, weights = model(FACT.text), [p.detach().clone() for p in model.parameters()]

@@ -413,6 +413,12 @@ def test_in_a_tie_the_cells_that_were_written_are_named(kind):
 # ---------------------------------------------------------------------------------------- a common object
 
 
+def one_object(population):
+    """The same facts, all with one old object."""
+    facts = tuple(fact.but(target_true=population.facts[0].target_true) for fact in population.facts)
+    return dataclasses.replace(population, facts=facts)
+
+
 def test_an_object_that_many_others_have_is_no_sign_of_a_fact(kind):
     """Where silencing makes a model name a common object of anybody, the old object's return means nothing."""
     population = fe.Population.of(shared(kind), shared(kind), known(shared(kind))[:6], progress=False)
@@ -424,7 +430,14 @@ def test_an_object_that_many_others_have_is_no_sign_of_a_fact(kind):
     everybody = fe.attacks.Recovery.of("own", population, cases, back, back, common=torch.full((6, 1), 0.5))
     assert everybody.strongest.mean == pytest.approx(0.0) and float(everybody.extra["common"][0]) == 0.5
     nobody = fe.attacks.Recovery.of("own", population, cases, back, back, common=torch.zeros(6, 1))
-    assert nobody.strongest == alone.strongest
+    assert (nobody.strongest.low, nobody.strongest.high) == pytest.approx((alone.strongest.low, alone.strongest.high))
+    # A null that facts share is unsure, the more the fewer subjects it is of and the more facts have one object.
+    many, few, one = (
+        fe.attacks.Recovery.of("own", shared_by, cases, back, back, common=torch.full((6, 1), 0.2), subjects=count)
+        for shared_by, count in ((population, 1000), (population, 8), (one_object(population), 8))
+    )
+    assert one.strongest.low < few.strongest.low < many.strongest.low
+    assert few.among(1).strongest == few.strongest and few.showing("elsewhere").strongest == few.strongest
 
 
 def test_how_often_others_are_given_the_object_is_counted_literally(kind):

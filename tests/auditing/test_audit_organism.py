@@ -14,7 +14,7 @@ from planted import plant
 
 import tl_factedit as fe
 from tl_factedit.auditing.calibration import Calibration
-from tl_factedit.auditing.findings import AttackFinding, Findings
+from tl_factedit.auditing.findings import NEEDED, AttackFinding, Findings
 from tl_factedit.auditing.retained import states_of_changed
 from tl_factedit.auditing.rules import judge
 from tl_factedit.core.estimate import Estimate

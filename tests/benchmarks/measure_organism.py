@@ -199,6 +199,9 @@ def audits(name: str, kind: str, out: Path, most: int) -> Iterator[dict[str, Any
             "seconds": round(time.process_time() - began),
             **told_of(verdict),
         }
+        if which == 0 and row.world == "base":  # of whose people there is a model that was never told
+            population = fe.Population.of(model, changed, asked, progress=False)
+            line["UDS"] = f"{fe.probes.unlearning_depth(population, _model(kind, 'never')).score:.2f}"
         if row.truth:
             population = fe.Population.of(model, changed, [with_controls(f, asked) for f in asked], progress=False)
             best = fe.attacks.DisjointRelearning(lr=(5e-4, 1.5e-3, 5e-3), paraphrases=3, most=1000)(population)

@@ -119,6 +119,39 @@ def test_what_the_last_layer_writes_in_mid_prompt_reaches_no_answer_and_that_is_
     assert not any("lower the weight" in concern for concern in edit.concerns)
 
 
+@pytest.fixture(scope="module")
+def organism(kind):
+    return fe.models.organism(kind)
+
+
+CITY = fe.models.organism_facts("city")[0]
+
+
+# It says its own objects with certainty: nothing is missed by not making them likelier.
+@pytest.mark.parametrize("case", [case for case in NOTHING if "amplifying" not in case])
+def test_on_the_organism_an_edit_that_did_nothing_says_so_too(organism, case):
+    name, options = NOTHING[case]
+    edit = (
+        made_by(name, organism, fact=CITY, contexts=("",), **options)
+        if name != "finetune"
+        else made_by(name, organism, fact=CITY, **options)
+    )
+    (fit,) = edit.fits
+    (said,) = [concern for concern in edit.concerns if "its probability is" in concern]
+    assert f"{fit['target']!r} was to become {'unlikely' if fit['unlikely'] else 'likely'}" in said
+    assert fit["first_after"] == fit["unlikely"] and f"  concern: {said}" in repr(edit)
+
+
+@pytest.mark.parametrize("objective", [fe.Inject(), fe.Erase()], ids=["inject", "erase"])
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_on_the_organism_the_last_layer_reaches_no_answer_from_mid_prompt_either(organism, name, objective):
+    last = organism.cfg.n_layers - 1
+    with pytest.warns(fe.EditWarning, match=f"layer {last} is the last"):
+        edit = made_by(name, organism, fact=CITY, layer=last, contexts=("",), objective=objective)
+    assert edit.fits[0]["prob_after"] == pytest.approx(edit.fits[0]["prob_before"], abs=1e-3)
+    assert any("its probability is" in concern and "take a lower layer" in concern for concern in edit.concerns)
+
+
 def test_probabilities_near_1_are_told_apart():
     assert [probability(p) for p in (0.123, 0.99, 0.99912, 0.999999, 1.0)] == [
         "0.12",

@@ -1,12 +1,17 @@
 """An edited model written as a folder says in transformers what it says here."""
 
 import copy
+import errno
 import os
+import tempfile
+from pathlib import Path
 
 import laws
 import pytest
 import tiny
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_factedit as fe
@@ -142,6 +147,53 @@ def test_what_can_not_be_written_is_refused_before_anything_is(kind, tmp_path, m
     with pytest.raises(ValueError, match=r"hooks are on .* at .*blocks.0"):
         fe.save_hf(model, tmp_path / "new", **given)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+OF_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+DENIED = PermissionError(errno.EACCES, "Permission denied", "elsewhere")
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("weights", FULL),
+        ("weights", OF_SAFETENSORS),
+        ("tokenizer", FULL),
+        ("reading back", OF_SAFETENSORS),
+        ("draft", DENIED),
+        ("move", DENIED),
+    ],
+)
+def test_a_disk_that_is_full_or_denied_is_named_and_nothing_is_left(kind, where, error, there, tmp_path, monkeypatch):
+    model, given, folder = tiny.model(kind, "gpt2"), options(kind, "gpt2"), tmp_path / "model"
+    if there:
+        folder.mkdir()
+
+    def half(self, draft, *args, **kwargs):
+        (Path(draft) / "config.json").write_text("{}")
+        raise error
+
+    def fail(*args, **kwargs):
+        raise error
+
+    target, how = {
+        "weights": ((transformers.PreTrainedModel, "save_pretrained"), half),
+        "tokenizer": ((transformers.PreTrainedTokenizerBase, "save_pretrained"), half),
+        "reading back": ((transformers.AutoModelForCausalLM, "from_pretrained"), fail),
+        "draft": ((tempfile, "mkdtemp"), fail),
+        "move": ((Path, "replace"), fail),
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, how)
+        with laws.untouched(model), pytest.raises(OSError, match=r"it can't be written .*; nothing is left") as found:
+            fe.save_hf(model, folder, **given)
+    assert found.value.filename == str(folder)
+    assert found.value.errno == (errno.EACCES if error is DENIED else errno.ENOSPC)
+    assert [path.name for path in tmp_path.rglob("*")] == (["model"] if there else [])
+    fe.save_hf(model, folder, **given)
+    assert (folder / "model.safetensors").exists()
 
 
 def test_a_bridge_in_compatibility_mode_is_refused(tmp_path):

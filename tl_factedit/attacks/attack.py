@@ -289,7 +289,7 @@ class Recovery:
     def at_most(self) -> float:
         """The largest upper bound of all cases, each at 95 % (one-sided), not corrected; NaN if none has one.
 
-        For "nothing brings it back" each has to show its absence: a test of equivalence, for which no correction is due.
+        For "nothing brings it back" each has to show its absence: a test of equivalence, and no correction is due.
         """
         bound = self.excess
         if self.counted is not None:

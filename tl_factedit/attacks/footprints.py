@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_factedit.attacks.cells import COMPONENTS, Cell, Cells, Place, in_order, positions
+from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, in_order, positions
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
 from tl_factedit.backend.runner import Runner
@@ -72,7 +73,7 @@ class Footprint:
     write: Float[Tensor, "fact component pos"]
     squared: Float[Tensor, "fact component pos"]
 
-    @property
+    @cached_property
     def is_written(self) -> Bool[Tensor, "component"]:
         """Which components were written, by more than `WRITES` at some token of some fact."""
         return self.write.nan_to_num(0.0).amax((0, 2)) >= WRITES
@@ -86,11 +87,10 @@ class Footprint:
     def cover(self, cells: Sequence[Cell]) -> Float[Tensor, "fact"]:
         """The share of what was written that goes if some cells are silenced; NaN where nothing was written."""
         total = self._counted.sum((1, 2))
-        gone = torch.zeros_like(total)
-        for i in range(len(self.facts)):
-            silenced = {(cell.component, cell.layer, p) for cell in cells for p in self._positions(i, cell.place)}
-            for component, layer, p in silenced:
-                gone[i] += self._counted[i, self.components.index((component, layer)), p]
+        gone = sum(
+            (torch.where(self._silenced(row, cells), self._counted[:, row], 0.0).sum(1) for row in self._rows(cells)),
+            torch.zeros_like(total),
+        )
         return gone / total
 
     @plain_torch()
@@ -101,11 +101,9 @@ class Footprint:
         where nothing is silenced, what is left may be a hundredth of the whole.
         """
         left = torch.where(self.is_written[None, :, None], self.write.nan_to_num(0.0), 0.0)
-        for i, (start, _) in enumerate(self.subject):
-            left[i, :, :start] = 0.0
-            for cell in cells:
-                row = self.components.index((cell.component, cell.layer))
-                left[i, row, list(self._positions(i, cell.place))] = 0.0
+        left = torch.where(self._at["all"][:, None], left, 0.0)
+        for row in self._rows(cells):
+            left[:, row] = torch.where(self._silenced(row, cells), 0.0, left[:, row])
         return (left.amax((1, 2)) < WRITES) & (self.cover(cells) >= WHOLE)
 
     @plain_torch()
@@ -143,12 +141,27 @@ class Footprint:
                     return in_order(order[:size])
         return None
 
-    @property
+    @cached_property
     def _counted(self) -> Float[Tensor, "fact component pos"]:
         return torch.where(self.is_written[None, :, None], self.squared.nan_to_num(0.0).double(), 0.0)
 
-    def _positions(self, fact: int, place: Place) -> range:
-        return positions(place, self.subject[fact], len(self.pieces[fact]))
+    @cached_property
+    def _at(self) -> dict[Place, Bool[Tensor, "fact pos"]]:
+        """Which tokens are at each place."""
+        found = {place: torch.zeros(len(self.facts), self.write.shape[2], dtype=torch.bool) for place in PLACES}
+        for place, there in found.items():
+            for i, (pieces, subject) in enumerate(zip(self.pieces, self.subject, strict=True)):
+                there[i, list(positions(place, subject, len(pieces)))] = True
+        return found
+
+    def _rows(self, cells: Sequence[Cell]) -> list[int]:
+        """Each component of some cells once."""
+        return [self.components.index(name) for name in dict.fromkeys((cell.component, cell.layer) for cell in cells)]
+
+    def _silenced(self, row: int, cells: Sequence[Cell]) -> Bool[Tensor, "fact pos"]:
+        """Where a component is silenced."""
+        places = [self._at[cell.place] for cell in cells if (cell.component, cell.layer) == self.components[row]]
+        return torch.stack(places).any(0)
 
     @plain_torch()
     def table(self) -> pd.DataFrame:
@@ -240,6 +253,7 @@ def footprint(
 def footprint_of(population: Population, *, batch_tokens: int = BATCH_TOKENS) -> Footprint:
     """`footprint` of a population."""
     tokenizer, bos = population.model.tokenizer, population.prepend_bos
+    population.check_room()
     rows = [align(tokenizer, fact, prepend_bos=bos) for fact in population.facts]
     layers = n_layers(population.model)
     components = (

@@ -90,6 +90,8 @@ class Relearn:
         facts, model = with_new_objects(population.facts), population.model
         chosen = learning_layers(model, self.layers)
         lr = self.lr
+        if lr is not None and (not isinstance(lr, (int, float)) or not 0 < lr < math.inf):
+            raise ValueError(f"lr is {lr!r}, needed a learning rate above 0, or None to find one")
         if lr is None:
             lr = relearning_rate(
                 model,

@@ -30,7 +30,7 @@ from tl_factedit.measure.first_tokens import at_the_ends
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 
 TIMED = 32
-"""So many prompts are timed."""
+"""So many prompts are timed, the same again where there are fewer: a lone one is slow for its tokens."""
 
 TRAINED = 3
 """Passes that a step of training is worth: one forward, and a backward that is two."""
@@ -39,7 +39,7 @@ TRAINED = 3
 def reckoned(population: Population, attacks: Sequence[Attack]) -> dict[str, float]:
     """Seconds that each attack will take, by its name; attacks that aren't known here are left out."""
     rows = [each.ids for each in population.first_tokens]
-    speed = _tokens_a_second(population.model, rows[:TIMED])
+    speed = _tokens_a_second(population.model, (rows * TIMED)[:TIMED])
     found: dict[str, float] = {}
     for attack in attacks:
         tokens = _tokens(attack, population, sum(map(len, rows)))

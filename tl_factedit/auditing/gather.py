@@ -127,11 +127,14 @@ def gather(population: Population, plan: Plan) -> Evidence:
         stages.update()
         recoveries, not_run = list[Recovery](), list[str]()
         controlled = [fact for fact in facts if fact.controls]
+        attacked = (
+            population.asking(controlled) if controlled else None
+        )  # once, with its tokens
         for place, attack in enumerate(plan.attacks):
             stages.set_postfix_str(type(attack).__name__)
-            if controlled:
+            if attacked is not None:
                 try:
-                    recoveries.append(_recovery_of(attack, population.asking(controlled), recoveries))
+                    recoveries.append(_recovery_of(attack, attacked, recoveries))
                 except ValueError as error:
                     if place >= plan.usual:
                         raise

@@ -148,7 +148,7 @@ def align_all(
         check_room(row.ids, [row.old_ids, row.new_ids], room, row.text)
         return row
 
-    return _of_all(facts, aligned)
+    return of_all(facts, aligned)
 
 
 def check_all(tokenizer: Any, facts: Iterable[Fact], *, prepend_bos: bool, room: int | None = None) -> None:
@@ -157,11 +157,15 @@ def check_all(tokenizer: Any, facts: Iterable[Fact], *, prepend_bos: bool, room:
     Raises:
         ValueError: Some can't be asked: the message names each of them.
     """
-    _of_all(facts, lambda fact: check_texts(tokenizer, fact, prepend_bos=prepend_bos, room=room))
+    of_all(facts, lambda fact: check_texts(tokenizer, fact, prepend_bos=prepend_bos, room=room))
 
 
-def _of_all(facts: Iterable[Fact], call: Callable[[Fact], T]) -> list[T]:
-    """What a function says of each fact, or one error that names all facts that it refuses."""
+def of_all(facts: Iterable[Fact], call: Callable[[Fact], T]) -> list[T]:
+    """What a function says of each fact.
+
+    Raises:
+        ValueError: It refuses some of them; the message names each.
+    """
     found: list[T] = []
     bad: list[tuple[Fact, ValueError]] = []
     for fact in facts:

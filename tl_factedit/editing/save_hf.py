@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -68,11 +69,8 @@ def save_hf(model: Model, folder: str | Path, *, hf_model: Any = None) -> None:
             "them off first (model.reset_hooks(); an edit of a Router is made by hooks and can't be saved like this)"
         )
     plain = _of_bridge(model, hf_model) if kind(model) == "bridge" else _of_hooked(model, hf_model)
-    with _in_one_move(folder) as draft, _no_bars():
-        try:
-            plain.save_pretrained(draft)
-        except SafetensorError as error:  # a full disk
-            raise files.as_os_error(error, folder) from error
+    with _named(folder), _in_one_move(folder) as draft, _no_bars():
+        plain.save_pretrained(draft)
         model.tokenizer.save_pretrained(draft)
         _check_same(model, draft, plain)
 
@@ -128,6 +126,18 @@ def _check_same(model: Model, draft: Path, plain: Any) -> None:
 def _log_probs(logits: Tensor) -> Float[Tensor, "1 pos vocab"]:
     # Processing moves all logits of a token by the same amount, which log-probabilities don't see.
     return logits.float().cpu().log_softmax(-1)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Let errors of the disk name the folder, whatever file of the draft, or none, they name."""
+    try:
+        yield
+    except (OSError, SafetensorError) as given:
+        error = files.as_os_error(given) if isinstance(given, SafetensorError) else given
+        why = error.strerror or str(error)
+        number = error.errno or errno.EIO
+        raise OSError(number, f"it can't be written ({why}); nothing is left of it", str(folder)) from given
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tl_factedit.backend.protocol import Model, as_layers, n_layers
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import Aligned, continuation, encode
+from tl_factedit.core.tokens import Aligned, check_room, continuation, encode, of_all
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.edit import Edit
@@ -109,7 +109,7 @@ class KnowledgeNeurons:
         inputs = EditInputs.of(model, facts, layers, objective=self.objective, prepend_bos=self.prepend_bos)
         sites = {layer: down_proj(model, layer) for layer in layers}
         moves = None if isinstance(self.objective, Erase) else [self._move(model, row) for row in inputs.prompts]
-        prompts = [_prompts(model, fact, inputs.prepend_bos) for fact in inputs.facts]
+        prompts = of_all(inputs.facts, lambda fact: _prompts(model, fact, inputs.prepend_bos))
         with frozen(model):
             shared = self._neurons(model, inputs.facts, prompts, sites)
             deltas = [
@@ -210,13 +210,16 @@ class _Shared:
 
 def _prompts(model: Model, fact: Fact, prepend_bos: bool) -> list[Prompt]:
     texts = [fact.text, *(fact.fill(text) for text in fact.paraphrases)]
-    return [
+    found = [
         Prompt(
             encode(model.tokenizer, text, prepend_bos=prepend_bos)[0],
             continuation(model.tokenizer, text, fact.old, prepend_bos=prepend_bos),
         )
         for text in texts
     ]
+    for text, prompt in zip(texts, found, strict=True):
+        check_room(prompt.ids, [prompt.target], getattr(model.cfg, "n_ctx", None), text)
+    return found
 
 
 def _delta(site: DownProj, neurons: Sequence[Sequence[int]], moves: Sequence[Float[Tensor, "d_model"]] | None) -> Delta:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,8 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align
+from tl_factedit.core.kinds import as_finite
+from tl_factedit.core.tokens import align_all
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
 from tl_factedit.measure.change import check_made_for
@@ -85,21 +85,25 @@ def dose_curve(
         force: Whether to ask about facts that the edit wasn't made for.
 
     Raises:
-        ValueError: No doses, or one that is not finite; a fact without one of its objects, or that the edit wasn't
-            made for, unless `force`.
+        ValueError: No facts; no doses, or one that is not finite; a fact without one of its objects, with a text that
+            is longer than the model's context, or (unless `force`) that the edit wasn't made for.
     """
     facts = with_new_objects(facts)
+    if not facts:
+        raise ValueError("facts is empty, needed at least one")
     if not force:
         check_made_for(edit, facts, "a dose curve")
-    doses = tuple(doses)
-    if not doses or not all(math.isfinite(dose) for dose in doses):
-        raise ValueError(f"doses is {doses}, needed some finite numbers, such as (0.0, 0.5, 1.0)")
+    needed = "some finite numbers, such as (0.0, 0.5, 1.0)"
+    doses = tuple(as_finite(dose, f"doses[{i}]", needed) for i, dose in enumerate(doses))
+    if not doses:
+        raise ValueError(f"doses is empty, needed {needed}")
+    room = getattr(model.cfg, "n_ctx", None)
+    prompts = align_all(model.tokenizer, facts, prepend_bos=edit.provenance.prepend_bos, room=room)
     sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
     rows = []
     with frozen(model), torch.no_grad(), edit.applied(model):
         runner = Runner(model)
-        for fact in facts:
-            row = align(model.tokenizer, fact, prepend_bos=edit.provenance.prepend_bos)
+        for fact, row in zip(facts, prompts, strict=True):
             if row.new_ids is None:
                 raise ValueError(f"fact {fact.name!r} has no target_new, needed one: fact.but(target_new=...)")
             per_object = []

@@ -18,7 +18,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.kinds import check_one
-from tl_factedit.core.tokens import check_spelling, encode, spell
+from tl_factedit.core.tokens import check_length, check_spelling, encode, spell
 from tl_factedit.editing.edit import Edit
 
 
@@ -65,6 +65,7 @@ def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = Non
     """
     check_one(text, str, "text", "one text, such as fact.text")
     bos = edit.provenance.prepend_bos if prepend_bos is None else prepend_bos
+    check_length(model.tokenizer, text, "text", prepend_bos=bos, room=getattr(model.cfg, "n_ctx", None))
     ids, _ = encode(model.tokenizer, text, prepend_bos=bos)
     check_spelling(model.tokenizer, ids, text)
     edit.check(model)

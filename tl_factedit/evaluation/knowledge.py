@@ -13,7 +13,7 @@ from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.tokens import batches, continuation, encode, pad
+from tl_factedit.core.tokens import batches, check_room, continuation, encode, of_all, pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +47,8 @@ def known(
         Where the model's logits aren't finite nothing comes first: ``top`` is ``""``, ``rank`` and ``p`` are NaN.
 
     Raises:
-        ValueError: No facts, a fact without ``target_true``, or a target that doesn't continue its prompt.
+        ValueError: No facts, a fact without ``target_true``, a target that doesn't continue its prompt, or a text
+            longer than the model's context; the message names the facts.
 
     Example:
         >>> table = fe.known(model, facts)                                              # doctest: +SKIP
@@ -59,7 +60,7 @@ def known(
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     bos = bos_policy(model, prepend_bos)
-    requests = [_request(model, fact, bos) for fact in facts]
+    requests = of_all(facts, lambda fact: _request(model, fact, bos))
     rows: list[tuple[str, float, float, bool]] = [("", 0.0, 0.0, False)] * len(facts)
     with frozen(model), torch.no_grad():
         runner = Runner(model)
@@ -75,9 +76,11 @@ def known(
 def _request(model: Model, fact: Fact, bos: bool) -> tuple[Int[Tensor, "prompt"], Int[Tensor, "target"]]:
     """Token ids of a fact's prompt and of its old object."""
     if fact.target_true is None:
-        raise ValueError(f"fact {fact.name!r} has no target_true, needed one: it is what the model is asked for")
+        raise ValueError("it has no target_true, needed one: it is what the model is asked for")
     prompt, _ = encode(model.tokenizer, fact.text, prepend_bos=bos)
-    return prompt, continuation(model.tokenizer, fact.text, fact.target_true, prepend_bos=bos)
+    target = continuation(model.tokenizer, fact.text, fact.target_true, prepend_bos=bos)
+    check_room(prompt, [target], getattr(model.cfg, "n_ctx", None), fact.text)
+    return prompt, target
 
 
 def _log_probs(

@@ -31,7 +31,7 @@ from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct, need_old_object
-from tl_factedit.core.tokens import check_room, continuation, encode
+from tl_factedit.core.tokens import check_room, continuation, encode, of_all
 from tl_factedit.measure.likelihood import log_probs
 
 if TYPE_CHECKING:
@@ -189,8 +189,8 @@ def evaluate(
         batch_tokens: Most tokens in one forward pass.
 
     Raises:
-        ValueError: No facts, a fact without ``target_new`` or given twice, or an object that is no continuation
-            of a prompt.
+        ValueError: No facts, a fact without ``target_new`` or given twice, an object that is no continuation of a
+            prompt, or a text that is longer than the model's context; the message names the facts.
 
     Example:
         >>> fe.evaluate(model, [fact]).efficacy                   # doctest: +SKIP
@@ -204,13 +204,8 @@ def evaluate(
         for i, fact in enumerate(facts)
         for ask, prompt, true in _prompts(fact)
     ]
-    requests: list[tuple[Int[Tensor, "pos"], Int[Tensor, "target"]]] = []
-    for _, _, prompt, true, new in asked:
-        bos = provenance.prepend_bos
-        ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
-        targets = [continuation(model.tokenizer, prompt, target, prepend_bos=bos) for target in (true, new)]
-        check_room(ids, targets, getattr(model.cfg, "n_ctx", None), prompt)
-        requests += [(ids, target) for target in targets]
+    of_facts = of_all(facts, lambda fact: _requests(model, fact, provenance.prepend_bos))
+    requests = [request for of_fact in of_facts for request in of_fact]
     with frozen(model), torch.no_grad():
         found = log_probs(Runner(model), requests, batch_tokens=batch_tokens)
     answers = tuple(
@@ -245,6 +240,18 @@ def _prompts(fact: Fact) -> list[tuple[Ask, str, str]]:
         *(("paraphrase", fact.fill(text), fact.old) for text in fact.paraphrases),
         *(("neighbour", text, true) for text, true in zip(fact.neighbours, theirs, strict=True)),
     ]
+
+
+def _requests(model: Model, fact: Fact, bos: bool) -> list[tuple[Int[Tensor, "pos"], Int[Tensor, "target"]]]:
+    """Token ids of each prompt with each of its two objects."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for _, prompt, true in _prompts(fact):
+        ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
+        objects = (true, fact.target_new or "")
+        targets = [continuation(model.tokenizer, prompt, target, prepend_bos=bos) for target in objects]
+        check_room(ids, targets, getattr(model.cfg, "n_ctx", None), prompt)
+        found += [(ids, target) for target in targets]
+    return found
 
 
 def _harmonic(means: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
-from tl_factedit.core.tokens import batches, check_room, continuation, encode, pad
+from tl_factedit.core.tokens import batches, check_room, continuation, encode, of_all, pad
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def token_accuracy(
     check_distinct(facts)
     asked = [(i, kind, text, target) for i, fact in enumerate(facts) for kind, text, target in _asked(fact)]
     provenance = Provenance.of(model, prepend_bos, prompts=(text for _, _, text, _ in asked))
-    requests = [_request(model, text, target, provenance.prepend_bos) for _, _, text, target in asked]
+    bos = provenance.prepend_bos
+    of_facts = of_all(facts, lambda fact: [_request(model, text, target, bos) for _, text, target in _asked(fact)])
+    requests = [request for of_fact in of_facts for request in of_fact]
     with frozen(model), torch.no_grad():
         right = _comes_first(Runner(model), requests, batch_tokens)
 

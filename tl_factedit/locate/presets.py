@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from tl_factedit.backend.protocol import Component, Model
+from tl_factedit.backend.protocol import Component, Model, bos_policy
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
 from tl_factedit.locate.calibration import embedding_std
 from tl_factedit.locate.corruption import Corruption, GaussianNoise
 from tl_factedit.locate.filters import answered, holds_the_object, is_the_object
+from tl_factedit.locate.inputs import align_all
 from tl_factedit.locate.replacement import TokenReplacement
 from tl_factedit.locate.trace import causal_trace
 from tl_factedit.locate.trace_result import Trace
@@ -70,7 +71,7 @@ def meng2022(
         >>> fe.locate.meng2022(model, fe.data.known_facts(path), "mlp").average()     # doctest: +SKIP
     """
     facts = _checked(facts, answer, unknown)
-    corruption = corruption or _three_sigma(model, facts)
+    corruption = corruption or _three_sigma(model, facts, prepend_bos)
     if unknown == "skip":
         facts = answered(model, facts, 1, is_the_object, prepend_bos=prepend_bos)
     return causal_trace(
@@ -114,7 +115,7 @@ def hase2023(
         >>> fe.locate.hase2023(model, facts).best_fraction().nanmean(0)               # doctest: +SKIP
     """
     facts = _checked(facts, answer, unknown)
-    corruption = corruption or _three_sigma(model, facts)
+    corruption = corruption or _three_sigma(model, facts, prepend_bos)
     if unknown == "skip":
         facts = answered(model, facts, GREEDY, holds_the_object, prepend_bos=prepend_bos)
     return causal_trace(
@@ -191,6 +192,7 @@ def _checked(facts: Fact | Sequence[Fact], answer: str, unknown: str) -> tuple[F
     return facts
 
 
-def _three_sigma(model: Model, facts: Sequence[Fact]) -> GaussianNoise:
+def _three_sigma(model: Model, facts: Sequence[Fact], prepend_bos: bool | None) -> GaussianNoise:
+    align_all(model, facts, prepend_bos=bos_policy(model, prepend_bos))  # before the first pass: a text may be too long
     sigma = embedding_std(model, [fact.subject for fact in facts])
     return GaussianNoise(3.0, samples=10, seed=SEED, sigma=sigma)

@@ -30,6 +30,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
 from tl_factedit.core.cache import Cache
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.tokens import check_length, of_all
 from tl_factedit.core.words import counted
 from tl_factedit.measure.change import Change, Changed, Digested, asked_as, check_made_for, identity
 from tl_factedit.measure.first_tokens import FirstTokens, are_known
@@ -176,9 +177,22 @@ class Population:
         """Each fact's prompt with the first tokens of its objects.
 
         Raises:
-            ValueError: A fact without ``target_new``.
+            ValueError: A fact without ``target_new``, or whose prompt is longer than the model's context.
         """
+        self.check_room()
         return tuple(FirstTokens.of(self.model.tokenizer, fact, self.prepend_bos) for fact in self.facts)
+
+    def check_room(self) -> None:
+        """Check that each fact's prompt fits into the model's context.
+
+        Raises:
+            ValueError: Some don't; the message names them.
+        """
+        tokenizer, bos, room = self.model.tokenizer, self.prepend_bos, getattr(self.model.cfg, "n_ctx", None)
+        of_all(
+            self.facts,
+            lambda fact: check_length(tokenizer, fact.text, f"fact {fact.name!r}", prepend_bos=bos, room=room),
+        )
 
     @cached_property
     @plain_torch()

@@ -29,7 +29,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import finish_despite_interrupt, frozen, one_thread, plain_torch
 from tl_factedit.core.estimate import Estimates, over_facts_each
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align, pad
+from tl_factedit.core.tokens import align_all, pad
 from tl_factedit.probes.linear import ProbeReadout
 from tl_factedit.probes.states import HiddenStates
 
@@ -52,7 +52,7 @@ def subject_embeddings(model: Model, facts: Sequence[Fact], *, prepend_bos: bool
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     bos = bos_policy(model, prepend_bos)
-    rows = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
+    rows = align_all(model.tokenizer, facts, prepend_bos=bos, room=getattr(model.cfg, "n_ctx", None))
     means: list[Tensor] = []
     with frozen(model), torch.no_grad():
         runner = Runner(model)

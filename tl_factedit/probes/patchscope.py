@@ -25,7 +25,7 @@ from tl_factedit.backend.protocol import Model, bos_policy, device, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.tokens import continuation, encode, find_span, spell
+from tl_factedit.core.tokens import check_length, continuation, encode, find_span, of_all, spell
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.states import INPUT, POSITIONS, HiddenStates, read_states
 
@@ -87,6 +87,7 @@ class Patchscope:
     def __call__(self, model: Model, facts: Fact | Sequence[Fact]) -> Reading:
         """Read states of a model by the same model; axes are fact, source_layer, target_layer, quantity."""
         facts = as_facts(facts)
+        self._prompt(model)  # checked before the states are read
         return self.read(model, read_states(model, facts, prepend_bos=self.prepend_bos))
 
     @plain_torch()
@@ -113,7 +114,7 @@ class Patchscope:
         place = [states.layers.index(layer) for layer in sources]
         vectors = states.values[:, place, states.positions.index(self.position)]
         prompt = self._prompt(model)
-        objects = [_Objects.of(model, prompt, fact) for fact in states.facts]
+        objects = of_all(states.facts, lambda fact: _Objects.of(model, prompt, fact))
         with frozen(model), torch.no_grad():
             log_p = _log_probs(Runner(model), prompt, vectors, tuple(targets), objects, self.batch_tokens)
         values = [_quantities(table, own) for table, own in zip(log_p, objects, strict=True)]
@@ -132,6 +133,9 @@ class Patchscope:
     def _prompt(self, model: Model) -> _Prompt:
         bos = bos_policy(model, self.prepend_bos)
         text = self.template.replace("{}", self.placeholder)
+        check_length(
+            model.tokenizer, text, "the target prompt", prepend_bos=bos, room=getattr(model.cfg, "n_ctx", None)
+        )
         ids, offsets = encode(model.tokenizer, text, prepend_bos=bos)
         begin = self.template.index("{}")
         end = begin + len(self.placeholder)

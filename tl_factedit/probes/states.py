@@ -21,7 +21,7 @@ from tl_factedit.backend.protocol import Component, HookFn, Model, UnsupportedMo
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.tokens import Aligned, align, batches, pad
+from tl_factedit.core.tokens import Aligned, align_all, batches, pad
 
 POSITIONS = ("subject", "last")
 """The last token of the subject, and the last token of the prompt."""
@@ -169,7 +169,8 @@ def _rows(model: Model, facts: Sequence[Fact], template: str | None, prepend_bos
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     bos = bos_policy(model, prepend_bos)
-    return [align(model.tokenizer, fact, prepend_bos=bos, template=template) for fact in facts]
+    room = getattr(model.cfg, "n_ctx", None)
+    return align_all(model.tokenizer, facts, prepend_bos=bos, template=template, room=room)
 
 
 class _Reader:
