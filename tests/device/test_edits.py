@@ -9,6 +9,7 @@ import torch
 import tl_factedit as fe
 from tl_factedit.backend.fingerprint import fingerprint
 from tl_factedit.backend.protocol import device, told_where_it_is
+from tl_factedit.backend.weights import down_proj
 
 second_device.install_or_skip()
 
@@ -38,6 +39,21 @@ def made(model):
         "finetune": fe.FineTune(1, steps=2, progress=False)(model, FACTS),
         "router": fe.Router(1, fit=QUICK["fit"], contexts=("",), progress=False)(model, FACTS[:1]),
     }
+
+
+def split(kind, arch="gpt2"):
+    """A model over two devices: block 0 on the first; of a HookedTransformer blocks 0 and 1."""
+    if kind == "hooked":
+        if arch not in tiny.HOOKED:
+            pytest.skip("no HookedTransformer of this architecture")
+        return second_device.split_hooked_(tiny.model(kind, arch))
+    model = tiny.around(second_device.split_hf(tiny.hf_model(arch), below=2))
+    model.cfg.n_devices = 2
+    return model
+
+
+def devices_of(model):
+    return {str(param.device) for param in model.parameters()}
 
 
 def bits(model):
@@ -115,6 +131,35 @@ def test_an_edit_is_exported_to_a_model_elsewhere(here, there, tmp_path):
         ids = torch.tensor([[1, 2, 3]], device=next(changed.parameters()).device)
         assert torch.allclose(changed(ids).logits.cpu(), want, atol=1e-5)
     assert str(next(copied.parameters()).device) == there
+
+
+@KINDS
+@ARCHS
+def test_edits_of_layers_on_two_devices(kind, arch):
+    one, other = model_on("cpu", kind, arch), split(kind, arch)
+    assert devices_of(other) == {"fakegpu:0", "fakegpu:1"}
+    before = bits(other)
+    assert {str(down_proj(other, layer).W.device) for layer in LAYERS} == {"fakegpu:0", "fakegpu:1"}
+    with second_device.watch() as seen:
+        found, want = made(other), made(one)
+        for layers in (LAYERS, LAYERS[::-1]):
+            name = f"finetune {layers}"
+            found[name], want[name] = (fe.FineTune(layers, steps=2, progress=False)(m, FACTS) for m in (other, one))
+        neurons = fe.KnowledgeNeurons(steps=3, layers=LAYERS, share=0.0, progress=False)
+        found["neurons"], want["neurons"] = neurons(other, FACTS[:1]), neurons(one, FACTS[:1])
+        for name, edit in found.items():
+            with edit.applied(other), want[name].applied(one):
+                assert torch.allclose(laws.logits(other), laws.logits(one), atol=1e-5), name
+            assert same_bits(bits(other), before), name
+    assert seen.refused == []
+
+
+@KINDS
+def test_a_model_over_two_devices_is_run_packed(kind):
+    want = fe.causal_trace(model_on("cpu", kind), FACTS, progress=False)
+    found = fe.causal_trace(split(kind), FACTS, progress=False)
+    assert found.unpacked == want.unpacked == ""
+    assert torch.allclose(found.effect, want.effect, atol=1e-5, equal_nan=True)
 
 
 # ------------------------------------------------------------------------------------ where a model is

@@ -25,25 +25,42 @@ SECOND = "fakegpu:1"  # and not :0, where tensors come to lie that are made on t
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+SPLIT = "split"
+FORMS = ((SECOND, "float32"), (SECOND, "bfloat16"), (SPLIT, "float32"))
+
+
+def model_on(where: str, **options: Any) -> Any:
+    """A model on the CPU, on one device, or over two."""
+    if where == SPLIT and table.KIND == "bridge":
+        hf = second_device.split_hf(tiny.hf_model("gpt2", **options))
+        model = tiny.around(hf)
+        model.cfg.n_devices = 2  # as TransformerLens sets it where it loads the model itself
+        return model
+    model = tiny.model(table.KIND, "gpt2", **options)
+    return second_device.split_hooked_(model) if where == SPLIT else second_device.move_(model, where)
+
+
 @functools.cache
 def world(where: str, dtype: str) -> SimpleNamespace:
     """What calls are given, all of it made on one device."""
-    model = tiny.model(table.KIND, "gpt2", n_layers=3, dtype=DTYPES[dtype])
+    model = model_on(where, n_layers=3, dtype=DTYPES[dtype])
     model.cfg.model_name = "tiny"  # that of a HookedTransformer is the name of a folder
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        w = table.world_of(second_device.move_(model, where))
+        w = table.world_of(model)
+    w.retain = model_on(where, n_layers=3, seed=1)
     w.retain.cfg.model_name = "another"
-    second_device.move_(w.hf, where)
-    second_device.move_(w.retain, where)
+    if where == SECOND:
+        second_device.move_(w.hf, where)
+    elif where == SPLIT:
+        w.hf = second_device.split_hf(w.hf)
     return w
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    for dtype in DTYPES:
-        for where in ("cpu", SECOND):
-            world(where, dtype).folder = tmp_path_factory.mktemp("surface")
+    for where, dtype in (("cpu", "float32"), ("cpu", "bfloat16"), *FORMS):
+        world(where, dtype).folder = tmp_path_factory.mktemp("surface")
 
 
 GIVEN_WHERE_THE_MODEL_IS = ("export_hf", "export_hf_")
@@ -78,10 +95,11 @@ def complaints(call: Callable[[SimpleNamespace], Any], here: SimpleNamespace, th
     return {what: how for what, how in wrong.items() if how}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
 @pytest.mark.parametrize("call", table.CALLS)
-def test_a_call_on_the_device_gives_what_it_gives_on_the_cpu(call, dtype):
-    here, there = world("cpu", dtype), world(SECOND, dtype)
+def test_a_call_on_the_device_gives_what_it_gives_on_the_cpu(call, form):
+    dtype = form[1]
+    here, there = world("cpu", dtype), world(*form)
     if dtype == "bfloat16" and call.startswith("export_hf"):
         pytest.skip("refused: to a model in float32")
     found = complaints(table.CALLS[call], here, there)

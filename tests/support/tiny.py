@@ -140,10 +140,15 @@ def hf_model(
 def bridge(arch: str, *, tok: PreTrainedTokenizerFast | None = None, **options: Any) -> TransformerBridge:
     """The TransformerBridge of a fresh `hf_model(arch, **options)`, not in compatibility mode."""
     tok = tok or tokenizer()
-    hf = hf_model(arch, tok=tok, **options)
+    return around(hf_model(arch, tok=tok, **options), tok, name=f"tiny-{arch}")
+
+
+def around(hf: PreTrainedModel, tok: PreTrainedTokenizerFast | None = None, name: str = "tiny") -> TransformerBridge:
+    """The TransformerBridge of a model, not in compatibility mode, where the model's weights are."""
+    where = str(next(hf.parameters()).device)
     with _seeded(0):
         return TransformerBridge.boot_transformers(
-            f"tiny-{arch}", hf_model=hf, tokenizer=tok, device="cpu", dtype=hf.dtype
+            name, hf_model=hf, tokenizer=tok or tokenizer(), device=where, dtype=hf.dtype
         )
 
 

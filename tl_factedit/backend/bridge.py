@@ -251,7 +251,7 @@ def of_first_rows(forward: Callable[..., Any], count: int, rows: int) -> Callabl
     def of_first(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = forward(hidden_states[:count], *map(cut, args), **{name: cut(value) for name, value in kwargs.items()})
         run, *rest = out if isinstance(out, tuple) else (out,)
-        whole = torch.cat([run, hidden_states[count:]])
+        whole = torch.cat([run, hidden_states[count:].to(run.device)])
         return (whole, *rest) if isinstance(out, tuple) else whole
 
     return of_first

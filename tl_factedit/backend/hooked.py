@@ -56,6 +56,7 @@ class HookedBackend:
         layer, resid = start
         entries: list[_PastEntry] = []
         for i, block in enumerate(self._blocks[layer:], layer):
+            resid = resid.to(block.attn.W_Q.device)
             before = packing.past[i] if packing.past else None
             count = packing.joined[i] if packing.joined else len(resid)
             entries.append(_PastEntry(before, count, block.attn))

@@ -47,7 +47,9 @@ FIRST: At = (torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
 
 def past_at(past: Sequence[tuple[Tensor, Tensor]], rows: Int[Tensor, "row"], length: int) -> Past:
     """The first `length` positions of some rows of a past."""
-    return tuple((keys[rows, :length], values[rows, :length]) for keys, values in past)
+    return tuple(
+        (keys[rows.to(keys.device), :length], values[rows.to(values.device), :length]) for keys, values in past
+    )
 
 
 def gather(values: Float[Tensor, "row pos *rest"], at: At) -> Float[Tensor, "row_ k *rest"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,13 @@ def device(model: Model) -> torch.device:
     return tokens.W_E.device
 
 
+def device_from(model: Model, layer: int) -> torch.device:
+    """Where what is run from a block on begins: on the block's device; for ``n_layers`` where the head is."""
+    found, whole = blocks(model), cast(Any, model)
+    parts = found[layer : layer + 1] or [getattr(whole, name, None) for name in ("ln_final", "unembed")]
+    return next((param.device for part in parts if part is not None for param in part.parameters()), device(model))
+
+
 def check_in_memory(model: Model) -> None:
     """Check that all weights are in memory.
 
@@ -173,8 +180,8 @@ def check_in_memory(model: Model) -> None:
     away = [param for param in model.parameters() if param.is_meta]
     if away:
         raise UnsupportedModelError(
-            f"{len(away)} of the parameters of {model_name(model)} are on the meta device (offloaded), needed weights in "
-            "memory: load without offloading"
+            f"{len(away)} of the parameters of {model_name(model)} are on the meta device (offloaded), needed weights "
+            "in memory: load without offloading"
         )
 
 

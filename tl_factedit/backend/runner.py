@@ -22,6 +22,7 @@ from tl_factedit.backend.protocol import (
     UnsupportedModelError,
     check_in_memory,
     device,
+    device_from,
     hook_points,
     kind,
     model_name,
@@ -66,7 +67,9 @@ class Runner:
     """Forward passes of one model: whole, from a layer on, up to a layer, packed, logits only where wanted.
 
     Rows of unequal length are padded on the right, which is exact for a causal model; ask for
-    logits at each row's own positions. Gradients flow if they are enabled.
+    logits at each row's own positions. Gradients flow if they are enabled. Of a model over several devices, a stream to
+    begin with may be on any, and what comes of a pass is where the model's inputs go; only a past stays where its
+    layers are, and hooks are called where they are.
 
     Args:
         model: Either class, with all weights in memory. It is used as it is: call inside `frozen`.
@@ -110,15 +113,15 @@ class Runner:
             ValueError: The rows are longer than the model's context, or than packed rows may be; packed rows without
                 `start`.
         """
-        tokens = tokens.to(device(self.model))
+        tokens, start = tokens.to(device(self.model)), self._begun(start)
         with hooked(self.model, hooks, self._points):
             if packing is None:
                 self._check_length(tokens)
-                return self._backend.logits(tokens, at, start)
+                return self._backend.logits(tokens, at, start).to(tokens.device)
             if start is None:
                 raise ValueError("packed rows need start, the residual stream that they begin with")
             self._check_keys(packing)
-            return self._backend.packed(tokens, at, start, packing)[0]
+            return self._backend.packed(tokens, at, start, packing)[0].to(tokens.device)
 
     def capture(
         self,
@@ -143,14 +146,14 @@ class Runner:
             ValueError: The rows are longer than the model's context.
         """
         kept: dict[str, Tensor] = {}
-        tokens = tokens.to(device(self.model))
+        tokens, start = tokens.to(device(self.model)), self._begun(start)
         self._check_length(tokens)
         stop = self.n_layers if stop is None else min(stop, self.n_layers)
         with hooked(self.model, [*hooks, *keepers(places, kept)], self._points):
             resid = self._backend.resid(tokens, start, stop)
         if resid_pre(stop) in places:  # fires on a bridge that stops there, but not on a HookedTransformer
             kept.setdefault(resid_pre(stop), resid.detach())
-        return self._all_kept(places, kept)
+        return self._all_kept(places, kept, tokens.device)
 
     def remember(
         self, tokens: Int[Tensor, "row query"], places: Sequence[str], *, resid: Tensor, packing: Packing
@@ -168,7 +171,7 @@ class Runner:
         self._check_keys(packing)
         with hooked(self.model, keepers(places, kept), self._points):
             past = self._backend.packed(tokens, FIRST, (0, resid), packing)[1]
-        return self._all_kept(places, kept), past
+        return self._all_kept(places, kept, tokens.device), past
 
     def why_not_packed(self, tokens: Int[Tensor, "pos"], longest: int) -> str:
         """Why this model can't be run packed, or ``""`` if it can: tried on the tokens given, against a plain run.
@@ -260,11 +263,18 @@ class Runner:
                 f"{self.most_keys}: pack fewer pieces into a row"
             )
 
-    def _all_kept(self, places: Sequence[str], kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _begun(self, start: tuple[int, Tensor] | None) -> tuple[int, Tensor] | None:
+        """A residual stream on the device of the block that it goes into."""
+        if start is None:
+            return None
+        layer, resid = start
+        return layer, resid.to(device_from(self.model, layer))
+
+    def _all_kept(self, places: Sequence[str], kept: dict[str, Tensor], where: torch.device) -> dict[str, Tensor]:
         missing = [name for name in places if name not in kept]
         if missing:
             raise UnsupportedModelError(f"hooks {missing} never fired in {model_name(self.model)}{way_out(missing)}")
-        return kept
+        return {name: value.to(where) for name, value in kept.items()}
 
 
 def _about_shapes(error: RuntimeError) -> bool:

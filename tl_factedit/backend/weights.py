@@ -96,9 +96,9 @@ class DownProj:
         return [(self.key_hook, read_key), (self.value_at, answer)]
 
     def value(self, key: Float[Tensor, "*row d_mlp"]) -> Float[Tensor, "*row d_model"]:
-        """What the matrix answers to a key, in float64."""
-        out = key.double() @ self.W.double()
-        return out if self.bias is None else out + self.bias.detach().double()
+        """What the matrix answers to a key, in float64 and on the key's device."""
+        out = key.to(self.W.device).double() @ self.W.double()
+        return (out if self.bias is None else out + self.bias.detach().double()).to(key.device)
 
 
 def down_proj(model: Model, layer: int) -> DownProj:

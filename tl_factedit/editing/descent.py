@@ -329,7 +329,8 @@ class Descent:
     ) -> _Loss:
         def adder(place: int) -> Any:
             def add(value: Tensor, hook: Any = None) -> Tensor:
-                return value.index_put(rows.own, delta[rows.fact, place].to(value.dtype), accumulate=True)
+                own = (rows.own[0].to(value.device), rows.own[1].to(value.device))
+                return value.index_put(own, delta[rows.fact, place].to(value), accumulate=True)
 
             return add
 

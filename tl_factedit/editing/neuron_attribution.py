@@ -182,7 +182,8 @@ class _Scaled:
 
     def attribute(self, site: DownProj) -> tuple[Float[Tensor, "prompt d_mlp"], Float[Tensor, "prompt"]]:
         """The scores of a layer's neurons, and what they should add up to."""
-        key, weight = self.keys[site.layer], site.W.double()
+        weight = site.W.double()
+        key = self.keys[site.layer].to(weight.device)
         shares = self.shares.to(key)
         value = shares[:, None] * (key @ weight)[:, None]  # [prompt share d_model]
         if site.bias is not None:
@@ -194,7 +195,7 @@ class _Scaled:
         inside = (shares > 0) & (shares < 1)
         prob = prob.detach().double()
         scores = key * (gradient[:, inside].double().mean(1) @ weight.T)
-        return scores, prob[:, -1] - prob[:, -2]
+        return scores.to(prob.device), prob[:, -1] - prob[:, -2]
 
     def _probability(self, site: DownProj, value: Tensor) -> Float[Tensor, "prompt share"]:
         """P(answer), with the layer's values at the prompts' last tokens as given."""

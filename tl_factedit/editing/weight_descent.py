@@ -204,7 +204,7 @@ class WeightDescent:
     def _held(self, weights: Sequence[Tensor]) -> float:
         """The share of entries that stand at the end of what ε leaves them."""
         at_end = [
-            ((weight == box[0]) | (weight == box[1])).double().mean()
+            ((weight == box[0]) | (weight == box[1])).double().mean().cpu()
             for weight, box in zip(weights, self.bounds, strict=True)
             if box is not None
         ]

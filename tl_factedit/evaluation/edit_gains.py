@@ -77,7 +77,7 @@ def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = Non
         with edit.applied(model):
             keys, after = _keys_and_value(runner, ids, sites, first.layer)
     found = [keys[delta.layer].double() @ delta.left.to(keys[delta.layer].device) for delta in edit.deltas]
-    predicted = found[edit.deltas.index(first)] @ first.right.to(after.device)
+    predicted = found[edit.deltas.index(first)].to(after.device) @ first.right.to(after.device)
     measured = (after - before).double()
     rank = max(g.shape[-1] for g in found)
     return Gains(

@@ -177,8 +177,12 @@ class Patching:
             ids.to(first.device)[every, where], places, resid=first[every, where], packing=packing
         )
 
+        queries = real.nonzero(as_tuple=True)
+        at = queries[0], where[queries]
+
         def spread(values: Tensor, whole: Tensor) -> Tensor:
-            whole[every.expand_as(where)[real], where[real]] = values[real]
+            device = whole.device  # of its layer
+            whole[at[0].to(device), at[1].to(device)] = values[queries[0].to(device), queries[1].to(device)]
             return whole
 
         unknown = {
@@ -188,7 +192,7 @@ class Patching:
         return (
             {name: spread(value, unknown[name]) for name, value in found.items()},
             tuple(
-                (spread(keys, old_keys[of_run]), spread(values, old_values[of_run]))
+                (spread(keys, old_keys[of_run.to(keys.device)]), spread(values, old_values[of_run.to(values.device)]))
                 for (keys, values), (old_keys, old_values) in zip(past, clean_past, strict=True)
             ),
         )

@@ -149,6 +149,38 @@ def move_(model: Any, where: Any) -> Any:
     return model
 
 
+def split_hf(hf: Any, below: int = 1) -> Any:
+    """A transformers model over both devices, as accelerate does it for ``device_map``: `below` blocks on the first."""
+    from accelerate import dispatch_model
+
+    base = hf.base_model_prefix
+    inner = getattr(hf, base)
+    blocks = next(name for name, part in inner.named_children() if isinstance(part, torch.nn.ModuleList))
+    last = [name for name, _ in inner.named_children() if name in ("ln_f", "norm")]
+    first, second = f"{NAME}:0", f"{NAME}:1"
+    where = {f"{base}.{name}": first for name, _ in inner.named_children() if name not in (blocks, *last)}
+    where |= {f"{base}.{name}": second for name in last}
+    where |= {f"{base}.{blocks}.{i}": first if i < below else second for i in range(len(getattr(inner, blocks)))}
+    where["lm_head"] = first if hf.config.tie_word_embeddings else second
+    dispatched = dispatch_model(hf, device_map=where, main_device=first, force_hooks=True)
+    dispatched.hf_device_map = where
+    return dispatched
+
+
+def split_hooked_(model: Any) -> Any:
+    """A HookedTransformer over both devices, as its ``n_devices=2`` lays it over two GPUs."""
+    from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+
+    model.cfg.device, model.cfg.n_devices = f"{NAME}:0", 2
+    ends = {name: part for name, part in model.named_children() if name != "blocks"}
+    last = get_device_for_block_index(model.cfg.n_layers - 1, model.cfg)
+    for name, part in ends.items():
+        part.to(last if name in ("ln_final", "unembed") else f"{NAME}:0")
+    for i, block in enumerate(model.blocks):
+        block.to(get_device_for_block_index(i, model.cfg))
+    return model
+
+
 class _Module(ModuleType):
     """``torch.fakegpu``, in the fashion of ``torch.cuda``."""
 
