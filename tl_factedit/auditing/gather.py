@@ -127,9 +127,7 @@ def gather(population: Population, plan: Plan) -> Evidence:
         stages.update()
         recoveries, not_run = list[Recovery](), list[str]()
         controlled = [fact for fact in facts if fact.controls]
-        attacked = (
-            population.asking(controlled) if controlled else None
-        )  # once, with its tokens
+        attacked = population.asking(controlled) if controlled else None  # once, with its tokens
         for place, attack in enumerate(plan.attacks):
             stages.set_postfix_str(type(attack).__name__)
             if attacked is not None:
