@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import tl_factedit as fe
+from tl_factedit.backend.state import detach_caches
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 from tl_factedit.organism import text as told
@@ -80,6 +81,7 @@ def trained(
         rank: Of adapters on all matrices in place of the parameters themselves, merged at the end; 0: none.
         seed: Of the batches.
     """
+    detach_caches(model)  # a copy of a bridge that has run keeps its patterns in the bridge it was copied from
     changed = copy.deepcopy(model)
     draw = torch.Generator().manual_seed(seed)
     params = {n: p for n, p in changed.named_parameters() if only(n)}
@@ -145,4 +147,6 @@ def trained(
         p.requires_grad_(False)
         p.grad = None
     changed.zero_grad(set_to_none=True)
+    for each in (model, changed):
+        detach_caches(each)
     return changed

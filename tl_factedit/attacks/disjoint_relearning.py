@@ -29,9 +29,10 @@ from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import batches, continuation, encode
 from tl_factedit.core.words import counted
-from tl_factedit.measure.first_tokens import FIRST, FirstTokens, at_the_ends, with_new_objects
+from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
+from tl_factedit.measure.strangers import Strangers, firsts_with_strangers
 
 ENOUGH = 0.9
 """The lessons are learnt when this share of them is."""
@@ -42,7 +43,7 @@ TIMES = (1, 3)
 RATES = (10.0, 30.0)
 """Times the rate at which control objects take eight updates (`relearning_rate`): where overrides come back most."""
 
-QUANTITIES = (*FIRST, "updates")
+QUANTITIES = (*FIRST, "common_first", "updates")
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,17 @@ class DisjointRelearning:
             )
         halves = self._halves(facts)
         chosen, rates = learning_layers(model, self.layers), self._rates(population)
-        asked = population.first_tokens
+        strangers = Strangers.of(population, seed=self.seed)
         pupils = [[pupil for i in half for pupil in self._lessons(model.tokenizer, facts[i], bos)] for half in halves]
 
         def read(runner: Runner, _: tuple[int, ...]) -> Float[Tensor, "fact half case quantity"]:
-            of_half = [torch.cat([self._taught(runner, mine, asked, chosen, lr) for lr in rates], 1) for mine in pupils]
+            of_half = [
+                torch.cat([self._taught(runner, mine, strangers, chosen, lr) for lr in rates], 1) for mine in pupils
+            ]
             return torch.stack(of_half, 1)
 
-        settings = (rates, halves, chosen, self.paraphrases, self.most, self.batch_tokens)
+        others = [row.tolist() for row in strangers.rows]
+        settings = (others, rates, halves, chosen, self.paraphrases, self.most, self.batch_tokens)
         found = population.after("disjoint relearning", read, settings=settings)
         # Of a case in which one half isn't learnt nothing counts: the others would be half of the facts.
         untaught = found[..., 0].isnan().all(0).any(0)
@@ -125,6 +129,8 @@ class DisjointRelearning:
             cases,
             replace(reading, values=torch.full_like(after, math.nan)),
             reading,
+            common=after[..., QUANTITIES.index("common_first")],
+            subjects=strangers.fewest,
             extra={"learnt": learnt, "updates": found[0, ..., QUANTITIES.index("updates")].nanmean(0)},
             details={"halves": halves, "lr": rates, "layers": chosen},
             asks_weights="teaching",
@@ -132,12 +138,12 @@ class DisjointRelearning:
         )
 
     def _taught(
-        self, runner: Runner, pupils: Sequence[Pupil], asked: Sequence[FirstTokens], layers: Sequence[int], lr: float
+        self, runner: Runner, pupils: Sequence[Pupil], strangers: Strangers, layers: Sequence[int], lr: float
     ) -> Float[Tensor, "fact time quantity"]:
         """What all facts say once the lessons are learnt, and later; NaN where they weren't."""
-        found = torch.full((len(asked), len(TIMES), len(QUANTITIES)), math.nan)
+        found = torch.full((len(strangers.asked), len(TIMES), len(QUANTITIES)), math.nan)
         sites = [down_proj(runner.model, layer) for layer in layers]
-        learner, rows = Learner(runner, sites, 1, lr), [one.ids for one in asked]
+        learner = Learner(runner, sites, 1, lr)
         lengths = [len(ids) + len(target) - 1 for ids, target in pupils]
         try:
             groups = [
@@ -146,7 +152,7 @@ class DisjointRelearning:
             due: dict[int, int] = {}
             for when in range(self.most + 1):
                 for time in [time for time, update in due.items() if update == when]:
-                    self._look(found[:, time], runner, learner, asked, rows, float(when))
+                    self._look(found[:, time], runner, learner, strangers, float(when))
                 if due and when >= max(due.values()):
                     break
                 share = float((learner.update(groups).exp() > LEARNT).double().mean())
@@ -161,14 +167,11 @@ class DisjointRelearning:
         found: Tensor,
         runner: Runner,
         learner: Learner,
-        asked: Sequence[FirstTokens],
-        rows: Sequence[Tensor],
+        strangers: Strangers,
         update: float,
     ) -> None:
-        with torch.no_grad():
-            hooks = adding_hooks(learner.sites, learner.learnt)
-            for i, logits in at_the_ends(runner, rows, self.batch_tokens, hooks=hooks):
-                found[i, : len(FIRST)] = asked[i].first(logits)
+        hooks = adding_hooks(learner.sites, learner.learnt)
+        found[:, : len(FIRST) + 1] = firsts_with_strangers(runner, strangers, self.batch_tokens, hooks)
         found[:, QUANTITIES.index("updates")] = update
 
     def _rates(self, population: Population) -> tuple[float, ...]:

@@ -21,8 +21,9 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import batches
-from tl_factedit.measure.first_tokens import FIRST, at_the_ends, with_new_objects
+from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
+from tl_factedit.measure.strangers import Strangers, firsts_with_strangers
 from tl_factedit.measure.texts import encode_texts
 
 
@@ -71,21 +72,18 @@ class Drift:
             raise ValueError(f"lr is {self.lr} and at_once {self.at_once}, needed more than 0 and 1 text at least")
         rows = encode_texts(population.model, self.texts, population.prepend_bos)
         lessons = [(row[:1], row[1:]) for row in rows]
-        asked = population.first_tokens
+        strangers = Strangers.of(population, seed=self.seed)
 
         def read(runner: Runner, _: tuple[int, ...]) -> Float[Tensor, "fact step quantity"]:
-            found = torch.full((len(asked), 1 + len(steps), len(FIRST)), math.nan)
+            found = torch.full((len(strangers.asked), 1 + len(steps), len(FIRST) + 1), math.nan)
             sites = [down_proj(runner.model, layer) for layer in chosen]
             learner = Learner(runner, sites, 1, self.lr)
             try:
                 for when in range(steps[-1] + 1):
                     if when in (0, *steps):
-                        with torch.no_grad():
-                            hooks = adding_hooks(sites, learner.learnt)
-                            place = 0 if when == 0 else 1 + steps.index(when)
-                            prompts = [one.ids for one in asked]
-                            for i, logits in at_the_ends(runner, prompts, self.batch_tokens, hooks=hooks):
-                                found[i, place] = asked[i].first(logits)
+                        place = 0 if when == 0 else 1 + steps.index(when)
+                        hooks = adding_hooks(sites, learner.learnt)
+                        found[:, place] = firsts_with_strangers(runner, strangers, self.batch_tokens, hooks)
                     if when < steps[-1]:
                         some = [lessons[(when * self.at_once + i) % len(lessons)] for i in range(self.at_once)]
                         widths = [len(target) for _, target in some]
@@ -99,7 +97,8 @@ class Drift:
                 detach_caches(runner.model)
             return found
 
-        settings = (tuple(self.texts), steps, self.lr, self.at_once, chosen, self.batch_tokens)
+        others = [row.tolist() for row in strangers.rows]
+        settings = (others, tuple(self.texts), steps, self.lr, self.at_once, chosen, self.batch_tokens)
         before, after = population.read("drift under further training", read, settings=settings)
         known = before[:, 0, 0] == 1
         survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
@@ -110,9 +109,11 @@ class Drift:
                 Case(count, f"{count} steps on other text", "underneath", why_masked(share))
                 for count, share in zip(steps, survives.tolist(), strict=True)
             ],
-            before[:, 1:],
-            after[:, 1:],
+            before[:, 1:, : len(FIRST)],
+            after[:, 1:, : len(FIRST)],
             known=known,
+            common=after[:, 1:, len(FIRST)],
+            subjects=strangers.fewest,
             extra={"survives": survives},
             seed=self.seed,
         )

@@ -38,8 +38,9 @@ from tl_factedit.core.tokens import continuation, encode
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
+from tl_factedit.measure.strangers import Strangers
 
-QUANTITIES = ("old_first", "new_first", "control_first", "neighbours", "cover")
+QUANTITIES = ("old_first", "new_first", "control_first", "neighbours", "cover", "common_first")
 DROPPED = (16, 32, 64)
 
 MOST_ALONE = 32
@@ -60,8 +61,10 @@ class WeightReversal:
     written ask what lies elsewhere, the others what lies underneath.
 
     ``before`` and ``after`` also hold the case 0 (nothing dropped), and the quantities ``neighbours``, the share of
-    neighbours that are answered rightly, and ``cover``, the share of the squared change that lies in what is dropped
-    (of the unedited model NaN); ``extra`` has ``survives``, the share of the known facts whose old object is still
+    neighbours that are answered rightly, ``cover``, the share of the squared change that lies in what is dropped (of
+    the unedited model NaN), and ``common_first``, how often the old object comes first for references who don't have it
+    (the larger of this and of the controls' mean is the null);
+    ``extra`` has ``survives``, the share of the known facts whose old object is still
     first in the unedited model under the same loss, ``neighbours`` and ``cover``; ``details`` has ``neighbours`` with
     its intervals (`Estimates`, [case]), ``matrices``, those that lost directions for each fact, and ``layers``, those
     of them that are a ``W_out``.
@@ -102,7 +105,7 @@ class WeightReversal:
             _WithNeighbours.of(population.model.tokenizer, fact, population.prepend_bos, self.neighbours)
             for fact in facts
         ]
-        names = written.names
+        names, strangers = written.names, Strangers.of(population, seed=self.seed)
         alone = _alone(population, written) if len(set(names)) == 1 and len(names[0]) > 1 else ()
         losses: list[Loss] = [(None, count) for count in dropped]
         limit = {name: size if self.dropped is not None else max(1, size // 2) for name, size in rank.items()}
@@ -113,13 +116,15 @@ class WeightReversal:
             there = matrices(runner.model)
             for mine in dict.fromkeys(names[i] for i in indices):
                 rows = [row for row, i in enumerate(indices) if names[i] == mine]
-                here = [asked[indices[row]] for row in rows]
+                here = [indices[row] for row in rows]
                 sites = [there[name] for name in mine]
-                out[rows] = _read(runner, here, sites, [(None, 0), *losses], written, limit, self.batch_tokens)
+                some = [(None, 0), *losses]
+                out[rows] = _read(runner, asked, here, strangers, sites, some, written, limit, self.batch_tokens)
             return out
 
         def settings(indices: tuple[int, ...]) -> object:
-            return losses, [names[i] for i in indices], self.neighbours, self.batch_tokens
+            others = [strangers.rows[place].tolist() for place in strangers.among(indices)]
+            return losses, [names[i] for i in indices], self.neighbours, others, self.batch_tokens
 
         before, after = population.read("weight reversal", read, settings=settings)
         known = before[:, 0, 0] == 1
@@ -138,6 +143,8 @@ class WeightReversal:
             _reading(facts, keys, before),
             _reading(facts, keys, after),
             known=known,
+            common=after[:, 1:, QUANTITIES.index("common_first")],
+            subjects=strangers.fewest,
             extra={"survives": survives, "neighbours": near.mean, "cover": counted[..., 4].nanmean(0)},
             details={"neighbours": near, "matrices": names, "layers": written.layers},
             asks_weights="directions" if written.compared else None,
@@ -231,15 +238,20 @@ def _cover(sites: Sequence[Matrix], directions: dict[str, _Directions], loss: Lo
 
 def _read(
     runner: Runner,
-    asked: Sequence[_WithNeighbours],
+    everything: Sequence[_WithNeighbours],
+    indices: Sequence[int],
+    strangers: Strangers,
     sites: Sequence[Matrix],
     losses: Sequence[Loss],
     written: Written,
     limit: Mapping[str, int],
     batch_tokens: int,
 ) -> Float[Tensor, "fact loss quantity"]:
+    asked, others = [everything[i] for i in indices], strangers.among(indices)
     rows = [ids for one in asked for ids in (one.fact.ids, *(ids for ids, _ in one.neighbours))]
     owner = [(i, j) for i, one in enumerate(asked) for j in range(-1, len(one.neighbours))]
+    mine = len(rows)
+    rows += [strangers.rows[place] for place in others]
     out = torch.full((len(asked), len(losses), len(QUANTITIES)), math.nan)
     most = max(count for _, count in losses)
     directions = {site.name: _Directions.of(site.W, min(most, limit[site.name])) for site in sites}
@@ -251,7 +263,11 @@ def _read(
                 chosen = [site for site in sites if name in (None, site.name)]
                 weights = [_without(site.W, directions[site.name], count) for site in chosen]
                 stack.enter_context(rewritten(chosen, weights))
+            said = dict[int, Tensor]()
             for row, logits in at_the_ends(Runner(runner.model), rows, batch_tokens):
+                if row >= mine:
+                    said[others[row - mine]] = logits
+                    continue
                 i, j = owner[row]
                 fact = asked[i].fact
                 if j < 0:
@@ -260,6 +276,7 @@ def _read(
                     answer = asked[i].neighbours[j][1]
                     best = max((answer, fact.old, fact.new, *fact.controls), key=lambda token: float(logits[token]))
                     right.setdefault(i, []).append(float(best == answer))
+        out[:, q, QUANTITIES.index("common_first")] = strangers.common(indices, said)
         for i, of_fact in right.items():
             out[i, q, 3] = sum(of_fact) / len(of_fact)
     return out

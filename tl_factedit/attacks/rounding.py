@@ -26,9 +26,10 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import rewritten
 from tl_factedit.measure.first_tokens import FIRST, at_the_ends, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
+from tl_factedit.measure.strangers import Strangers
 
 BITS = (8, 4)
-QUANTITIES = (*FIRST, "cover")
+QUANTITIES = (*FIRST, "common_first", "cover")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Rounding:
         if not bits or min(bits) < 2 or self.group < 1:
             raise ValueError(f"bits are {bits} in groups of {self.group}, needed 2 bits and a group of 1 at least")
         written = Written.of(population, self.layers)
-        names, asked = written.names, population.first_tokens
+        names, asked, strangers = written.names, population.first_tokens, Strangers.of(population, seed=self.seed)
 
         def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact case quantity"]:
             out = torch.full((len(indices), 1 + len(bits), len(QUANTITIES)), math.nan)
@@ -77,17 +78,23 @@ class Rounding:
             for mine in dict.fromkeys(names[i] for i in indices):
                 rows = [row for row, i in enumerate(indices) if names[i] == mine]
                 sites = [there[name] for name in mine]
-                prompts = [asked[indices[row]].ids for row in rows]
+                here = [indices[row] for row in rows]
+                others = strangers.among(here)
+                prompts = [*(asked[i].ids for i in here), *(strangers.rows[place] for place in others)]
                 for case, count in enumerate((0, *bits)):
                     weights = [rounded(site.W, count, self.group) if count else site.W.clone() for site in sites]
                     out[rows, case, -1] = _cover(sites, weights, written, count, self.group)
                     with rewritten(sites, weights):
-                        for row, logits in at_the_ends(Runner(runner.model), prompts, self.batch_tokens):
-                            out[rows[row], case, : len(FIRST)] = asked[indices[rows[row]]].first(logits)
+                        said = dict(at_the_ends(Runner(runner.model), prompts, self.batch_tokens))
+                    for row, i in enumerate(here):
+                        out[rows[row], case, : len(FIRST)] = asked[i].first(said[row])
+                    by_place = {place: said[len(here) + k] for k, place in enumerate(others)}
+                    out[rows, case, len(FIRST)] = strangers.common(here, by_place)
             return out
 
         def settings(indices: tuple[int, ...]) -> object:
-            return bits, self.group, [names[i] for i in indices], self.batch_tokens
+            others = [strangers.rows[place].tolist() for place in strangers.among(indices)]
+            return bits, self.group, [names[i] for i in indices], others, self.batch_tokens
 
         before, after = population.read("rounding", read, settings=settings)
         known = before[:, 0, 0] == 1
@@ -104,6 +111,8 @@ class Rounding:
             before[:, 1:, : len(FIRST)],
             after[:, 1:, : len(FIRST)],
             known=known,
+            common=after[:, 1:, len(FIRST)],
+            subjects=strangers.fewest,
             extra={"survives": survives, "cover": cover.nanmean(0)},
             details={"matrices": names, "layers": written.layers},
             seed=self.seed,

@@ -1,0 +1,99 @@
+"""How often an object comes first for subjects who don't have it: the null of an object that is merely common.
+
+A model that was changed, or that is attacked, may fall back on what is frequent: then the old object comes first as
+many subjects have it, and control objects, which are rarer, don't. So a few reference subjects of each relation are
+asked under the same attack, and for each fact it is looked how often its old object comes first of its objects for
+those of them who have another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_factedit.backend.protocol import Hook
+from tl_factedit.backend.runner import Runner
+from tl_factedit.core.tokens import align
+from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends
+from tl_factedit.measure.population import Population
+
+MOST = 16
+"""So many subjects of a relation are asked."""
+
+
+@dataclass(frozen=True, eq=False)
+class Strangers:
+    """Reference subjects that are asked beside the facts.
+
+    Attributes:
+        rows: Their prompts' token ids.
+        asked: The facts with their objects.
+        of_fact: For each fact, the places of those of its relation who have another object, and that the change which
+            serves it wasn't made for.
+    """
+
+    rows: tuple[Int[Tensor, "_"], ...]
+    asked: tuple[FirstTokens, ...]
+    of_fact: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, population: Population, *, seed: int = 0) -> Strangers:
+        """Drawn from a population's references."""
+        reference = population.reference
+        order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed)).tolist()
+        touched = population.touched | {fact.subject for fact in population.facts}
+        chosen: dict[object, list[int]] = {}
+        for r in order:
+            of_relation = chosen.setdefault(reference[r].group, [])
+            if len(of_relation) < MOST and reference[r].subject not in touched:
+                of_relation.append(r)
+        groups = {fact.group for fact in population.facts}
+        used = [r for group, places in chosen.items() if group in groups for r in places]
+        place = {r: i for i, r in enumerate(used)}
+        tokenizer, bos = population.model.tokenizer, population.prepend_bos
+        return cls(
+            rows=tuple(align(tokenizer, reference[r], prepend_bos=bos).ids for r in used),
+            asked=population.first_tokens,
+            of_fact=tuple(
+                tuple(place[r] for r in chosen.get(fact.group, ()) if reference[r].target_true != fact.target_true)
+                for fact in population.facts
+            ),
+        )
+
+    @property
+    def fewest(self) -> int:
+        """Of how many subjects the null is at least, where there is one."""
+        return max(1, min((len(each) for each in self.of_fact if each), default=1))
+
+    def among(self, indices: Sequence[int]) -> list[int]:
+        """The places of those who are asked for some facts."""
+        return sorted({place for i in indices for place in self.of_fact[i]})
+
+    def common(self, indices: Sequence[int], logits: Mapping[int, Float[Tensor, "vocab"]]) -> Float[Tensor, "fact"]:
+        """How often the old object of each of some facts comes first, from the strangers' logits by their places.
+
+        NaN where nobody is asked, and where a fact's objects can't be told apart.
+        """
+        found = torch.full((len(indices),), math.nan)
+        for row, i in enumerate(indices):
+            if self.of_fact[i]:
+                found[row] = self.asked[i].first(torch.stack([logits[place] for place in self.of_fact[i]]))[:, 0].mean()
+        return found
+
+
+def firsts_with_strangers(
+    runner: Runner, strangers: Strangers, batch_tokens: int, hooks: Sequence[Hook] = ()
+) -> Float[Tensor, "fact quantity"]:
+    """`FIRST` of all facts, and ``common_first``: how often the old object comes first for the strangers."""
+    asked, count = strangers.asked, len(strangers.asked)
+    with torch.no_grad():
+        rows = [*(one.ids for one in asked), *strangers.rows]
+        said = dict(at_the_ends(runner, rows, batch_tokens, hooks=hooks))
+    firsts = torch.stack([one.first(said[i]) for i, one in enumerate(asked)])
+    common = strangers.common(range(count), {place: said[count + place] for place in range(len(strangers.rows))})
+    return torch.cat([firsts, common[:, None].to(firsts)], 1)
