@@ -535,6 +535,12 @@ for call in (
     lambda: edit.scaled("2"),
     lambda: edit.scaled(float("nan")),
     lambda: fe.FineTune(True),
+    lambda: fe.known(model, laws.FACT, prepend_bos="False"),
+    lambda: fe.evaluate(model, laws.FACT, prepend_bos=0),
+    lambda: fe.alignable(model, laws.FACT, prepend_bos=1.0),
+    lambda: fe.causal_trace(model, laws.FACT, prepend_bos="False", progress=False),
+    lambda: fe.key_stats(model, 1, ["Rome"], prepend_bos="False"),
+    lambda: fe.Rome(fe.KeyStats.identity(model, 1), prepend_bos="False", **quick)(model, laws.FACT),
 ):
     try:
         call()
@@ -550,10 +556,11 @@ assert list(fe.key_stats(model, np.int64(1), laws.texts(3), n_tokens=20, progres
 """
 
 
-def test_what_is_of_another_kind_is_told_so():
+@pytest.mark.parametrize("of", tiny.KINDS)
+def test_what_is_of_another_kind_is_told_so(of):
     """As a user runs it: in the tests themselves the types of all calls are checked."""
     found = subprocess.run(
-        [sys.executable, "-c", OF_ANOTHER_KIND],
+        [sys.executable, "-c", OF_ANOTHER_KIND.replace("tiny.bridge(", f"tiny.{of}(")],
         capture_output=True,
         text=True,
         check=True,
@@ -624,6 +631,12 @@ def test_what_is_of_another_kind_is_told_so():
         "alpha is '2', needed a finite number",
         "alpha is nan, needed a finite number",
         "layer is True, needed a whole number",
+        "prepend_bos is 'False', needed True, False or None",
+        "prepend_bos is 0, needed True, False or None",
+        "prepend_bos is 1.0, needed True, False or None",
+        "prepend_bos is 'False', needed True, False or None",
+        "prepend_bos is 'False', needed True, False or None",
+        "prepend_bos is 'False', needed True, False or None",
     )
     assert len(said) == len(wanted)
     assert all(words in line for words, line in zip(wanted, said, strict=True)), said
@@ -647,3 +660,28 @@ def test_earlier_edits_and_statistics_are_of_this_model_and_of_enough(model, sta
         "collect more text",
     )
     refuse(lambda: fe.AlphaEdit({LAYER: plain(model)}), "the identity", "key_stats")
+
+
+@pytest.mark.parametrize("subject", ["The <eos> Tower", "The Zugspitze"])
+@pytest.mark.parametrize(
+    "call", ["known", "evaluate", "token_accuracy", "causal_trace", "Rome", "KnowledgeNeurons", "LogitLens", "audit"]
+)
+def test_a_subject_that_is_no_text_to_the_tokenizer_is_refused_everywhere(model, call, subject):
+    fact = fe.Fact(subject, "{} is located in the city of", " Paris", " Rome")
+    words = "holds '<eos>', which the tokenizer reads as a control token|doesn't know and reads as '<unk>'"
+    with laws.untouched(model), pytest.raises(ValueError, match=words):
+        ASKING[call](model, [laws.OTHER, fact])
+    bad = fe.alignable(model, [laws.OTHER, fact])[1]
+    assert [each for each, _ in bad] == [fact]
+
+
+def test_bos_comes_once_however_it_is_brought(model, stats, refuse):
+    chat = FACT.but(prompt="<bos>" + FACT.prompt)
+    for contexts, fact in ((("<bos>John lives. ",), chat), (("John lives. <bos>",), FACT), (("<bos>A <bos>",), FACT)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "a prompt begins with the BOS token")
+            refuse(
+                lambda contexts=contexts, fact=fact: rome(stats, contexts=contexts)(model, [fact]),
+                "holds the BOS token '<bos>'",
+                "take it off the context",
+            )

@@ -26,6 +26,7 @@ from tl_factedit.core.tokens import (
 )
 
 SUBWORD = ("bytebpe", "spm", "spm-always")  # those that spell every text back
+UNKNOWN = "that the tokenizer doesn't know"
 MODELS = [(kind, name) for kind in tiny.KINDS for name in tiny.TOKENIZERS]
 # A tokenizer adds BOS by itself (Llama), or TransformerLens puts it in front as text (GPT-2, SmolLM2).
 ADDS_BOS = pytest.mark.parametrize("adds_bos", [True, False], ids=["own BOS", "BOS as text"])
@@ -142,7 +143,7 @@ def test_the_subjects_tokens_cover_the_subject_and_nothing_else(name, adds_bos, 
     try:
         start, stop = align(tok, fact, prepend_bos=prepend_bos).subject
     except ValueError as error:
-        assert re.search(r"(begins|ends) inside token .* \(position \d+\)", str(error))
+        assert re.search(rf"(begins|ends) inside token .* \(position \d+\)|{UNKNOWN}", str(error))
         assume(False)
     _, offsets = encode(tok, fact.text, prepend_bos=prepend_bos)
     begin = fact.prompt.index("{}")
@@ -239,7 +240,7 @@ def test_a_prefix_moves_the_subject_and_its_own_slot_is_text(name, parts, prefix
     try:
         aligned = align(tok, fact, prepend_bos=True, prefix=prefix)
     except ValueError as error:
-        assume("inside token" not in str(error))
+        assume("inside token" not in str(error) and UNKNOWN not in str(error))
         raise
     assert aligned.text == prefix + fact.text
     _, offsets = encode(tok, aligned.text, prepend_bos=True)
@@ -281,7 +282,12 @@ def test_prompt_and_target_ids_are_those_of_the_whole_text(name, adds_bos, parts
     tok = tokenizer(name, adds_bos)
     ids, _ = encode(tok, fact.text, prepend_bos=prepend_bos)
     whole, _ = encode(tok, fact.text + " " + target, prepend_bos=prepend_bos)
-    added = continuation(tok, fact.text, " " + target, prepend_bos=prepend_bos)
+    try:
+        added = continuation(tok, fact.text, " " + target, prepend_bos=prepend_bos)
+    except ValueError as error:
+        assert UNKNOWN in str(error)
+        assert tok.unk_token_id in whole.tolist()[len(ids) :]
+        assume(False)
     assert [*ids.tolist(), *added.tolist()] == whole.tolist()
     assert len(added) > 0
 
@@ -478,3 +484,37 @@ def test_a_fact_without_an_old_object_is_aligned_and_what_needs_one_says_so():
     assert row.old_ids is None and row.new_ids is not None and not row.same_first_token
     with pytest.raises(ValueError, match="has no target_true, and this call needs the old object"):
         _ = row.true_ids
+
+
+# ---------------------------------------------------------------------------------------- unknown words, BOS, once
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("subject", "The Zugspitze"),
+        ("target_true", " Zugspitze"),
+        ("target_new", " Zugspitze"),
+        ("controls", [" Berlin", " Zugspitze"]),
+        ("neighbour_targets", [" Zugspitze"]),
+    ],
+)
+def test_a_word_that_the_tokenizer_does_not_know_is_refused(field, value):
+    fact = Fact(
+        "The Tower", "{} is in", " Paris", " Rome", neighbours=["The Gate is in"], neighbour_targets=[" Berlin"]
+    )
+    check_texts(tokenizer("wordlevel"), fact, prepend_bos=True)
+    with pytest.raises(ValueError, match=r"Zugspitze' holds a word that the tokenizer doesn't know .*'<unk>'"):
+        check_texts(tokenizer("wordlevel"), fact.but(**{field: value}), prepend_bos=True)
+    for name in SUBWORD:
+        check_texts(tokenizer(name), fact.but(**{field: value}), prepend_bos=True)
+
+
+@ADDS_BOS
+@TOKENIZER
+@pytest.mark.parametrize("space", [" ", "\n", " \n "])
+@pytest.mark.filterwarnings("ignore:a prompt begins with the BOS token")
+def test_bos_behind_white_space_comes_once(name, adds_bos, space):
+    tok = tokenizer(name, adds_bos)
+    ids = encode(tok, f"{space}<bos>The Tower is", prepend_bos=True)[0].tolist()
+    assert ids.count(tok.bos_token_id) == 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix as FactoredMatrix  # the type of Delta.matrix
 
-from tl_factedit.core.kinds import as_whole
+from tl_factedit.core.kinds import as_whole, short
 
 Kind: TypeAlias = Literal["hooked", "bridge"]
 
@@ -127,9 +127,12 @@ def bos_policy(model: Model, prepend_bos: bool | None = None) -> bool:
     """Whether to put BOS in front: as asked, or (None) as the model does by default.
 
     Raises:
+        ValueError: Something else is asked than True, False or None.
         UnsupportedModelError: The model has no tokenizer.
     """
     kind(model)
+    if prepend_bos is not None and not isinstance(prepend_bos, bool):
+        raise ValueError(f"prepend_bos is {short(prepend_bos)}, needed True, False or None (the model's default)")
     if getattr(model, "tokenizer", None) is None:
         raise UnsupportedModelError(
             f"{model_name(model)} has no tokenizer, needed its own fast one to find a subject in a prompt: load the "

@@ -84,8 +84,9 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
         The aligned prompt.
 
     Raises:
-        ValueError: The subject doesn't begin or end on a token boundary here or holds a control token, the tokens don't
-            spell the text, or an object isn't a continuation of the prompt's tokens.
+        ValueError: The subject doesn't begin or end on a token boundary here, or holds a control token or a word that
+            the tokenizer doesn't know, the tokens don't spell the text, or an object isn't a continuation of the
+            prompt's tokens or holds an unknown word.
     """
     template = fact.prompt if template is None else template
     if template.count("{}") != 1:
@@ -93,12 +94,7 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
             f'template {template!r} holds {template.count("{}")} "{{}}", needed exactly one: '
             'put "{}" where the subject goes'
         )
-    control = [token for token in special_tokens(tokenizer) if token in fact.subject]
-    if control:
-        raise ValueError(
-            f"subject {fact.subject!r} holds {control[0]!r}, which the tokenizer reads as a control token and not as "
-            "text: leave it out"
-        )
+    _check_control(tokenizer, fact)
     before, after = template.split("{}")
     if prefix:
         header = _header(tokenizer, before)
@@ -111,11 +107,13 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
     def target(given: str | None) -> Int[Tensor, "target"] | None:
         return None if given is None else continuation(tokenizer, text, given, prepend_bos=prepend_bos)
 
+    start, stop = find_span(text, offsets, begin, begin + len(fact.subject), pieces, fact.subject)
+    check_known(tokenizer, ids[start:stop], f"subject {fact.subject!r}")
     return Aligned(
         text=text,
         ids=ids,
         pieces=pieces,
-        subject=find_span(text, offsets, begin, begin + len(fact.subject), pieces, fact.subject),
+        subject=(start, stop),
         prepend_bos=prepend_bos,
         old_ids=target(fact.target_true),
         new_ids=target(fact.target_new),
@@ -254,6 +252,47 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return [str(token) for token in getattr(tokenizer, "all_special_tokens", ()) if str(token)]
 
 
+def check_subject(tokenizer: Any, fact: Fact) -> None:
+    """Check that a subject is text to the tokenizer.
+
+    Raises:
+        ValueError: It holds a control token, or a word in its prompt that the tokenizer doesn't know.
+    """
+    _check_control(tokenizer, fact)
+    if getattr(tokenizer, "unk_token_id", None) is not None:
+        begin = fact.prompt.index("{}")
+        end = begin + len(fact.subject)
+        ids, offsets = encode(tokenizer, fact.text, prepend_bos=False)
+        inside = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > begin]
+        check_known(tokenizer, ids[inside], f"subject {fact.subject!r}")
+
+
+def _check_control(tokenizer: Any, fact: Fact) -> None:
+    control = [token for token in special_tokens(tokenizer) if token in fact.subject]
+    if control:
+        raise ValueError(
+            f"subject {fact.subject!r} holds {control[0]!r}, which the tokenizer reads as a control token and not as "
+            "text: leave it out"
+        )
+
+
+def check_known(tokenizer: Any, ids: Int[Tensor, "_"], what: str) -> None:
+    """Check that the tokenizer knows the words of a subject or an object.
+
+    All words that it doesn't know are one token, so that a model can't tell the one from the other.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)  # which in GPT-2 is BOS
+    if unknown is None or unknown == tokenizer.bos_token_id or unknown not in ids.tolist():
+        return
+    raise ValueError(
+        f"{what} holds a word that the tokenizer doesn't know and reads as {str(tokenizer.unk_token)!r}, as every "
+        "other such word: give one that it knows"
+    )
+
+
 def _header(tokenizer: Any, before: str) -> int:
     r"""Where a context goes in what stands before a subject: in front, or behind the chat header that it stands under.
 
@@ -290,8 +329,11 @@ def _same_text(one: str, other: str) -> bool:
 
 
 def brings_bos(tokenizer: Any, text: str) -> bool:
-    """Whether a text begins with the BOS token itself, as chat templates do: no second one is put in front then."""
-    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+    """Whether a text begins with the BOS token itself, as chat templates do: no second one is put in front then.
+
+    White space before it changes nothing: some tokenizers swallow it.
+    """
+    return bool(tokenizer.bos_token) and text.lstrip().startswith(str(tokenizer.bos_token))
 
 
 def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor, "pos"], list[tuple[int, int]]]:
@@ -370,7 +412,8 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
 
     Raises:
         ValueError: The text's own tokens change when the target follows (the two merge into one
-            token), so that a model that has read `text` could not go on with `target`; or they don't spell the texts.
+            token), so that a model that has read `text` could not go on with `target`; or they don't spell the texts;
+            or the tokenizer doesn't know a word of the target.
     """
     if text[-1:] == " " and target[:1] == " ":
         raise ValueError(
@@ -389,7 +432,9 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
             f"target {target!r} merges with the last token of {text!r}, needed a continuation of its tokens; {hint}"
         )
     check_spelling(tokenizer, torch.tensor(whole), text + target)
-    return torch.tensor(whole[len(before) :])
+    found = torch.tensor(whole[len(before) :])
+    check_known(tokenizer, found, f"target {target!r}")
+    return found
 
 
 def batches(costs: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -16,10 +16,10 @@ from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import check_own, down_proj
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.kinds import check_one
+from tl_factedit.core.kinds import check_one, short
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.spacing import before_prompts
-from tl_factedit.core.tokens import Aligned, align, align_all
+from tl_factedit.core.tokens import Aligned, align, align_all, brings_bos
 from tl_factedit.editing.concerns import callers_level, warn_before
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
@@ -90,9 +90,9 @@ class EditInputs:
         check_stats(stats, model, base, ridge)
         bos = bos_of(stats, prepend_bos, model)
         room = getattr(model.cfg, "n_ctx", None)
+        prompts = tuple(align_all(model.tokenizer, facts, prepend_bos=bos, room=room))
         for template in fit.kl_prompts if fit else ():
             align_all(model.tokenizer, facts, prepend_bos=bos, template=template, room=room)
-        prompts = tuple(align_all(model.tokenizer, facts, prepend_bos=bos, room=room))
         if fit is not None:
             warn_before(model, facts, prompts, max(layers), fit)
         return cls(model, facts, prompts, bos, base)
@@ -189,8 +189,20 @@ def prefixes(contexts: SampledContexts | Sequence[str], inputs: EditInputs) -> t
     """
     own = not isinstance(contexts, SampledContexts)
     found = _spaced(contexts, inputs.model) if own else contexts.draw(inputs.model)
+    _check_bos(found, inputs)
     _check_room(found, inputs)
     return found
+
+
+def _check_bos(contexts: Sequence[str], inputs: EditInputs) -> None:
+    """Check that BOS comes once: it stands at the beginning, of the context or of the prompt behind it."""
+    tokenizer = inputs.model.tokenizer
+    bos = str(tokenizer.bos_token or "")
+    bringing = [fact for fact in inputs.facts if bos and bos in fact.prompt]
+    for context in contexts:
+        if bos and bos in context and (bringing or not brings_bos(tokenizer, context) or context.count(bos) > 1):
+            where = f"and so does the prompt of {bringing[0].name!r}" if bringing else "where no text begins"
+            raise ValueError(f"context {short(context)} holds the BOS token {bos!r}, {where}: take it off the context")
 
 
 def _spaced(contexts: Sequence[str], model: Model) -> tuple[str, ...]:

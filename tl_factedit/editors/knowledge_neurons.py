@@ -23,7 +23,7 @@ from tl_factedit.backend.protocol import Model, as_layers, n_layers
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import Aligned, check_room, continuation, encode, of_all
+from tl_factedit.core.tokens import Aligned, check_room, check_subject, continuation, encode, of_all
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.edit import Edit
@@ -209,6 +209,7 @@ class _Shared:
 
 
 def _prompts(model: Model, fact: Fact, prepend_bos: bool) -> list[Prompt]:
+    check_subject(model.tokenizer, fact)
     texts = [fact.text, *(fact.fill(text) for text in fact.paraphrases)]
     found = [
         Prompt(

@@ -15,7 +15,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.kinds import as_finite
+from tl_factedit.core.kinds import as_finite, as_whole
 from tl_factedit.core.tokens import align_all
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
@@ -99,6 +99,7 @@ def dose_curve(
         raise ValueError(f"doses is empty, needed {needed}")
     room = getattr(model.cfg, "n_ctx", None)
     prompts = align_all(model.tokenizer, facts, prepend_bos=edit.provenance.prepend_bos, room=room)
+    as_whole(batch_tokens, "batch_tokens", what="a whole number of tokens")
     sites = {delta.layer: down_proj(model, delta.layer) for delta in edit.deltas}
     rows = []
     with frozen(model), torch.no_grad(), edit.applied(model):

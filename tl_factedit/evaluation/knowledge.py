@@ -13,7 +13,7 @@ from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.tokens import batches, check_room, continuation, encode, of_all, pad
+from tl_factedit.core.tokens import batches, check_room, check_subject, continuation, encode, of_all, pad
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,6 +77,7 @@ def _request(model: Model, fact: Fact, bos: bool) -> tuple[Int[Tensor, "prompt"]
     """Token ids of a fact's prompt and of its old object."""
     if fact.target_true is None:
         raise ValueError("it has no target_true, needed one: it is what the model is asked for")
+    check_subject(model.tokenizer, fact)
     prompt, _ = encode(model.tokenizer, fact.text, prepend_bos=bos)
     target = continuation(model.tokenizer, fact.text, fact.target_true, prepend_bos=bos)
     check_room(prompt, [target], getattr(model.cfg, "n_ctx", None), fact.text)

@@ -31,7 +31,7 @@ from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct, need_old_object
-from tl_factedit.core.tokens import check_room, continuation, encode, of_all
+from tl_factedit.core.tokens import check_room, check_subject, continuation, encode, of_all
 from tl_factedit.measure.likelihood import log_probs
 
 if TYPE_CHECKING:
@@ -245,6 +245,7 @@ def _prompts(fact: Fact) -> list[tuple[Ask, str, str]]:
 def _requests(model: Model, fact: Fact, bos: bool) -> list[tuple[Int[Tensor, "pos"], Int[Tensor, "target"]]]:
     """Token ids of each prompt with each of its two objects."""
     found: list[tuple[Tensor, Tensor]] = []
+    check_subject(model.tokenizer, fact)
     for _, prompt, true in _prompts(fact):
         ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
         objects = (true, fact.target_new or "")

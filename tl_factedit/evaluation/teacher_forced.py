@@ -20,7 +20,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
-from tl_factedit.core.tokens import batches, check_room, continuation, encode, of_all, pad
+from tl_factedit.core.tokens import batches, check_room, check_subject, continuation, encode, of_all, pad
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def token_accuracy(
     asked = [(i, kind, text, target) for i, fact in enumerate(facts) for kind, text, target in _asked(fact)]
     provenance = Provenance.of(model, prepend_bos, prompts=(text for _, _, text, _ in asked))
     bos = provenance.prepend_bos
-    of_facts = of_all(facts, lambda fact: [_request(model, text, target, bos) for _, text, target in _asked(fact)])
+    of_facts = of_all(facts, lambda fact: _requests(model, fact, bos))
     requests = [request for of_fact in of_facts for request in of_fact]
     with frozen(model), torch.no_grad():
         right = _comes_first(Runner(model), requests, batch_tokens)
@@ -100,6 +100,11 @@ def _asked(fact: Fact) -> list[tuple[str, str, str]]:
         *(("paraphrase", fact.fill(text), fact.target_new) for text in fact.paraphrases),
         *(("neighbour", text, target) for text, target in zip(fact.neighbours, theirs, strict=True)),
     ]
+
+
+def _requests(model: Model, fact: Fact, bos: bool) -> list[tuple[Int[Tensor, "_"], Int[Tensor, "_"]]]:
+    check_subject(model.tokenizer, fact)
+    return [_request(model, text, target, bos) for _, text, target in _asked(fact)]
 
 
 def _request(model: Model, text: str, target: str, bos: bool) -> tuple[Int[Tensor, "_"], Int[Tensor, "_"]]:
