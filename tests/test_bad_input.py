@@ -685,3 +685,79 @@ def test_bos_comes_once_however_it_is_brought(model, stats, refuse):
                 "holds the BOS token '<bos>'",
                 "take it off the context",
             )
+
+
+OF_ANOTHER_NUMBER = """
+import dataclasses, math, typing, laws, tiny, tl_factedit as fe
+from tl_factedit.core.typed import hints_of
+from tl_factedit.locate.replacement import TokenReplacement
+from tl_factedit.probes.lens_training import LensTraining
+model = tiny.bridge("gpt2")
+calls = []
+for kind, given in (
+    (fe.ValueFit, {}), (fe.FineTune, {"layers": 1}), (fe.KnowledgeNeurons, {}), (fe.Router, {"layer": 1}),
+    (fe.GaussianNoise, {}), (fe.locate.UniformNoise, {}), (fe.locate.MultivariateNoise, {}),
+    (TokenReplacement, {}), (fe.stats.SampledContexts, {}), (LensTraining, {}),
+    (fe.probes.LinearClassifier, {}),
+    (fe.probes.Patchscope, {}),
+):
+    kind(**given)
+    for name, hint in hints_of(kind).items():
+        kinds = typing.get_args(hint) or (hint,)
+        for bad in ("x", math.nan, None, [1], True):
+            if (bad is None and type(None) in kinds) or (bad is True and bool in kinds):
+                continue
+            if typing.get_origin(hint) is tuple and bad == [1]:
+                continue
+            if set(kinds) & {int, float, bool} and not set(map(typing.get_origin, kinds)) - {None}:
+                calls.append((f"{kind.__name__}.{name}={bad!r}", name, lambda k=kind, g={**given, name: bad}: k(**g)))
+edit = fe.Rome(fe.KeyStats.identity(model, 1), fit=laws.QUICK, contexts=(), progress=False)(model, laws.FACT)
+for bad in ("x", math.nan, None, -1, 1.5):
+    calls += [
+        (f"{bad!r}", "batch_tokens", lambda b=bad: fe.evaluation.dose_curve(model, edit, laws.FACT, batch_tokens=b)),
+        (f"{bad!r}", "n_tokens", lambda b=bad: fe.stats.sample_texts(model, b)),
+        (f"{bad!r}", "length", lambda b=bad: fe.stats.sample_texts(model, 10, length=b)),
+        (f"{bad!r}", "save_every", lambda b=bad: fe.key_stats(model, 1, ["Rome"], save_every=b)),
+        (f"{bad!r}", "lost", lambda b=bad: fe.locate.calibrate_noise(model, laws.FACT, b)),
+        (f"{bad!r}", "tolerance", lambda b=bad: fe.locate.calibrate_noise(model, laws.FACT, tolerance=b))
+    ][: 5 if bad == 1.5 else 6]
+    if bad is not None:
+        calls.append((f"{bad!r}", "n", lambda b=bad: fe.models.organism_facts(n=b)))
+for bad in ("x", math.nan, None, 1.5):
+    calls.append((f"{bad!r}", "layer", lambda b=bad: fe.KeyStats.identity(model, b)))
+calls += [
+    ("3", "system", lambda: fe.chat_prompt(model, "Where is {}?", system=3)),
+    ("a file", "folder", lambda: fe.causal_trace(model, laws.FACT, folder=__import__("sys").executable)),
+    ("a file", "folder", lambda: fe.Population.of(model, edit, laws.FACT, folder=__import__("sys").executable)),
+    ("a file", "folder", lambda: fe.save_hf(model, __import__("sys").executable)),
+    ("3", "folder", lambda: fe.causal_trace(model, laws.FACT, folder=3)),
+    ("pairs", "lengths", lambda: fe.stats.SampledContexts(lengths=(("a", 1),))),
+    ("words", "starts", lambda: fe.stats.SampledContexts(starts=(1,))),
+    ("templates", "kl_prompts", lambda: fe.ValueFit(kl_prompts=(1,))),
+]
+print(len(calls))
+for what, name, call in calls:
+    try:
+        call()
+    except ValueError as error:
+        if name not in str(error):
+            print("doesn't name", name, what, error)
+    except Exception as error:
+        print(what, name, repr(error))
+    else:
+        print(what, name, "accepted")
+"""
+
+
+@pytest.mark.parametrize("of", tiny.KINDS)
+def test_a_number_is_a_number_in_all_settings(of):
+    found = subprocess.run(
+        [sys.executable, "-c", OF_ANOTHER_NUMBER.replace("tiny.bridge(", f"tiny.{of}(")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")},
+    )
+    count, *wrong = found.stdout.splitlines()
+    assert int(count) > 150
+    assert not wrong

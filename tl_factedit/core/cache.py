@@ -34,8 +34,12 @@ class Cache:
 
     @classmethod
     def at(cls, folder: str | Path | None) -> Cache | None:
-        """The cache in a folder; None for none. A relative path is pinned to the working directory of now."""
-        return None if folder is None else cls(files.pinned(folder))
+        """The cache in a folder; None for none. A relative path is pinned to the working directory of now.
+
+        Raises:
+            ValueError: It is a file.
+        """
+        return None if folder is None else cls(files.pinned_folder(folder))
 
     def find(self, what: str, depends_on: Any, kinds: Sequence[type] = ()) -> tuple[Any] | None:
         """What was kept, in a tuple of one; None if nothing was.

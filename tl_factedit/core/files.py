@@ -41,6 +41,20 @@ def pinned(path: str | Path) -> Path:
     return Path(path).expanduser().absolute()
 
 
+def pinned_folder(path: str | Path, name: str = "folder") -> Path:
+    """The absolute path of a folder, which need not be there.
+
+    Raises:
+        ValueError: It is a file, or no path at all.
+    """
+    if not isinstance(path, (str, Path)):
+        raise ValueError(f"{name} is {short(path)}, a {type(path).__name__}: needed a path")
+    found = pinned(path)
+    if found.exists() and not found.is_dir():
+        raise ValueError(f"{name} {found} is a file, needed a folder (it is made if it isn't there)")
+    return found
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A draft that takes the place of a file in one move, once it is written and on the disk.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tl_factedit.backend.protocol import Model, kind, model_name
+from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
 
 
 def chat_prompt(model: Model, text: str, *, system: str | None = None) -> str:
@@ -27,6 +27,9 @@ def chat_prompt(model: Model, text: str, *, system: str | None = None) -> str:
     kind(model)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"text is {text!r}, needed what the user says, such as 'What is the capital of {{}}?'")
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"system is {system!r}, a {type(system).__name__}: needed text or None")
+    bos_policy(model)  # it has a tokenizer
     tokenizer = model.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(

@@ -57,9 +57,9 @@ def save_hf(model: Model, folder: str | Path, *, hf_model: Any = None) -> None:
         >>> fe.save_hf(model, "edited/")                          # doctest: +SKIP
         >>> AutoModelForCausalLM.from_pretrained("edited/")       # doctest: +SKIP
     """
-    folder = files.pinned(folder)
+    folder = files.pinned_folder(folder)
     bos_policy(model)  # it has a tokenizer
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} holds files already, needed a new or empty folder: those of two models would mix there"
         )

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.core.kinds import as_whole
+from tl_factedit.core.kinds import as_several
+from tl_factedit.core.settings import check_settings
 
 Where = Literal["mlp", "resid", "modules"]
 """Where δ is added: to what ``W_out`` answers, to the stream after the block, or (PMET) one δ to what the attention and
@@ -48,21 +49,18 @@ class ValueFit:
 
     def __post_init__(self) -> None:
         """Check the numbers and choices."""
-        as_whole(self.steps, "steps", what="a whole number; 1 only reads the loss")
-        for name in ("lr", "clamp"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, needed more than 0")
-        for name in ("kl_weight", "decay", "ease"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, needed 0 or more")
-        if self.kl_at not in ("subject", "end"):
-            raise ValueError(f"kl_at {self.kl_at!r} is unknown, needed 'subject' or 'end'")
+        check_settings(
+            self,
+            least={"steps": 1, "kl_weight": 0, "decay": 0, "ease": 0},  # one step only reads the loss
+            above={"lr": 0, "clamp": 0},
+        )
         if isinstance(self.kl_prompts, str):
             raise ValueError(
                 f"kl_prompts is the string {self.kl_prompts!r}, needed a list: write [{self.kl_prompts!r}]"
             )
         if not isinstance(self.kl_prompts, Sequence):
             raise ValueError(f"kl_prompts is {self.kl_prompts!r}, needed a list of templates")
+        as_several(self.kl_prompts, str, "kl_prompts", "a template with one {}")
 
 
 @dataclass(frozen=True)

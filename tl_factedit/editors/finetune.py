@@ -18,6 +18,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.edit import Edit
@@ -78,13 +79,7 @@ class FineTune:
         if not layers:
             raise ValueError("layers is empty, needed one at least")
         object.__setattr__(self, "layers", layers)
-        if self.epsilon is not None and not self.epsilon > 0:
-            raise ValueError(f"epsilon is {self.epsilon}, needed more than 0, or None for no bound")
-        if not self.lr > 0:
-            raise ValueError(f"lr is {self.lr}, needed more than 0")
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, needed at least 1")
+        check_settings(self, least={"steps": 1, "batch": 1}, above={"epsilon": 0, "lr": 0})
         check_objective(self.objective)
         check_contexts(self.contexts)
 

@@ -23,6 +23,7 @@ from tl_factedit.backend.protocol import Model, as_layers, n_layers
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import Aligned, check_room, check_subject, continuation, encode, of_all
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
@@ -84,13 +85,10 @@ class KnowledgeNeurons:
                 f"objective is {self.objective!r}, needed Inject() or Erase(): neurons are found for the object that "
                 "the model knows, and can be turned to another or off; take Rome or FineTune for other objectives"
             )
+        check_settings(self, least={"steps": 1})
         for name in ("threshold", "share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, needed a share between 0 and 1")
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, needed at least 1")
-        if self.vectors not in ("unembedding", "embedding"):
-            raise ValueError(f"vectors {self.vectors!r} is unknown, needed 'unembedding' or 'embedding'")
         if self.layers is not None:
             object.__setattr__(self, "layers", as_layers(self.layers))
             if not self.layers:

@@ -20,6 +20,7 @@ from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.inputs import EditInputs, check_contexts, check_fit, prefixes
 from tl_factedit.editing.ledger import made_on
@@ -60,8 +61,7 @@ class Router:
     def __post_init__(self) -> None:
         """Check the choices."""
         check_memory(self.memory)
-        if not self.radius > 0:
-            raise ValueError(f"radius is {self.radius}, needed more than 0 (a share of a stored key's norm)")
+        check_settings(self, above={"radius": 0})
         check_contexts(self.contexts)
         check_fit(self.fit)
 

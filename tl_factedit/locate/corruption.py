@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -24,6 +23,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.kinds import check_one
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import Aligned
 
 
@@ -192,8 +192,7 @@ class MultivariateNoise:
     def __post_init__(self) -> None:
         """Check the numbers."""
         _check(self)
-        if self.df is not None and not self.df > 0:
-            raise ValueError(f"df is {self.df}, needed more than 0, or None for normal noise")
+        check_settings(self, above={"df": 0})
         if self.embeddings is not None:
             _check_embeddings(self.embeddings)
 
@@ -310,17 +309,9 @@ def corruption_of(given: Corruption | None) -> Corruption:
 
 
 def _check(noise: Any) -> None:
-    for name in ("samples", "seed"):
-        if isinstance(getattr(noise, name), float) or getattr(noise, name) is None:
-            raise ValueError(f"{name} is {getattr(noise, name)!r}, needed an integer")
-        object.__setattr__(noise, name, operator.index(getattr(noise, name)))
-    if noise.samples < 1:
-        raise ValueError(f"samples is {noise.samples}, needed at least 1")
+    check_settings(noise, least={"samples": 1, "seed": 0, "sigma": 0})
     if not 0 <= noise.scale < math.inf:  # also refuses NaN
         raise ValueError(f"scale is {noise.scale}, needed 0 or more (in standard deviations of the embeddings)")
-    sigma = getattr(noise, "sigma", None)
-    if sigma is not None and not sigma >= 0:
-        raise ValueError(f"sigma is {sigma}, needed 0 or more, or None to measure it")
 
 
 def _check_embeddings(embeddings: Tensor) -> None:

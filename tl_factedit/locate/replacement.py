@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise, MultivariateNoise, Subject, UniformNoise
 
 
@@ -47,8 +48,7 @@ class TokenReplacement:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}, needed at least 1")
+        check_settings(self, least={"samples": 1})
 
     @plain_torch()
     def calibrated(self, subjects: Sequence[Subject]) -> TokenReplacement:

@@ -60,7 +60,7 @@ class TraceFolder:
                 f"corruption is {questions.corruption!r}, of which a file can't tell one from another: needed a repr "
                 "that says what it is (a dataclass has one), or no folder"
             )
-        where = files.pinned(folder)
+        where = files.pinned_folder(folder)
         parts = cls(where, files.digest("trace", json.dumps(asked, default=files.plain_number), tensors))
         for path in sorted(where.glob("part-*.safetensors")):
             with files.opened(path, "part of a trace") as file:

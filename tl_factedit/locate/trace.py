@@ -30,6 +30,7 @@ from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Component, Model, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import frozen, plain_torch
+from tl_factedit.core import files
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.kinds import as_whole
 from tl_factedit.core.tokens import Aligned
@@ -97,6 +98,7 @@ def causal_trace(
     facts = as_facts(facts)
     window = as_whole(window, "window")
     _check(facts, component, window, severed, direction, memory)
+    folder = None if folder is None else files.pinned_folder(folder)
     metric_name, measure = metric_of(metric)
     corruption = corruption_of(corruption)
     provenance = Provenance.of(model, prepend_bos, prompts=(fact.text for fact in facts))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tl_factedit.attacks.routes import Route
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.kinds import as_whole
 from tl_factedit.organism import world as o
 
 NEIGHBOURS = 10
@@ -52,6 +53,7 @@ def organism_facts(
     """
     true = _world(world)
     asked = o.relation(relation)
+    n = None if n is None else as_whole(n, "n", 0)
     chosen = _people(true, people)[:n]
     unchanged = {"oracle3": "oracle4", "oracle4": "oracle3"}.get(people, "calibration")
     others = [(p.name, true.answer(p, asked.name)) for p in _people(true, unchanged)]

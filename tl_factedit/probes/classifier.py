@@ -23,6 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.backend.state import plain_torch
+from tl_factedit.core.kinds import as_finite, as_several
+from tl_factedit.core.settings import check_settings
 
 SHRINKAGES = tuple(odds / (1 + odds) for odds in (10 ** (i / 2) for i in range(-6, 5)))
 """From .001 to .99, evenly spaced in their log-odds of base √10."""
@@ -79,8 +81,10 @@ class LinearClassifier:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.folds < 2:
-            raise ValueError(f"folds is {self.folds}, needed at least 2")
+        check_settings(self, least={"folds": 2})
+        for name in ("shrinkages", "temperatures"):
+            for i, each in enumerate(as_several(getattr(self, name), object, name, "a number")):
+                as_finite(each, f"{name}[{i}]")
         if not self.shrinkages or not all(0 < alpha < 1 for alpha in self.shrinkages):
             raise ValueError(f"shrinkages are {self.shrinkages}, needed some, each between 0 and 1")
         if not self.temperatures or not all(t > 0 for t in self.temperatures):

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from tl_factedit.backend.hook_names import resid_post
 from tl_factedit.backend.protocol import device
 from tl_factedit.backend.runner import Runner
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import pad
 from tl_factedit.probes.lens import unembed
 from tl_factedit.stats.streaming import Piece, Reader, pieces
@@ -56,12 +57,7 @@ class LensTraining:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name in ("steps", "batch", "rank"):
-            given = getattr(self, name)
-            if given is not None and given < 1:
-                raise ValueError(f"{name} is {given}, needed at least 1")
-        if not self.lr > 0:
-            raise ValueError(f"lr is {self.lr}, needed more than 0")
+        check_settings(self, least={"n_tokens": 1, "steps": 1, "batch": 1, "rank": 1, "context": 2}, above={"lr": 0})
 
 
 def translate(stream: Tensor, matrix: Tensor, inner: Tensor | None, bias: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from tl_factedit.backend.protocol import Model, bos_policy, device, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import check_length, continuation, encode, find_span, of_all, spell
 from tl_factedit.measure.reading import Reading
 from tl_factedit.probes.states import INPUT, POSITIONS, HiddenStates, read_states
@@ -70,6 +71,7 @@ class Patchscope:
 
     def __post_init__(self) -> None:
         """Check the target prompt."""
+        check_settings(self, least={"batch_tokens": 1})
         if self.template.count("{}") != 1:
             raise ValueError(
                 f'template {self.template!r} holds {self.template.count("{}")} "{{}}", needed exactly one: put "{{}}" '

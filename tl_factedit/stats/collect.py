@@ -17,6 +17,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core import files
+from tl_factedit.core.kinds import as_whole
 from tl_factedit.stats.key_stats import KeyStats, write_stats_file
 from tl_factedit.stats.resume import Draft, places_for, reuse_file, unfinished_path
 from tl_factedit.stats.streaming import Reader, check_amounts, stream_keys
@@ -79,8 +80,7 @@ def key_stats(
         raise ValueError("layers is empty, needed at least one")
     sites = {layer: down_proj(model, layer) for layer in wanted}
     check_amounts(texts, n_tokens, context, batch_tokens)
-    if save_every <= 0:
-        raise ValueError(f"save_every is {save_every}, needed at least 1 token")
+    as_whole(save_every, "save_every", what="a whole number of tokens")
     provenance = Provenance.of(model, prepend_bos)
     asked = {"n_asked": n_tokens, "context": context}
     path = None if path is None else files.pinned(path)

@@ -9,7 +9,6 @@ killed resumes from, bit for bit.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
+from tl_factedit.core.kinds import as_whole
 from tl_factedit.core.typed import made
 from tl_factedit.stats.published import read_npz
 from tl_factedit.stats.sums import pack_sums, unpack_sums
@@ -70,7 +70,7 @@ class KeyStats:
         Example:
             >>> edit = fe.Rome(fe.KeyStats.identity(model, 8))(model, [fact])    # doctest: +SKIP
         """
-        layer = operator.index(layer)
+        layer = as_whole(layer, "layer", None)
         size = _size_of_keys(model, layer)
         return cls(layer, torch.eye(size, dtype=torch.float64), 0, "identity", None)
 
@@ -94,7 +94,7 @@ class KeyStats:
         Example:
             >>> stats = fe.KeyStats.from_npz("h.17.mlp.c_proj_mom2.npz", model, 17)   # doctest: +SKIP
         """
-        layer, file = operator.index(layer), files.pinned(path)
+        layer, file = as_whole(layer, "layer", None), files.pinned(path)
         moment, n_tokens = read_npz(file, _size_of_keys(model, layer))
         if prepend_bos is None:
             bos = model.tokenizer.bos_token_id

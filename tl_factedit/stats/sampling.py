@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.backend.protocol import Model, device, model_name, told_where_it_is
+from tl_factedit.backend.protocol import Model, bos_policy, device, model_name, told_where_it_is
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
+from tl_factedit.core.kinds import as_finite, as_several, as_whole
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import encode
 
 
@@ -39,15 +42,16 @@ class SampledContexts:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for each in self.lengths:
-            if not isinstance(each, Sequence) or len(each) != 2 or min(each) < 1:
+        check_settings(self, least={"top_k": 1})
+        for each in as_several(self.lengths, object, "lengths", "a pair of numbers"):
+            pair = isinstance(each, Sequence) and not isinstance(each, str) and len(each) == 2
+            if not pair or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in each):
                 raise ValueError(
                     f"lengths has {each!r}, needed pairs of how many samples and of how many tokens each: ((10, 5),)"
                 )
         if isinstance(self.starts, str):
             raise ValueError(f"starts is the string {self.starts!r}, needed a list of words: write [{self.starts!r}]")
-        if self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, needed at least 1")
+        as_several(self.starts, str, "starts", "a word")
 
     @plain_torch()
     def draw(self, model: Model) -> tuple[str, ...]:
@@ -106,6 +110,12 @@ def sample_texts(
         UnsupportedModelError: The model isn't causal.
     """
     room = getattr(model.cfg, "n_ctx", None)
+    bos_policy(model)  # it has a tokenizer
+    for name, given in (("n_tokens", n_tokens), ("length", length), ("batch", batch)):
+        as_whole(given, name, 0 if name == "n_tokens" else 1)
+    as_whole(seed, "seed", None)
+    if not as_finite(temperature, "temperature", "a finite number above 0") > 0:
+        raise ValueError(f"temperature is {temperature}, needed a finite number above 0")
     if length < 1 or batch < 1 or (room is not None and length > room):
         raise ValueError(
             f"length is {length} and batch {batch}, needed 1 or more, and a length that {model_name(model)} reads: "
