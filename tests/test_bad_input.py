@@ -761,3 +761,87 @@ def test_a_number_is_a_number_in_all_settings(of):
     count, *wrong = found.stdout.splitlines()
     assert int(count) > 150
     assert not wrong
+
+
+OF_ANOTHER_CLASS = """
+import laws, tiny, tl_factedit as fe
+model = tiny.bridge("gpt2")
+fact = laws.FACT
+hf, tok = tiny.hf_model("gpt2"), tiny.tokenizer()
+rome = fe.Rome(fe.KeyStats.identity(model, 1), fit=laws.QUICK, contexts=(), progress=False)
+edit = rome(model, fact)
+bare = tiny.bridge("gpt2")
+bare.tokenizer = None
+for call in (
+    lambda: edit.apply_(None),
+    lambda: edit.undo_("x"),
+    lambda: edit.check(3),
+    lambda: fe.undo_all_(3),
+    lambda: fe.locate.embedding_std("x", ["Paris"]),
+    lambda: fe.stats.sample_texts("x", 10),
+    lambda: fe.evaluation.dose_curve("x", edit, fact),
+    lambda: fe.audit(edit, model, fact),
+    lambda: fe.evaluation.dose_curve(model, "x", fact),
+    lambda: fe.evaluation.gains(model, "x", fact.text),
+    lambda: fe.evaluation.erasure_success(model),
+    lambda: fe.evaluation.drift(model, ["x"]),
+    lambda: fe.attacks.ReadOut()(edit),
+    lambda: fe.compose([None]),
+    lambda: fe.compose("x"),
+    lambda: fe.Rome({1: 1}),
+    lambda: fe.Memit({1: 1}),
+    lambda: fe.show.attack(fact),
+    lambda: fe.models.from_hf(None, None),
+    lambda: fe.models.from_hf(hf, None),
+    lambda: fe.evaluation.gains(bare, edit, fact.text),
+    lambda: fe.show.edit(bare, edit, fact.text),
+    lambda: fe.locate.embedding_std(bare, ["Paris"]),
+    lambda: fe.stats.sample_texts(bare, 10),
+    lambda: fe.chat_prompt(bare, "Where is {}?"),
+):
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        print("refused:", error)
+    except Exception as error:
+        print("refused:", repr(error))
+    else:
+        print("refused: not at all")
+"""
+
+
+@pytest.mark.parametrize("of", tiny.KINDS)
+def test_what_is_no_model_no_edit_no_population_and_no_tokenizer_is_told_so(of):
+    found = subprocess.run(
+        [sys.executable, "-c", OF_ANOTHER_CLASS.replace("tiny.bridge(", f"tiny.{of}(")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")},
+    )
+    said = [line for line in found.stdout.splitlines() if line.startswith("refused:")]
+    neither = "neither a HookedTransformer nor a TransformerBridge"
+    wanted = (
+        ("model is None, a NoneType", neither),
+        ("model is 'x', a str", neither),
+        ("model is 3, a int", neither),
+        ("model is 3, a int", neither),
+        ("model is 'x', a str", neither),
+        ("model is 'x', a str", neither),
+        ("model is 'x', a str", neither),
+        ("model is Edit(", neither),
+        ("edit is 'x', a str: needed an Edit",),
+        ("edit is 'x', a str: needed an Edit",),
+        ("population is ", "needed a Population"),
+        ("population is ", "needed a Population"),
+        ("population is Edit(", "needed a Population"),
+        ("edits[0] is None, a NoneType: needed an Edit",),
+        ("edits is 'x', a str: needed a list, each an Edit",),
+        ("stats[1] is 1, a int: needed KeyStats",),
+        ("stats[1] is 1, a int: needed KeyStats",),
+        ("can't be shown here, needed a Recovery",),
+        ("hf_model is None, a NoneType: needed a causal model of transformers",),
+        *[("has no tokenizer, needed its own fast one",)] * 6,
+    )
+    assert len(said) == len(wanted)
+    assert all(words in line for parts, line in zip(wanted, said, strict=True) for words in parts), said

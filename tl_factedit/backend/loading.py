@@ -6,9 +6,11 @@ import importlib
 from typing import Any
 
 import torch
+from torch import nn
 
-from tl_factedit.backend.protocol import Kind, Model
+from tl_factedit.backend.protocol import Kind, Model, UnsupportedModelError
 from tl_factedit.backend.state import plain_torch
+from tl_factedit.core.kinds import short
 
 
 @plain_torch()
@@ -24,9 +26,20 @@ def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str |
         name: What to call it in records; None for the config's own name.
 
     Raises:
-        ValueError: ``kind="hooked"`` where TransformerLens has no HookedTransformer.
+        ValueError: ``kind="hooked"`` where TransformerLens has no HookedTransformer, or `hf_model` is no model of
+            transformers.
+        UnsupportedModelError: There is no tokenizer.
     """
     check_class(kind)
+    if not isinstance(hf_model, nn.Module) or not hasattr(hf_model, "config"):
+        raise ValueError(
+            f"hf_model is {short(hf_model)}, a {type(hf_model).__name__}: needed a causal model of transformers"
+        )
+    if tokenizer is None:
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__} has no tokenizer, needed its own fast one to find a subject in a prompt: give "
+            "it as the second argument"
+        )
     name = str(name or hf_model.config._name_or_path or type(hf_model).__name__)
     if hf_model.config.architectures is None:
         hf_model.config.architectures = [type(hf_model).__name__]

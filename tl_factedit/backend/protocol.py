@@ -63,12 +63,22 @@ class UnsupportedModelError(ValueError):
     """A model, or one of its modules, that can't be traced or edited here; the message names it."""
 
 
-def kind(model: Model) -> Kind:
-    """Which of TransformerLens' two classes a model is."""
-    found = kind_of(model)
+def kind(model: Model, name: str = "model") -> Kind:
+    """Which of TransformerLens' two classes a model is.
+
+    Args:
+        model: Anything.
+        name: The argument's name, for the message.
+
+    Raises:
+        UnsupportedModelError: It is neither.
+    """
+    found = None if isinstance(model, type) else kind_of(model)
     if found is None:
+        module = isinstance(model, nn.Module)
+        given = type(model).__name__ if module else f"{name} is {short(model)}, a {type(model).__name__}, which"
         raise UnsupportedModelError(
-            f"{type(model).__name__} is neither a HookedTransformer nor a TransformerBridge: "
+            f"{given} is neither a HookedTransformer nor a TransformerBridge: "
             "load it with TransformerBridge.boot_transformers(...), or fe.models.from_hf(model, tokenizer)"
         )
     return found

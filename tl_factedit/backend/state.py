@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ContextDecorator, ExitStack, contextmanager
+from dataclasses import dataclass, is_dataclass
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from tl_factedit.backend.protocol import Model, kind, model_name
+from tl_factedit.backend.protocol import Model, kind, kind_of, model_name
+from tl_factedit.core.kinds import check_one
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def finish_despite_interrupt(finish: Callable[[], None]) -> None:
@@ -28,15 +34,63 @@ def finish_despite_interrupt(finish: Callable[[], None]) -> None:
         raise
 
 
-@contextmanager
-def plain_torch() -> Iterator[None]:
+class plain_torch(ContextDecorator):
     """PyTorch with its own defaults for the length of a block, then as it was; also a decorator, ``@plain_torch()``.
 
     A caller's ``torch.inference_mode()`` becomes ``torch.no_grad()``, in which an optimisation can enable gradients and
     whose tensors can be written to later; ``torch.autocast`` is left, which would round what a model is run with; and
     what is made without saying of which type or where is float32 and on the CPU, whatever
     ``torch.set_default_dtype`` and ``torch.set_default_device`` say.
+
+    As a decorator it is the one door of public calls, and looks at what comes in: what is annotated as a `Model` has to
+    be one, and what is annotated as a result or other dataclass of this package has to be one of its values. Something
+    else is a ValueError that names the argument.
     """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        """Begin."""
+        self._stack.enter_context(_plain())
+
+    def __exit__(self, *error: Any) -> None:
+        """Put everything back."""
+        self._stack.__exit__(*error)
+
+    def __call__(self, func: Callable[P, R]) -> Callable[P, R]:
+        """The function, called so; a call may lie in another."""
+        params = list(inspect.signature(func).parameters.values())
+        told = [(at, param.name, param.annotation) for at, param in enumerate(params) if _is_name(param.annotation)]
+
+        @functools.wraps(func)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for at, name, annotation in told:
+                if name in kwargs or at < len(args):
+                    _check_kind(kwargs[name] if name in kwargs else args[at], name, annotation, func)
+            with _plain():
+                return func(*args, **kwargs)
+
+        return call
+
+
+def _is_name(annotation: object) -> bool:
+    return isinstance(annotation, str) and annotation.isidentifier()
+
+
+def _check_kind(given: object, name: str, annotation: str, func: Callable[..., Any]) -> None:
+    if annotation == "Model":
+        if kind_of(given) is None or isinstance(given, type):
+            kind(cast(Model, given), name)
+        return
+    wanted = getattr(func, "__globals__", {}).get(annotation)
+    shows = func.__module__.startswith("tl_factedit.show")  # which says more of what can be shown, by itself
+    if isinstance(wanted, type) and is_dataclass(wanted) and not shows and not isinstance(given, wanted):
+        check_one(given, wanted, name, f"{'an' if annotation[0] in 'AEIO' else 'a'} {annotation}")
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
     default = torch.get_default_dtype()
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():

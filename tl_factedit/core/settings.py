@@ -19,7 +19,7 @@ from tl_factedit.core.typed import hints_of
 def check_settings(
     settings: Any, *, least: Mapping[str, int] | None = None, above: Mapping[str, int] | None = None
 ) -> None:
-    """Check the fields of a dataclass that are annotated as ``int``, ``float``, ``bool`` or ``Literal``, or that or None.
+    """Check the fields of a dataclass that are annotated as ``int``, ``float``, ``bool`` or ``Literal`` (or None).
 
     Integers of any kind become plain ones. Infinity passes where no bound forbids it, NaN never.
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from tl_factedit.backend.state import plain_torch
+from tl_factedit.core.kinds import as_several
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
 
@@ -26,7 +27,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
     """
     if isinstance(edits, Edit):
         raise ValueError("edits is one Edit, needed a list of them: write [edit]")
-    edits = list(edits)
+    edits = list(as_several(edits, Edit, "edits", "an Edit"))
     if not edits:
         raise ValueError("edits is empty, needed at least one")
     held = [digest for edit in edits for digest in (edit.digest, *edit.parts)]

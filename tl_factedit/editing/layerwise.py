@@ -36,6 +36,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import down_proj, write_all
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.kinds import check_one
 from tl_factedit.core.solve import Factors, NotPositiveDefiniteError, least_squares, weight_for_unmet
 from tl_factedit.core.tokens import align, batches, pad
 from tl_factedit.editing.delta import Delta, LayerUpdate
@@ -189,6 +190,7 @@ def by_layer(stats: KeyStats | Mapping[int, KeyStats]) -> dict[int, KeyStats]:
     if not stats:
         raise ValueError("stats is empty, needed the statistics of one layer at least: key_stats(model, layers, texts)")
     for layer, each in stats.items():
+        check_one(each, KeyStats, f"stats[{layer!r}]", "KeyStats by layer: key_stats(model, layers, texts)")
         if each.layer != layer:
             raise ValueError(f"stats has the statistics of layer {each.layer} under {layer}: give them by their layer")
     return dict(sorted(stats.items()))

@@ -20,6 +20,7 @@ from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.kinds import check_one
 from tl_factedit.core.solve import rank_one, whiten
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
@@ -88,6 +89,7 @@ class Rome:
             if len(self.stats) != 1:
                 raise ValueError(f"stats holds layers {sorted(self.stats)}, needed one: give Rome(stats[layer])")
             ((layer, stats),) = self.stats.items()
+            check_one(stats, KeyStats, f"stats[{layer!r}]", "KeyStats: key_stats(model, layer, texts)[layer]")
             if stats.layer != layer:
                 raise ValueError(
                     f"stats has the statistics of layer {stats.layer} under {layer}: give Rome(stats[layer])"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.backend.protocol import Model
+from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
@@ -64,6 +64,7 @@ def gains(model: Model, edit: Edit, text: str, *, prepend_bos: bool | None = Non
         The gains. Those of later layers are of the keys in the edited model.
     """
     check_one(text, str, "text", "one text, such as fact.text")
+    bos_policy(model, prepend_bos)  # it has a tokenizer
     bos = edit.provenance.prepend_bos if prepend_bos is None else prepend_bos
     check_length(model.tokenizer, text, "text", prepend_bos=bos, room=getattr(model.cfg, "n_ctx", None))
     ids, _ = encode(model.tokenizer, text, prepend_bos=bos)

@@ -122,6 +122,7 @@ def embedding_std(model: Model, subjects: Sequence[str]) -> float:
     """
     if isinstance(subjects, str) or not subjects or not all(isinstance(each, str) for each in subjects):
         raise ValueError(f"subjects is {subjects!r}, needed a list of texts: [fact.subject for fact in facts]")
+    bos_policy(model)  # it has a tokenizer
     with frozen(model), torch.no_grad():
         runner = Runner(model)
         rows = [encode(model.tokenizer, subject, prepend_bos=False)[0] for subject in subjects]

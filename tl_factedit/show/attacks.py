@@ -7,6 +7,7 @@ import math
 from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.show.interval_chart import Interval, interval_chart
+from tl_factedit.show.kinds import check_kind
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture
 
@@ -27,7 +28,11 @@ def attack(recovery: Recovery) -> Picture:
 
     Args:
         recovery: From an attack.
+
+    Raises:
+        TypeError: What is given isn't a `Recovery`.
     """
+    check_kind(recovery, Recovery, "recovery = attack(population), such as fe.attacks.KnockOut()(population)")
     return Picture(f"Attack: {recovery.attack}", attack_chart(recovery), ())
 
 
