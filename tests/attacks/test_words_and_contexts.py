@@ -114,7 +114,7 @@ def test_strangers_are_asked_for_objects_that_they_do_not_have():
 
 @pytest.mark.skipif(not tiny.HAS_HOOKED, reason="half a minute: TransformerLens 3 runs it")
 def test_objects_that_everybody_who_was_taught_has_are_no_sign_of_the_old_facts():
-    """People whose old cities are but three, in a model that never had them: teaching half makes the others say them."""
+    """People whose old cities are but three, in a model that never had them: it says them once half were taught."""
     few = [fact for fact in audits.FACTS if fact.target_true in (" Arden", " Belmere", " Dunvale")][:50]
     objects = sorted({fact.target_true for fact in audits.FACTS})
     few = [f.but(controls=[o for o in objects if o not in (f.target_true, f.target_new)]) for f in few]

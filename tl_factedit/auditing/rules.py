@@ -349,8 +349,8 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
         if blind:
             shown = False
             found.missing.append(
-                f"{' and '.join(blind)} isn't shown to find an override of these facts that was made as a control: what "
-                "it doesn't find may be there"
+                f"{' and '.join(blind)} isn't shown to find an override of these facts that was made as a control: "
+                "what it doesn't find may be there"
             )
     for finding in tested:
         if not finding.at_most <= t.absent:
