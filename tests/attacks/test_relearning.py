@@ -320,7 +320,7 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
             measured.relearn(model, edits, facts, layers=[])
         with pytest.raises(ValueError, match="layer 7 is outside the model"):
             measured.relearn(model, edits, facts, layers=[7])
-        for lr in ("x", 0.0, -1.0):
+        for lr in (0.0, -1.0, math.inf):
             with pytest.raises(ValueError, match="needed a learning rate above 0, or None"):
                 measured.relearn(model, edits, facts, lr=lr)
         with pytest.raises(ValueError, match="controls is 0"):
