@@ -10,7 +10,9 @@ of the first layer that can be spared, too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from jaxtyping import Float
@@ -63,14 +65,20 @@ def _found_in(population: Population, attacks: Sequence[Attack], layer: int) -> 
     known = [fact for fact, yes in zip(population.facts, population.known.tolist(), strict=True) if yes]
     stats = {layer: KeyStats.identity(model, layer)}
     editor = Emmet(stats, weight=WEIGHT, fit=FIT, contexts=("",), prepend_bos=bos, progress=False)
-    override = editor(model, known)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an override that nobody asked for
+        override = editor(model, known)
     there = Population.of(model, override, known, reference=population.reference, progress=population.progress)
     overridden = there.after("override", _new_first(there), settings=())
     facts = [fact for fact, yes in zip(known, overridden.tolist(), strict=True) if yes == 1]
     if not facts:
         return []
-    there = there.asking(facts)
-    return [(attack, attack(there)) for attack in attacks if not isinstance(attack, KnockOut)]
+    there, found = there.asking(facts), list[tuple[Attack, Recovery]]()
+    for attack in attacks:
+        if not isinstance(attack, KnockOut):
+            with suppress(ValueError):  # what can't be run on the control finds nothing of it, and grants no absence
+                found.append((attack, attack(there)))
+    return found
 
 
 def _new_first(population: Population) -> Callable[[Runner, tuple[int, ...]], Float[Tensor, "fact"]]:
