@@ -288,12 +288,13 @@ def test_drift_is_training_on_text_as_torch_does_it(setting):
 
 def trained_on(model, steps, facts):
     sites = [down_proj(model, layer) for layer in (1, 3)]
+    size = math.sqrt(sum(float(site.W.square().mean()) for site in sites) / 2)
     with attacking.written(sites, [site.W.clone() for site in sites]):
         params, said = [site.param for site in sites], {}
         try:
             for param in params:
                 param.requires_grad_(True)
-            adam = torch.optim.Adam(params, lr=LR)
+            adam = torch.optim.Adam(params, lr=LR * size)
             for step in range(max(steps)):
                 losses = []
                 for i in range(2):
@@ -319,7 +320,7 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
             measured.relearn(model, edits, facts, layers=[])
         with pytest.raises(ValueError, match="layer 7 is outside the model"):
             measured.relearn(model, edits, facts, layers=[7])
-        for lr in ("x", 0.0, -1.0):
+        for lr in (0.0, -1.0, math.inf):
             with pytest.raises(ValueError, match="needed a learning rate above 0, or None"):
                 measured.relearn(model, edits, facts, lr=lr)
         with pytest.raises(ValueError, match="controls is 0"):

@@ -44,6 +44,11 @@ def test_it_lies_where_no_knock_out_shows_it_and_the_weights_give_it_away(popula
     assert found["weight reversal"].mean > 0.1 > abs(found["rounding"].mean)
 
 
+def test_an_attack_that_cannot_be_run_on_the_control_finds_nothing(population):
+    found = found_in_an_override(population, (fe.attacks.NeutralContexts(()), fe.attacks.Rounding()), ())
+    assert set(found) == {"rounding"}  # the other raises: there are no texts
+
+
 def test_what_could_not_be_overridden_gives_no_control(population, monkeypatch):
     monkeypatch.setattr(positive, "FIT", fe.ValueFit(steps=1, kl_weight=0.0, kl_prompts=()))
     assert found_in_an_override(population, (fe.attacks.Rounding(),), ()) == {}

@@ -112,9 +112,8 @@ def findings(**given) -> Findings:
         ({"untried": ("drift",), "adaptive": about(0.5, 0.1)}, "INCONCLUSIVE"),
         ({"untried": ("drift",), "native": about(0.6, 0.1)}, "INCONCLUSIVE"),
         ({"untried": ("drift",), "knock_out": about(0.9, 0.05), "knock_out_at_most": 0.95}, "INSERTED"),
-        ({"control": {"weight reversal": about(0.2, 0.1), "drift": NONE}}, "ERASED"),
-        ({"control": {"weight reversal": about(0.1, 0.11), "drift": NONE}}, "INCONCLUSIVE"),
-        ({"control": {}}, "INCONCLUSIVE"),
+        ({"control": {"weight reversal": NONE}}, "ERASED"),  # all that was written was silenced: that shows overrides
+        ({"paraphrase": about(0.7, 0.05)}, "INCONCLUSIVE"),
         # of a population one fact that happens to be known says nothing
         ({"knock_out": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
         ({"route_old": Estimate(1.0, math.nan, math.nan, 1)}, "INCONCLUSIVE"),
@@ -254,6 +253,31 @@ def test_where_not_all_can_be_silenced_the_weights_are_asked_in_both_ways_whatev
         ),
     ):
         assert judge(replace(bare, attacks=(*bare.attacks, *added))).label == label
+
+
+def test_what_asks_the_weights_must_find_an_override_that_is_known_to_be_one():
+    bare = findings(covers=False)
+    directions = AttackFinding("mine", "underneath", "a case", NONE, 0.04, 0.04, 1, asks_weights="directions")
+    teaching = replace(directions, attack="another", asks_weights="teaching")
+    bare = replace(bare, attacks=(*bare.attacks, directions, teaching))
+    found, blind = about(0.2, 0.1), about(0.1, 0.11)
+    for control, label in (
+        ({"mine": found, "another": found}, "ERASED"),
+        ({"mine": found, "another": blind, "another (layer 1)": found}, "ERASED"),
+        ({"mine": found, "another": blind}, "INCONCLUSIVE"),
+        ({"mine": found, "another": blind, "another one (layer 1)": found}, "INCONCLUSIVE"),
+        ({"mine": blind, "another": found}, "INCONCLUSIVE"),
+        ({"route-old": found, "readout": found}, "INCONCLUSIVE"),  # what others find is no matter
+        ({}, "INCONCLUSIVE"),
+    ):
+        judged = judge(replace(bare, control=control))
+        assert judged.label == label, control
+        assert any("made as a control" in line for line in judged.missing) == (label == "INCONCLUSIVE")
+
+
+def test_an_absence_is_of_enough_facts_in_every_attack():
+    assert judge(findings(route_old=Estimate(0.0, 0.0, 0.05, 49))).label == "INCONCLUSIVE"
+    assert judge(findings(route_old=Estimate(0.0, 0.0, 0.05, 50))).label == "ERASED"
 
 
 def test_what_the_model_cannot_spare_is_only_named_where_it_was_tried():

@@ -81,7 +81,7 @@ def test_everything_that_can_be_gathered_is_among_what_was_saved(verdicts):
     assert None not in (whole.retention, whole.specificity, whole.drift, whole.upstream, whole.dose)
     assert whole.gains and erased.erasure_success is not None
     assert {each.attack for each in whole.attacks} > {"knock-out", "read-out", "indirect routes"}
-    assert len(whole.attacks) == 4 + len(ATTACKS)  # two read-outs, the knock-out, the routes
+    assert len(whole.attacks) == 5 + len(ATTACKS)  # two read-outs, the knock-out, paraphrases, the routes
 
 
 def test_a_verdict_says_where_it_came_from(verdicts, kind):

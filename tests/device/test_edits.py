@@ -66,7 +66,7 @@ def same_bits(one, other):
 
 @KINDS
 @ARCHS
-@pytest.mark.parametrize(("here", "there"), [("cpu", "fakegpu:1"), ("fakegpu:0", "cpu"), ("fakegpu:0", "fakegpu:1")])
+@pytest.mark.parametrize(("here", "there"), [("cpu", "fakegpu:1"), ("fakegpu:0", "cpu")])
 def test_an_edit_made_on_one_device_does_on_another_what_it_does_there(here, there, kind, arch, tmp_path):
     one, other = model_on(here, kind, arch), model_on(there, kind, arch)
     before = bits(other)

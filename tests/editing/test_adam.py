@@ -41,6 +41,21 @@ def test_views_move_the_tensor_they_are_of_and_stop_one_by_one():
     assert [adam.updates for adam in adams] == [2, 4]
 
 
+def test_some_rows_go_on_as_they_would_have_among_all():
+    draw = torch.Generator().manual_seed(0)
+    gradients = torch.randn(6, 3, 4, generator=draw)
+    whole, some = torch.zeros(3, 4), torch.zeros(3, 4)
+    all_, fewer, rows = Adam([whole], 0.1), Adam([some], 0.1), torch.arange(3)
+    for step, gradient in enumerate(gradients):
+        if step == 3:
+            rows = torch.tensor([2, 0])
+            fewer = fewer.of(rows)
+        all_.step([gradient])
+        fewer.step([gradient[rows]])
+    assert torch.equal(fewer.tensors[0], whole[rows]) and fewer.updates == all_.updates == 6
+    assert not torch.equal(some[rows], whole[rows])  # a copy moved, not what was given
+
+
 def test_a_gradient_for_each_tensor_is_needed():
     with pytest.raises(ValueError, match="shorter"):
         Adam([torch.zeros(2), torch.zeros(2)], 0.1).step([torch.zeros(2)])

@@ -7,10 +7,12 @@ from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
 from tl_factedit.attacks.drifting import Drift
 from tl_factedit.attacks.footprints import Footprint, footprint
 from tl_factedit.attacks.knockout import KnockOut
+from tl_factedit.attacks.neutral import NeutralContexts, neutral_prefixes
 from tl_factedit.attacks.readout import ReadOut
 from tl_factedit.attacks.redundancies import Redundancy, redundancy
 from tl_factedit.attacks.relearning import Relearn, relearning_rate
 from tl_factedit.attacks.reversal import WeightReversal
+from tl_factedit.attacks.rewording import Paraphrases
 from tl_factedit.attacks.rounding import Rounding
 from tl_factedit.attacks.routes import FollowRoutes, Routes, follow_routes
 from tl_factedit.attacks.silencing import Silencing
@@ -26,6 +28,8 @@ __all__ = [
     "FollowRoutes",
     "Footprint",
     "KnockOut",
+    "NeutralContexts",
+    "Paraphrases",
     "QuestionPrefix",
     "ReadOut",
     "Recovery",
@@ -39,6 +43,7 @@ __all__ = [
     "WeightReversal",
     "follow_routes",
     "footprint",
+    "neutral_prefixes",
     "redundancy",
     "relearning_rate",
 ]

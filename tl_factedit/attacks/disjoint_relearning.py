@@ -23,6 +23,7 @@ from torch import Tensor
 from tl_factedit.attacks.attack import Case, Recovery
 from tl_factedit.attacks.learner import LEARNT, Group, Learner, Pupil, adding_hooks, check_one_change, learning_layers
 from tl_factedit.attacks.relearning import relearning_rate
+from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, plain_torch
 from tl_factedit.backend.weights import down_proj
@@ -41,9 +42,13 @@ TIMES = (1, 3)
 """The others are asked when the lessons are learnt, and after so many times as many updates."""
 
 RATES = (10.0, 30.0)
-"""Times the rate at which control objects take eight updates (`relearning_rate`): where overrides come back most."""
+"""Times the rate at which control objects take eight updates in the changed model (`relearning_rate`).
 
-QUANTITIES = (*FIRST, "common_first", "updates")
+Where overrides come back most; and of the changed model, as its weights may be larger all over, and then the same steps
+are smaller for them.
+"""
+
+QUANTITIES = (*FIRST, "common_first", "updates", "lr")
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,15 @@ class DisjointRelearning:
     """Teach the old objects of some facts together, and look whether those of others come along.
 
     The population's facts are split by `seed`: half of the subjects are taught and the others looked at, and then the
-    other way round, from the changed model again. The cases are pairs of a rate and of 1 or 3: the lessons are learnt
-    (nine in ten of them likelier than ½), or as many updates twice more. One change for all facts, or another model,
-    can be asked: single edits have nothing in common that one could teach. A case in which the lessons aren't learnt
-    after `most` updates is masked. ``extra`` has ``learnt``, how often the old object is first of the objects of a fact
-    that *was* taught, and ``updates``, the mean of both halves; ``details`` has ``halves`` (places in the population's
-    facts), ``lr`` and ``layers``.
+    other way round, from the changed model again. The cases are pairs of a rate (or how many times the gentle one it
+    is) and of 1 or 3: the lessons are learnt (nine in ten of them likelier than ½), or as many updates twice more. One
+    change for all facts, or another model, can be asked: single edits have nothing in common that one could teach. A
+    case in which the lessons aren't learnt after `most` updates is masked. ``extra`` has ``learnt``, how often the old
+    object is first of the objects of a fact that *was* taught, and ``updates`` and ``lr``, the means of both halves;
+    ``details`` has ``halves`` (places in the population's facts) and ``layers``.
 
     Attributes:
-        lr: Learning rates of Adam; None for ten and thirty times what `relearning_rate` finds on the unedited model.
+        lr: Learning rates of Adam; None for ten and thirty times what `relearning_rate` finds on the changed model.
         paraphrases: How many of each taught fact's paraphrases are taught beside its prompt.
         layers: Whose ``W_out`` may learn; None for all.
         most: Most updates.
@@ -89,13 +94,15 @@ class DisjointRelearning:
                 f"most is {self.most} and paraphrases {self.paraphrases}, needed 1 update and 0 paraphrases at least"
             )
         halves = self._halves(facts)
-        chosen, rates = learning_layers(model, self.layers), self._rates(population)
+        chosen, rates = learning_layers(model, self.layers), self._rates()
         strangers = Strangers.of(population, seed=self.seed)
         pupils = [[pupil for i in half for pupil in self._lessons(model.tokenizer, facts[i], bos)] for half in halves]
 
         def read(runner: Runner, _: tuple[int, ...]) -> Float[Tensor, "fact half case quantity"]:
+            least = 1.0 if self.lr is not None else self._gentle(runner.model, population)
             of_half = [
-                torch.cat([self._taught(runner, mine, strangers, chosen, lr) for lr in rates], 1) for mine in pupils
+                torch.cat([self._taught(runner, mine, strangers, chosen, rate * least) for rate in rates], 1)
+                for mine in pupils
             ]
             return torch.stack(of_half, 1)
 
@@ -110,12 +117,14 @@ class DisjointRelearning:
         learnt = torch.where(known[:, None], taught[..., 0], math.nan).nanmean(0)
         cases = [
             Case(
-                (lr, times),
-                f"others learnt at rate {lr:.2g}" + (f", and {times} times as long" if times > 1 else ""),
+                (rate, times),
+                f"others learnt at {rate:g} "
+                + ("as rate" if self.lr is not None else "times the gentle rate")
+                + (f", and {times} times as long" if times > 1 else ""),
                 "underneath",
                 f"what was taught isn't learnt in {counted(self.most, 'update')}" if bool(untaught[c]) else "",
             )
-            for c, (lr, times) in enumerate((lr, times) for lr in rates for times in TIMES)
+            for c, (rate, times) in enumerate((rate, times) for rate in rates for times in TIMES)
         ]
         reading = Reading(
             name="disjoint relearning",
@@ -131,8 +140,11 @@ class DisjointRelearning:
             reading,
             common=after[..., QUANTITIES.index("common_first")],
             subjects=strangers.fewest,
-            extra={"learnt": learnt, "updates": found[0, ..., QUANTITIES.index("updates")].nanmean(0)},
-            details={"halves": halves, "lr": rates, "layers": chosen},
+            extra={
+                "learnt": learnt,
+                **{name: found[0, ..., QUANTITIES.index(name)].nanmean(0) for name in ("updates", "lr")},
+            },
+            details={"halves": halves, "layers": chosen},
             asks_weights="teaching",
             seed=self.seed,
         )
@@ -173,24 +185,20 @@ class DisjointRelearning:
         hooks = adding_hooks(learner.sites, learner.learnt)
         found[:, : len(FIRST) + 1] = firsts_with_strangers(runner, strangers, self.batch_tokens, hooks)
         found[:, QUANTITIES.index("updates")] = update
+        found[:, QUANTITIES.index("lr")] = learner.adam.lr
 
-    def _rates(self, population: Population) -> tuple[float, ...]:
-        if isinstance(self.lr, (int, float)):
-            rates: tuple[float, ...] = (float(self.lr),)
-        elif self.lr is None:
-            least = relearning_rate(
-                population.model,
-                population.facts,
-                layers=self.layers,
-                prepend_bos=population.prepend_bos,
-                seed=self.seed,
-            )
-            rates = tuple(times * least for times in RATES)
-        else:
-            rates = tuple(self.lr)
+    def _rates(self) -> tuple[float, ...]:
+        """The rates, or how many times the gentle one they are."""
+        given = self.lr
+        rates = RATES if given is None else (float(given),) if isinstance(given, (int, float)) else tuple(given)
         if not rates or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
             raise ValueError(f"lr is {self.lr}, needed one learning rate above 0, or several different ones")
         return rates
+
+    def _gentle(self, model: Model, population: Population) -> float:
+        return relearning_rate(
+            model, population.facts, layers=self.layers, prepend_bos=population.prepend_bos, seed=self.seed
+        )
 
     def _lessons(self, tokenizer: object, fact: Fact, bos: bool) -> list[Pupil]:
         texts = (fact.text, *map(fact.fill, fact.paraphrases[: self.paraphrases]))

@@ -39,7 +39,8 @@ class Drift:
     Attributes:
         texts: Plain text that mentions none of the subjects, of two tokens at least each.
         steps: After how many steps to look, ascending.
-        lr: Learning rate of Adam.
+        lr: Learning rate of Adam, as a share of the root mean square of the weights that learn: a model whose weights
+            are larger all over says the same, and is trained alike.
         at_once: How many texts a step is over; they are gone through in their order, again and again.
         layers: Whose ``W_out`` may learn; None for all.
         batch_tokens: Most tokens in one forward pass.
@@ -48,7 +49,7 @@ class Drift:
 
     texts: Sequence[str]
     steps: Sequence[int] = (20, 100)
-    lr: float = 1e-4
+    lr: float = 1e-3
     at_once: int = 8
     layers: Sequence[int] | None = None
     batch_tokens: int = BATCH_TOKENS
@@ -77,7 +78,8 @@ class Drift:
         def read(runner: Runner, _: tuple[int, ...]) -> Float[Tensor, "fact step quantity"]:
             found = torch.full((len(strangers.asked), 1 + len(steps), len(FIRST) + 1), math.nan)
             sites = [down_proj(runner.model, layer) for layer in chosen]
-            learner = Learner(runner, sites, 1, self.lr)
+            size = float(torch.stack([site.W.float().square().mean() for site in sites]).mean().sqrt())
+            learner = Learner(runner, sites, 1, self.lr * size)
             try:
                 for when in range(steps[-1] + 1):
                     if when in (0, *steps):

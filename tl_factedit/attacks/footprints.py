@@ -148,7 +148,9 @@ class Footprint:
     @cached_property
     def _at(self) -> dict[Place, Bool[Tensor, "fact pos"]]:
         """Which tokens are at each place."""
-        found = {place: torch.zeros(len(self.facts), self.write.shape[2], dtype=torch.bool) for place in PLACES}
+        found: dict[Place, Tensor] = {
+            place: torch.zeros(len(self.facts), self.write.shape[2], dtype=torch.bool) for place in PLACES
+        }
         for place, there in found.items():
             for i, (pieces, subject) in enumerate(zip(self.pieces, self.subject, strict=True)):
                 there[i, list(positions(place, subject, len(pieces)))] = True

@@ -23,8 +23,10 @@ from tl_factedit.attacks.context import ContextAttack
 from tl_factedit.attacks.disjoint_relearning import DisjointRelearning
 from tl_factedit.attacks.drifting import Drift
 from tl_factedit.attacks.knockout import KnockOut
+from tl_factedit.attacks.neutral import NeutralContexts, neutral_prefixes
 from tl_factedit.attacks.readout import ReadOut
 from tl_factedit.attacks.reversal import WeightReversal
+from tl_factedit.attacks.rewording import Paraphrases
 from tl_factedit.attacks.rounding import Rounding
 from tl_factedit.attacks.routes import FollowRoutes, Route, as_routes
 from tl_factedit.auditing.calibration import Calibration, check_apart, unchanged
@@ -99,14 +101,15 @@ def audit(
         same_subject: Other facts about the same subjects, which should stay.
         texts: Plain text that has nothing to do with them.
         calibration: The same kind of change made for other subjects (`Calibration`).
-        attacks: Further attacks, beside those that every audit makes (`KnockOut`, `ReadOut` of one token a layer and of
-            20, and `FollowRoutes` where routes are given), or a single one; one of the same type takes the place of the
-            default ones.
+        attacks: Further attacks, beside those that every audit makes (`KnockOut`, `Paraphrases`, `ReadOut` of one
+            token a layer and of 20, and `FollowRoutes` where routes are given), or a single one; one of the same type
+            takes the place of the default ones.
         full: Whether to make all attacks that a claim of absence needs: to also drop the largest directions of the
             changed weights (`WeightReversal`) and round them (`Rounding`), to put the old object before the prompt
-            (`ContextAttack`) and, of one change for all facts, to teach some facts and look at the others
-            (`DisjointRelearning`) and to train on `texts` (`Drift`). Where an absence would be claimed, all of them are
-            then also made on an override of the same facts, which they have to find. With `progress` it is said
+            (`ContextAttack`) or other things (`NeutralContexts`, of the objects of `same_subject` and the references'
+            names) and, of one change for all facts, to teach some facts and look at the others (`DisjointRelearning`)
+            and to train on `texts` (`Drift`). Where an absence would be claimed, all of them but the knock-out are then
+            made on overrides of the same facts, and what the claim rests on has to find one. With `progress` it is said
             beforehand what it will cost.
         objective: What the change was to bring about: of `Erase` that the old object no longer leads, of anything else
             that the new one does. None: what an edit was made with, and `Inject` for anything else.
@@ -148,7 +151,7 @@ def audit(
     reference = None if reference is None else as_facts(reference, "reference")
     population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress, force)
     erasing = is_erasure(population, objective)
-    usual = _usual(population, attacks, routes, texts, full, seed)
+    usual = _usual(population, attacks, routes, same_subject, texts, full, seed)
     plan = Plan(
         attacks=(*usual, *attacks),
         usual=len(usual),
@@ -232,17 +235,22 @@ def _usual(
     population: Population,
     given: Sequence[Attack],
     routes: tuple[Route, ...],
+    same_subject: Sequence[Fact],
     texts: tuple[str, ...],
     full: bool,
     seed: int,
 ) -> tuple[Attack, ...]:
     """The attacks that every audit makes, and those of a full one; without those whose type the user gave himself."""
     usual: list[Attack] = [KnockOut(partial=True, seed=seed), ReadOut(seed=seed)]
+    if any(fact.paraphrases for fact in population.facts):
+        usual.append(Paraphrases(seed=seed))
     usual.append(ReadOut(budget=BUDGET, paraphrases=PARAPHRASES, seed=seed))
     if routes:
         usual.append(FollowRoutes(routes))
     if full:
         usual += [WeightReversal(neighbours=0, seed=seed), Rounding(seed=seed), ContextAttack(seed=seed)]
+        prefixes = neutral_prefixes(population.reference, same_subject, seed=seed)
+        usual += [NeutralContexts(prefixes, seed=seed)] if prefixes else []
         if not isinstance(population.changed, Sequence):
             usual.append(DisjointRelearning(seed=seed))
             usual += [Drift(texts, seed=seed)] if texts else []

@@ -16,9 +16,11 @@ from tl_factedit.attacks.context import ContextAttack
 from tl_factedit.attacks.disjoint_relearning import RATES, TIMES, DisjointRelearning
 from tl_factedit.attacks.drifting import Drift
 from tl_factedit.attacks.knockout import KnockOut
+from tl_factedit.attacks.neutral import NeutralContexts
 from tl_factedit.attacks.readout import ReadOut
 from tl_factedit.attacks.relearning import LEAST_STEPS
 from tl_factedit.attacks.reversal import DROPPED, MOST_ALONE, WeightReversal
+from tl_factedit.attacks.rewording import Paraphrases
 from tl_factedit.attacks.rounding import Rounding
 from tl_factedit.attacks.routes import FollowRoutes
 from tl_factedit.backend.protocol import Model, n_layers
@@ -81,6 +83,10 @@ def _tokens(attack: Attack, population: Population, asked: int) -> float | None:
         return cases * asked + references * (1 + changes)
     if isinstance(attack, ReadOut):
         return 2.0 * asked * (1 + attack.paraphrases)
+    if isinstance(attack, Paraphrases):
+        return 2.0 * asked * sum(len(fact.paraphrases) for fact in population.facts) / len(population.facts)
+    if isinstance(attack, NeutralContexts):
+        return 1.5 * asked * len(attack.prefixes)
     if isinstance(attack, FollowRoutes):
         return 2.0 * asked * len(attack.routes) / len(population.facts)
     if isinstance(attack, ContextAttack):

@@ -24,6 +24,10 @@ SAYS = {
 
 def explain(verdict: Verdict) -> str:
     """What was found, by which question, and what was foreseeable from the unedited model."""
+    if verdict.label == "ERASED":
+        covers = any(finding.covers for finding in verdict.findings.showing("elsewhere"))
+        how = "" if covers else " Not all that was written could be silenced; the weights were asked instead."
+        return SAYS["ERASED"] + how + " It speaks of the wordings and contexts that were tried."
     if verdict.label != "INSERTED":
         missing = f" First of what is missing: {verdict.missing[0]}." if verdict.label == "INCONCLUSIVE" else ""
         return SAYS[verdict.label] + (missing if verdict.missing else "")
@@ -32,8 +36,9 @@ def explain(verdict: Verdict) -> str:
     if under is not None and under.best is not None:
         share = f"{under.share('old_first', under.best.key):.2f}"
         if "underneath" in verdict.by:
+            what = "what follows from the old object" if under.attack == "indirect routes" else "the old object"
             sentences.append(
-                f"With the change in force the old object comes back in {share} of the facts ({under.attack}, "
+                f"With the change in force {what} comes back in {share} of the facts ({under.attack}, "
                 f"{under.best.label}): the change is a mask even while it acts."
             )
         else:

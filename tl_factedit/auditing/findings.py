@@ -24,10 +24,12 @@ LEAST_ROUTES = 10
 
 NEEDED = (
     "knock-out",
+    "paraphrases",
     "indirect routes",
     "read-out",
     "read-out of 20",
     "context attack",
+    "neutral contexts",
     "weight reversal",
     "rounding",
     "disjoint relearning",
@@ -161,6 +163,14 @@ class Findings:
     def few(self) -> bool:
         """Whether the facts are too few to speak of a population: nothing is claimed beyond what shows."""
         return (self.facts or self.efficacy.n) < LEAST_FACTS
+
+    def finds_control(self, attack: str) -> bool:
+        """Whether an attack is shown to find an override of these facts that is known to be one, in either layer."""
+        return any(
+            value.low > 0
+            for name, value in (self.control or {}).items()
+            if name == attack or name.startswith(f"{attack} (layer ")
+        )
 
     def showing(self, *shows: Shows) -> tuple[AttackFinding, ...]:
         """The attacks' findings on some of the questions."""

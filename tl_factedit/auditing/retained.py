@@ -18,6 +18,7 @@ several relations are pooled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,11 +34,14 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.measure.change import Change, Changed
-from tl_factedit.measure.first_tokens import with_new_objects
-from tl_factedit.measure.population import Part, Population, bos_of_change
+from tl_factedit.measure.first_tokens import at_the_ends, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Part, Population, bos_of_change
 from tl_factedit.probes.linear import LinearProbe, ProbeReadout, fit_linear_probe
 from tl_factedit.probes.residual import Residual, residual_knowledge
 from tl_factedit.probes.states import INPUT, HiddenStates, read_states
+
+LEAST_HOLDING = 0.8
+"""Of its own facts a calibration's change has to hold for this share."""
 
 LEAST_SKILL = 0.5
 """Least ratio of a native probe's accuracy above chance, on unchanged facts of the changed model, to that of a probe of
@@ -98,10 +102,19 @@ def retention(population: Population, calibration: Calibration | None = None, *,
     model, parts, touched = population.model, population.parts, population.touched
     if calibration is not None:
         check_apart(calibration, facts)
+    given = calibration
     others = [fact for fact in unchanged(population.reference, changed, calibration) if fact.subject not in touched]
     plans, notes = plan_by_relation(facts, others)
     if not plans:
         return Retention(None, None, None, (), 0, 0, tuple(notes), {})
+    if calibration is not None:
+        holds = _holds(population, calibration)
+        if holds < LEAST_HOLDING:
+            notes.append(
+                f"the calibration's change holds for {holds:.0%} of its own facts, needed {LEAST_HOLDING:.0%}: states "
+                "that weren't changed alike teach no adaptive probe"
+            )
+            calibration = None
     asked = tuple(fact for plan in plans for fact in plan.facts)
     clean = read_states(model, asked, prepend_bos=bos)
     after = states_of_changed(population.asking(asked))
@@ -125,7 +138,7 @@ def retention(population: Population, calibration: Calibration | None = None, *,
                 notes.append(f"the calibration has too few facts for each old object{plan.of}: no adaptive probe")
             else:
                 adaptive.append(found)
-    if calibration is None:
+    if given is None:
         notes.append("no calibration (the same change made for other subjects) was given: no adaptive probe")
     read = _residual(
         before, native, cells, seed, notes, "the native probe reads the old objects nowhere even before the change"
@@ -155,6 +168,28 @@ def retention(population: Population, calibration: Calibration | None = None, *,
         why=tuple(notes),
         relations={plan.relation: len(plan.facts) for plan in plans},
     )
+
+
+def _holds(population: Population, calibration: Calibration) -> float:
+    """Of the calibration's facts that have a new object, the share in which it is likelier than the old one.
+
+    1 where no fact has one: of an erasure nothing new need lead.
+    """
+    facts = [fact for fact in calibration.facts if fact.target_new is not None and fact.target_true is not None]
+    if not facts:
+        return 1.0
+    bos_of_change(population.model, calibration.changed, population.prepend_bos)
+    asking = replace(population, changed=calibration.changed).asking(facts)
+    asked = asking.first_tokens
+
+    def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact"]:
+        found = torch.zeros(len(indices))
+        for row, logits in at_the_ends(runner, [asked[i].ids for i in indices], BATCH_TOKENS):
+            one = asked[indices[row]]
+            found[row] = float(logits[one.new] > logits[one.old]) if one.apart else math.nan
+        return found
+
+    return float(asking.after("calibration holds", read, settings=()).nanmean())
 
 
 def states_of_changed(population: Population) -> HiddenStates:

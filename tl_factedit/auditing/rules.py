@@ -140,24 +140,26 @@ def inserted(f: Findings, t: Thresholds) -> Ruling:
                 "fact there wouldn't show (full=True asks the weights instead)"
             )
         if not value.n:
-            found.missing.append(f"{name}: no case could be tested")
+            how = "that switches the change off" if finding.shows == "elsewhere" else "with the change in force"
+            found.missing.append(f"{name}: no case {how} could be tested")
             continue
         corrected = f"the best of all attacks' {finding.tests} cases" + (", corrected" if value.n > 1 else "")
         found.reasons.append(
-            f"{name} ({finding.case}): the old object is back in excess of controls in {value:.2f} ({corrected})"
+            f"{name} ({finding.case}): {_what_is_back(name)} is back in excess of its null in {value:.2f} ({corrected})"
         )
         if _enough(f, value, name, found) and _is_present(value, t):
             ways += [name] * (name not in ways)
             by.add(finding.shows)
     if not any(finding.strongest.n for finding in f.showing("elsewhere")):
         found.missing.append("knock-out of what the change wrote (needs references and controls)")
-    if not any(finding.strongest.n for finding in f.showing("underneath")):
+    if f.route_new is None and not any(finding.attack == "indirect routes" for finding in f.attacks):
         found.missing.append("indirect routes (two-hop, reverse): none were given, or the model knows none")
     if ways:
         verb = "brings" if len(ways) == 1 else "bring"
         what = "it was only hidden" if f.erasing else "the new one was laid over it"
         found.reasons.append(
-            f"{' and '.join(ways)} {verb} the old object back: {what}" + (" (one fact: descriptive)" if f.one else "")
+            f"{' and '.join(ways)} {verb} {' and '.join(dict.fromkeys(map(_what_is_back, ways)))} back: {what}"
+            + (" (one fact: descriptive)" if f.one else "")
         )
         return Ruling("INSERTED", found.reasons, found.missing, frozenset(by))
     return found
@@ -242,11 +244,19 @@ def erased(f: Findings, t: Thresholds) -> Ruling:
         found.missing.append(f"more facts: of fewer than {LEAST_FACTS}, an absence can't be shown")
         return found
     shown = _no_way_back(f, t, found)
-    if (f.facts or f.efficacy.n) < LEAST_ERASED:
+    fewest = min([x.strongest.n for x in f.showing("elsewhere", "underneath") if x.strongest.n], default=0)
+    if min(fewest, f.facts or f.efficacy.n) < LEAST_ERASED:
         shown = False
-        found.missing.append(f"more facts: an absence is claimed of {LEAST_ERASED} at least")
+        found.missing.append(
+            f"more facts that the unedited model knows: an absence is claimed of {LEAST_ERASED} in every attack"
+        )
     if not f.paraphrase.n:
         shown = False
+    elif f.paraphrase.mean < t.efficacy:
+        shown = False
+        found.missing.append(
+            f"a change that holds in other words: paraphrase {f.paraphrase:.2f}, needed {t.efficacy:g}"
+        )
     for what, rho in (("native", f.native), ("adaptive", f.adaptive)):
         if rho is None or not has_interval(rho):
             shown = False
@@ -293,6 +303,11 @@ RULES: tuple[Rule, ...] = (failed, damaged, inserted, moved, latent, scarred, er
 """The rules in their order; the first that gives a label decides."""
 
 
+def _what_is_back(attack: str) -> str:
+    """What an attack brings back, in words."""
+    return "what follows from the old object" if attack == "indirect routes" else "the old object"
+
+
 def _enough(f: Findings, value: Estimate, what: str, found: Ruling) -> bool:
     """Whether a population's number is over more than one fact: one says nothing."""
     if f.one or value.n > 1:
@@ -327,11 +342,16 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
     if f.untried and tested:
         shown = False
         found.missing.append(f"attacks that an absence needs (full=True, routes=, texts=): {', '.join(f.untried)}")
-    if f.control is not None and not any(value.low > 0 for value in f.control.values()):
-        shown = False
-        found.missing.append(
-            "an attack that finds an override of these facts known to be one: none of those tried does"
-        )
+    if f.control is not None and not switched_off:
+        # Silencing all that was written would show any override; where that can't be, those that ask the weights must.
+        asking = sorted({finding.attack for finding in tested if finding.asks_weights is not None})
+        blind = [name for name in asking if not f.finds_control(name)]
+        if blind:
+            shown = False
+            found.missing.append(
+                f"{' and '.join(blind)} isn't shown to find an override of these facts that was made as a control: "
+                "what it doesn't find may be there"
+            )
     for finding in tested:
         if not finding.at_most <= t.absent:
             shown = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +59,25 @@ def fingerprint(model: Model) -> Fingerprint:
         seen.add(id(site.param))
         w_out.append(hash_weight(site.W))
     rest = xxhash.xxh3_64()
-    for param in model.parameters():
-        if id(param) in seen or param.is_meta:
-            continue
+    for param in _fetched([p.detach() for p in model.parameters() if id(p) not in seen and not p.is_meta]):
         # Zeros (biases that one release of TransformerLens adds and the next does not) say nothing.
-        if param.numel() > LARGEST_BIAS or bool(param.detach().any()):
-            _update(rest, param.detach())
+        if param.numel() > LARGEST_BIAS or bool(param.any()):
+            _update(rest, param)
     return Fingerprint(tuple(w_out), rest.hexdigest(), layout(model))
+
+
+def _fetched(params: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Parameters on the CPU: large ones one by one, small ones of a type and device in one copy."""
+    together: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, param in enumerate(params):
+        if not param.is_cpu and param.numel() <= LARGEST_BIAS:
+            together.setdefault((param.dtype, param.device), []).append(i)
+    small: dict[int, Tensor] = {}
+    for which in together.values():
+        flat = torch.cat([params[i].reshape(-1) for i in which]).cpu()
+        for i, part in zip(which, flat.split([params[i].numel() for i in which]), strict=True):
+            small[i] = part.reshape(params[i].shape)
+    return (small.pop(i) if i in small else param.cpu() for i, param in enumerate(params))
 
 
 def hash_weight(weight: Float[Tensor, "d_mlp d_model"]) -> str:

@@ -16,8 +16,7 @@ class Adam:
         m ← 0.9 m + 0.1 g        v ← 0.999 v + 0.001 g²
         x ← x − lr · (m / (1 − 0.9ᵗ)) / (√(v / (1 − 0.999ᵗ)) + 1e-8)
 
-    Unlike `torch.optim.Adam` it moves plain tensors, which need no ``.grad``: views into one tensor will do, so that
-    each row of it can be given a state, and a time to stop, of its own.
+    Unlike `torch.optim.Adam` it moves plain tensors, which need no ``.grad``, and can go on with some of their rows.
 
     Args:
         tensors: What is moved, in place.
@@ -32,6 +31,13 @@ class Adam:
         self.means = tuple(torch.zeros_like(tensor) for tensor in self.tensors)
         self.squares = tuple(torch.zeros_like(tensor) for tensor in self.tensors)
         self.updates = 0
+
+    def of(self, rows: Tensor) -> Adam:
+        """The same for copies of some rows of each tensor, at the step that they are at."""
+        left = Adam([tensor[rows] for tensor in self.tensors], self.lr)
+        left.means, left.squares = (tuple(each[rows] for each in state) for state in (self.means, self.squares))
+        left.updates = self.updates
+        return left
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,6 +110,7 @@ class _Rows:
         context_share: What it counts in its fact's mean.
         length: How many tokens its target has.
         unlikely: Which of `facts` are to become unlikely.
+        norms: What δ is measured by, [fact place].
         of_guard: Which of `facts` each KL prompt is of.
         guard_share: What it counts in its fact's mean.
         stream: Before the first block that is run, [row query d_model].
@@ -126,6 +128,7 @@ class _Rows:
     context_share: Tensor
     length: Tensor
     unlikely: Tensor
+    norms: Tensor
     of_guard: Tensor
     guard_share: Tensor
     stream: Tensor
@@ -225,6 +228,7 @@ class Descent:
             context_share=(1 / context_fact.bincount(minlength=len(facts))[context_fact]).to(where),
             length=torch.tensor([float(len(read[p])) for p in contexts], device=where),
             unlikely=torch.tensor([each.edit_target.unlikely for each in some], device=where),
+            norms=self.norms[torch.tensor(facts)].to(where),
             of_guard=of_guard.to(where),
             guard_share=(1 / of_guard.bincount(minlength=len(facts))[of_guard]).to(where),
             stream=self.clean.at(self.stream, rows[sheet.owner], sheet.places),
@@ -250,72 +254,75 @@ class Descent:
             stepped: Told after each step how many facts have made it.
         """
         fit, count = self.fit, len(self.asked)
-        delta = torch.zeros(count, self.norms.shape[1], self.stream.shape[-1], device=self.stream.device)
-        adams = [Adam([each], fit.lr) for each in delta]  # views: each fact has a stop of its own
+        where = self.stream.device
+        found = torch.zeros(count, self.norms.shape[1], self.stream.shape[-1], device=where)
         losses: list[list[float]] = [[] for _ in self.asked]
         probs: list[list[float]] = [[] for _ in self.asked]
         stopped: list[Literal["loss", "kl", "steps"]] = ["steps"] * count
         clamped = [0] * count
         counts = [1.0] * count  # what the first term of each loss does
         rows = self._active(list(range(count)))
+        # Of the facts that are still moving; what is to be known of them on the CPU is fetched once a step.
+        moving = found.clone()
+        adam = Adam([moving], fit.lr)
+        moved = torch.tensor([[1.0, 0.0]], device=where).expand(count, 2)  # finite, and clamped
         before: list[Tensor | None] = [None] * count  # the KL prompts' log-probabilities without δ
         for step in range(fit.steps):
-            moving = torch.tensor(rows.facts)
             with torch.enable_grad():
-                own = delta[moving].requires_grad_()
+                own = moving.clone().requires_grad_()
                 now = self._loss(rows, own, [counts[i] for i in rows.facts], before)
                 total = now.loss.sum()
                 if step == 0:
                     # δ is 0 here: what is said now is what was said before.
                     before = [now.guard[rows.of_guard == k].detach() for k in range(count)]
             stepped(len(rows.facts))
-            for k, i in enumerate(rows.facts):
-                losses[i].append(float(now.loss[k].detach()))
-                probs[i].append(float(now.prob[k]))
-                if not torch.isfinite(now.loss[k]):
+            for i, (loss, prob, kl, first, finite, beyond) in zip(rows.facts, now.table(moved), strict=True):
+                name = self.asked[i].edit_target.fact.name
+                if not finite:
+                    raise RuntimeError(f"the value of {name!r} is not finite after step {step - 1}: lower ValueFit.lr")
+                clamped[i] += bool(beyond)
+                losses[i].append(loss)
+                probs[i].append(prob)
+                if not math.isfinite(loss):
                     raise RuntimeError(
-                        f"the loss of {self.asked[i].edit_target.fact.name!r} is {losses[i][-1]} at step {step}: the "
-                        "model overflows with this value (lower ValueFit.lr or clamp, or load the model in float32)"
+                        f"the loss of {name!r} is {loss} at step {step}: the model overflows with this value (lower "
+                        "ValueFit.lr or clamp, or load the model in float32)"
                     )
                 if self.asked[i].edit_target.unlikely:
                     continue
-                counts[i] = fit.ease if now.first[k] else 1.0
-                if losses[i][-1] < fit.stop_below:
+                counts[i] = fit.ease if first else 1.0
+                if loss < fit.stop_below:
                     stopped[i] = "loss"
-                elif fit.stop_kl is not None and now.first[k] and now.kl[k] <= fit.stop_kl:
+                elif fit.stop_kl is not None and first and kl <= fit.stop_kl:
                     stopped[i] = "kl"
-            if step == fit.steps - 1:
-                break
             going = [k for k, i in enumerate(rows.facts) if stopped[i] == "steps"]
-            if not going:
+            if step == fit.steps - 1 or not going:
                 break
             (gradient,) = torch.autograd.grad(total, own)
             with torch.no_grad():
-                for k in going:
-                    i = rows.facts[k]
-                    adams[i].step([gradient[k]])
-                    norm, most = delta[i].norm(dim=-1), fit.clamp * self.norms[i]
-                    if not bool((norm < float("inf")).all()):
-                        raise RuntimeError(
-                            f"the value of {self.asked[i].edit_target.fact.name!r} is not finite after step {step}: "
-                            "lower ValueFit.lr"
-                        )
-                    beyond = norm > most
-                    clamped[i] += bool(beyond.any())
-                    delta[i] *= torch.where(beyond, most / norm, 1.0)[:, None]
                 if len(going) < len(rows.facts):
+                    found[torch.tensor(rows.facts)] = moving
                     rows = self._active([rows.facts[k] for k in going])
-        found = delta.double().cpu()
+                    left = torch.tensor(going, device=where)
+                    adam, gradient = adam.of(left), gradient[left]
+                    (moving,) = adam.tensors
+                adam.step([gradient])
+                norm, most = moving.norm(dim=-1), fit.clamp * rows.norms
+                beyond = norm > most
+                moved = torch.stack([(norm < math.inf).all(-1), beyond.any(-1)], 1).float()
+                moving *= torch.where(beyond, most / norm, 1.0)[..., None]
+        found[torch.tensor(rows.facts)] = moving
+        delta, keys, outputs = found.double().cpu(), self.keys.cpu(), self.outputs.detach().cpu()
         return [
             Fitted(
-                delta=found[i, -1],
-                keys=self.keys[self.first[i] : self.first[i] + each.contexts].cpu(),
-                outputs=self.outputs[self.first[i] : self.first[i] + each.contexts].detach().cpu(),
+                delta=delta[i, -1],
+                keys=keys[self.first[i] : self.first[i] + each.contexts],
+                outputs=outputs[self.first[i] : self.first[i] + each.contexts],
                 losses=tuple(losses[i]),
                 target_prob=tuple(probs[i]),
                 stopped=stopped[i],
                 clamped=clamped[i],
-                attn_delta=found[i, 0] if self.where == "modules" else None,
+                attn_delta=delta[i, 0] if self.where == "modules" else None,
             )
             for i, each in enumerate(self.asked)
         ]
@@ -345,9 +352,10 @@ class Descent:
         zero = torch.zeros(len(delta), device=delta.device)
         per_context = torch.zeros_like(rows.length).index_add(0, rows.of_context, target)
         wanted = torch.where(rows.unlikely[rows.context_fact], per_context.exp(), -per_context / rows.length)
-        loss = zero.index_add(0, rows.context_fact, wanted * rows.context_share) * torch.tensor(counts).to(zero)
-        norms = self.norms[torch.tensor(rows.facts)].to(delta.device)
-        loss = loss + self.fit.decay * (delta.norm(dim=-1) / norms**2).sum(-1)
+        loss = zero.index_add(0, rows.context_fact, wanted * rows.context_share)
+        if any(each != 1 for each in counts):
+            loss = loss * torch.tensor(counts).to(zero)
+        loss = loss + self.fit.decay * (delta.norm(dim=-1) / rows.norms**2).sum(-1)
         kl = zero
         if len(guard):
             was = [before[i] for i in rows.facts]
@@ -387,3 +395,8 @@ class _Loss:
     kl: Float[Tensor, "fact"]
     first: Bool[Tensor, "fact"]
     guard: Float[Tensor, "guard vocab"]
+
+    def table(self, moved: Float[Tensor, "fact 2"]) -> list[list[float]]:
+        """Each fact's loss, probability, KL and whether the target comes first, then what is given; fetched at once."""
+        said = torch.stack([self.loss.detach(), self.prob, self.kl, self.first.float()], 1)
+        return torch.cat([said, moved], 1).tolist()

@@ -7,6 +7,7 @@ layers everything is run once. Above it every token moves, those before the subj
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -162,10 +163,11 @@ class WeightDescent:
                 if not only_losses:
                     for sum_, part in zip(total, torch.autograd.grad(loss.sum() / count, leaves), strict=True):
                         sum_ += part
-            for k, i in enumerate(piece.facts):
-                losses[i].append(float(loss[k].detach()))
-                probs[i].append(float(prob[k]))
-                if not torch.isfinite(loss[k]):
+            table = torch.stack([loss.detach(), prob.detach()], 1).tolist()  # fetched at once
+            for i, (of_fact, likely) in zip(piece.facts, table, strict=True):
+                losses[i].append(of_fact)
+                probs[i].append(likely)
+                if not math.isfinite(of_fact):
                     raise RuntimeError(
                         f"the loss of {self.asked[i].edit_target.fact.name!r} is {losses[i][-1]} after "
                         f"{self.adam.updates} updates: lower lr, or load the model in float32"

@@ -1,0 +1,127 @@
+"""Other words and other contexts: asked as written, and what holds in one wording or behind nothing alone is seen."""
+
+import audits
+import laws
+import measured
+import overrides
+import pytest
+import tiny
+import torch
+from attacking_facts import known_facts
+from oracles import attacking
+
+import tl_factedit as fe
+from tl_factedit.measure.strangers import Strangers
+
+KIND = tiny.KINDS[-1]
+PREFIXES = ("It rained all day. ", "The train was late. ")
+
+
+@pytest.fixture(scope="module")
+def setting(kind):
+    model = tiny.model(kind, "gpt2")
+    return model, tiny.model(kind, "gpt2", seed=1), known_facts(model)
+
+
+def test_every_paraphrase_is_asked_by_itself(setting):
+    model, other, facts = setting
+    facts = [facts[0].but(paraphrases=["{} lies in", "People say that {} is in"]), facts[1].but(paraphrases=["{} is"])]
+    with laws.untouched(model), laws.untouched(other):
+        found = measured.attack(fe.attacks.Paraphrases, model, other, facts)
+    assert found.keys == (0, 1) and {case.shows for case in found.cases} == {"underneath"}
+    for who, reading in ((model, found.before), (other, found.after)):
+        for i, fact in enumerate(facts):
+            for place, text in enumerate(fact.paraphrases):
+                wanted = attacking.firsts(who, fact, attacking.ends(who, fact.fill(text)))
+                assert torch.allclose(reading.at(fact=i, case=place), torch.tensor(wanted))
+    assert found.after.at(fact=1, case=1).isnan().all()  # it has no second one
+    with pytest.raises(ValueError, match="no fact has paraphrases"):
+        measured.attack(fe.attacks.Paraphrases, model, other, [fact.but(paraphrases=()) for fact in facts])
+
+
+def test_behind_any_text_is_behind_one_of_them_and_controls_have_the_same_chance(setting):
+    model, other, facts = setting
+    with laws.untouched(model), laws.untouched(other):
+        found = measured.attack(fe.attacks.NeutralContexts, model, other, facts, prefixes=PREFIXES)
+    for i, fact in enumerate(facts):
+        each = [torch.tensor(of_all(other, fact, prefix)) for prefix in PREFIXES]
+        old, new, *controls = zip(*(row.tolist() for row in each), strict=True)
+        wanted = [max(old), min(new), sum(max(c) for c in controls) / len(controls)]
+        assert found.after.at(fact=i, case="any").tolist() == pytest.approx(wanted)
+    assert found.details["used"] == (2,) * len(facts) and found.before.values.isnan().all()
+
+
+def after(model, ids):
+    """Logits after some token ids."""
+    with torch.no_grad():
+        return model(ids[None])[0, -1].float()
+
+
+def of_all(model, fact, prefix):
+    """Of each object, whether it comes first."""
+    logits = attacking.ends(model, prefix + fact.text)
+    ids = [attacking.token(model, text) for text in (fact.target_true, fact.target_new, *fact.controls)]
+    best = max(ids, key=lambda token: float(logits[token]))
+    return [float(token == best) for token in ids]
+
+
+def test_a_text_that_names_an_object_is_left_out_and_none_left_is_an_error(setting):
+    model, other, facts = setting
+    one = facts[:1]
+    named = f"They spoke of{one[0].target_true} then. "
+    found = measured.attack(fe.attacks.NeutralContexts, model, other, one, prefixes=(*PREFIXES, named))
+    assert found.details["used"] == (2,)
+    for prefixes, message in (((named,), "none of the texts can stand before"), ((), "prefixes is empty")):
+        with pytest.raises(ValueError, match=message):
+            measured.attack(fe.attacks.NeutralContexts, model, other, one, prefixes=prefixes)
+
+
+def test_neutral_texts_are_objects_of_other_relations_and_names():
+    reference = [laws.FACT.but(subject=f"Ann {i}") for i in range(9)]
+    others = [laws.OTHER.but(target_true=f" thing{i}") for i in range(40)]
+    found = fe.attacks.neutral_prefixes(reference, others, most=8)
+    assert len(found) == 8 == len(set(found)) and all(text.endswith(". ") for text in found)
+    assert sum(text.startswith("thing") for text in found) == 6
+    assert fe.attacks.neutral_prefixes(reference, others, most=8) == found
+    assert len(fe.attacks.neutral_prefixes(reference, (), most=8)) == 8
+    assert fe.attacks.neutral_prefixes((), ()) == []
+
+
+def test_what_holds_in_one_wording_alone_comes_back_in_others():
+    model = audits.organism(KIND)
+    change, facts = overrides.at_the_end(model, audits.ASKED[:20], 0.05)
+    found = measured.attack(fe.attacks.Paraphrases, model, change, facts)
+    assert found.strongest.low > 0.05 and found.strongest.mean > 0.9
+    oracle = measured.attack(fe.attacks.Paraphrases, model, audits.organism(KIND, "oracle0"), facts)
+    assert oracle.at_most < 0.2 and oracle.strongest.mean < 0.05
+
+
+def test_strangers_are_asked_for_objects_that_they_do_not_have():
+    model, facts, others = audits.organism(KIND), audits.ASKED[:6], audits.REFERENCE[:40]
+    population = fe.Population.of(model, model, facts, reference=others, progress=False)
+    strangers = Strangers.of(population)
+    assert len(strangers.rows) == 16 and all(0 < len(each) <= 16 for each in strangers.of_fact)
+    said = {place: after(model, row) for place, row in enumerate(strangers.rows)}
+    common = strangers.common(range(6), said)
+    for i, places in enumerate(strangers.of_fact):
+        one = population.first_tokens[i]
+        objects = [one.old, one.new, *one.controls]
+        leads = [max(objects, key=lambda token, row=said[p]: float(row[token])) == one.old for p in places]
+        assert float(common[i]) == pytest.approx(sum(leads) / len(leads))
+    # They know their own objects, so that an old object of others never comes first.
+    assert float(common.max()) == 0.0
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="half a minute: TransformerLens 3 runs it")
+def test_objects_that_everybody_who_was_taught_has_are_no_sign_of_the_old_facts():
+    """People whose old cities are but three, in a model that never had them: it says them once half were taught."""
+    few = [fact for fact in audits.FACTS if fact.target_true in (" Arden", " Belmere", " Dunvale")][:50]
+    objects = sorted({fact.target_true for fact in audits.FACTS})
+    few = [f.but(controls=[o for o in objects if o not in (f.target_true, f.target_new)]) for f in few]
+    model, oracle = audits.organism(KIND), audits.organism(KIND, "oracle0")
+    found = measured.attack(
+        fe.attacks.DisjointRelearning, model, oracle, few, reference=audits.REFERENCE[:60], lr=(1.6e-3, 4.7e-3)
+    )
+    without = measured.attack(fe.attacks.DisjointRelearning, model, oracle, few, lr=(1.6e-3, 4.7e-3))
+    assert without.strongest.mean > 0.1 > found.strongest.mean
+    assert found.strongest.low < 0.05

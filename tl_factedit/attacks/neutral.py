@@ -1,0 +1,133 @@
+"""Neutral contexts: does the old object come back behind text that doesn't mention it?
+
+A change may hold only where nothing stands before the prompt, or open behind some word: a mask with a keyhole. So each
+fact is asked behind many short texts that name neither the fact nor its objects, and it counts if the old object comes
+first behind *any* of them; the null is the same of control objects, each behind any of the same texts. A key that
+isn't among the texts stays unknown: what isn't found in the contexts tried may be there in others.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_factedit.attacks.attack import Case, Recovery
+from tl_factedit.backend.runner import Runner
+from tl_factedit.backend.state import plain_torch
+from tl_factedit.core.facts import Fact
+from tl_factedit.core.kinds import as_several
+from tl_factedit.core.tokens import align
+from tl_factedit.core.words import counted
+from tl_factedit.measure.first_tokens import FIRST, FirstTokens, at_the_ends, firsts, with_new_objects
+from tl_factedit.measure.population import BATCH_TOKENS, Population
+
+
+@dataclass(frozen=True)
+class NeutralContexts:
+    """Put texts that don't name the old object before each prompt of the changed model.
+
+    There is one case. ``old_first`` is whether the old object comes first behind any of the texts, ``new_first``
+    whether the new one does behind all of them, ``control_first`` the mean over the controls of whether that one does
+    behind any. Texts that name one of a fact's objects are left out for it, and so are those that leave no room for the
+    prompt or merge with it. The unedited model isn't asked (``before`` is NaN). ``details`` has ``used``, how many
+    texts each fact was asked behind.
+
+    Attributes:
+        prefixes: The texts, with whatever has to stand between them and the prompt.
+        batch_tokens: Most tokens in one forward pass.
+        seed: Seed of the bootstrap.
+    """
+
+    prefixes: Sequence[str]
+    batch_tokens: int = BATCH_TOKENS
+    seed: int = 0
+
+    @plain_torch()
+    def __call__(self, population: Population, /) -> Recovery:
+        """Ask behind each text.
+
+        Raises:
+            ValueError: A fact without ``target_new``; no texts, or none that can stand before some fact.
+        """
+        facts = with_new_objects(population.facts)
+        prefixes = as_several(self.prefixes, str, "prefixes", "a text")
+        if not prefixes:
+            raise ValueError("prefixes is empty, needed one text at least")
+        asked = population.first_tokens
+        rows = [
+            [row for prefix in prefixes if (row := _row(population, fact, one, prefix)) is not None]
+            for fact, one in zip(facts, asked, strict=True)
+        ]
+        without = [fact.name for fact, mine in zip(facts, rows, strict=True) if not mine]
+        if without:
+            raise ValueError(f"none of the texts can stand before {without[0]!r}: give other prefixes")
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact case quantity"]:
+            found = torch.full((len(indices), 1, len(FIRST)), math.nan)
+            owner = [row for row, i in enumerate(indices) for _ in rows[i]]
+            best: dict[int, list[Tensor]] = {}
+            for k, logits in at_the_ends(runner, [ids for i in indices for ids in rows[i]], self.batch_tokens):
+                objects = list(asked[indices[owner[k]]].objects)
+                if objects:
+                    best.setdefault(owner[k], []).append(firsts(logits[objects]))
+            for row, of_fact in best.items():
+                seen = torch.stack(of_fact)
+                anywhere, everywhere = seen.amax(0), seen.amin(0)
+                found[row, 0] = torch.stack([anywhere[0], everywhere[1], anywhere[2:].mean()])
+            return found
+
+        def settings(indices: tuple[int, ...]) -> object:
+            return [[ids.tolist() for ids in rows[i]] for i in indices], self.batch_tokens
+
+        after = population.after("neutral contexts", read, settings=settings)
+        return Recovery.of(
+            "neutral contexts",
+            population,
+            [Case("any", f"behind any of {counted(len(prefixes), 'text')}", "underneath")],
+            torch.full_like(after, math.nan),
+            after,
+            details={"used": tuple(map(len, rows))},
+            seed=self.seed,
+        )
+
+    def __repr__(self) -> str:
+        """How many texts."""
+        return f"NeutralContexts({counted(len(self.prefixes), 'text')})"
+
+
+def neutral_prefixes(reference: Sequence[Fact], others: Sequence[Fact], *, most: int = 32, seed: int = 0) -> list[str]:
+    """Short texts from facts about other things: objects and names, each with a full stop.
+
+    Args:
+        reference: Facts about other subjects, whose names make a quarter of the texts, or what is left of them.
+        others: Facts of other relations, whose objects make the rest.
+        most: How many.
+        seed: Seed of the draw.
+    """
+    draw = random.Random(seed)
+    objects = sorted({str(fact.target_true).strip() for fact in others if fact.target_true})
+    draw.shuffle(objects)
+    names = sorted({fact.subject for fact in reference})
+    draw.shuffle(names)
+    words = objects[: most - min(len(names), most // 4)]
+    return [f"{text}. " for text in (*words, *names[: most - len(words)])]
+
+
+def _row(population: Population, fact: Fact, bare: FirstTokens, prefix: str) -> Tensor | None:
+    """The ids of a prompt behind a text; None where it can't stand there."""
+    names = (fact.subject, *(text.strip() for text in (fact.old, str(fact.target_new), *bare.named)))
+    if any(name and name in prefix for name in names):
+        return None
+    try:
+        row = align(population.model.tokenizer, fact, prepend_bos=population.prepend_bos, prefix=prefix)
+    except ValueError:  # the two merge into one token
+        return None
+    room = getattr(population.model.cfg, "n_ctx", None)
+    alike = row.new_ids is not None and (int(row.true_ids[0]), int(row.new_ids[0])) == (bare.old, bare.new)
+    return row.ids if alike and (room is None or len(row.ids) <= room) else None
