@@ -31,7 +31,8 @@ def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str |
         UnsupportedModelError: There is no tokenizer.
     """
     check_class(kind)
-    if not isinstance(hf_model, nn.Module) or not hasattr(hf_model, "config"):
+    given: object = hf_model
+    if not isinstance(given, nn.Module) or not hasattr(given, "config"):
         raise ValueError(
             f"hf_model is {short(hf_model)}, a {type(hf_model).__name__}: needed a causal model of transformers"
         )

@@ -19,7 +19,7 @@ from tl_factedit.backend.provenance import bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.kinds import as_finite, check_one
+from tl_factedit.core.kinds import as_finite, short
 from tl_factedit.core.tokens import encode
 from tl_factedit.locate.corruption import GaussianNoise, MultivariateNoise, UniformNoise
 from tl_factedit.locate.inputs import TraceInputs, align_all, ask
@@ -66,8 +66,8 @@ def calibrate_noise(
         raise ValueError(f"lost is {lost}, needed {share_needed}")
     if not as_finite(tolerance, "tolerance", "a finite number above 0") > 0:
         raise ValueError(f"tolerance is {tolerance}, needed a finite number above 0")
-    if noise is not None:
-        check_one(noise, Noise, "noise", "one such as fe.GaussianNoise()")
+    if noise is not None and not isinstance(noise, Noise):
+        raise ValueError(f"noise is {short(noise)}, a {type(noise).__name__}: needed one such as fe.GaussianNoise()")
     check_memory(memory)
     rows = align_all(model, facts, prepend_bos=bos_policy(model, prepend_bos))
     with frozen(model), torch.no_grad():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tl_factedit.backend.protocol import Component, Model, bos_policy
+from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
 from tl_factedit.locate.calibration import embedding_std
 from tl_factedit.locate.corruption import Corruption, GaussianNoise
@@ -26,6 +27,7 @@ GREEDY = 36
 """Tokens in which Hase et al. look for the object."""
 
 
+@plain_torch()
 def meng2022(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -88,6 +90,7 @@ def meng2022(
     )
 
 
+@plain_torch()
 def hase2023(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -132,6 +135,7 @@ def hase2023(
     )
 
 
+@plain_torch()
 def zhang2023(
     model: Model,
     facts: Fact | Sequence[Fact],

@@ -43,7 +43,8 @@ class SampledContexts:
     def __post_init__(self) -> None:
         """Check the numbers."""
         check_settings(self, least={"top_k": 1})
-        for each in as_several(self.lengths, object, "lengths", "a pair of numbers"):
+        given: tuple[Any, ...] = as_several(self.lengths, object, "lengths", "a pair of numbers")
+        for each in given:
             pair = isinstance(each, Sequence) and not isinstance(each, str) and len(each) == 2
             if not pair or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in each):
                 raise ValueError(
