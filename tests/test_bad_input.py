@@ -88,6 +88,12 @@ def test_a_text_longer_than_the_context_is_named_with_its_fact_before_any_pass(m
         ASKING[call](model, facts)
 
 
+def test_a_paraphrase_in_which_an_edit_is_to_fire_is_named_before_any_pass(model, refuse):
+    edit = fe.Rome(fe.KeyStats.identity(model, 1), **FEW)(model, [FACT])
+    long = fe.Population.of(model, edit, FACT.but(paraphrases=[f"{{}} {LONG}"], id="the long one"), progress=False)
+    refuse(lambda: fe.evaluation.gain_coverage(long), "paraphrases: ", "has room for 64", "'the long one'")
+
+
 @pytest.mark.parametrize("call", ["gains", "Patchscope"])
 def test_another_text_that_is_too_long_is_named_too(model, call):
     with pytest.raises(ValueError, match=r"'(The Eiffel Tower|\?) is is.* tokens, and the model has room for 64"):

@@ -29,7 +29,7 @@ from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align, batches, encode, pad
+from tl_factedit.core.tokens import align, batches, check_room, encode, of_all, pad
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.measure.first_tokens import with_new_objects
@@ -127,6 +127,7 @@ def gain_coverage(
             raise ValueError(
                 f"the edit writes layers {list(part.changed.layers)}, needed one: of several there is no one gain"
             )
+    contexts_of = of_all(facts, lambda fact: _contexts(model, fact, prefixes, same_subject, bos))  # before any pass
     found: dict[str, list[Tensor]] = {group: [torch.empty(0)] * len(facts) for group in GROUPS}
     critical, least = torch.full((2, len(facts)), math.nan)
     for part in parts:
@@ -136,8 +137,8 @@ def gain_coverage(
         def gather(part: Part = part, made: Edit = made) -> tuple[Tensor, Tensor, tuple[tuple[Tensor, ...], ...]]:
             dose = dose_curve(model, made, part.facts, batch_tokens=batch_tokens)
             gains: list[tuple[Tensor, ...]] = []
-            for fact in part.facts:
-                contexts = _contexts(model, fact, prefixes, same_subject, bos)
+            for i in part.indices:
+                fact, contexts = facts[i], contexts_of[i]
                 fired = _gains(model, made, fact, [ids for _, ids, _ in contexts], batch_tokens)
                 values = {
                     group: [
@@ -191,7 +192,10 @@ def _contexts(
     ]
     rows += [("same_subject", align(tokenizer, a, prepend_bos=bos)) for a in same_subject if a.subject == fact.subject]
     found: list[tuple[str, Tensor, int | None]] = [(group, row.ids, row.last) for group, row in rows]
-    return found + [("neighbours", encode(tokenizer, text, prepend_bos=bos)[0], None) for text in fact.neighbours]
+    found += [("neighbours", encode(tokenizer, text, prepend_bos=bos)[0], None) for text in fact.neighbours]
+    for group, ids, _ in found:
+        check_room(ids, [], getattr(model.cfg, "n_ctx", None), f"{group}: {tokenizer.decode(ids)}")
+    return found
 
 
 def _gains(
