@@ -64,7 +64,7 @@ def recoverable_axis(findings: Findings) -> Axis:
     best = max(measured, key=lambda finding: finding.strongest.mean)
     return Axis(
         best.strongest,
-        f"the old object is back in excess of controls in {best.strongest:.2f}, by the best way tried "
+        f"the old object is back in excess of its null in {best.strongest:.2f}, by the best way tried "
         f"({best.attack}, {best.case}: {best.shows})",
     )
 
