@@ -276,7 +276,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "attacks.DisjointRelearning": attack(a.DisjointRelearning(lr=1e-3, layers=(LAYER,), most=3), crowded),
     "attacks.Paraphrases": attack(a.Paraphrases()),
     "attacks.NeutralContexts": attack(a.NeutralContexts(("It rained all day. ", "As we know, "))),
-    "attacks.neutral_prefixes": lambda w: a.neutral_prefixes(w.people, w.people[:3], most=4),
+    "attacks.neutral_prefixes": lambda w: a.neutral_prefixes(w.people[:3], most=4),
     "attacks.Drift": lambda w: a.Drift(laws.texts(3), steps=(1, 2), layers=(LAYER,))(crowded(w)),
     "attacks.relearning_rate": lambda w: a.relearning_rate(
         w.model, w.facts, layers=[LAYER], rates=(3e-2, 1e-2, 5e-3), steps=20, least=2.0

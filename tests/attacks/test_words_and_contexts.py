@@ -14,7 +14,7 @@ import tl_factedit as fe
 from tl_factedit.measure.strangers import Strangers
 
 KIND = tiny.KINDS[-1]
-PREFIXES = ("It rained all day. ", "The train was late. ")
+PREFIXES = ("It rained all day. ", "The train was late. ", "Yes. ", "As we know, ", "One day ", "They say: ")
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,17 @@ def test_behind_any_text_is_behind_one_of_them_and_controls_have_the_same_chance
     with laws.untouched(model), laws.untouched(other):
         found = measured.attack(fe.attacks.NeutralContexts, model, other, facts, prefixes=PREFIXES)
     for i, fact in enumerate(facts):
-        each = [torch.tensor(of_all(other, fact, prefix)) for prefix in PREFIXES]
-        old, new, *controls = zip(*(row.tolist() for row in each), strict=True)
-        wanted = [max(old), min(new), sum(max(c) for c in controls) / len(controls)]
-        assert found.after.at(fact=i, case="any").tolist() == pytest.approx(wanted)
-    assert found.details["used"] == (2,) * len(facts) and found.before.values.isnan().all()
+        # Behind a text that is strange to the unedited model nothing is asked.
+        fit = [prefix for prefix in PREFIXES if of_all(model, fact, prefix)[0] == 1]
+        assert found.details["used"][i] == len(fit)
+        for who, reading in ((model, found.before), (other, found.after)):
+            if not fit:
+                assert reading.at(fact=i, case="any").isnan().all()
+                continue
+            old, new, *controls = zip(*(of_all(who, fact, prefix) for prefix in fit), strict=True)
+            wanted = [max(old), min(new), sum(max(c) for c in controls) / len(controls)]
+            assert reading.at(fact=i, case="any").tolist() == pytest.approx(wanted)
+    assert 0 < sum(found.details["used"]) < len(PREFIXES) * len(facts)
 
 
 def after(model, ids):
@@ -70,21 +76,19 @@ def test_a_text_that_names_an_object_is_left_out_and_none_left_is_an_error(setti
     one = facts[:1]
     named = f"They spoke of{one[0].target_true} then. "
     found = measured.attack(fe.attacks.NeutralContexts, model, other, one, prefixes=(*PREFIXES, named))
-    assert found.details["used"] == (2,)
+    plain = measured.attack(fe.attacks.NeutralContexts, model, other, one, prefixes=PREFIXES)
+    assert found.details["used"] == plain.details["used"]
     for prefixes, message in (((named,), "none of the texts can stand before"), ((), "prefixes is empty")):
         with pytest.raises(ValueError, match=message):
             measured.attack(fe.attacks.NeutralContexts, model, other, one, prefixes=prefixes)
 
 
-def test_neutral_texts_are_objects_of_other_relations_and_names():
-    reference = [laws.FACT.but(subject=f"Ann {i}") for i in range(9)]
+def test_neutral_texts_are_objects_of_other_relations():
     others = [laws.OTHER.but(target_true=f" thing{i}") for i in range(40)]
-    found = fe.attacks.neutral_prefixes(reference, others, most=8)
-    assert len(found) == 8 == len(set(found)) and all(text.endswith(". ") for text in found)
-    assert sum(text.startswith("thing") for text in found) == 6
-    assert fe.attacks.neutral_prefixes(reference, others, most=8) == found
-    assert len(fe.attacks.neutral_prefixes(reference, (), most=8)) == 8
-    assert fe.attacks.neutral_prefixes((), ()) == []
+    found = fe.attacks.neutral_prefixes(others, most=8)
+    assert len(found) == 8 == len(set(found)) and all(text.startswith("thing") and text[-2:] == ". " for text in found)
+    assert fe.attacks.neutral_prefixes(others, most=8) == found != fe.attacks.neutral_prefixes(others, most=8, seed=1)
+    assert fe.attacks.neutral_prefixes(()) == []
 
 
 def test_what_holds_in_one_wording_alone_comes_back_in_others():

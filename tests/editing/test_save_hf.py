@@ -137,8 +137,11 @@ def test_what_can_not_be_written_is_refused_before_anything_is(kind, tmp_path, m
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").write_text("{}")
     with laws.no_forward(monkeypatch, model):
-        for folder in (tmp_path / "full", tmp_path / "full" / "config.json"):
-            with pytest.raises(ValueError, match="holds files already, needed a new or empty folder"):
+        for folder, why in (
+            (tmp_path / "full", "holds files already, needed a new or empty folder"),
+            (tmp_path / "full" / "config.json", "is a file, needed a folder"),
+        ):
+            with pytest.raises(ValueError, match=why):
                 fe.save_hf(model, folder, **given)
     if kind == "bridge":
         with pytest.raises(ValueError, match="hf_model is for a HookedTransformer"):

@@ -361,10 +361,18 @@ def test_sampled_texts_are_decided_by_the_seed_alone(model):
     assert fe.stats.sample_texts(model, 25, length=10, seed=4, progress=False) != texts
 
 
-@pytest.mark.parametrize("options", [{"length": 0}, {"length": 65}, {"batch": 0}], ids=str)
-def test_texts_that_cannot_be_sampled_are_refused(model, options, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 0}, "length is 0, needed at least 1"),
+        ({"length": 65}, "reads: 64 tokens"),
+        ({"batch": 0}, "batch is 0, needed at least 1"),
+    ],
+    ids=str,
+)
+def test_texts_that_cannot_be_sampled_are_refused(model, options, message, monkeypatch):
     assert model.cfg.n_ctx == 64
-    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match="reads: 64 tokens"):
+    with laws.no_forward(monkeypatch, model), pytest.raises(ValueError, match=message):
         fe.stats.sample_texts(model, 10, **options)
     assert len(fe.stats.sample_texts(model, 10, length=64, progress=False)) == 1
 

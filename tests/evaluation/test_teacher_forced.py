@@ -61,7 +61,7 @@ def test_every_token_is_asked_for_after_those_before_it(model, batch_tokens):
 
 def test_a_fact_without_an_old_object_is_scored(kind):
     model = tiny.model(kind, "gpt2")
-    fact = fe.Fact("Rome", "{} is in", None, said(model, "Rome is in", 2))
+    fact = fe.Fact("Berlin", "{} is in", None, said(model, "Berlin is in", 2))
     with laws.untouched(model):
         found = fe.evaluation.token_accuracy(model, fact)
     assert found.rewrite.mean == 1 and math.isnan(found.paraphrase.mean)

@@ -88,7 +88,7 @@ def test_noise_of_twice_the_scale_is_twice_the_noise():
         ({"samples": 0}, "samples is 0, needed at least 1"),
         ({"samples": -1}, "samples is -1"),
         ({"scale": -1.0}, "scale is -1.0, needed 0 or more"),
-        ({"scale": math.nan}, "scale is nan, needed 0 or more"),
+        ({"scale": math.nan}, "scale is nan, needed a number"),
         ({"sigma": -0.1}, "sigma is -0.1, needed 0 or more"),
     ],
 )

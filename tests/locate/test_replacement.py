@@ -12,7 +12,7 @@ import tl_factedit as fe
 from tl_factedit.core.tokens import align
 
 PROMPT = "{} is in the city of"
-SUBJECTS = ("Big Ben", "Eiffel Tower", "Prado Museum", "Brandenburg Gate")
+SUBJECTS = ("Big Ben", "Eiffel Tower", "Prado Museum", "Louvre Gate")
 NOISE = fe.GaussianNoise(samples=2)
 
 

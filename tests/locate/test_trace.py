@@ -948,8 +948,8 @@ def test_integers_of_numpy_will_do(kind, tmp_path, monkeypatch):
     ("make", "message"),
     [
         (lambda: fe.GaussianNoise(scale=float("inf")), "scale is inf"),
-        (lambda: fe.GaussianNoise(seed=None), "seed is None, needed an integer"),
-        (lambda: fe.locate.UniformNoise(samples=2.0), r"samples is 2\.0, needed an integer"),
+        (lambda: fe.GaussianNoise(seed=None), "seed is None, needed at least 0 .a whole number"),
+        (lambda: fe.locate.UniformNoise(samples=2.0), r"samples is 2\.0, needed at least 1"),
         (lambda: fe.GivenNoise(torch.zeros(0, 2, 8)), "needed a tensor .* with a sample at least"),
     ],
     ids=["scale", "seed", "samples", "given"],

@@ -2,7 +2,8 @@
 
 A change may hold only where nothing stands before the prompt, or open behind some word: a mask with a keyhole. So each
 fact is asked behind many short texts that name neither the fact nor its objects, and it counts if the old object comes
-first behind *any* of them; the null is the same of control objects, each behind any of the same texts. A key that
+first behind *any* of them; the null is the same of control objects, each behind any of the same texts. Texts behind
+which the unedited model doesn't name the old object either are strange to it, and say nothing of the fact. A key that
 isn't among the texts stays unknown: what isn't found in the contexts tried may be there in others.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery
@@ -24,7 +25,7 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.core.kinds import as_several
 from tl_factedit.core.tokens import align
 from tl_factedit.core.words import counted
-from tl_factedit.measure.first_tokens import FIRST, FirstTokens, at_the_ends, firsts, with_new_objects
+from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, firsts, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 
 
@@ -35,8 +36,8 @@ class NeutralContexts:
     There is one case. ``old_first`` is whether the old object comes first behind any of the texts, ``new_first``
     whether the new one does behind all of them, ``control_first`` the mean over the controls of whether that one does
     behind any. Texts that name one of a fact's objects are left out for it, and so are those that leave no room for the
-    prompt or merge with it. The unedited model isn't asked (``before`` is NaN). ``details`` has ``used``, how many
-    texts each fact was asked behind.
+    prompt or merge with it, and those behind which the unedited model names another of its objects. ``details`` has
+    ``used``, how many texts each fact was asked behind.
 
     Attributes:
         prefixes: The texts, with whatever has to stand between them and the prompt.
@@ -68,31 +69,31 @@ class NeutralContexts:
         if without:
             raise ValueError(f"none of the texts can stand before {without[0]!r}: give other prefixes")
 
-        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact case quantity"]:
-            found = torch.full((len(indices), 1, len(FIRST)), math.nan)
-            owner = [row for row, i in enumerate(indices) for _ in rows[i]]
-            best: dict[int, list[Tensor]] = {}
-            for k, logits in at_the_ends(runner, [ids for i in indices for ids in rows[i]], self.batch_tokens):
-                objects = list(asked[indices[owner[k]]].objects)
-                if objects:
-                    best.setdefault(owner[k], []).append(firsts(logits[objects]))
-            for row, of_fact in best.items():
-                seen = torch.stack(of_fact)
-                anywhere, everywhere = seen.amax(0), seen.amin(0)
-                found[row, 0] = torch.stack([anywhere[0], everywhere[1], anywhere[2:].mean()])
+        most = max((len(one.objects) for one in asked), default=0)
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact text object"]:
+            """Which object comes first behind each text."""
+            found = torch.full((len(indices), len(prefixes), max(most, 2)), math.nan)
+            owner = [(row, k) for row, i in enumerate(indices) for k in range(len(rows[i]))]
+            ids = [rows[indices[row]][k] for row, k in owner]
+            for place, logits in at_the_ends(runner, ids, self.batch_tokens):
+                row, k = owner[place]
+                objects = list(asked[indices[row]].objects)
+                found[row, k, : len(objects)] = firsts(logits[objects])
             return found
 
         def settings(indices: tuple[int, ...]) -> object:
             return [[ids.tolist() for ids in rows[i]] for i in indices], self.batch_tokens
 
-        after = population.after("neutral contexts", read, settings=settings)
+        before, after = population.read("neutral contexts", read, settings=settings)
+        used = before[..., 0] == 1  # behind these the unedited model says what it says without them
         return Recovery.of(
             "neutral contexts",
             population,
             [Case("any", f"behind any of {counted(len(prefixes), 'text')}", "underneath")],
-            torch.full_like(after, math.nan),
-            after,
-            details={"used": tuple(map(len, rows))},
+            _anywhere(before, used),
+            _anywhere(after, used),
+            details={"used": tuple(used.sum(1).tolist())},
             seed=self.seed,
         )
 
@@ -101,22 +102,29 @@ class NeutralContexts:
         return f"NeutralContexts({counted(len(self.prefixes), 'text')})"
 
 
-def neutral_prefixes(reference: Sequence[Fact], others: Sequence[Fact], *, most: int = 32, seed: int = 0) -> list[str]:
-    """Short texts from facts about other things: objects and names, each with a full stop.
+def neutral_prefixes(others: Sequence[Fact], *, most: int = 32, seed: int = 0) -> list[str]:
+    """Short texts for `NeutralContexts`: objects of facts about other things, each with a full stop.
 
     Args:
-        reference: Facts about other subjects, whose names make a quarter of the texts, or what is left of them.
-        others: Facts of other relations, whose objects make the rest.
-        most: How many.
+        others: Facts of other relations.
+        most: How many texts.
         seed: Seed of the draw.
     """
-    draw = random.Random(seed)
     objects = sorted({str(fact.target_true).strip() for fact in others if fact.target_true})
-    draw.shuffle(objects)
-    names = sorted({fact.subject for fact in reference})
-    draw.shuffle(names)
-    words = objects[: most - min(len(names), most // 4)]
-    return [f"{text}. " for text in (*words, *names[: most - len(words)])]
+    random.Random(seed).shuffle(objects)
+    return [f"{text}. " for text in objects[:most]]
+
+
+def _anywhere(
+    said: Float[Tensor, "fact text object"], used: Bool[Tensor, "fact text"]
+) -> Float[Tensor, "fact case quantity"]:
+    """Whether the old object comes first behind any of the texts, the new one behind all, each control behind any."""
+    here = torch.where(used[..., None], said, math.nan)
+    first = here.nan_to_num(-1.0).amax(1)
+    least = here.nan_to_num(2.0).amin(1)
+    controls = torch.where(here.isnan().all(1), math.nan, first)[:, 2:].nanmean(1)
+    found = torch.stack([first[:, 0], least[:, 1], controls], -1)
+    return torch.where(used.any(1)[:, None], found, math.nan)[:, None]
 
 
 def _row(population: Population, fact: Fact, bare: FirstTokens, prefix: str) -> Tensor | None:

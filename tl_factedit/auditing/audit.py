@@ -106,11 +106,10 @@ def audit(
             takes the place of the default ones.
         full: Whether to make all attacks that a claim of absence needs: to also drop the largest directions of the
             changed weights (`WeightReversal`) and round them (`Rounding`), to put the old object before the prompt
-            (`ContextAttack`) or other things (`NeutralContexts`, of the objects of `same_subject` and the references'
-            names) and, of one change for all facts, to teach some facts and look at the others (`DisjointRelearning`)
-            and to train on `texts` (`Drift`). Where an absence would be claimed, all of them but the knock-out are then
-            made on overrides of the same facts, and what the claim rests on has to find one. With `progress` it is said
-            beforehand what it will cost.
+            (`ContextAttack`) or the objects of `same_subject` (`NeutralContexts`) and, of one change for all facts, to
+            teach some facts and look at the others (`DisjointRelearning`) and to train on `texts` (`Drift`). Where an
+            absence would be claimed, all of them but the knock-out are then made on overrides of the same facts, and
+            what the claim rests on has to find one. With `progress` it is said beforehand what it will cost.
         objective: What the change was to bring about: of `Erase` that the old object no longer leads, of anything else
             that the new one does. None: what an edit was made with, and `Inject` for anything else.
         thresholds: What counts as how much; None: the declared ones, `Thresholds()`.
@@ -249,7 +248,7 @@ def _usual(
         usual.append(FollowRoutes(routes))
     if full:
         usual += [WeightReversal(neighbours=0, seed=seed), Rounding(seed=seed), ContextAttack(seed=seed)]
-        prefixes = neutral_prefixes(population.reference, same_subject, seed=seed)
+        prefixes = neutral_prefixes(same_subject, seed=seed)
         usual += [NeutralContexts(prefixes, seed=seed)] if prefixes else []
         if not isinstance(population.changed, Sequence):
             usual.append(DisjointRelearning(seed=seed))
