@@ -697,7 +697,7 @@ def test_what_was_made_for_other_weights_is_refused(form):
             with laws.untouched(other.model), pytest.raises(ValueError, match=words):
                 call()
     if form == "processed" and KIND == "bridge":
-        with pytest.raises(ValueError, match=r"the lens is of .* processed weights: False"):
+        with pytest.raises(ValueError, match=r"the lens is of .* centred stream: False"):
             plain.lens(other.model, other.facts)
 
 
