@@ -394,3 +394,8 @@ def test_all_attacks_are_corrected_together(case):
     tests = sum(int(recovery.tested.sum()) for recovery in verdict.attacks)
     assert {finding.tests for finding in verdict.findings.attacks} == {tests} and tests > 5
     assert {"drift", "disjoint relearning"} <= set(verdict.findings.untried)  # no texts; one subject
+
+
+def test_of_one_fact_nothing_is_bounded_and_no_bound_is_told(case):
+    model, fact, edit = case
+    assert "nan" not in fe.audit(model, edit, [fact], progress=False).explain()

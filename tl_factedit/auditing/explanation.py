@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from tl_factedit.attacks.attack import Recovery, Shows
@@ -42,10 +43,8 @@ def explain(verdict: Verdict) -> str:
                 f"{under.best.label}): the change is a mask even while it acts."
             )
         else:
-            sentences.append(
-                f"With the change in force nothing tried is shown to bring it back (at most {under.at_most:.2f} beyond "
-                "its controls)."
-            )
+            most = "" if math.isnan(under.at_most) else f" (at most {under.at_most:.2f} beyond its null)"
+            sentences.append(f"With the change in force nothing tried is shown to bring it back{most}.")
     return " ".join(sentences)
 
 
