@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import laws
+import overrides
 import pytest
 import tiny
 import torch
@@ -11,8 +12,6 @@ from audits import ASKED, CONTEXTS, FIT, REFERENCE, REST, audited, organism
 
 import tl_factedit as fe
 from tl_factedit.auditing.calibration import Calibration
-from tl_factedit.backend.weights import down_proj
-from tl_factedit.core.tokens import align
 from tl_factedit.organism import text as told
 
 ABSENCE = {"ERASED", "MOVED", "LATENT"}
@@ -62,39 +61,11 @@ def test_a_closed_form_into_a_layer_that_cannot_be_spared_earns_no_absence_by_a_
     assert fe.auditing.judge(bare).label == "INCONCLUSIVE"
 
 
-def overridden_at_the_end(model, facts, radius):
-    """An override keyed at the last token of each prompt, as GRACE is published."""
-    site = down_proj(model, 4)
-    chosen, keys, values = [], [], []
-    for fact in facts:
-        row = align(model.tokenizer, fact, prepend_bos=bool(model.cfg.default_prepend_bos))
-        with torch.no_grad():
-            _, cache = model.run_with_cache(row.ids[None], names_filter=[site.key_hook])
-        key = cache[site.key_hook][0, -1].double()
-        if all((key - other).norm() > 0.1 * key.norm() for other in keys):
-            towards = (model.W_U[:, row.new_ids[0]] - model.W_U[:, row.true_ids[0]]).double()
-            chosen.append(fact)
-            keys.append(key)
-            values.append(site.value(key) + 40 * towards / towards.norm())
-    change = fe.editors.RoutedEdit(
-        tuple(chosen),
-        4,
-        torch.stack(keys).detach(),
-        torch.stack(values).detach(),
-        radius,
-        {"name": "an override at the last token"},
-        ("",),
-        ({},) * len(chosen),
-        fe.editing.Provenance.of(model),
-    )
-    return change, chosen
-
-
 @pytest.mark.parametrize("radius", [0.05, 0.3, 0.5, 0.7])
 def test_an_override_keyed_at_the_last_token_is_seen_at_every_radius(kind, radius):
     model = organism(kind)
     asked = [fact.but(paraphrases=(), neighbours=(), neighbour_targets=()) for fact in ASKED[:24]]
-    change, facts = overridden_at_the_end(model, asked, radius)
+    change, facts = overrides.at_the_end(model, asked, radius)
     assert len(facts) >= 10
     verdict = audited(kind, change, facts, reference=REFERENCE[:60], same_subject=(), routes=(), texts=())
     assert verdict.label == "INSERTED" and "elsewhere" in verdict.by, repr(verdict)
