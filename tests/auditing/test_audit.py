@@ -85,7 +85,9 @@ def test_a_verdict_never_says_more_than_its_scores(case, monkeypatch, name, fact
     verdict = fe.audit(model, edit, asked[:facts], force=True)
     assert verdict.label == label
     assert verdict.level == "per edit"  # fewer than ten facts are no population
+    back = verdict.recoverable
     assert verdict.retained.estimate is None
+    assert back.estimate is None or "(paraphrases, " in back.says  # where the model knows any, nothing else can say
     if label == "INCONCLUSIVE":
         for what in ("plain text", "knock-out", "routes", "decoder"):
             assert any(what in line for line in verdict.missing)
