@@ -154,7 +154,7 @@ class Writable(Protocol):
         ...
 
 
-def write_all(sites: Sequence[Writable], weights: Sequence[Float[Tensor, "rows columns"]]) -> None:
+def write_all(sites: Sequence[Writable], weights: Sequence[Float[Tensor, "_ _"]]) -> None:
     """Write several weights; what interrupts it is raised once all are written."""
 
     def write() -> None:
@@ -165,7 +165,7 @@ def write_all(sites: Sequence[Writable], weights: Sequence[Float[Tensor, "rows c
 
 
 @contextmanager
-def rewritten(sites: Sequence[Writable], weights: Sequence[Float[Tensor, "rows columns"]]) -> Iterator[None]:
+def rewritten(sites: Sequence[Writable], weights: Sequence[Float[Tensor, "_ _"]]) -> Iterator[None]:
     """Other weights for the length of a ``with`` block; the old ones are back afterwards, bit for bit."""
     before = [site.W.clone() for site in sites]
     try:
