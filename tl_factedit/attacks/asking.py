@@ -93,7 +93,7 @@ class Asking:
 
         def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact silencing quantity"]:
             out = torch.full((len(indices), len(silencings), len(QUANTITIES)), math.nan)
-            for some in self._few_sources(runner, [i for i in indices if self.objects[i]]):
+            for some in self.few_sources(runner, [i for i in indices if self.objects[i]]):
                 asked, replacements = self.standing_in(runner, some) if given is None else _some_of(given, some)
 
                 def quantities(i: int, log_p: Float[Tensor, "vocab"], some: Sequence[int] = some) -> Tensor:
@@ -107,20 +107,20 @@ class Asking:
 
         return read
 
-    def owners_under(
+    def strangers_under(
         self,
         runner: Runner,
         indices: tuple[int, ...],
-        owners: Sequence[Sequence[int]],
+        strangers: Sequence[Sequence[int]],
         silencings: Sequence[Silencing],
     ) -> Float[Tensor, "fact silencing"]:
         """How often each fact's old object leads for references who don't have it; NaN where there are none."""
         out = torch.full((len(indices), len(silencings)), math.nan)
-        for some in self._few_sources(runner, [i for i in indices if self.objects[i] and owners[i]]):
+        for some in self.few_sources(runner, [i for i in indices if self.objects[i] and strangers[i]]):
             asked, replacements = self.standing_in(runner, some)
             asking: dict[int, list[int]] = {}  # the facts that ask each reference
             for place, i in enumerate(some):
-                for r in owners[i]:
+                for r in strangers[i]:
                     asking.setdefault(r, []).append(place)
             # A reference is silenced by what stands in for the first fact that asks it: those of a relation share it.
             prompts = [replace(asked[places[0]], row=self.references[r]) for r, places in asking.items()]
@@ -136,7 +136,7 @@ class Asking:
             out[[indices.index(i) for i in some]] = says.nanmean(0).T
         return out
 
-    def _few_sources(self, runner: Runner, chosen: Sequence[int]) -> list[Sequence[int]]:
+    def few_sources(self, runner: Runner, chosen: Sequence[int]) -> list[Sequence[int]]:
         """The facts in as many at once as what stands in for them leaves room for."""
         length = max((len(row.ids) for row in self.references), default=1)
         numbers = 2 * 2 * runner.n_layers * length * int(runner.model.cfg.d_model)

@@ -88,7 +88,7 @@ class Footprint:
         """The share of what was written that goes if some cells are silenced; NaN where nothing was written."""
         total = self._counted.sum((1, 2))
         gone = sum(
-            (torch.where(self._silenced(row, cells), self._counted[:, row], 0.0).sum(1) for row in self._rows(cells)),
+            (torch.where(self.silenced(row, cells), self._counted[:, row], 0.0).sum(1) for row in self._rows(cells)),
             torch.zeros_like(total),
         )
         return gone / total
@@ -103,7 +103,7 @@ class Footprint:
         left = torch.where(self.is_written[None, :, None], self.write.nan_to_num(0.0), 0.0)
         left = torch.where(self._at["all"][:, None], left, 0.0)
         for row in self._rows(cells):
-            left[:, row] = torch.where(self._silenced(row, cells), 0.0, left[:, row])
+            left[:, row] = torch.where(self.silenced(row, cells), 0.0, left[:, row])
         return (left.amax((1, 2)) < WRITES) & (self.cover(cells) >= WHOLE)
 
     @plain_torch()
@@ -160,10 +160,14 @@ class Footprint:
         """Each component of some cells once."""
         return [self.components.index(name) for name in dict.fromkeys((cell.component, cell.layer) for cell in cells)]
 
-    def _silenced(self, row: int, cells: Sequence[Cell]) -> Bool[Tensor, "fact pos"]:
+    def counted(self, row: int) -> Float[Tensor, "fact pos"]:
+        """What a component wrote, squared; 0 if it wasn't written."""
+        return self._counted[:, row]
+
+    def silenced(self, row: int, cells: Sequence[Cell]) -> Bool[Tensor, "fact pos"]:
         """Where a component is silenced."""
         places = [self._at[cell.place] for cell in cells if (cell.component, cell.layer) == self.components[row]]
-        return torch.stack(places).any(0)
+        return torch.stack(places).any(0) if places else torch.zeros_like(self._at["all"])
 
     @plain_torch()
     def table(self) -> pd.DataFrame:
@@ -296,9 +300,9 @@ def _writes(part: Part, rows: Sequence[Aligned]) -> Float[Tensor, "2 fact compon
     tokens = pad([row.ids for row in rows], 0)
     ends = torch.tensor([[len(row.ids) - 1] for row in rows])
     with frozen(part.unedited), torch.no_grad():
-        clean = _answers(Runner(part.unedited), tokens, ends, None)
+        clean = answers_of(Runner(part.unedited), tokens, ends, None)
     with part.applied() as tested, frozen(tested), torch.no_grad():
-        changed = _answers(Runner(tested), tokens, ends, clean)
+        changed = answers_of(Runner(tested), tokens, ends, clean)
     layers = n_layers(part.unedited)
     inside = [name(layer) for layer in range(layers) for name in (_attn, _mlp, resid_post)]
     last = clean[resid_post(layers - 1)][torch.arange(len(rows)), ends[:, 0]].double().norm(dim=-1)
@@ -330,8 +334,21 @@ def _over(moved: Tensor, size: Tensor) -> Tensor:
     return torch.where(moved > 0, moved / size, 0.0)
 
 
-def _answers(runner: Runner, tokens: Tensor, ends: Tensor, clean: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """What every component answers; with `clean`, to what it read there, which then takes its own answer's place."""
+def answers_of(
+    runner: Runner, tokens: Tensor, ends: Tensor, clean: dict[str, Tensor] | None, hooks: Sequence[Hook] = ()
+) -> dict[str, Tensor]:
+    """What every component answers; with `clean`, to what it read there, which then takes its own answer's place.
+
+    Args:
+        runner: Runs the model; call inside `frozen` and ``torch.no_grad``.
+        tokens: Prompts that are run together, padded.
+        ends: The place of each one's last token, in a column.
+        clean: What was found in another model; None lets each component read its own.
+        hooks: Called before an answer is kept: what they put in its place is what is kept.
+
+    Returns:
+        By hook name; ``"norm"`` and ``"unembed"`` at the last tokens.
+    """
     model: Any = runner.model
     found: dict[str, Tensor] = {}
 
@@ -343,12 +360,11 @@ def _answers(runner: Runner, tokens: Tensor, ends: Tensor, clean: dict[str, Tens
         return hook_fn
 
     places = [name(layer) for layer in range(runner.n_layers) for name in (_attn, _mlp, resid_post)]
-    hooks: list[Hook] = [(place, keep(place)) for place in places]
-    hooks.append((model.ln_final, keep(NORM)))
+    keeping: list[Hook] = [*hooks, *((place, keep(place)) for place in places), (model.ln_final, keep(NORM))]
     start = resid_pre(0)
     found[start] = runner.capture(tokens, [start], stop=0)[start]
     begin = found[start] if clean is None else clean[start].to(found[start])
-    logits = runner.logits(tokens, at=ends, start=(0, begin), hooks=hooks)
+    logits = runner.logits(tokens, at=ends, start=(0, begin), hooks=keeping)
     found["unembed"] = logits[:, 0]
     normed = found[NORM]
     alone = normed.shape[1] == 1  # the head is run where logits are wanted

@@ -5,9 +5,10 @@ everything above is run again::
 
     c[l][p]  ←  mean over reference facts r of the same relation, c[l][p_r]          (or of one of them: a resample)
 
-Two questions are asked so, and the change's footprint (`footprint`) tells which a case asks. *Off*: the cells silenced
-cover half or more of what the change wrote; what comes back then is stored elsewhere, and the change left it. *On*:
-they don't; the change is in force, and what comes back lies underneath.
+Two questions are asked so. *Off*: the cells silenced cover half or more of what the change wrote, by its footprint
+(`footprint`), or leave less than half of it written, as an edit whose key is silenced (`in_force`, looked into where
+the old object comes back); what comes back then is stored elsewhere, and the change left it. *On*: the change is in
+force, and what comes back lies underneath.
 
 Three things have to be seen to. A case in which the *unedited* model doesn't know the fact either can't tell, and is
 masked. An object comes first by chance too, so what counts is the excess over control objects. And an object that many
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,9 +29,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.attacks.asking import LEAST_REFERENCES, QUANTITIES, Asking
-from tl_factedit.attacks.attack import OFF, SURVIVES, Case, Recovery, why_masked
+from tl_factedit.attacks.attack import OFF, SURVIVES, Case, Recovery, Shows, why_masked
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order, singles_of
 from tl_factedit.attacks.footprints import Footprint, footprint_of
+from tl_factedit.attacks.in_force import left_under
 from tl_factedit.attacks.silencing import NOTHING, Silencing
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
@@ -40,6 +42,7 @@ from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
+from tl_factedit.measure.strangers import Strangers
 
 LOOKED_INTO = 0.02
 """Where the excess over controls is larger, it is looked whether the object is merely common."""
@@ -47,8 +50,6 @@ AT_A_TIME = 4
 """So many cases of a question are looked into together, those with the largest excess, until the largest left was."""
 MOST_LOOKED = 12
 """So many of a question are looked into at most: where more tie, those left are in excess of controls alone."""
-MOST_OWNERS = 16
-"""Subjects who don't have an object, asked how often it leads for them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class KnockOut:
 
     Keys are `Silencing`s. Beside what every `Recovery` has, ``before`` and ``after`` hold the case `NOTHING` (nothing
     silenced) and the log-probabilities ``logp_old``, ``logp_new`` and ``logp_control`` in nats; ``extra`` has ``cover``
-    (the mean share of what was written that goes), ``survives`` (the share of the known facts whose old object is first
+    (the mean share of what was written that stands in the silenced cells), ``left`` (the share of it that is still
+    written; NaN where that wasn't looked into), ``survives`` (the share of the known facts whose old object is first
     in the unedited model under the same knock-out) and ``of_unedited`` (the mean excess as a share of the unedited
     model's own); ``details`` has ``footprint``, ``references`` (over how many references each fact's mean is),
     ``whole`` (whether a case that takes out all that was written could be tested; None if nothing was) and ``disagree``
@@ -158,11 +160,19 @@ class KnockOut:
         ]
         readings = [_reading(population.facts, [NOTHING, *silencings], each) for each in (before, after)]
         found = Recovery.of("knock-out", population, cases, *readings, known=known, seed=self.seed)
-        common, looked = torch.full((len(rows), len(cases)), math.nan), set[int]()
-        owners = _owners(population, self.seed)
+        common = torch.full((len(rows), len(cases)), math.nan)
+        left = torch.full((len(rows), len(cases)), math.nan)
+        looked: dict[int, Shows] = {}
+        strangers = Strangers.of(population, seed=self.seed)
         while some := _deciding(found, looked):
-            common[:, some] = self._common(population, asking, [silencings[i] for i in some], owners, settings)
-            looked |= set(some)
+            common[:, some] = self._common(population, asking, [silencings[i] for i in some], strangers, settings)
+            looked |= {i: cases[i].shows for i in some}
+            on = [i for i in some if cases[i].shows == "underneath"]
+            if on:
+                left[:, on] = left_under(population, asking, [silencings[i] for i in on], written)
+            for i in on:
+                if 1 - float(left[:, i].nanmean()) >= OFF:  # the cells that were written are on, and say little
+                    cases[i] = replace(cases[i], shows="elsewhere")
             found = Recovery.of(
                 "knock-out",
                 population,
@@ -170,7 +180,7 @@ class KnockOut:
                 *readings,
                 known=known,
                 common=common,
-                subjects=max(1, min((len(each) for each in owners if each), default=1)),
+                subjects=strangers.fewest,
                 seed=self.seed,
             )
         own = torch.stack([readings[0].at(case=s, quantity="old_first") for s in silencings], 1)
@@ -180,6 +190,7 @@ class KnockOut:
             extra={
                 **found.extra,
                 "cover": torch.stack([cover_of[s.cells].nanmean() for s in silencings]),
+                "left": left.nanmean(0),
                 "survives": survives,
                 "of_unedited": found.excess.mean / (own - chance)[known].nanmean(0),
             },
@@ -203,18 +214,19 @@ class KnockOut:
         population: Population,
         asking: Asking,
         silencings: Sequence[Silencing],
-        owners: Sequence[Sequence[int]],
+        strangers: Strangers,
         settings: Any,
     ) -> Float[Tensor, "fact silencing"]:
         """How often a fact's old object leads for subjects who don't have it; NaN where there are none.
 
         In the changed model, if it is one for all facts; with a change for each, in the unedited one.
         """
+        of_fact = [[strangers.references[place] for place in mine] for mine in strangers.of_fact]
 
         def read(runner: Runner, indices: tuple[int, ...]) -> Tensor:
-            return asking.owners_under(runner, indices, owners, silencings)
+            return asking.strangers_under(runner, indices, of_fact, silencings)
 
-        settings = {**settings, "silencings": silencings, "owners": owners}
+        settings = {**settings, "silencings": silencings, "strangers": of_fact}
         reading = population.after if len(population.parts) == 1 else population.unedited
         return reading("knock-out of subjects without the object", read, settings=settings)
 
@@ -264,14 +276,15 @@ def _of_footprint(written: Footprint, places: Sequence[Place]) -> list[Cells]:
     return [*(cells for place in places for cells in written.nested(place)), *([] if whole is None else [whole])]
 
 
-def _deciding(found: Recovery, looked: set[int]) -> list[int]:
+def _deciding(found: Recovery, looked: Mapping[int, Shows]) -> list[int]:
     """The cases in which the old object comes back most, by question, until the most of each has been looked into."""
     means = found.excess.mean.nan_to_num(-math.inf).tolist()
     some = list[int]()
     for shows in ("elsewhere", "underneath"):
         mine = [i for i, case in enumerate(found.cases) if case.shows == shows and means[i] > LOOKED_INTO]
         mine.sort(key=lambda i: -means[i])
-        if mine and mine[0] not in looked and sum(found.cases[i].shows == shows for i in looked) < MOST_LOOKED:
+        counted_so_far = sum(shows == asked == found.cases[i].shows for i, asked in looked.items())
+        if mine and mine[0] not in looked and counted_so_far < MOST_LOOKED:
             some += [i for i in mine if i not in looked][:AT_A_TIME]
     return some
 
@@ -306,17 +319,3 @@ def _reading(facts: Sequence[Fact], silencings: Sequence[Silencing], values: Ten
         axes={"fact": range(len(facts)), "case": list(silencings), "quantity": QUANTITIES},
         unit="1 where first among the objects (of controls the mean), nats (logp)",
     )
-
-
-def _owners(population: Population, seed: int) -> tuple[tuple[int, ...], ...]:
-    """For each fact, references of its relation who have another object: their places."""
-    order = torch.randperm(len(population.reference), generator=torch.Generator().manual_seed(seed)).tolist()
-    found = []
-    for i, fact in enumerate(population.facts):
-        touched, others = population.touched_with(i), list[int]()
-        for r in order:
-            other = population.reference[r]
-            if other.group == fact.group and other.subject not in touched and other.target_true != fact.target_true:
-                others.append(r)
-        found.append(tuple(others[:MOST_OWNERS]))
-    return tuple(found)

@@ -95,10 +95,10 @@ def says_under(
         tokens = pad([row.ids for row in rows], 0)
         ends = torch.tensor([len(row.ids) - 1 for row in rows])
         clean = runner.capture(tokens, streams)
-        spots = _spots(rows)
+        spots = spots_of(rows)
         for begin, here in passes(begins, runner.n_layers, tokens.numel(), enough):
             # All prompts under the first of these silencings, then all under the next …
-            hooks = _hooks([asked[i] for i in some], spots, [silencings[s] for s in here], replacements)
+            hooks = hooks_of([asked[i] for i in some], spots, [silencings[s] for s in here], replacements)
             logits = runner.logits(
                 tokens.repeat(len(here), 1),
                 at=ends.repeat(len(here))[:, None],
@@ -136,7 +136,7 @@ def passes(begins: Sequence[int], layers: int, tokens: int, enough: int) -> list
     return found
 
 
-def _spots(rows: Sequence[Aligned]) -> dict[Place, tuple[Tensor, ...]]:
+def spots_of(rows: Sequence[Aligned]) -> dict[Place, tuple[Tensor, ...]]:
     """By place: which row, which position, and which role, of all rows one after the other."""
     spots: dict[Place, tuple[Tensor, ...]] = {}
     for place in PLACES:
@@ -145,7 +145,7 @@ def _spots(rows: Sequence[Aligned]) -> dict[Place, tuple[Tensor, ...]]:
     return spots
 
 
-def _hooks(
+def hooks_of(
     asked: Sequence[SilencedPrompt],
     spots: Mapping[Place, tuple[Tensor, ...]],
     silencings: Sequence[Silencing],

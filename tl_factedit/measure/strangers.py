@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
+from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends
 from tl_factedit.measure.population import Population
@@ -31,38 +32,44 @@ class Strangers:
     """Reference subjects that are asked beside the facts.
 
     Attributes:
+        references: Their places among the population's references.
         rows: Their prompts' token ids.
         asked: The facts with their objects.
         of_fact: For each fact, the places of those of its relation who have another object, and that the change which
             serves it wasn't made for.
     """
 
+    references: tuple[int, ...]
     rows: tuple[Int[Tensor, "_"], ...]
     asked: tuple[FirstTokens, ...]
     of_fact: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, population: Population, *, seed: int = 0) -> Strangers:
-        """Drawn from a population's references."""
+        """Drawn from a population's references: rather those no change was made for, then others'."""
         reference = population.reference
         order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed)).tolist()
-        touched = population.touched | {fact.subject for fact in population.facts}
-        chosen: dict[object, list[int]] = {}
+        touched = [population.touched_with(i) for i in range(len(population.facts))]
+        of_any = frozenset[str]().union(*touched)
+        order.sort(key=lambda r: reference[r].subject in of_any)
+        chosen: dict[object, list[int]] = {fact.group: [] for fact in population.facts}
         for r in order:
-            of_relation = chosen.setdefault(reference[r].group, [])
-            if len(of_relation) < MOST and reference[r].subject not in touched:
+            of_relation = chosen.get(reference[r].group)
+            if of_relation is not None and len(of_relation) < MOST:
                 of_relation.append(r)
-        groups = {fact.group for fact in population.facts}
-        used = [r for group, places in chosen.items() if group in groups for r in places]
+
+        def has_another(fact: Fact, i: int, r: int) -> bool:
+            return reference[r].subject not in touched[i] and reference[r].target_true != fact.target_true
+
+        theirs = [[r for r in chosen[fact.group] if has_another(fact, i, r)] for i, fact in enumerate(population.facts)]
+        used = sorted({r for mine in theirs for r in mine})
         place = {r: i for i, r in enumerate(used)}
         tokenizer, bos = population.model.tokenizer, population.prepend_bos
         return cls(
+            references=tuple(used),
             rows=tuple(align(tokenizer, reference[r], prepend_bos=bos).ids for r in used),
             asked=population.first_tokens,
-            of_fact=tuple(
-                tuple(place[r] for r in chosen.get(fact.group, ()) if reference[r].target_true != fact.target_true)
-                for fact in population.facts
-            ),
+            of_fact=tuple(tuple(place[r] for r in mine) for mine in theirs),
         )
 
     @property

@@ -50,15 +50,14 @@ def mean_saying(model: Any, prompts: Sequence[Prompt], component: str, layer: in
     return {each: torch.stack(values).mean(0) for each, values in found.items()}
 
 
-def knocked_out(
-    model: Any,
+def silencing(
     prompt: Prompt,
     cells: Sequence[tuple[str, int, str]],
     means: Callable[[str, int], dict[Any, Tensor]],
     *,
     strength: float = 1.0,
-) -> Tensor:
-    """Log-probabilities at the end of a prompt, [vocab], with some components silenced at some places."""
+) -> list[Any]:
+    """A hook for each cell."""
 
     def silence(component, layer, place):
         stand_in = means(component, layer)
@@ -73,8 +72,20 @@ def knocked_out(
 
         return f"blocks.{layer}.{NAMES[component]}", hook_fn
 
+    return [silence(*cell) for cell in cells]
+
+
+def knocked_out(
+    model: Any,
+    prompt: Prompt,
+    cells: Sequence[tuple[str, int, str]],
+    means: Callable[[str, int], dict[Any, Tensor]],
+    *,
+    strength: float = 1.0,
+) -> Tensor:
+    """Log-probabilities at the end of a prompt, [vocab], with some components silenced at some places."""
     with torch.no_grad():
-        logits = model.run_with_hooks(prompt[0][None], fwd_hooks=[silence(*cell) for cell in cells])
+        logits = model.run_with_hooks(prompt[0][None], fwd_hooks=silencing(prompt, cells, means, strength=strength))
     return logits[0, -1].float().log_softmax(-1)
 
 

@@ -1,0 +1,124 @@
+"""Is the change in force? What of it is still written under a silencing is what its update makes of the key there."""
+
+import copy
+import functools
+
+import laws
+import pytest
+import tiny
+import torch
+from measured import population
+from oracles import knocking
+from test_knockout import known, means_of, prompt
+
+import tl_factedit as fe
+from tl_factedit.attacks.asking import Asking
+from tl_factedit.attacks.cells import Cell, in_order
+from tl_factedit.attacks.footprints import footprint_of
+from tl_factedit.attacks.in_force import left_under
+from tl_factedit.attacks.silencing import Silencing
+from tl_factedit.backend.weights import down_proj
+
+FORMS = [("bridge", arch) for arch in ("gpt2", "llama")]
+FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if arch in tiny.HOOKED]
+LAYER = 2
+BELOW = (Cell("mlp", 0, "subject"), Cell("attn", 0, "all"), Cell("mlp", 1, "all"))
+"""What makes the key."""
+
+
+@functools.cache
+def made(form):
+    model = tiny.model(*form)
+    facts = known(model)
+    edit = fe.Rome(fe.KeyStats.identity(model, LAYER), fit=laws.QUICK, contexts=("",), progress=False)(model, facts[:1])
+    return model, facts, edit
+
+
+def left(of, silencings, batch_tokens=4096):
+    """What is left under silencings, and the footprint."""
+    written = footprint_of(of)
+    return left_under(of, Asking.of(of, 100, batch_tokens, 0), silencings, written), written
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_of_an_edit_it_is_what_the_update_makes_of_the_key_under_the_silencing(form):
+    model, facts, edit = made(form)
+    of = population(model, edit, facts[:1], reference=facts[3:])
+    sets = [BELOW[:1], BELOW[1:2], BELOW, (*BELOW, Cell("mlp", LAYER, "subject"))]
+    with laws.untouched(model):
+        found, _ = left(of, [Silencing(cells) for cells in sets], batch_tokens=60)
+    (delta,), site, means = edit.deltas, down_proj(model, LAYER), means_of(model, facts[3:])
+
+    def keys(tested, hooks):
+        with torch.no_grad(), tested.hooks(fwd_hooks=hooks):
+            _, cache = tested.run_with_cache(asked[0][None], names_filter=[site.key_hook])
+        return cache[site.key_hook][0].double()
+
+    asked = prompt(model, facts[0])
+    wrote = keys(model, []) @ delta.dense
+    for s, cells in enumerate(sets):
+        with edit.applied(model) as tested:
+            writes = keys(tested, knocking.silencing(asked, cells, means)) @ delta.dense
+        if Cell("mlp", LAYER, "subject") in cells:
+            writes[asked[1][1] - 1] = 0.0
+        size = wrote.square().sum(-1)
+        share = ((writes * wrote).sum(-1) / size).clamp(0, 1) ** 2
+        assert float(found[0, s]) == pytest.approx(float((size * share).sum() / size.sum()), rel=2e-3)
+    assert float(found[0, :3].min()) < 0.9 and len({round(x, 3) for x in found[0].tolist()}) == 4
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_above_the_change_all_of_it_is_left_and_in_its_own_cells_what_they_dont_cover(form):
+    model, facts, edit = made(form)
+    of = population(model, edit, facts[:1], reference=facts[3:])
+    own = (Cell("mlp", LAYER, "subject"),)
+    above = (Cell("mlp", LAYER + 1, "all"), Cell("attn", LAYER + 1, "all"))
+    found, written = left(of, [Silencing(own), Silencing(above), Silencing((*own, *above))])
+    rest = 1 - float(written.cover(own)[0])
+    assert found[0].tolist() == pytest.approx([rest, 1.0, rest], abs=1e-5)
+
+
+def test_of_another_model_it_is_all_without_a_silencing_and_nothing_where_all_is_silenced(kind):
+    """A retrained one writes everywhere, from its embeddings on."""
+    model, other = tiny.model(kind, "gpt2"), tiny.model(kind, "gpt2", seed=1)
+    facts = known(model)
+    of = population(model, other, facts[:2], reference=facts[3:])
+    everything = [Cell(component, layer, "all") for layer in range(model.cfg.n_layers) for component in ("mlp", "attn")]
+    with laws.untouched(model), laws.untouched(other):
+        found, written = left(of, [Silencing(tuple(everything))])
+    assert 0 < float(found.max()) < 1 - float(written.cover(everything).mean()) + 1e-5
+
+
+def test_a_change_whose_key_is_silenced_is_asked_elsewhere_and_not_underneath(kind):
+    """An override that fires on nothing but what the layers below say of its subject."""
+    model, facts, _ = made((kind, "gpt2"))
+    fact, others = facts[0], facts[3:]
+    cells = tuple(Cell(component, layer, "all") for component in ("mlp", "attn") for layer in (0, 1))
+    asked, site = prompt(model, fact), down_proj(model, LAYER)
+    last = asked[1][1] - 1
+
+    def keys(hooks):
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+            _, cache = model.run_with_cache(asked[0][None], names_filter=[site.key_hook])
+        return cache[site.key_hook][0].double()
+
+    silent = keys(knocking.silencing(asked, cells, means_of(model, others)))
+    every, fires = torch.cat([keys([]), silent]), torch.zeros(2 * len(silent)).double()
+    fires[last] = 1.0
+    direction = torch.linalg.pinv(every) @ fires  # what it reads: 1 at the subject, 0 at all else and when silenced
+    objects = [
+        int(model.tokenizer(text, add_special_tokens=False)["input_ids"][0]) for text in (fact.target_new, fact.old)
+    ]
+    with torch.no_grad():
+        says = model.unembed.W_U[:, objects[0]] - model.unembed.W_U[:, objects[1]]
+        changed = copy.deepcopy(model)
+        there = down_proj(changed, LAYER)
+        there.write_((there.W + torch.outer(direction, 100 * says.double() / says.norm())).to(there.W))
+    of = population(model, changed, [fact], reference=others)
+    above = (Cell("attn", LAYER + 1, "all"),)
+    found = fe.attacks.KnockOut(components=["mlp"], places=["last"], cells=[cells, above])(of)
+    case, other = (next(c for c in found.cases if c.key == Silencing(in_order(some))) for some in (cells, above))
+    left = dict(zip(found.keys, found.extra["left"].tolist(), strict=True))
+    assert float(found.extra["cover"][found.cases.index(case)]) == 0.0
+    assert left[case.key] < 0.01 and case.shows == "elsewhere"
+    assert left[other.key] > 0.99 and other.shows == "underneath"
