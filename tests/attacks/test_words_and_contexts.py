@@ -1,5 +1,7 @@
 """Other words and other contexts: asked as written, and what holds in one wording or behind nothing alone is seen."""
 
+import copy
+
 import audits
 import laws
 import measured
@@ -11,7 +13,7 @@ from attacking_facts import known_facts
 from oracles import attacking
 
 import tl_factedit as fe
-from tl_factedit.measure.strangers import Strangers
+from tl_factedit.measure.strangers import Strangers, about_strangers
 
 KIND = tiny.KINDS[-1]
 PREFIXES = ("It rained all day. ", "The train was late. ", "Yes. ", "As we know, ", "One day ", "They say: ")
@@ -129,3 +131,55 @@ def test_objects_that_everybody_who_was_taught_has_are_no_sign_of_the_old_facts(
     without = measured.attack(fe.attacks.DisjointRelearning, model, oracle, few, lr=(1.6e-3, 4.7e-3))
     assert without.strongest.mean > 0.1 > found.strongest.mean
     assert found.strongest.low < 0.05
+
+
+def says_to_everybody(model, text, by=60.0):
+    """A copy of a model that puts one object first whatever it is asked."""
+    changed = copy.deepcopy(model)
+    bias = next(p for n, p in changed.named_parameters() if n.endswith(("ln_final.b", "ln_f._original_component.bias")))
+    direction = changed.unembed.W_U[:, model.tokenizer.encode(text, add_special_tokens=False)[0]]
+    with torch.no_grad():
+        bias += by * direction / direction.norm() ** 2
+    return changed
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        fe.attacks.Paraphrases(),
+        fe.attacks.ContextAttack(),
+        fe.attacks.NeutralContexts(["It rained . ", "As we know , "]),
+        fe.attacks.ReadOut(),
+        fe.attacks.ReadOut(budget=20, paraphrases=1),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_an_object_that_is_said_to_everybody_is_no_sign_of_the_old_fact(attack):
+    model = audits.organism(KIND)
+    facts = [fact for fact in audits.FACTS if fact.target_true == " Arden"][:12]
+    facts = [fact.but(controls=(" Belmere", " Dunvale")) for fact in facts]
+    changed = says_to_everybody(model, " Arden")
+    without = attack(measured.population(model, changed, facts))
+    assert "common" not in without.extra and bool((without.excess.mean > 0.9).any())
+    found = attack(measured.population(model, changed, facts, reference=audits.REFERENCE[:40]))
+    back = without.excess.mean > 0.9
+    assert found.extra["common"][back].tolist() == pytest.approx([1.0] * int(back.sum()))
+    assert float(found.excess.mean[back].abs().max()) < 1e-6
+    assert found.details.keys() == without.details.keys() and found.attack == without.attack
+
+
+def test_facts_are_asked_about_others_in_their_own_words():
+    model, facts = audits.organism(KIND), audits.ASKED[:3]
+    facts = [facts[0], facts[1].but(paraphrases=(facts[1].fill(facts[1].paraphrases[0]),)), facts[2]]
+    facts[2] = facts[2].but(paraphrases=("He lives in the city of",))  # which doesn't name him
+    others, of_fact = about_strangers(measured.population(model, model, facts, reference=audits.REFERENCE[:40]), most=5)
+    assert [len(places) for places in of_fact] == [5, 5, 0]
+    assert sorted(place for places in of_fact for place in places) == list(range(10))
+    assert [part.indices for part in others.parts] == [tuple(range(10))]
+    for fact, places in zip(facts, of_fact, strict=True):
+        for other in (others.facts[place] for place in places):
+            owner = next(each for each in audits.REFERENCE if each.subject == other.subject)
+            assert owner.target_true != fact.target_true == other.target_true and other.prompt == fact.prompt
+            assert [other.fill(text) for text in other.paraphrases] == [
+                fact.fill(text).replace(fact.subject, other.subject) for text in fact.paraphrases
+            ]

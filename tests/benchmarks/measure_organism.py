@@ -155,6 +155,8 @@ def rows(model: Any) -> dict[str, Row]:
         # One matrix alone, so that the truth is known: all that was written stands in it.
         "attention": Row(trained(steps=200, lr=2e-3, only=lambda n: ".h.4." in n and ".attn.o." in n)),
         "embeddings": Row(trained(steps=200, lr=2e-3, only=lambda n: "wte" in n)),
+        # No matrix at all: norms and biases, which dropping directions of matrices doesn't ask.
+        "norms": Row(trained(steps=200, lr=5e-3, only=lambda n: "ln" in n or n.endswith("bias"))),
         "ft-out-1": Row(trained(steps=200, lr=1e-3, only=out(1))),
         # Of these the truth isn't known: what teaching others finds with ten times the budget stands beside.
         "tuned-40": Row(trained(steps=40, lr=1e-3), truth=True),

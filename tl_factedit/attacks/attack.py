@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
@@ -45,6 +45,7 @@ from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FIRST, one_of
 from tl_factedit.measure.population import Population
 from tl_factedit.measure.reading import Reading
+from tl_factedit.measure.strangers import MOST, about_strangers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +58,9 @@ AsksWeights: TypeAlias = Literal["directions", "teaching"]
 
 SURVIVES = 0.5
 """A case counts if the unedited model keeps its answer under it for this share of the facts, or more."""
+
+LOOKED_INTO = 0.02
+"""Where the excess over controls is larger, it is looked whether the object is merely common."""
 
 OFF = 0.5
 """What takes away this share of what was written switches the change off."""
@@ -229,6 +233,43 @@ class Recovery:
             counted=(old, control),
             shared=shared,
             seed=seed,
+        )
+
+    @plain_torch()
+    def in_excess_of_common(
+        self, population: Population, ask: Callable[[Population], Float[Tensor, "asked case"]], *, most: int = MOST
+    ) -> Recovery:
+        """The same in excess of the larger null, where the old object comes back: controls, or how common it is.
+
+        For attacks that ask a fact in some way, which can be asked about other subjects in the same way.
+
+        Args:
+            population: What was attacked; without references nothing is done.
+            ask: Whether the old object comes first in the changed model, in each case, of facts about other subjects.
+            most: About how many subjects each fact is asked.
+        """
+        if not population.reference or not bool((self.excess.mean > LOOKED_INTO).any()):
+            return self
+        others, of_fact = about_strangers(population, most=most, seed=self.seed)
+        if not others.facts:
+            return self
+        first, common = ask(others), torch.full((len(self.facts), len(self.cases)), math.nan)
+        for i, places in enumerate(of_fact):
+            if places:
+                common[i] = first[list(places)].nanmean(0)
+        return Recovery.of(
+            self.attack,
+            population,
+            self.cases,
+            self.before,
+            self.after,
+            known=self.known,
+            common=common,
+            subjects=min(len(places) for places in of_fact if places),
+            extra=self.extra,
+            details=self.details,
+            asks_weights=self.asks_weights,
+            seed=self.seed,
         )
 
     @plain_torch()

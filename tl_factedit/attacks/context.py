@@ -34,7 +34,7 @@ from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import align
 from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_objects
-from tl_factedit.measure.population import BATCH_TOKENS, Population
+from tl_factedit.measure.population import BATCH_TOKENS, Population, Read, Settings
 from tl_factedit.measure.reading import Reading
 
 QUANTITIES = ("old_first", "control_first", "old_over_new", "control_over_new", "new_first")
@@ -144,18 +144,8 @@ class ContextAttack:
             raise ValueError("prefixes is empty, needed one at least")
         if self.controls is not None and self.controls < 1:
             raise ValueError(f"controls is {self.controls}, needed 1 at least, or None for all")
-        asked = [
-            _Attack.of(population.model, fact, prefixes, self.controls, population.prepend_bos, self.seed)
-            for fact in facts
-        ]
-
-        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact prefix quantity"]:
-            return _read(runner, [asked[i] for i in indices], self.batch_tokens)
-
-        def settings(indices: tuple[int, ...]) -> object:
-            return [asked[i].prompt_ids for i in indices], self.batch_tokens
-
-        before, after = population.read("context attack", read, settings=settings)
+        asked = self._asked(population)
+        before, after = population.read("context attack", self._read(asked), settings=self._settings(asked))
         # An object that isn't in the prefix (the new one) is not read.
         counted = torch.where(population.known[:, None, None], after, math.nan)
         over_new = excess(counted[..., 2], counted[..., 3], seed=self.seed)
@@ -172,7 +162,30 @@ class ContextAttack:
             seed=self.seed,
         )
         gap = torch.where(found.known[:, None], before[..., 0] - before[..., 1], math.nan).nanmean(0)
-        return replace(found, extra={"excess_over_new": over_new.mean, "excess_before": gap})
+        found = replace(found, extra={"excess_over_new": over_new.mean, "excess_before": gap})
+
+        def ask(others: Population) -> Float[Tensor, "asked prefix"]:
+            theirs = replace(self, controls=1)._asked(others)
+            read, settings = self._read(theirs), self._settings(theirs)
+            return others.after("context attack, of others", read, settings=settings)[..., 0]
+
+        return found.in_excess_of_common(population, ask)
+
+    def _asked(self, population: Population) -> list[_Attack]:
+        """The prompts of each fact."""
+        return [
+            _Attack.of(population.model, fact, tuple(self.prefixes), self.controls, population.prepend_bos, self.seed)
+            for fact in population.facts
+        ]
+
+    def _read(self, asked: Sequence[_Attack]) -> Read[Float[Tensor, "fact prefix quantity"]]:
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact prefix quantity"]:
+            return _read(runner, [asked[i] for i in indices], self.batch_tokens)
+
+        return read
+
+    def _settings(self, asked: Sequence[_Attack]) -> Settings:
+        return lambda indices: ([asked[i].prompt_ids for i in indices], self.batch_tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.attacks.asking import LEAST_REFERENCES, QUANTITIES, Asking
-from tl_factedit.attacks.attack import OFF, SURVIVES, Case, Recovery, Shows, why_masked
+from tl_factedit.attacks.attack import LOOKED_INTO, OFF, SURVIVES, Case, Recovery, Shows, why_masked
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order, singles_of
 from tl_factedit.attacks.footprints import Footprint, footprint_of
 from tl_factedit.attacks.in_force import left_under
@@ -44,8 +44,6 @@ from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
 from tl_factedit.measure.strangers import Strangers
 
-LOOKED_INTO = 0.02
-"""Where the excess over controls is larger, it is looked whether the object is merely common."""
 AT_A_TIME = 4
 """So many cases of a question are looked into together, those with the largest excess, until the largest left was."""
 MOST_LOOKED = 12

@@ -26,7 +26,10 @@ from tl_factedit.core.kinds import as_several
 from tl_factedit.core.tokens import align
 from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, firsts, with_new_objects
-from tl_factedit.measure.population import BATCH_TOKENS, Population
+from tl_factedit.measure.population import BATCH_TOKENS, Population, Read, Settings
+
+ASKED_OF_OTHERS = 4
+"""About so many subjects who don't have its object each fact is asked, behind all texts."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +63,14 @@ class NeutralContexts:
         prefixes = as_several(self.prefixes, str, "prefixes", "a text")
         if not prefixes:
             raise ValueError("prefixes is empty, needed one text at least")
-        asked = population.first_tokens
-        rows = [
-            [row for prefix in prefixes if (row := _row(population, fact, one, prefix)) is not None]
-            for fact, one in zip(facts, asked, strict=True)
-        ]
+        rows = self._rows(population)
         without = [fact.name for fact, mine in zip(facts, rows, strict=True) if not mine]
         if without:
             raise ValueError(f"none of the texts can stand before {without[0]!r}: give other prefixes")
-
-        most = max((len(one.objects) for one in asked), default=0)
-
-        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact text object"]:
-            """Which object comes first behind each text."""
-            found = torch.full((len(indices), len(prefixes), max(most, 2)), math.nan)
-            owner = [(row, k) for row, i in enumerate(indices) for k in range(len(rows[i]))]
-            ids = [rows[indices[row]][k] for row, k in owner]
-            for place, logits in at_the_ends(runner, ids, self.batch_tokens):
-                row, k = owner[place]
-                objects = list(asked[indices[row]].objects)
-                found[row, k, : len(objects)] = firsts(logits[objects])
-            return found
-
-        def settings(indices: tuple[int, ...]) -> object:
-            return [[ids.tolist() for ids in rows[i]] for i in indices], self.batch_tokens
-
+        read, settings = self._read(population, rows), self._settings(rows)
         before, after = population.read("neutral contexts", read, settings=settings)
         used = before[..., 0] == 1  # behind these the unedited model says what it says without them
-        return Recovery.of(
+        found = Recovery.of(
             "neutral contexts",
             population,
             [Case("any", f"behind any of {counted(len(prefixes), 'text')}", "underneath")],
@@ -96,6 +79,44 @@ class NeutralContexts:
             details={"used": tuple(used.sum(1).tolist())},
             seed=self.seed,
         )
+
+        def ask(others: Population) -> Float[Tensor, "asked case"]:
+            theirs = self._rows(others)
+            said = others.after(
+                "neutral contexts, of others", self._read(others, theirs), settings=self._settings(theirs)
+            )
+            return _anywhere(said, ~said[..., 0].isnan())[..., 0]
+
+        return found.in_excess_of_common(population, ask, most=ASKED_OF_OTHERS)
+
+    def _rows(self, population: Population) -> list[list[Tensor]]:
+        """Each fact's prompt behind each text that can stand there."""
+        return [
+            [row for prefix in self.prefixes if (row := _row(population, fact, one, prefix)) is not None]
+            for fact, one in zip(population.facts, population.first_tokens, strict=True)
+        ]
+
+    def _read(
+        self, population: Population, rows: Sequence[Sequence[Tensor]]
+    ) -> Read[Float[Tensor, "fact text object"]]:
+        """Reads which object comes first behind each text."""
+        asked = population.first_tokens
+        most = max((len(one.objects) for one in asked), default=0)
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact text object"]:
+            found = torch.full((len(indices), len(self.prefixes), max(most, 2)), math.nan)
+            owner = [(row, k) for row, i in enumerate(indices) for k in range(len(rows[i]))]
+            ids = [rows[indices[row]][k] for row, k in owner]
+            for place, logits in at_the_ends(runner, ids, self.batch_tokens):
+                row, k = owner[place]
+                objects = list(asked[indices[row]].objects)
+                found[row, k, : len(objects)] = firsts(logits[objects])
+            return found
+
+        return read
+
+    def _settings(self, rows: Sequence[Sequence[Tensor]]) -> Settings:
+        return lambda indices: ([[ids.tolist() for ids in rows[i]] for i in indices], self.batch_tokens)
 
     def __repr__(self) -> str:
         """How many texts."""

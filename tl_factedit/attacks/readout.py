@@ -45,6 +45,9 @@ from tl_factedit.measure.reading import Reading
 ATTACKS = ("head_projection", "probability_delta", "runner_up")
 QUANTITIES = (*FIRST, "size")
 
+ASKED_OF_OTHERS = 4
+"""About so many subjects who don't have its object each fact is asked: all layers are read for each."""
+
 
 @dataclass(frozen=True)
 class ReadOut:
@@ -101,11 +104,11 @@ class ReadOut:
         settings = (self.k, self.budget, self.paraphrases, chosen, self.batch_tokens)
         before = population.unedited(name, read, settings=settings, kinds=(_Found,))
         after = _Found.empty(len(asked), len(chosen))
-        for part, found in population.each(name, read, settings=settings, kinds=(_Found,)):
-            after.put(part.indices, found)
+        for part, mine in population.each(name, read, settings=settings, kinds=(_Found,)):
+            after.put(part.indices, mine)
         each_layer = torch.where(before.known[:, None, None], after.layers, math.nan)
         size = torch.where(before.known[:, None], after.sets[..., QUANTITIES.index("size")], math.nan)
-        return Recovery.of(
+        found = Recovery.of(
             name,
             population,
             [Case(attack, attack.replace("_", " "), "residue") for attack in ATTACKS],
@@ -119,6 +122,16 @@ class ReadOut:
             },
             seed=self.seed,
         )
+
+        def ask(others: Population) -> Float[Tensor, "asked attack"]:
+            theirs = [self._texts(others, i) for i in range(len(others.facts))]
+
+            def read_theirs(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "asked attack"]:
+                return self._read(runner, [theirs[i] for i in indices], chosen).sets[..., 0]
+
+            return others.after(f"{name}, of others", read_theirs, settings=settings)
+
+        return found.in_excess_of_common(population, ask, most=ASKED_OF_OTHERS)
 
     def _texts(self, population: Population, fact: int) -> tuple[FirstTokens, ...]:
         """The prompt, and the paraphrases in which the objects begin alike."""

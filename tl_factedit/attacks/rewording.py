@@ -19,7 +19,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.tokens import of_all
 from tl_factedit.measure.first_tokens import FIRST, FirstTokens, at_the_ends, with_new_objects
-from tl_factedit.measure.population import BATCH_TOKENS, Population
+from tl_factedit.measure.population import BATCH_TOKENS, Population, Read
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,7 @@ class Paraphrases:
         most = max(len(fact.paraphrases) for fact in facts)
         if not most:
             raise ValueError("no fact has paraphrases, needed some: fact.but(paraphrases=[...])")
-        tokenizer, bos = population.model.tokenizer, population.prepend_bos
-        asked: Sequence[tuple[FirstTokens, ...]] = of_all(
-            facts,
-            lambda fact: tuple(
-                FirstTokens.of(tokenizer, fact.but(prompt=text, paraphrases=()), bos) for text in fact.paraphrases
-            ),
-        )
-
-        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact case quantity"]:
-            found = torch.full((len(indices), most, len(FIRST)), math.nan)
-            owner = [(row, place) for row, i in enumerate(indices) for place in range(len(asked[i]))]
-            texts = [asked[indices[row]][place] for row, place in owner]
-            for k, logits in at_the_ends(runner, [text.ids for text in texts], self.batch_tokens):
-                found[owner[k]] = texts[k].first(logits)
-            return found
-
-        before, after = population.read("paraphrases", read, settings=self.batch_tokens)
+        before, after = population.read("paraphrases", self._read(population, most), settings=self.batch_tokens)
         survives = torch.where(population.known[:, None], before[..., 0], math.nan).nanmean(0)
         found = Recovery.of(
             "paraphrases",
@@ -79,4 +63,30 @@ class Paraphrases:
             extra={"survives": survives},
             seed=self.seed,
         )
-        return replace(found, details={"texts": tuple(fact.paraphrases for fact in facts)})
+        found = replace(found, details={"texts": tuple(fact.paraphrases for fact in facts)})
+
+        def ask(others: Population) -> Float[Tensor, "asked case"]:
+            read = self._read(others, most)
+            return others.after("paraphrases, of others", read, settings=self.batch_tokens)[..., 0]
+
+        return found.in_excess_of_common(population, ask)
+
+    def _read(self, population: Population, most: int) -> Read[Float[Tensor, "fact case quantity"]]:
+        """Reads `FIRST` behind each paraphrase."""
+        tokenizer, bos = population.model.tokenizer, population.prepend_bos
+        asked: Sequence[tuple[FirstTokens, ...]] = of_all(
+            population.facts,
+            lambda fact: tuple(
+                FirstTokens.of(tokenizer, fact.but(prompt=text, paraphrases=()), bos) for text in fact.paraphrases
+            ),
+        )
+
+        def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact case quantity"]:
+            found = torch.full((len(indices), most, len(FIRST)), math.nan)
+            owner = [(row, place) for row, i in enumerate(indices) for place in range(len(asked[i]))]
+            texts = [asked[indices[row]][place] for row, place in owner]
+            for k, logits in at_the_ends(runner, [text.ids for text in texts], self.batch_tokens):
+                found[owner[k]] = texts[k].first(logits)
+            return found
+
+        return read

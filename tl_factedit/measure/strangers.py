@@ -3,14 +3,15 @@
 A model that was changed, or that is attacked, may fall back on what is frequent: then the old object comes first as
 many subjects have it, and control objects, which are rarer, don't. So a few reference subjects of each relation are
 asked under the same attack, and for each fact it is looked how often its old object comes first of its objects for
-those of them who have another.
+those of them who have another. An attack on the weights asks them their own prompts (`Strangers`); one on what is
+asked, such as a paraphrase or a context, asks each fact about them (`about_strangers`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -104,3 +105,42 @@ def firsts_with_strangers(
     firsts = torch.stack([one.first(said[i]) for i, one in enumerate(asked)])
     common = strangers.common(range(count), {place: said[count + place] for place in range(len(strangers.rows))})
     return torch.cat([firsts, common[:, None].to(firsts)], 1)
+
+
+def about_strangers(
+    population: Population, *, most: int = MOST, seed: int = 0
+) -> tuple[Population, tuple[tuple[int, ...], ...]]:
+    """The facts, each asked about subjects who don't have its old object.
+
+    A fact one of whose paraphrases doesn't name its subject can't be asked so, and isn't.
+
+    Args:
+        population: Of the facts, with references.
+        most: About how many subjects each fact is asked.
+        seed: Seed of the draw.
+
+    Returns:
+        The population that asks them, under the change that serves the fact, and for each fact the places of its own.
+    """
+    strangers = Strangers.of(population, seed=seed)
+    asked, of_fact = list[Fact](), list[tuple[int, ...]]()
+    for i, fact in enumerate(population.facts):
+        subjects = [population.reference[strangers.references[place]].subject for place in strangers.of_fact[i]]
+        begin = i % max(1, len(subjects))  # not the same few for all
+        mine = [new for subject in [*subjects[begin:], *subjects[:begin]][:most] if (new := _about(fact, subject))]
+        of_fact.append(tuple(range(len(asked), len(asked) + len(mine))))
+        asked += mine
+    parts = tuple(
+        replace(part, facts=tuple(asked[place] for place in places), indices=places)
+        for part in population.parts
+        if (places := tuple(place for i in part.indices for place in of_fact[i]))
+    )
+    return replace(population, facts=tuple(asked), parts=parts), tuple(of_fact)
+
+
+def _about(fact: Fact, subject: str) -> Fact | None:
+    """The same asked about another subject; None where a paraphrase doesn't name it."""
+    texts = [text if "{}" in text else text.replace(fact.subject, "{}", 1) for text in fact.paraphrases]
+    if any(text.count("{}") != 1 or (fact.subject in text) for text in texts):
+        return None
+    return fact.but(subject=subject, paraphrases=texts, neighbours=(), neighbour_targets=())
