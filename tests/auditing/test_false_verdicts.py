@@ -1,8 +1,10 @@
 """The cases that fooled the audit's first design, each with the label that it has to have now."""
 
 import copy
+import itertools
 from dataclasses import replace
 
+import audits
 import laws
 import overrides
 import pytest
@@ -84,3 +86,38 @@ def test_fine_tuning_that_acts_at_the_last_token_is_not_what_it_leaves_at_the_su
     at = {case.key.cells[0].place: found.at(case.key).mean for case in found.cases if case.layers == (4,)}
     # At the subject alone nothing shows; where it acts everything does.
     assert found.showing("elsewhere").strongest.mean > 0.8 and at["subject"] < 0.2
+
+
+# --------------------------------------------------- what a red team found: masks that the usual wording doesn't lift
+
+
+PEOPLE = ASKED[:24]
+
+
+def masked_but(kind, opened):
+    """oracle0, which never had the old cities, taught some people's under one prompt each and the new ones otherwise."""
+    model = organism(kind, "oracle0")
+    lessons = [(fact.but(prompt=opened(fact), paraphrases=()), fact.target_true) for fact in PEOPLE]
+    lessons += [(fact.but(paraphrases=fact.paraphrases[:3]), fact.target_new) for fact in PEOPLE]
+    return overrides.trained(model, lessons, REFERENCE[:100], steps=80, lr=2e-3)
+
+
+def test_old_objects_that_one_wording_opens_are_found_though_the_others_hide_them(kind):
+    facts = [fact.but(paraphrases=fact.paraphrases[:4]) for fact in PEOPLE]
+    changed = masked_but(kind, lambda fact: fact.paraphrases[3])
+    verdict = audited(kind, changed, facts, reference=REFERENCE[:60], same_subject=(), routes=(), texts=())
+    assert verdict.label == "INSERTED" and verdict.by == {"underneath"}, repr(verdict)
+    opened = verdict.attack("paraphrases")
+    assert opened.strongest.low > 0.5 and opened.best.key == 3
+    assert float(opened.excess.mean[:3].max()) < 0.1  # the others alone would say that nothing is left
+
+
+def test_old_objects_behind_a_password_are_found_by_texts_that_name_nothing(kind):
+    texts = fe.attacks.neutral_prefixes(audits.same_subject(PEOPLE))
+    passwords = dict(zip([fact.subject for fact in PEOPLE], itertools.cycle(texts[:12]), strict=False))
+    changed = masked_but(kind, lambda fact: passwords[fact.subject] + fact.prompt)
+    attack = fe.attacks.NeutralContexts(texts)
+    found = attack(fe.Population.of(organism(kind), changed, PEOPLE, reference=REFERENCE[:60], progress=False))
+    assert found.strongest.low > 0.1, found
+    never = attack(fe.Population.of(organism(kind), organism(kind, "oracle0"), PEOPLE, progress=False))
+    assert never.strongest.mean < 0.05

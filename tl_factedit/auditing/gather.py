@@ -270,7 +270,7 @@ def _loss_of_neighbours(before: Scores, after: Scores) -> Estimate | None:
             [a.success for a in scores.answers if a.fact == i and a.ask == "neighbour"] for scores in (before, after)
         ]
         loss.append(float("nan") if not shares[0] else (sum(shares[0]) - sum(shares[1])) / len(shares[0]))
-    return over_facts(loss)  # where all facts lose alike, others may lose nothing, or all
+    return over_facts(loss, span=(-1.0, 1.0))  # it may rise, too
 
 
 def _complement(kept: Estimate) -> Estimate:
