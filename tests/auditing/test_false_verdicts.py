@@ -95,7 +95,7 @@ PEOPLE = ASKED[:24]
 
 
 def masked_but(kind, opened):
-    """oracle0, which never had the old cities, taught some people's under one prompt each and the new ones otherwise."""
+    """oracle0, which never had the old cities, taught some people's under one prompt each, otherwise the new ones."""
     model = organism(kind, "oracle0")
     lessons = [(fact.but(prompt=opened(fact), paraphrases=()), fact.target_true) for fact in PEOPLE]
     lessons += [(fact.but(paraphrases=fact.paraphrases[:3]), fact.target_new) for fact in PEOPLE]
