@@ -27,7 +27,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact, glued
 from tl_factedit.core.kinds import as_several
-from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside
+from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside, stripped
 from tl_factedit.core.tokens import check_room, continuation, encode
 from tl_factedit.measure.change import Change, check_made_for, identity
 from tl_factedit.measure.excess import excess_of
@@ -76,7 +76,7 @@ class Route:
             raise ValueError(f"controls is the string {self.controls!r}, needed a list: write [{self.controls!r}]")
         for name in ("prompt", "old_answer", "new_answer"):
             given = getattr(self, name)
-            if given is not None and not given.strip():
+            if given is not None and not stripped(given):
                 raise ValueError(f"{name} is {given!r}, needed some text")
         if "{}" in self.prompt:
             raise ValueError(f'prompt {self.prompt!r} has a "{{}}", needed the whole text: write fact.fill(prompt)')

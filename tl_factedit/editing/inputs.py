@@ -78,7 +78,8 @@ class EditInputs:
             EditWarning: Values that are fitted there can't change an answer (see `warn_before`).
 
         Raises:
-            ValueError: The facts, the layers or the statistics don't do (see `check_facts`, `check_stats`, `bos_of`).
+            ValueError: The facts, the layers or the statistics don't do (see `check_facts`, `check_stats`, `bos_of`);
+                or both objects of a fact are the same tokens, so that there is nothing to inject.
             UnsupportedModelError: A layer has no ``W_out`` to itself.
         """
         facts, layers, stats = check_facts(facts, objective), list(layers), list(stats)
@@ -91,6 +92,8 @@ class EditInputs:
         bos = bos_of(stats, prepend_bos, model)
         room = getattr(model.cfg, "n_ctx", None)
         prompts = tuple(align_all(model.tokenizer, facts, prepend_bos=bos, room=room))
+        if objective is None or isinstance(objective, Inject):
+            _check_changes(facts, prompts)
         for template in fit.kl_prompts if fit else ():
             align_all(model.tokenizer, facts, prepend_bos=bos, template=template, room=room)
         if fit is not None:
@@ -100,6 +103,21 @@ class EditInputs:
     def only(self, index: int) -> EditInputs:
         """The same for one of the facts."""
         return replace(self, facts=(self.facts[index],), prompts=(self.prompts[index],))
+
+
+def _check_changes(facts: Sequence[Fact], prompts: Sequence[Aligned]) -> None:
+    """Check that what is to be injected is something else than the old object."""
+    same = [
+        fact
+        for fact, row in zip(facts, prompts, strict=True)
+        if row.old_ids is not None and row.new_ids is not None and row.old_ids.tolist() == row.new_ids.tolist()
+    ]
+    if same:
+        raise ValueError(
+            f"target_new {same[0].target_new!r} of {[fact.name for fact in same]} is the old object, as tokens too: an "
+            "edit of it would change no answer; give another target_new, or make the old object likelier with "
+            "objective=fe.editing.Amplify()"
+        )
 
 
 def check_facts(facts: Fact | Iterable[Fact], objective: Objective | None = None) -> tuple[Fact, ...]:
