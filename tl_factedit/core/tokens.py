@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.spacing import stripped
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ class Aligned:
         prepend_bos: Whether a BOS token stands in front.
         old_ids: The ids of ``target_true`` after this prompt, or None.
         new_ids: The ids of ``target_new`` after this prompt, or None.
+        old_word: How many of `old_ids` it takes until more than white space is said; 1 for most.
+        new_word: The same of `new_ids`.
     """
 
     text: str
@@ -44,6 +47,8 @@ class Aligned:
     prepend_bos: bool
     old_ids: Int[Tensor, "true"] | None
     new_ids: Int[Tensor, "new"] | None = None
+    old_word: int = 1
+    new_word: int = 1
 
     @property
     def true_ids(self) -> Int[Tensor, "true"]:
@@ -107,6 +112,7 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
     def target(given: str | None) -> Int[Tensor, "target"] | None:
         return None if given is None else continuation(tokenizer, text, given, prepend_bos=prepend_bos)
 
+    old_ids, new_ids = target(fact.target_true), target(fact.target_new)
     start, stop = find_span(text, offsets, begin, begin + len(fact.subject), pieces, fact.subject)
     check_known(tokenizer, ids[start:stop], f"subject {fact.subject!r}")
     return Aligned(
@@ -115,8 +121,10 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
         pieces=pieces,
         subject=(start, stop),
         prepend_bos=prepend_bos,
-        old_ids=target(fact.target_true),
-        new_ids=target(fact.target_new),
+        old_ids=old_ids,
+        new_ids=new_ids,
+        old_word=1 if old_ids is None else up_to_a_word(tokenizer, old_ids),
+        new_word=1 if new_ids is None else up_to_a_word(tokenizer, new_ids),
     )
 
 
@@ -369,6 +377,19 @@ def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor,
 def spell(tokenizer: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
     """Each token as a string (bytes of a split character show as the replacement character)."""
     return tuple(tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids)
+
+
+def up_to_a_word(tokenizer: Any, ids: Int[Tensor, "target"]) -> int:
+    """How many tokens of an object it takes until more than white space is said.
+
+    Some tokenizers begin " 东京" with a token that is the space alone: who says it has said nothing of the object yet.
+    """
+    return next((i for i, piece in enumerate(spell(tokenizer, ids), start=1) if stripped(piece)), len(ids))
+
+
+def decided_at(said: Sequence[int], wanted: Sequence[int]) -> int:
+    """Where it is decided whether one thing is said or another: the first place where tokens differ, or the last."""
+    return next((i for i, (one, other) in enumerate(zip(said, wanted, strict=True)) if one != other), len(wanted) - 1)
 
 
 def find_span(
