@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import laws
 import pytest
@@ -522,6 +523,35 @@ def test_a_word_that_the_tokenizer_does_not_know_is_refused(field, value):
         check_texts(tokenizer("wordlevel"), fact.but(**{field: value}), prepend_bos=True)
     for name in SUBWORD:
         check_texts(tokenizer(name), fact.but(**{field: value}), prepend_bos=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("prompt", "{} and Zugspitze are in", "The Tower and Zugspitze are in"),
+        ("paraphrases", ["Zugspitze and {} are in"], "Zugspitze and The Tower are in"),
+        ("neighbours", ["The Zugspitze is in"], "The Zugspitze is in"),
+    ],
+)
+def test_a_word_that_the_tokenizer_does_not_know_elsewhere_is_told(field, value, text):
+    fact = Fact("The Tower", "{} is in", " Paris", " Rome").but(**{field: value})
+    with pytest.warns(UserWarning, match=f"'{text}' holds a word that the tokenizer doesn't know"):
+        check_texts(tokenizer("wordlevel"), fact, prepend_bos=True)
+    for name in SUBWORD:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_texts(tokenizer(name), fact, prepend_bos=True)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_unknown_words_are_told_once_a_call(kind):
+    facts = [Fact("The Tower", f"{{}} and {word} are in", " Paris", " Rome") for word in ("Zugspitze", "Matterhorn")]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fe.evaluate(model(kind, "wordlevel"), facts)
+    told = [each for each in said if "Zugspitze" in str(each.message)]
+    assert len(told) == 1 and told[0].filename == __file__
+    assert not [each for each in said if "Matterhorn" in str(each.message)]
 
 
 @ADDS_BOS

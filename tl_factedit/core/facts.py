@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from tl_factedit.core.kinds import short
 from tl_factedit.core.spacing import Mending, all_spaced, ending, goes_on_inside, starts_with_a_break, stripped, trimmed
+from tl_factedit.core.telling import tell
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def _check_encodable(text: str, what: str) -> None:
     halves = [char for char in text if "\ud800" <= char <= "\udfff"]
     if halves:
         raise ValueError(
-            f"{what} is {short(text)}, with {halves[0]!r}: a lone surrogate, half of a character, which no tokenizer can "
-            "spell: read the file as UTF-8, or leave it out"
+            f"{what} is {short(text)}, with {halves[0]!r}: a lone surrogate, half of a character, which no tokenizer "
+            "can spell: read the file as UTF-8, or leave it out"
         )
 
 
@@ -207,17 +207,17 @@ def _mend_spaces(fact: Fact) -> None:
     for name, value in changes.items():
         object.__setattr__(fact, name, value)
     if mending.said:
-        warnings.warn(f"white space of fact {fact.name!r} was mended: {'; '.join(mending.said)}", stacklevel=4)
+        tell(f"white space of fact {fact.name!r} was mended: {'; '.join(mending.said)}")
 
 
 def _warn_of_glued_words(fact: Fact) -> None:
-    """Warn of ``"… city of" + "Paris"``, which the model would be asked as "ofParis", and of ``"\\nParis"``."""
+    """Warn of ``"… city of" + "Paris"``, which the model would be asked as "ofParis", and of a line break before it."""
     objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
     own = list(zip(fact.neighbours, fact.neighbour_targets, strict=True)) if fact.neighbour_targets else []
     answers = [*objects, *fact.controls, *fact.neighbour_targets]
     for target in objects:
         if goes_on_inside(fact.text, target):
-            warnings.warn(glued("target", fact.text, target), stacklevel=4)
+            tell(glued("target", fact.text, target))
     others = [("control", fact.text, target) for target in fact.controls]
     others += [("neighbour target", text, target) for text, target in own]
     asked = [fact.fill(each) for each in fact.paraphrases] + ([] if own else list(fact.neighbours))
@@ -225,21 +225,20 @@ def _warn_of_glued_words(fact: Fact) -> None:
     inside = [each for each in others if goes_on_inside(*each[1:])]
     if inside:
         more = f"; so do {len(inside) - 1} more" if inside[1:] else ""
-        warnings.warn(glued(*inside[0]) + more, stacklevel=4)
+        tell(glued(*inside[0]) + more)
     broken = [target for target in answers if starts_with_a_break(target)]
     if broken:
-        warnings.warn(
+        tell(
             f"target {broken[0]!r} begins with {broken[0][0]!r}, which is a token before the object's own, and what is "
             "read of first tokens is read of it: end the prompt with it instead",
-            stacklevel=4,
         )
 
 
 def glued(what: str, text: str, target: str) -> str:
     """What to say of a target that goes on inside a text's last word."""
     return (
-        f"{what} {target!r} goes on inside the last word of {ending(text)!r} ({text.split()[-1] + target!r}): begin it with a "
-        "space if it is a new word"
+        f"{what} {target!r} goes on inside the last word of {ending(text)!r} ({text.split()[-1] + target!r}): begin "
+        "it with a space if it is a new word"
     )
 
 

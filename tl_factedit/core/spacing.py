@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable
 
 SPACES = " \u00a0\u202f\u3000\u200b\u2060\ufeff"
-"""What is meant as a space where a text ends: with those that don't break, the ideographic one, and those of no width."""
+"""What is meant as a space where a text ends: those that don't break, the ideographic one and those of no width too."""
 BLANK = re.compile(rf"[\s{SPACES}]")
 """White space of any kind: also line breaks and tabs."""
 # Chinese and Japanese with their punctuation and full-width forms; with them Thai, Lao, Tibetan, Myanmar, Khmer.
@@ -205,7 +205,7 @@ def _joined(text: str, target: str) -> bool:
 
 
 def _inside_a_name(text: str, target: str) -> bool:
-    """Whether punctuation stands inside a number ("12:" + "30"), initials ("J." + "R.") or an address ("www." + "x")."""
+    """Whether punctuation stands inside a number ("12:" + "30"), initials ("J." + "R.") or an address ("www." + …)."""
     if text[-1] not in "?!" and text[-2:-1].isdigit() and target[0].isdigit():
         return True
     word = text.split()[-1].lower()

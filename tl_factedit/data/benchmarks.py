@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.spacing import Mending, continued, in_one_word, stripped, trimmed
+from tl_factedit.core.telling import tell
 
 
 def counterfact(path: str | Path) -> list[Fact]:
@@ -181,7 +181,7 @@ class Changes:
         """Warn of all changes."""
         if self.counts:
             said = "; ".join(f"{what} ({n} times)" for what, n in self.counts.items())
-            warnings.warn(f"texts of {path} were changed: {said}", stacklevel=4)
+            tell(f"texts of {path} were changed: {said}")
 
 
 def _facts(

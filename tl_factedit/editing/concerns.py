@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import Aligned
 from tl_factedit.editing.outcome import MEASURED
 from tl_factedit.editing.value_fit import ValueFit
@@ -54,23 +51,10 @@ AT_ENDS = ("FineTune", "KnowledgeNeurons")
 WARNED = "_warned"
 
 
-def callers_level(frame: FrameType | None) -> int:
-    """How far up from a frame a warning has to point for the first line of whoever called this package.
-
-    Args:
-        frame: Where the warning is given (``inspect.currentframe()``); None where Python can't say: 1.
-    """
-    level = 1
-    ours = {"tl_factedit", contextlib.__name__, "jaxtyping"}
-    while frame and frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in ours:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def warn_once(change: Any, name: str, concerns: Sequence[str]) -> None:
     """Say, as an `EditWarning`, what there is to be concerned about in a change; once for each object."""
     if concerns and not vars(change).get(WARNED):
-        warnings.warn(f"{name}: {'; '.join(concerns)}", EditWarning, stacklevel=callers_level(inspect.currentframe()))
+        tell(f"{name}: {'; '.join(concerns)}", EditWarning)
         vars(change)[WARNED] = True
 
 
@@ -154,11 +138,7 @@ def warn_before(model: Model, facts: Sequence[Fact], prompts: Sequence[Aligned],
     if fit.steps == 1:
         why.append("a fit of steps=1 only reads the loss: take more")
     if why:
-        warnings.warn(
-            f"{name} can't change the answer: {'; '.join(why)}",
-            EditWarning,
-            stacklevel=callers_level(inspect.currentframe()),
-        )
+        tell(f"{name} can't change the answer: {'; '.join(why)}", EditWarning)
 
 
 def concerns_of(edit: Edit) -> Iterator[str]:

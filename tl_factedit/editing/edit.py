@@ -130,7 +130,9 @@ class Edit:
                 {**fit, **said.get(fact.text, {}), "same_first_token": prompt.same_first_token}
                 for fit, fact, prompt in zip(fits, inputs.facts, inputs.prompts, strict=True)
             ),
-            provenance=made_on(model, inputs.prepend_bos, inputs.base, (fact.text for fact in inputs.facts)),
+            provenance=made_on(
+                model, inputs.prepend_bos, inputs.base, [*contexts, *(fact.text for fact in inputs.facts)]
+            ),
         )
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -19,8 +17,9 @@ from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.kinds import check_one, short
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.spacing import before_prompts
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import Aligned, align, align_all, brings_bos
-from tl_factedit.editing.concerns import callers_level, warn_before
+from tl_factedit.editing.concerns import warn_before
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
@@ -229,10 +228,7 @@ def _spaced(contexts: Sequence[str], model: Model) -> tuple[str, ...]:
     changed = [(given, now) for given, now in zip(contexts, found, strict=True) if given != now]
     if changed:
         (given, now), more = changed[0], f", and so did {len(changed) - 1} more" if changed[1:] else ""
-        warnings.warn(
-            f"context {given!r} became {now!r}{more}: a space stands between a context and the prompt",
-            stacklevel=callers_level(inspect.currentframe()),
-        )
+        tell(f"context {given!r} became {now!r}{more}: a space stands between a context and the prompt")
     return found if found and found[0] == "" else ("", *found)
 
 

@@ -15,7 +15,6 @@ Positions before the subject can't have an effect in a causal model: theirs is e
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.kinds import as_whole
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import Aligned, decided_at
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
 from tl_factedit.locate.corruption import Corruption, corruption_of
@@ -164,15 +164,16 @@ def causal_trace(
     )
 
 
-def warn_of_unknown(facts: Sequence[Fact], rows: Sequence[Aligned], top: Sequence[tuple[int, ...]], model: Model) -> None:
+def warn_of_unknown(
+    facts: Sequence[Fact], rows: Sequence[Aligned], top: Sequence[tuple[int, ...]], model: Model
+) -> None:
     """Say once which facts the model doesn't know: there is little to trace, and what is found is noise."""
     wrong = [i for i, (said, row) in enumerate(zip(top, rows, strict=True)) if not _knows(said, row)]
     if wrong:
         said = _said(model, top[wrong[0]], rows[wrong[0]])
-        warnings.warn(
+        tell(
             f"the model doesn't know {len(wrong)} of {len(facts)} facts, such as {facts[wrong[0]].name!r}: it says "
             f"{said!r} and not {facts[wrong[0]].target_true!r}; a trace of what isn't known shows noise (Trace.known)",
-            stacklevel=4,  # this, causal_trace, and what it is decorated with
         )
 
 
