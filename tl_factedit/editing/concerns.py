@@ -145,8 +145,11 @@ def concerns_of(edit: Edit) -> Iterator[str]:
     """What `Edit.concerns` says."""
     weight = {d.layer: d.weight_norm for d in edit.diagnostics}
     relative = {each.layer: each.norm / weight[each.layer] for each in edit.deltas if each.layer in weight}
-    if edit.editor.get("name") == "scaled" and not any(delta.norm for delta in edit.deltas):
+    name = edit.editor.get("name")
+    changes = any(delta.norm for delta in edit.deltas)
+    if name == "scaled" and not changes:
         yield f"it is scaled by {edit.editor['alpha']} and changes nothing: take another α"
+    of_part = "of one of its edits: " if name == "composed" and len(edit.editor.get("of", ())) > 1 else ""
     for layer, size in relative.items():
         if size > LARGE_UPDATE:
             yield (
@@ -156,19 +159,19 @@ def concerns_of(edit: Edit) -> Iterator[str]:
     for d in edit.diagnostics:
         if abs(d.division_factor) < SMALL_DIVISION:
             yield (
-                f"the update direction of layer {d.layer} hardly sees its key (division factor "
+                f"{of_part}the update direction of layer {d.layer} hardly sees its key (division factor "
                 f"{d.division_factor:.3f}), so that the update is huge wherever else it fires: use one key throughout "
                 "(Rome's consistent variant), more tokens for the statistics, or a ridge"
             )
-        if max(d.off_target, default=0.0) * relative.get(d.layer, 0.0) > LARGE_OFF_TARGET:
+        if max(d.off_target, default=0.0) * d.relative_norm > LARGE_OFF_TARGET:
             yield (
-                f"another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer "
-                f"{d.layer} as the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take "
+                f"{of_part}another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer "
+                f"{d.layer} as the one it is meant for, and the update is {d.relative_norm:.0%} of ‖W‖: take "
                 "statistics (of more text, or at all instead of the identity), an ε in fine-tuning, or another layer"
             )
         if d.exactness > INEXACT:
             yield (
-                f"rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: load the "
+                f"{of_part}rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: load the "
                 "model in float32"
             )
     last_layer = (
@@ -190,3 +193,5 @@ def concerns_of(edit: Edit) -> Iterator[str]:
             f"{sum(unmet) / len(unmet):.0%} of what the facts need is not met in the last layer, {max(edit.layers)}: "
             f"they are hardly written; {'take a lower layer' if deaf else 'lower the weight'}"
         )
+    if changes and name in ("scaled", "composed") and not all("prob_after" in fit for fit in edit.fits):
+        yield f"it is {name}, and what becomes of its targets was not measured of it: evaluate it (fe.evaluate)"
