@@ -115,9 +115,8 @@ def test_what_the_last_layer_writes_in_mid_prompt_reaches_no_answer_and_that_is_
         edit = made_by(name, knowing, **options)
     assert edit.fits[0]["prob_after"] == pytest.approx(edit.fits[0]["prob_before"], abs=1e-3)
     assert any("its probability is" in concern for concern in edit.concerns)
-    assert any("take a lower layer (what the last one writes at a subject" in concern for concern in edit.concerns) == (
-        name != "router"  # which hasn't layers of its own
-    )
+    assert any("take a lower layer (what the last one writes at a subject" in concern for concern in edit.concerns)
+    assert not any("more steps" in concern for concern in edit.concerns)
     assert not any("lower the weight" in concern for concern in edit.concerns)
 
 
@@ -240,10 +239,28 @@ def test_failing_is_judged_in_the_sense_of_the_objective(case, expected):
 
 def test_of_many_facts_it_says_how_many_and_one_by_name(model):
     good, bad = fit(False, 0.0, 0.9, False, True), fit(False, 0.0, 0.1, False, False)
-    (said,) = concerns_of_fits([laws.FACT, laws.OTHER, laws.FACT], [good, bad, bad])
+    (said,) = concerns_of_fits([laws.FACT, laws.OTHER, laws.FACT], [good, bad, bad], falls_short="")
     assert said.startswith("2 of 3 facts aren't as wanted with it, such as 'Danielle Darrieux'")
     edit = replace(made(model), fits=(bad,))
     assert edit.concerns and edit.concerns == fe.compose([edit]).concerns
+
+
+@pytest.mark.parametrize(
+    ("weight", "unmet", "contexts", "remedy"),
+    [
+        (15_000.0, (0.8,), ("", "I know. "), "lower the weight (see unmet), or take another layer"),
+        (1e-3, (0.001,), ("", "I know. "), "the keys under 2 contexts; take contexts=(), or another layer"),
+        (None, (), ("", "I know. "), "the keys under 2 contexts; take contexts=(), or another layer"),
+        (None, (), ("",), "take another layer"),
+    ],
+)
+def test_a_remedy_is_one_that_the_edit_has(model, weight, unmet, contexts, remedy):
+    missed = {**fit(False, 0.0, 0.1, False, False), "target_prob": (0.01, 0.9)}
+    edit = made(model)
+    diagnostics = (replace(edit.diagnostics[0], weight=weight, unmet=unmet),)
+    edit = replace(edit, fits=(missed,), contexts=contexts, diagnostics=diagnostics)
+    said = next(each for each in edit.concerns if "it was found how" in each)
+    assert said.endswith(remedy)
 
 
 UNMEASURED = "what becomes of its targets was not measured of it: evaluate it"

@@ -87,7 +87,8 @@ def _check_kind(given: object, name: str, annotation: str, func: Callable[..., A
     wanted = getattr(func, "__globals__", {}).get(annotation)
     shows = func.__module__.startswith("tl_factedit.show")  # which says more of what can be shown, by itself
     if isinstance(wanted, type) and is_dataclass(wanted) and not shows and not isinstance(given, wanted):
-        check_one(given, wanted, name, f"{'an' if annotation[0] in 'AEIO' else 'a'} {annotation}")
+        several = getattr(wanted, "OF_SEVERAL", "") if isinstance(given, list | tuple) else ""
+        check_one(given, wanted, name, f"{'an' if annotation[0] in 'AEIO' else 'a'} {annotation}{several}")
 
 
 @contextmanager

@@ -39,6 +39,9 @@ INEXACT = 0.1
 LARGE_UNMET = 0.5
 """Of the share that isn't met in the last layer, mean over facts: above, less than half of the change is written."""
 
+MET = 0.1
+"""Below, lowering the weight would bring little more."""
+
 SAME_KEY = 0.999
 """Of the cosine between two facts' keys."""
 
@@ -74,7 +77,7 @@ def failed(fit: Mapping[str, Any]) -> bool:
 
 
 def concerns_of_fits(
-    facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]], *, last_layer: bool = False
+    facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]], *, last_layer: bool = False, falls_short: str
 ) -> Iterator[str]:
     """What there is to say of facts of which a change didn't do what was wanted.
 
@@ -82,6 +85,7 @@ def concerns_of_fits(
         facts: What was to be changed.
         fits: How each fact's change was found, and what became of its target.
         last_layer: Whether it writes at the subjects in the model's last layer, where no other token reads it.
+        falls_short: What to do where it was found how to bring about what is wanted, and isn't so with the change.
     """
     missed = [(fact, fit) for fact, fit in zip(facts, fits, strict=True) if failed(fit)]
     if not missed:
@@ -93,10 +97,7 @@ def concerns_of_fits(
     if last_layer and _in_mid_prompt(fact):
         remedy = "take a lower layer (what the last one writes at a subject in mid-prompt reaches no answer)"
     elif found:
-        remedy = (
-            "it was found how to bring that about, and it isn't written in full: lower the weight (see unmet), or take "
-            "another layer"
-        )
+        remedy = f"it was found how to bring that about, and at the prompt itself it isn't so: {falls_short}"
     elif fitted:
         remedy = f"the fit ended at {fitted[-1]:.2g}: take more steps, a larger lr, clamp or ε, or a lower layer"
     else:
@@ -178,9 +179,18 @@ def concerns_of(edit: Edit) -> Iterator[str]:
         max(edit.layers, default=-1) == len(edit.provenance.weights.w_out) - 1
         and edit.editor.get("name") not in AT_ENDS
     )
-    yield from concerns_of_fits(edit.facts, edit.fits, last_layer=last_layer)
     last = [d for d in edit.diagnostics if d.layer == max(edit.layers, default=-1)]
     unmet = [share for d in last for share in d.unmet]
+    weighs = any(d.weight is not None for d in last)
+    if weighs and unmet and sum(unmet) / len(unmet) > MET:
+        falls_short = "lower the weight (see unmet), or take another layer"
+    elif len(edit.contexts) > 1:
+        falls_short = (
+            f"it is written at the mean of the keys under {len(edit.contexts)} contexts; take contexts=(), or another layer"
+        )
+    else:
+        falls_short = "take another layer"
+    yield from concerns_of_fits(edit.facts, edit.fits, last_layer=last_layer, falls_short=falls_short)
     one_key = bool(unmet) and max(d.key_cosine for d in last) > SAME_KEY
     if one_key:
         yield (
@@ -189,9 +199,10 @@ def concerns_of(edit: Edit) -> Iterator[str]:
         )
     if unmet and not one_key and sum(unmet) / len(unmet) > LARGE_UNMET:
         deaf = last_layer and all(map(_in_mid_prompt, edit.facts))
+        remedy = "take a lower layer" if deaf else "lower the weight" if weighs else "take other hyperparameters"
         yield (
             f"{sum(unmet) / len(unmet):.0%} of what the facts need is not met in the last layer, {max(edit.layers)}: "
-            f"they are hardly written; {'take a lower layer' if deaf else 'lower the weight'}"
+            f"they are hardly written; {remedy}"
         )
     if changes and name in ("scaled", "composed") and not all("prob_after" in fit for fit in edit.fits):
         yield f"it is {name}, and what becomes of its targets was not measured of it: evaluate it (fe.evaluate)"

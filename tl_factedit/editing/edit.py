@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -66,6 +66,9 @@ class Edit:
     diagnostics: tuple[Diagnostics, ...]
     fits: tuple[Mapping[str, Any], ...]
     provenance: Provenance
+
+    OF_SEVERAL: ClassVar[str] = ", which several can be made: compose(edits)"
+    """What whoever gives a list of edits is told (see `plain_torch`)."""
 
     def __post_init__(self) -> None:
         """Check that each layer is changed once."""
