@@ -11,7 +11,6 @@ A route counts only if the unedited model goes it: if, of the answers offered, i
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,8 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact, glued
 from tl_factedit.core.kinds import as_several
-from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside
+from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside, stripped
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import check_room, continuation, encode
 from tl_factedit.measure.change import Change, check_made_for, identity
 from tl_factedit.measure.excess import excess_of
@@ -76,7 +76,7 @@ class Route:
             raise ValueError(f"controls is the string {self.controls!r}, needed a list: write [{self.controls!r}]")
         for name in ("prompt", "old_answer", "new_answer"):
             given = getattr(self, name)
-            if given is not None and not given.strip():
+            if given is not None and not stripped(given):
                 raise ValueError(f"{name} is {given!r}, needed some text")
         if "{}" in self.prompt:
             raise ValueError(f'prompt {self.prompt!r} has a "{{}}", needed the whole text: write fact.fill(prompt)')
@@ -95,11 +95,11 @@ class Route:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "controls", controls)
         if mending.said:
-            warnings.warn(f"white space of route {prompt!r} was mended: {'; '.join(mending.said)}", stacklevel=4)
+            tell(f"white space of route {prompt!r} was mended: {'; '.join(mending.said)}")
         inside = [each for each in (*answers, *controls) if each is not None and goes_on_inside(prompt, each)]
         if inside:
             more = f"; so do {len(inside) - 1} more" if inside[1:] else ""
-            warnings.warn(glued("answer", prompt, inside[0]) + more, stacklevel=4)
+            tell(glued("answer", prompt, inside[0]) + more)
 
     @property
     def tells_apart(self) -> bool:

@@ -59,11 +59,30 @@ def fingerprint(model: Model) -> Fingerprint:
         seen.add(id(site.param))
         w_out.append(hash_weight(site.W))
     rest = xxhash.xxh3_64()
-    for param in _fetched([p.detach() for p in model.parameters() if id(p) not in seen and not p.is_meta]):
+    for param in _fetched([p.detach() for p in _each_once(model) if id(p) not in seen and not p.is_meta]):
         # Zeros (biases that one release of TransformerLens adds and the next does not) say nothing.
         if param.numel() > LARGEST_BIAS or bool(param.any()):
             _update(rest, param)
     return Fingerprint(tuple(w_out), rest.hexdigest(), layout(model))
+
+
+def _each_once(model: Model) -> Iterator[Tensor]:
+    """The parameters of a model, each once.
+
+    A second bridge over one transformers model wraps the first one's modules, and splits a joint q, k and v again: what
+    stands under one name then, but for the wrapping, and has the same bits is one parameter.
+    """
+    by_name: dict[str, list[Tensor]] = {}
+    for name, param in model.named_parameters():
+        same = by_name.setdefault(name.replace("_original_component.", ""), [])
+        if not any(_same_bits(param, other) for other in same):
+            same.append(param)
+            yield param
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    kinds = [(each.dtype, each.device, each.shape, each.is_meta) for each in (one, other)]
+    return kinds[0] == kinds[1] and not one.is_meta and torch.equal(one, other)
 
 
 def _fetched(params: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
@@ -29,8 +29,8 @@ class Provenance:
             ``"all modules"`` for one of ``torch.nn.modules.module.register_module_forward_hook``.
         edits: For an edit, the digests of those that were on the model when it was made; `weights` are those below
             them.
-        bos_in_prompt: Whether some prompt begins with the BOS token itself (a chat template), so that none was put in
-            front of it.
+        bos_in_prompt: Whether some prompt or text begins with the BOS token itself (a chat template), so that none was
+            put in front of it.
 
     Example:
         >>> fe.editing.Provenance.of(model).versions["torch"]             # doctest: +SKIP
@@ -79,6 +79,10 @@ class Provenance:
             hooks=users_hooks(model),
             bos_in_prompt=bos and any(brings_bos(model.tokenizer, prompt) for prompt in prompts),
         )
+
+    def having_read(self, brought_bos: bool) -> Provenance:
+        """That of a result of texts that were read on the way, one of which brought its BOS (or none did)."""
+        return replace(self, bos_in_prompt=self.bos_in_prompt or (self.prepend_bos and brought_bos))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file's header."""

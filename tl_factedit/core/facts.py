@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from tl_factedit.core.kinds import short
-from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside, trimmed
+from tl_factedit.core.spacing import Mending, all_spaced, ending, goes_on_inside, starts_with_a_break, stripped, trimmed
+from tl_factedit.core.telling import tell
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Fact:
         for name in ("subject", "prompt", "target_true", "target_new", "relation"):
             _check_text(getattr(self, name), name, optional=name in ("target_true", "target_new", "relation"))
         _one_slot(self.prompt, "prompt")
-        if not self.subject.strip():
+        if not stripped(self.subject):
             raise ValueError(f"subject is {self.subject!r}, needed some text: give the subject's name")
         for name in ("target_true", "target_new"):
             target = getattr(self, name)
-            if target is not None and not target.strip():
+            if target is not None and not stripped(target):
                 raise ValueError(
                     f"{name} is {target!r}, needed some text: give the object as the continuation "
                     'of the prompt, such as " Paris"'
@@ -131,10 +131,21 @@ class Fact:
 
 
 def _check_text(value: Any, what: str, *, optional: bool = False) -> None:
+    if isinstance(value, str):
+        _check_encodable(value, what)
     if isinstance(value, str) or (optional and value is None):
         return
     given = f"{value!r}, a {type(value).__name__}" if value is not None else "None"
     raise ValueError(f"{what} is {given}: needed text{' or None' if optional else ''}")
+
+
+def _check_encodable(text: str, what: str) -> None:
+    halves = [char for char in text if "\ud800" <= char <= "\udfff"]
+    if halves:
+        raise ValueError(
+            f"{what} is {short(text)}, with {halves[0]!r}: a lone surrogate, half of a character, which no tokenizer "
+            "can spell: read the file as UTF-8, or leave it out"
+        )
 
 
 def _texts(given: Any, what: str) -> tuple[str, ...]:
@@ -146,7 +157,7 @@ def _texts(given: Any, what: str) -> tuple[str, ...]:
     texts = tuple(given)
     for i, text in enumerate(texts):
         _check_text(text, f"{what}[{i}]")
-        if not text.strip():
+        if not stripped(text):
             raise ValueError(f"{what}[{i}] is {text!r}, needed some text: leave it out")
     return texts
 
@@ -172,9 +183,10 @@ def _mend_spaces(fact: Fact) -> None:
     """Mend the white space around what continues prompts (see `spacing`), and say where that changes what is run."""
     mending = Mending()
     objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
-    prompt = mending.prompt(fact.prompt, [*objects, *fact.controls])
-    text, was = (each.replace("{}", fact.subject, 1) for each in (prompt, fact.prompt))
-    changes: dict[str, Any] = {"prompt": prompt}
+    subject, (given, *paraphrases) = mending.subject(fact.subject, (fact.prompt, *fact.paraphrases))
+    prompt = mending.prompt(given, [*objects, *fact.controls])
+    text, was = (each.replace("{}", subject, 1) for each in (prompt, given))
+    changes: dict[str, Any] = {"subject": subject, "prompt": prompt}
     for name in ("target_true", "target_new"):
         target = getattr(fact, name)
         changes[name] = None if target is None else mending.target(target, text, was)
@@ -183,7 +195,7 @@ def _mend_spaces(fact: Fact) -> None:
     apart = all_spaced(objects)
     changes["controls"] = tuple(mending.target(target, text, was, spaced=apart) for target in fact.controls)
     spaced = any((target or "").startswith(" ") for target in objects)
-    changes["paraphrases"] = tuple(mending.prompt(each, objects) if spaced else each for each in fact.paraphrases)
+    changes["paraphrases"] = tuple(mending.prompt(each, objects) if spaced else each for each in paraphrases)
     if fact.neighbour_targets:
         pairs = list(zip(fact.neighbours, fact.neighbour_targets, strict=True))
         changes["neighbours"] = tuple(mending.prompt(each, [target]) for each, target in pairs)
@@ -195,29 +207,38 @@ def _mend_spaces(fact: Fact) -> None:
     for name, value in changes.items():
         object.__setattr__(fact, name, value)
     if mending.said:
-        warnings.warn(f"white space of fact {fact.name!r} was mended: {'; '.join(mending.said)}", stacklevel=4)
+        tell(f"white space of fact {fact.name!r} was mended: {'; '.join(mending.said)}")
 
 
 def _warn_of_glued_words(fact: Fact) -> None:
-    """Warn of ``"… city of" + "Paris"``: the model would be asked to go on as "ofParis"."""
-    for target in (fact.target_true or " ", fact.target_new or " "):
+    """Warn of ``"… city of" + "Paris"``, which the model would be asked as "ofParis", and of a line break before it."""
+    objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
+    own = list(zip(fact.neighbours, fact.neighbour_targets, strict=True)) if fact.neighbour_targets else []
+    answers = [*objects, *fact.controls, *fact.neighbour_targets]
+    for target in objects:
         if goes_on_inside(fact.text, target):
-            warnings.warn(glued("target", fact.text, target), stacklevel=4)
+            tell(glued("target", fact.text, target))
     others = [("control", fact.text, target) for target in fact.controls]
-    if fact.neighbour_targets:
-        pairs = zip(fact.neighbours, fact.neighbour_targets, strict=True)
-        others += [("neighbour target", text, target) for text, target in pairs]
+    others += [("neighbour target", text, target) for text, target in own]
+    asked = [fact.fill(each) for each in fact.paraphrases] + ([] if own else list(fact.neighbours))
+    others += [("target", text, target) for text in asked for target in objects]
     inside = [each for each in others if goes_on_inside(*each[1:])]
     if inside:
         more = f"; so do {len(inside) - 1} more" if inside[1:] else ""
-        warnings.warn(glued(*inside[0]) + more, stacklevel=4)
+        tell(glued(*inside[0]) + more)
+    broken = [target for target in answers if starts_with_a_break(target)]
+    if broken:
+        tell(
+            f"target {broken[0]!r} begins with {broken[0][0]!r}, which is a token before the object's own, and what is "
+            "read of first tokens is read of it: end the prompt with it instead",
+        )
 
 
 def glued(what: str, text: str, target: str) -> str:
     """What to say of a target that goes on inside a text's last word."""
     return (
-        f"{what} {target!r} goes on inside the prompt's last word ({text.split()[-1] + target!r}): begin it with a "
-        "space if it is a new word"
+        f"{what} {target!r} goes on inside the last word of {ending(text)!r} ({text.split()[-1] + target!r}): begin "
+        "it with a space if it is a new word"
     )
 
 

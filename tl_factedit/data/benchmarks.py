@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.spacing import continued, in_one_word, trimmed
+from tl_factedit.core.spacing import Mending, continued, in_one_word, stripped, trimmed
+from tl_factedit.core.telling import tell
 
 
 def counterfact(path: str | Path) -> list[Fact]:
@@ -27,7 +27,7 @@ def counterfact(path: str | Path) -> list[Fact]:
     records = _records(path, "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
     objects: dict[str, dict[str, None]] = {}
 
-    def targets(record: Mapping[str, Any]) -> tuple[str, str]:
+    def targets(record: Mapping[str, Any], changes: Changes) -> tuple[str, str]:
         rewrite = record["requested_rewrite"]
         if not isinstance(rewrite, dict):
             raise ValueError(
@@ -36,15 +36,16 @@ def counterfact(path: str | Path) -> list[Fact]:
             )
         text = _text(rewrite, "prompt").replace("{}", _text(rewrite, "subject"))
         return (
-            _continue(text, _text(rewrite["target_true"], "str")),
-            _continue(text, _text(rewrite["target_new"], "str")),
+            changes.continued(text, _text(rewrite["target_true"], "str")),
+            changes.continued(text, _text(rewrite["target_new"], "str")),
         )
 
     def fact(_: int, record: Mapping[str, Any], changes: Changes) -> Fact:
-        rewrite, (true, new) = record["requested_rewrite"], targets(record)
+        rewrite, (true, new) = record["requested_rewrite"], targets(record, changes)
+        subject, prompt = changes.unpadded(rewrite["subject"], changes.trimmed(rewrite["prompt"]))
         return Fact(
-            rewrite["subject"],
-            changes.trimmed(rewrite["prompt"]),
+            subject,
+            prompt,
             true,
             new,
             paraphrases=changes.each_trimmed(record["paraphrase_prompts"] or ()),
@@ -56,7 +57,7 @@ def counterfact(path: str | Path) -> list[Fact]:
 
     for i, record in enumerate(records):
         with _naming(path, i, record):
-            for each in targets(record):
+            for each in targets(record, Changes()):  # said as the facts are made
                 objects.setdefault(record["requested_rewrite"]["relation_id"], {})[each] = None
     return _facts(path, records, fact)
 
@@ -66,15 +67,15 @@ def counterfact_brief(path: str | Path) -> list[Fact]:
 
     def fact(_: int, record: Mapping[str, Any], changes: Changes) -> Fact:
         subject, prompt, text = _template(record, "prompt", changes)
-        neighbour = changes.trimmed(_text(record, "locality_prompt"))
+        locality = _text(record, "locality_prompt")
         return Fact(
             subject,
             prompt,
-            _continue(text, _text(record, "ground_truth")),
-            _continue(text, _text(record, "target_new")),
+            changes.continued(text, _text(record, "ground_truth")),
+            changes.continued(text, _text(record, "target_new")),
             paraphrases=[changes.trimmed(_text(record, "rephrase_prompt"))],
-            neighbours=[neighbour],
-            neighbour_targets=[_continue(neighbour, _text(record, "locality_ground_truth"))],
+            neighbours=[changes.trimmed(locality)],
+            neighbour_targets=[changes.continued(locality, _text(record, "locality_ground_truth"))],
             id=record.get("case_id"),
         )
 
@@ -90,7 +91,7 @@ def known_facts(path: str | Path) -> list[Fact]:
         return Fact(
             subject,
             prompt,
-            _continue(text, _text(record, "attribute")),
+            changes.continued(text, _text(record, "attribute")),
             relation=record.get("relation_id"),
             id=record.get("known_id"),
         )
@@ -122,20 +123,21 @@ def zsre(path: str | Path, *, written: Literal["alt", "answer"] = "alt") -> list
             raise ValueError(f"answers is {answers!r}, a {type(answers).__name__}: needed a list of texts")
         if not answers:
             raise ValueError("answers is empty, needed one at least")
-        if not isinstance(answers[0], str):
-            raise ValueError(f"answers[0] is {answers[0]!r}, a {type(answers[0]).__name__}: needed text")
+        _check_some_text(answers[0], "answers[0]")
         subject, prompt, text = _template(record, "src", changes)
         alt = "" if record["alt"] is None else _text(record, "alt")
         old, new = (None, answers[0]) if written == "answer" else (answers[0], alt)
-        neighbour = _text(record, "loc") + "?"
+        for field in ("loc", "loc_ans"):
+            _check_some_text(record[field], field)
+        neighbour = record["loc"] + "?"
         return Fact(
             subject,
             prompt,
-            None if old is None else _continue(text, old),
-            _continue(text, new) if new.strip() else None,
+            None if old is None else changes.continued(text, old),
+            changes.continued(text, new) if stripped(new) else None,
             paraphrases=[changes.trimmed(_text(record, "rephrase"))],
             neighbours=[neighbour],
-            neighbour_targets=[_continue(neighbour, _text(record, "loc_ans"))],
+            neighbour_targets=[changes.continued(neighbour, record["loc_ans"])],
             id=i,
         )
 
@@ -159,11 +161,27 @@ class Changes:
         """Several templates."""
         return [self.trimmed(each) for each in templates] if isinstance(templates, list) else templates
 
+    def continued(self, text: str, target: str) -> str:
+        """An object as the continuation of a prompt."""
+        found = continued(text, target)
+        if found not in (target, " " + target):
+            self.counts["white space around an object was left out"] += 1
+        return found
+
+    def unpadded(self, subject: Any, template: Any) -> tuple[Any, Any]:
+        """A subject without white space around it, and its template; what isn't text is left to `Fact`."""
+        if not isinstance(subject, str) or not isinstance(template, str) or not stripped(subject):
+            return subject, template
+        bare, (template,) = Mending().subject(subject, [template])
+        if bare != subject:
+            self.counts["white space around a subject was left out"] += 1
+        return bare, template
+
     def say(self, path: str | Path) -> None:
         """Warn of all changes."""
         if self.counts:
             said = "; ".join(f"{what} ({n} times)" for what, n in self.counts.items())
-            warnings.warn(f"texts of {path} were changed: {said}", stacklevel=4)
+            tell(f"texts of {path} were changed: {said}")
 
 
 def _facts(
@@ -248,22 +266,25 @@ def _text(record: Any, field: str) -> str:
     return value
 
 
-def _continue(text: str, target: str) -> str:
-    """An object as the continuation of a prompt whose end was trimmed."""
-    return continued(trimmed(text), target)
+def _check_some_text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {value!r}, a {type(value).__name__}: needed text")
+    if not stripped(value):
+        raise ValueError(f"{what} is {value!r}, needed some text")
 
 
 def _template(record: Mapping[str, Any], field: str, changes: Changes) -> tuple[str, str, str]:
-    """The subject, the prompt with the last mention of it as the slot, and the prompt's text.
+    """The subject, the prompt with the last mention of it as the slot, and the text as it was given.
 
     A mention inside a longer word doesn't count ("Ann" in "Annapolis"), nor do braces that the prompt holds itself.
     """
-    subject, prompt = _text(record, "subject"), changes.trimmed(_text(record, field))
-    if subject not in prompt:
-        composed = [unicodedata.normalize("NFC", text) for text in (subject, prompt)]
-        if composed[0] in composed[1] and composed[0].strip():
+    subject, text = changes.unpadded(_text(record, "subject"), "{}")[0], _text(record, field)
+    if subject not in text:
+        composed = [unicodedata.normalize("NFC", each) for each in (subject, text)]
+        if composed[0] in composed[1] and stripped(composed[0]):
             changes.counts["subject and prompt were spelt with other code points, and are composed (NFC) now"] += 1
-            subject, prompt = composed
+            subject, text = composed
+    prompt = changes.trimmed(text)
     mentions = [found.span() for found in re.finditer(re.escape(subject), prompt)] if subject else []
     if not mentions:
         raise ValueError(f"subject {subject!r} isn't in its prompt {prompt!r}")
@@ -275,7 +296,7 @@ def _template(record: Mapping[str, Any], field: str, changes: Changes) -> tuple[
             f"subject {subject!r} stands only inside the longer word {''.join(word)!r} of its prompt {prompt!r}"
         )
     a, b = whole[-1]
-    return subject, prompt[:a] + "{}" + prompt[b:], prompt
+    return subject, prompt[:a] + "{}" + prompt[b:], text
 
 
 def _inside_a_word(text: str, a: int, b: int) -> bool:

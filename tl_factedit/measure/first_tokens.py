@@ -41,7 +41,8 @@ class FirstTokens:
         new: First token of ``target_new``.
         controls: First tokens of the controls, each once, and none of the two above.
         named: The controls themselves, in the same order.
-        apart: Whether old and new begin differently; if not, nothing can be compared.
+        apart: Whether old and new begin differently, and neither with a token of white space alone; if not, nothing
+            can be compared.
     """
 
     ids: Int[Tensor, "pos"]
@@ -63,7 +64,8 @@ class FirstTokens:
             controls.setdefault(int(continuation(tokenizer, row.text, text, prepend_bos=bos)[0]), text)
         for token in (old, new):
             controls.pop(token, None)
-        return cls(row.ids, row.last, old, new, tuple(controls), tuple(controls.values()), not row.same_first_token)
+        apart = not row.same_first_token and row.old_word == row.new_word == 1
+        return cls(row.ids, row.last, old, new, tuple(controls), tuple(controls.values()), apart)
 
     @property
     def objects(self) -> tuple[int, ...]:
