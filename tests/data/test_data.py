@@ -8,7 +8,7 @@ import pytest
 
 from tl_factedit import data
 from tl_factedit.core.facts import Fact
-from tl_factedit.data.benchmarks import read_json
+from tl_factedit.data.files import read_json
 from tl_factedit.data.real_world import RELATIONS, world
 
 COUNTERFACT = [

@@ -9,12 +9,13 @@ from typing import Any
 
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.spacing import continued, trimmed
-from tl_factedit.data.benchmarks import read_json
+from tl_factedit.data.files import read_json
+from tl_factedit.data.records import Source
 
 TEMPLATES = ("prompt_templates", "prompt_templates_zs")
 
 
-def relations(path: str | Path) -> list[Fact]:
+def relations(path: Source) -> list[Fact]:
     """Facts of relations: each a name, prompt templates, and samples of subject and object.
 
     The first of ``prompt_templates`` is the prompt; the others and ``prompt_templates_zs`` are paraphrases. Controls
@@ -22,7 +23,7 @@ def relations(path: str | Path) -> list[Fact]:
     objects: the facts are for tracing, as references, or for ``fact.but(target_new=…)``.
 
     Args:
-        path: A file that holds one relation or a list of them; or a folder, all of whose ``.json`` files do.
+        path: A file that holds one relation or a list of them; a folder, all of whose ``.json`` files do; or relations.
 
     Raises:
         FileNotFoundError: No such file.
@@ -34,16 +35,17 @@ def relations(path: str | Path) -> list[Fact]:
         >>> {fact.relation for fact in facts}                          # doctest: +SKIP
         {'city in country', 'company CEO', …}
     """
+    if not isinstance(path, (str, Path)):
+        return [fact for relation in _checked("the records", path) for fact in _facts("the records", relation)]
     given = Path(path).expanduser()
     files = sorted(given.rglob("*.json")) if given.is_dir() else [given]
     if not files:
         raise ValueError(f"{path} is a folder without .json files, needed some: each holds a relation")
-    return [fact for file in files for relation in _relations(file) for fact in _facts(file, relation)]
+    return [fact for file in files for relation in _checked(file, read_json(file)) for fact in _facts(file, relation)]
 
 
-def _relations(file: Path) -> list[Mapping[str, Any]]:
-    held = read_json(file)
-    found = held if isinstance(held, list) else [held]
+def _checked(file: str | Path, held: Any) -> list[Mapping[str, Any]]:
+    found = list(held) if isinstance(held, (list, tuple)) else [held]
     for i, each in enumerate(found):
         fields = ("name", "prompt_templates", "samples")
         if not isinstance(each, Mapping) or not all(field in each for field in fields):
@@ -53,7 +55,7 @@ def _relations(file: Path) -> list[Mapping[str, Any]]:
     return found
 
 
-def _facts(file: Path, relation: Mapping[str, Any]) -> list[Fact]:
+def _facts(file: str | Path, relation: Mapping[str, Any]) -> list[Fact]:
     name = relation["name"]
     templates = [text for field in TEMPLATES for text in _texts(file, name, relation, field)]
     if not templates or not relation["samples"]:
@@ -81,7 +83,7 @@ def _facts(file: Path, relation: Mapping[str, Any]) -> list[Fact]:
     ]
 
 
-def _texts(file: Path, name: str, relation: Mapping[str, Any], field: str) -> Sequence[str]:
+def _texts(file: str | Path, name: str, relation: Mapping[str, Any], field: str) -> Sequence[str]:
     held = relation.get(field, ())
     if not isinstance(held, (list, tuple)) or not all(isinstance(each, str) and each.count("{}") == 1 for each in held):
         raise ValueError(f'{field} of {name!r} of {file} is {held!r}, needed a list of texts with one "{{}}" each')
