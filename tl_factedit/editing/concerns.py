@@ -185,9 +185,7 @@ def concerns_of(edit: Edit) -> Iterator[str]:
     if weighs and unmet and sum(unmet) / len(unmet) > MET:
         falls_short = "lower the weight (see unmet), or take another layer"
     elif len(edit.contexts) > 1:
-        falls_short = (
-            f"it is written at the mean of the keys under {len(edit.contexts)} contexts; take contexts=(), or another layer"
-        )
+        falls_short = f"it is written at the mean of the keys under {len(edit.contexts)} contexts; take contexts=(), or another layer"
     else:
         falls_short = "take another layer"
     yield from concerns_of_fits(edit.facts, edit.fits, last_layer=last_layer, falls_short=falls_short)
