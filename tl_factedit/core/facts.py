@@ -65,7 +65,7 @@ class Fact:
     def __post_init__(self) -> None:
         """Check the text, mend its white space, and freeze the sequences."""
         for name in ("subject", "prompt", "target_true", "target_new", "relation"):
-            _check_text(getattr(self, name), name, optional=name in ("target_true", "target_new", "relation"))
+            check_text(getattr(self, name), name, optional=name in ("target_true", "target_new", "relation"))
         _one_slot(self.prompt, "prompt")
         if not stripped(self.subject):
             raise ValueError(f"subject is {self.subject!r}, needed some text: give the subject's name")
@@ -79,7 +79,7 @@ class Fact:
         if self.target_true is None and self.target_new is None:
             raise ValueError("target_true and target_new are both None, needed one at least")
         for name in ("paraphrases", "neighbours", "neighbour_targets", "controls"):
-            object.__setattr__(self, name, _texts(getattr(self, name), name))
+            object.__setattr__(self, name, texts_of(getattr(self, name), name))
         for paraphrase in self.paraphrases:
             if paraphrase.count("{}") > 1:
                 _one_slot(paraphrase, "paraphrase")
@@ -130,7 +130,12 @@ class Fact:
         return str(self.subject if self.id is None else self.id)
 
 
-def _check_text(value: Any, what: str, *, optional: bool = False) -> None:
+def check_text(value: Any, what: str, *, optional: bool = False) -> None:
+    """Check that a field holds text, or None where that is allowed.
+
+    Raises:
+        ValueError: It holds something else, or text with half a character; the message names the field.
+    """
     if isinstance(value, str):
         _check_encodable(value, what)
     if isinstance(value, str) or (optional and value is None):
@@ -148,15 +153,19 @@ def _check_encodable(text: str, what: str) -> None:
         )
 
 
-def _texts(given: Any, what: str) -> tuple[str, ...]:
-    """Several texts as a tuple, none of them empty."""
+def texts_of(given: Any, what: str) -> tuple[str, ...]:
+    """Several texts as a tuple.
+
+    Raises:
+        ValueError: They are no list, or one is empty or no text; the message names the field.
+    """
     if isinstance(given, str):
         raise ValueError(f"{what} is the string {given!r}, needed a list of strings: write [{given!r}]")
     if not isinstance(given, Iterable) or isinstance(given, (bytes, Mapping, set, frozenset)):
         raise ValueError(f"{what} is {given!r}, a {type(given).__name__}: needed a list of strings, () for none")
     texts = tuple(given)
     for i, text in enumerate(texts):
-        _check_text(text, f"{what}[{i}]")
+        check_text(text, f"{what}[{i}]")
         if not stripped(text):
             raise ValueError(f"{what}[{i}] is {text!r}, needed some text: leave it out")
     return texts
