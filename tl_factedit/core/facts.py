@@ -17,10 +17,12 @@ class Fact:
     """One fact that a model may know, and what it is to be changed into.
 
     Targets are *continuations* of the prompt: after ``"{} is located in the city of"`` the target is ``" Paris"``, with
-    its space. They are used letter for letter, but for white space that can't have been meant: a space at the end of a
-    prompt goes to the front of its targets, a doubled one and white space at the end of a target go, and one that is
-    missing after "?" or ":" is put in, and so is that of a control or a neighbour's answer where the objects have one.
-    A change of the text is said in a warning; the fact holds the text that is run.
+    its space. They are used letter for letter, but for white space that can't have been meant, by the rule that files
+    are read by too: a space at the end of a prompt goes to the front of its targets, a doubled one goes, and so does
+    white space around a subject, at the end of a target and inside Chinese or Japanese; one that is missing after "?"
+    or ":" is put in, and so is that of a control or a neighbour's answer where the objects have one. Only what may be
+    the rest of the prompt's last word is left. A change of the text is said in a warning; the fact holds the text that
+    is run.
 
     Attributes:
         subject: The subject as it stands in the text, e.g. ``"The Eiffel Tower"``.
@@ -39,10 +41,11 @@ class Fact:
 
     Raises:
         ValueError: The prompt has no ``"{}"`` or more than one; the subject, a target or another text is empty or isn't
-            text (None, NaN, a number, a list …): the message names the field.
+            text (None, NaN, a number, a list …) or holds half a character: the message names the field.
 
     Warns:
-        UserWarning: White space was mended, or a target goes on inside the prompt's last word.
+        UserWarning: White space was mended, or a target goes on inside the last word of what it is asked after, or
+            begins with a line break or a tab.
 
     Example:
         >>> fact = fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
