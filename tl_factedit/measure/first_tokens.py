@@ -68,8 +68,8 @@ class FirstTokens:
         for text, count in ((fact.old, row.old_word), (fact.target_new, row.new_word)):
             if count > 1:
                 tell(
-                    f"object {text!r} of fact {fact.name!r} begins with a token of white space alone: objects are compared "
-                    "by their first tokens, and such facts are left out",
+                    f"object {text!r} of fact {fact.name!r} begins with a token of white space alone: objects are "
+                    "compared by their first tokens, and such facts are left out",
                     once="objects that begin with white space",
                 )
         apart = not row.same_first_token and row.old_word == row.new_word == 1
