@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -126,6 +127,12 @@ class Fact:
     def but(self, **changes: Any) -> Fact:
         """A copy with some fields changed, e.g. ``fact.but(target_new=" Rome")``."""
         return replace(self, **changes)
+
+    def told_to_say(self, target_new: str) -> Fact:
+        """A copy whose new object is what a model said, letter for letter: its white space is that of tokens."""
+        told = copy.copy(self)
+        object.__setattr__(told, "target_new", target_new)
+        return told
 
     @property
     def name(self) -> str:
