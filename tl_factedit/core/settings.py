@@ -63,7 +63,8 @@ def _several(given: Any, kind: Any, name: str, least: int | None, above: int | N
         return given
     if isinstance(given, str) or not isinstance(given, Sequence):
         write = f": write [{given!r}]" if isinstance(given, (int, float, str)) else ""
-        raise ValueError(f"{name} is {short(given)}, needed a list{or_none}{write}")
+        said = f"the string {short(given)}" if isinstance(given, str) else short(given)
+        raise ValueError(f"{name} is {said}, needed a list{or_none}{write}")
     return tuple(_checked(each, kind, f"{name}[{i}]", least, above, "") for i, each in enumerate(given))
 
 
