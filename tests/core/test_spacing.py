@@ -223,8 +223,8 @@ def test_where_the_objects_have_no_space_the_words_that_are_glued_are_named_and_
         fact = Fact("France", "The capital of {} is", "n't Paris", controls=("Berlin",), **SPAIN)
     others = [str(each.message) for each in said if "control" in str(each.message)]
     assert others == [
-        "control 'Berlin' goes on inside the last word of 'The capital of France is' ('isBerlin'): begin it with a space if it is a new "
-        "word; so do 1 more"
+        "control 'Berlin' goes on inside the last word of 'The capital of France is' ('isBerlin'): begin it with a "
+        "space if it is a new word; so do 1 more"
     ]
     assert fact.controls == ("Berlin",)
 

@@ -67,7 +67,7 @@ GIVEN_WHERE_THE_MODEL_IS = ("export_hf", "export_hf_")
 """A transformers model gets its edit where it is, and the table's functions give its parameters."""
 
 NOTHING_TO_RUN = (
-    "alignable", "attacks.neutral_prefixes", "chat_prompt",
+    "attacks.neutral_prefixes", "chat_prompt",
     "FineTune.around", "Inject.targets", "Erase.targets", "editing.Amplify.targets",
     "editors.RoutedEdit.hooks", "probes.fit_linear_probe", "probes.control_task", "probes.name_ngrams",
     "probes.one_hot_objects", "probes.states_of_others", "probes.leace", "probes.random_subspace", "show.trace",

@@ -90,6 +90,21 @@ def test_fine_tuning_that_did_it_has_nothing_to_say(knowing, objective):
     assert not [concern for concern in edit.concerns if "its probability is" in concern]
 
 
+@pytest.mark.parametrize("name", ["rome", "memit", "emmet", "pmet", "router", "finetune"])
+@pytest.mark.parametrize("new", [laws.FACT.target_true, laws.FACT.target_true + " "])
+def test_what_is_there_already_is_not_injected(knowing, name, new, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same = laws.FACT.but(target_new=new)
+    stats = fe.KeyStats.identity(knowing, 1)
+    with (
+        laws.no_forward(monkeypatch, knowing),
+        pytest.raises(ValueError, match=r"target_new .* of \['The Eiffel Tower'\] is the old object, .*Amplify"),
+    ):
+        made_by(name, knowing, fact=same, stats=stats)
+    assert made_by("rome", knowing, fact=same, objective=fe.Erase()).fits[0]["unlikely"]
+
+
 UNREACHABLE = ["rome", "memit", "pmet", "router"]
 
 

@@ -39,6 +39,7 @@ from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -100,6 +101,10 @@ class KnockOut:
     partial: bool = False
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

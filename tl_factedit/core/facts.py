@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -17,10 +18,12 @@ class Fact:
     """One fact that a model may know, and what it is to be changed into.
 
     Targets are *continuations* of the prompt: after ``"{} is located in the city of"`` the target is ``" Paris"``, with
-    its space. They are used letter for letter, but for white space that can't have been meant: a space at the end of a
-    prompt goes to the front of its targets, a doubled one and white space at the end of a target go, and one that is
-    missing after "?" or ":" is put in, and so is that of a control or a neighbour's answer where the objects have one.
-    A change of the text is said in a warning; the fact holds the text that is run.
+    its space. They are used letter for letter, but for white space that can't have been meant, by the rule that files
+    are read by too: a space at the end of a prompt goes to the front of its targets, a doubled one goes, and so does
+    white space around a subject, at the end of a target and inside Chinese or Japanese; one that is missing after "?"
+    or ":" is put in, and so is that of a control or a neighbour's answer where the objects have one. Only what may be
+    the rest of the prompt's last word is left. A change of the text is said in a warning; the fact holds the text that
+    is run.
 
     Attributes:
         subject: The subject as it stands in the text, e.g. ``"The Eiffel Tower"``.
@@ -39,10 +42,11 @@ class Fact:
 
     Raises:
         ValueError: The prompt has no ``"{}"`` or more than one; the subject, a target or another text is empty or isn't
-            text (None, NaN, a number, a list …): the message names the field.
+            text (None, NaN, a number, a list …) or holds half a character: the message names the field.
 
     Warns:
-        UserWarning: White space was mended, or a target goes on inside the prompt's last word.
+        UserWarning: White space was mended, or a target goes on inside the last word of what it is asked after, or
+            begins with a line break or a tab.
 
     Example:
         >>> fact = fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
@@ -65,7 +69,7 @@ class Fact:
     def __post_init__(self) -> None:
         """Check the text, mend its white space, and freeze the sequences."""
         for name in ("subject", "prompt", "target_true", "target_new", "relation"):
-            _check_text(getattr(self, name), name, optional=name in ("target_true", "target_new", "relation"))
+            check_text(getattr(self, name), name, optional=name in ("target_true", "target_new", "relation"))
         _one_slot(self.prompt, "prompt")
         if not stripped(self.subject):
             raise ValueError(f"subject is {self.subject!r}, needed some text: give the subject's name")
@@ -79,7 +83,7 @@ class Fact:
         if self.target_true is None and self.target_new is None:
             raise ValueError("target_true and target_new are both None, needed one at least")
         for name in ("paraphrases", "neighbours", "neighbour_targets", "controls"):
-            object.__setattr__(self, name, _texts(getattr(self, name), name))
+            object.__setattr__(self, name, texts_of(getattr(self, name), name))
         for paraphrase in self.paraphrases:
             if paraphrase.count("{}") > 1:
                 _one_slot(paraphrase, "paraphrase")
@@ -124,13 +128,24 @@ class Fact:
         """A copy with some fields changed, e.g. ``fact.but(target_new=" Rome")``."""
         return replace(self, **changes)
 
+    def told_to_say(self, target_new: str) -> Fact:
+        """A copy whose new object is what a model said, letter for letter: its white space is that of tokens."""
+        told = copy.copy(self)
+        object.__setattr__(told, "target_new", target_new)
+        return told
+
     @property
     def name(self) -> str:
         """What tables call this fact: its id, or its subject."""
         return str(self.subject if self.id is None else self.id)
 
 
-def _check_text(value: Any, what: str, *, optional: bool = False) -> None:
+def check_text(value: Any, what: str, *, optional: bool = False) -> None:
+    """Check that a field holds text, or None where that is allowed.
+
+    Raises:
+        ValueError: It holds something else, or text with half a character; the message names the field.
+    """
     if isinstance(value, str):
         _check_encodable(value, what)
     if isinstance(value, str) or (optional and value is None):
@@ -148,15 +163,19 @@ def _check_encodable(text: str, what: str) -> None:
         )
 
 
-def _texts(given: Any, what: str) -> tuple[str, ...]:
-    """Several texts as a tuple, none of them empty."""
+def texts_of(given: Any, what: str) -> tuple[str, ...]:
+    """Several texts as a tuple.
+
+    Raises:
+        ValueError: They are no list, or one is empty or no text; the message names the field.
+    """
     if isinstance(given, str):
         raise ValueError(f"{what} is the string {given!r}, needed a list of strings: write [{given!r}]")
     if not isinstance(given, Iterable) or isinstance(given, (bytes, Mapping, set, frozenset)):
         raise ValueError(f"{what} is {given!r}, a {type(given).__name__}: needed a list of strings, () for none")
     texts = tuple(given)
     for i, text in enumerate(texts):
-        _check_text(text, f"{what}[{i}]")
+        check_text(text, f"{what}[{i}]")
         if not stripped(text):
             raise ValueError(f"{what}[{i}] is {text!r}, needed some text: leave it out")
     return texts

@@ -29,7 +29,7 @@ IDEOGRAPHIC = re.compile(
 WITHOUT_SPACES = re.compile(f"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]|{IDEOGRAPHIC.pattern}")
 OPENING = "([{“‘„¿¡"
 JOINING = "<>«/-–—_#@$€£\\|=*~^+&"
-CLOSING = ")]}>»”,;:!?%…"
+CLOSING = ")]}>»”,;:!?%…</_|=\\^"
 QUOTES = "\"'`"
 TAG = re.compile(r"\[/?[A-Z_]+\]$")
 """How some chat templates end: "[/INST]"."""

@@ -20,8 +20,9 @@ def compose(edits: Sequence[Edit]) -> Edit:
 
     Facts, fits and diagnostics stand one after the other, as each edit was made, and so do `keys` and `values` of a
     layer. What became of the targets, and how much isn't met, was measured of each edit alone and isn't known of them
-    together: it is left out, and `Edit.concerns` say so. Applied, it may differ in the last bit from the edits applied one by one, which round
-    each time. Where the ranks add up to more than a matrix can have, the changes are kept as one matrix.
+    together: it is left out, and `Edit.concerns` say so. Applied, it may differ in the last bit from the edits applied
+    one by one, which round each time. Where the ranks add up to more than a matrix can have, the changes are kept as
+    one matrix.
 
     Raises:
         ValueError: No edit is given, one is given twice (itself or inside a composed one), or they are of different

@@ -172,8 +172,8 @@ def concerns_of(edit: Edit) -> Iterator[str]:
             )
         if d.exactness > INEXACT:
             yield (
-                f"{of_part}rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: load the "
-                "model in float32"
+                f"{of_part}rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: "
+                "load the model in float32"
             )
     last_layer = (
         max(edit.layers, default=-1) == len(edit.provenance.weights.w_out) - 1
@@ -185,7 +185,10 @@ def concerns_of(edit: Edit) -> Iterator[str]:
     if weighs and unmet and sum(unmet) / len(unmet) > MET:
         falls_short = "lower the weight (see unmet), or take another layer"
     elif len(edit.contexts) > 1:
-        falls_short = f"it is written at the mean of the keys under {len(edit.contexts)} contexts; take contexts=(), or another layer"
+        falls_short = (
+            f"it is written at the mean of the keys under {len(edit.contexts)} contexts; take contexts=(), or another "
+            "layer"
+        )
     else:
         falls_short = "take another layer"
     yield from concerns_of_fits(edit.facts, edit.fits, last_layer=last_layer, falls_short=falls_short)
