@@ -200,3 +200,20 @@ def test_other_kinds_are_refused(tmp_path):
     (tmp_path / "x.json.gz").write_bytes(gzip.compress(b"[]")[:-9])
     with pytest.raises(ValueError, match="isn't JSON"):
         data.facts(tmp_path / "x.json.gz")
+
+
+def test_facts_are_written_as_tables_and_read_back_as_they_were(tmp_path):
+    full = FACTS[0].but(
+        neighbours=["Rome is the capital of"], neighbour_targets=[" Italy"], paraphrases=["[France] {} is", "it's {}'s"]
+    )
+    injected = Fact("France", "{} is", None, " [old] and", controls=[" a, b"])
+    facts = [full, FACTS[1], injected.but(id=7)]
+    frame = data.to_frame(facts)
+    frame.to_csv(tmp_path / "x.csv", index=False)
+    frame.to_json(tmp_path / "x.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "x.json").write_text(json.dumps([fact.to_dict() for fact in facts]))
+    for given in (frame, *sorted(tmp_path.iterdir())):
+        found = [fact.but(id=None) for fact in data.facts(given)]
+        assert found == [fact.but(id=None) for fact in facts], given
+    assert list(data.facts([fact.to_dict() for fact in facts])) == facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
 from tl_factedit.core.kinds import short
@@ -133,6 +133,11 @@ class Fact:
         told = copy.copy(self)
         object.__setattr__(told, "target_new", target_new)
         return told
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, by field; ``fe.data.facts([fact.to_dict()])`` is the fact again."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
 
     @property
     def name(self) -> str:

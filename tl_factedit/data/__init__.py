@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tl_factedit.core.namespaces import shows
 from tl_factedit.data.benchmarks import counterfact, counterfact_brief, known_facts, zsre
-from tl_factedit.data.columns import Facts, facts
+from tl_factedit.data.columns import Facts, facts, to_frame
 from tl_factedit.data.corpora import Corpus, corpus, python_manual
 from tl_factedit.data.pairs import relations
 from tl_factedit.data.real_world import world
@@ -23,6 +23,7 @@ __all__ = [
     "known_facts",
     "python_manual",
     "relations",
+    "to_frame",
     "world",
     "zsre",
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from tl_factedit.core.facts import Fact
+from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.spacing import stripped
 from tl_factedit.core.telling import tell
 from tl_factedit.core.words import counted
@@ -17,6 +18,9 @@ from tl_factedit.data.benchmarks import counterfact, known_facts, zsre
 from tl_factedit.data.files import read_rows
 from tl_factedit.data.pairs import relations
 from tl_factedit.data.records import Changes, made_of, malformed, name_of, template_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "subject": ("subject", "sub_label", "subj", "head", "entity", "s"),
@@ -143,6 +147,18 @@ def facts(
         found = [_with_controls(fact, objects) for fact in found]
     used = set(taken.values())
     return Facts(found, taken, [column for column in there if column not in used], left)
+
+
+def to_frame(facts: Fact | Iterable[Fact]) -> pd.DataFrame:
+    """A table of facts, one row each and a column a field of `Fact`, which `facts` reads as they were.
+
+    Example:
+        >>> list(fe.data.to_frame(fe.data.world()[:3]).columns[:3])
+        ['subject', 'prompt', 'target_true']
+    """
+    import pandas as pd
+
+    return pd.DataFrame([fact.to_dict() for fact in as_facts(facts)])
 
 
 def _rows(records: Any) -> list[Mapping[str, Any]]:
@@ -276,16 +292,23 @@ def _object(row: Mapping[str, Any], field: str, text: str, changes: Changes) -> 
 def _several(row: Mapping[str, Any], field: str) -> list[str]:
     value = row.get(field)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = [value]
+        value = _list_in(value)
     if value is None or value == "":
         return []
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, (list, tuple)) or not all(isinstance(each, str) for each in found):
         raise ValueError(f"{field} is {value!r}, needed a text or a list of texts")
     return list(found)
+
+
+def _list_in(text: str) -> Any:
+    """A list that is spelt in a table's cell, as JSON or as Python prints it; otherwise the text itself."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
 
 
 def _neighbours(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
