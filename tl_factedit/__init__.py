@@ -15,11 +15,11 @@ from tl_factedit.auditing.audit import audit
 from tl_factedit.auditing.calibration import Calibration
 from tl_factedit.auditing.findings import Thresholds
 from tl_factedit.auditing.verdict import Verdict
+from tl_factedit.backend.chat import chat_prompt
 from tl_factedit.backend.protocol import Model, UnsupportedModelError
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.data.alignable import alignable
-from tl_factedit.data.chat import chat_prompt
 from tl_factedit.editing.composition import compose
 from tl_factedit.editing.concerns import EditWarning
 from tl_factedit.editing.edit import Edit, Editor

@@ -23,6 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.chat import chat_prompt
 from tl_factedit.backend.protocol import Model, device, told_where_it_is
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
@@ -31,7 +32,6 @@ from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.spacing import continued, in_one_word
 from tl_factedit.core.tokens import check_room, check_subject, continuation, encode, of_all
-from tl_factedit.data.chat import chat_prompt
 from tl_factedit.evaluation.teacher_forced import comes_first
 
 if TYPE_CHECKING:
