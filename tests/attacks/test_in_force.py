@@ -137,4 +137,6 @@ def test_facts_for_which_the_change_is_not_in_force_do_not_count_underneath():
     plain = found.after.at(case=Silencing(cells), quantity="old_first")
     assert float(plain[found.known].mean()) > 0.1, "the premise: it comes back for those"
     assert float(found.excess.mean[row]) < 0.05 and int(found.excess.n[row]) < int(found.known.sum())
+    # What is said of the case in words is of the facts that count in it, too.
+    assert found.share("old_first", Silencing(cells)) < 0.05
     assert found.strongest.mean > 0.5 and found.best.shows == "elsewhere"

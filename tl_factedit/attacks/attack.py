@@ -355,9 +355,15 @@ class Recovery:
 
     @plain_torch()
     def share(self, quantity: str, key: Hashable, *, before: bool = False) -> float:
-        """The mean of a quantity over the facts that count, in the changed (or the unedited) model."""
-        reading = self.before if before else self.after
-        return float(reading.at(case=key, quantity=quantity)[self.known].nanmean())
+        """The mean of a quantity over the facts that count in a case, in the changed (or the unedited) model.
+
+        Of a masked case, in which none counts, over those that count in the others.
+        """
+        reading, mine = self.before if before else self.after, self.known
+        if self.counted is not None and key in self.keys:
+            here = self.known & ~self.counted[0][:, self.keys.index(key)].isnan()
+            mine = here if bool(here.any()) else mine
+        return float(reading.at(case=key, quantity=quantity)[mine].nanmean())
 
     @plain_torch()
     def showing(self, shows: Shows) -> Recovery | None:
