@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.tokens import Aligned
+from tl_factedit.core.warned import callers_level
 from tl_factedit.editing.outcome import MEASURED
 from tl_factedit.editing.value_fit import ValueFit
 
@@ -52,19 +51,6 @@ AT_ENDS = ("FineTune", "KnowledgeNeurons")
 """Editors that don't write at the subject alone: the last layer does for them."""
 
 WARNED = "_warned"
-
-
-def callers_level(frame: FrameType | None) -> int:
-    """How far up from a frame a warning has to point for the first line of whoever called this package.
-
-    Args:
-        frame: Where the warning is given (``inspect.currentframe()``); None where Python can't say: 1.
-    """
-    level = 1
-    ours = {"tl_factedit", contextlib.__name__, "jaxtyping"}
-    while frame and frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in ours:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def warn_once(change: Any, name: str, concerns: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ from tl_factedit.core.kinds import check_one, short
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.spacing import before_prompts
 from tl_factedit.core.tokens import Aligned, align, align_all, brings_bos
-from tl_factedit.editing.concerns import callers_level, warn_before
+from tl_factedit.core.warned import callers_level
+from tl_factedit.editing.concerns import warn_before
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.halving import halving
 from tl_factedit.backend.memory import check_memory, graph_bytes, logits_bytes, together
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
@@ -90,14 +91,16 @@ def fit_values(
         with torch.no_grad():
             longest = max((row for each in asked for row in each.rows), key=len)
             packed = not runner.why_not_packed(longest[:TRIAL], len(longest))
-        for batch in _batches(model, asked, layer, memory, mixed=packed and runner.mixes_pasts):
-            some, begun = [asked[i] for i in batch], bar.n
-            try:
-                done = Descent(runner, some, layer, where, fit, packed=packed).run(bar.update)
-            finally:
-                detach_caches(model)
-            found.update(zip(batch, done, strict=True))
-            bar.update(begun + len(batch) * fit.steps - bar.n)  # the steps of those that stopped early
+        groups = _batches(model, asked, layer, memory, mixed=packed and runner.mixes_pasts)
+        for attempt in halving(groups, len, "facts at once", "less memory"):
+            with attempt as batch:
+                some, begun = [asked[i] for i in batch], bar.n
+                try:
+                    done = Descent(runner, some, layer, where, fit, packed=packed).run(bar.update)
+                finally:
+                    detach_caches(model)
+                found.update(zip(batch, done, strict=True))
+                bar.update(begun + len(batch) * fit.steps - bar.n)  # the steps of those that stopped early
     return [found[i] for i in range(len(asked))]
 
 

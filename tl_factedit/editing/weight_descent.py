@@ -22,8 +22,9 @@ from tl_factedit.backend.memory import graph_bytes, logits_bytes, together
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
+from tl_factedit.core.warned import callers_level
 from tl_factedit.editing.adam import Adam
-from tl_factedit.editing.concerns import EditWarning, callers_level
+from tl_factedit.editing.concerns import EditWarning
 from tl_factedit.editing.training_rows import TrainingBatch, TrainingRows
 
 

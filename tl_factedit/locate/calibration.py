@@ -140,7 +140,9 @@ def _scaled(questions: TraceInputs, noise: Noise) -> TraceInputs:
 
 def _share(questions: TraceInputs, memory: float) -> float:
     clean, corrupted = [], []
-    for _, patching in questions.chunks((), (), prob, "denoise", memory=memory):
-        clean += [scores.mean() for scores in patching.clean]
-        corrupted += [scores.mean() for scores in patching.corrupted]
+    for attempt in questions.chunks((), (), memory=memory):
+        with attempt as chunk:
+            patching = questions.patching(chunk, (), (), prob, "denoise", memory=memory * attempt.share)
+            clean += [scores.mean() for scores in patching.clean]
+            corrupted += [scores.mean() for scores in patching.corrupted]
     return 1 - float(torch.stack(corrupted).mean() / torch.stack(clean).mean())

@@ -127,18 +127,21 @@ def causal_trace(
             delay=1,
             disable=not progress,
         ) as bar:
-            for chunk, patching in questions.chunks(
-                places, held, measure, direction, memory=memory, skip=frozenset(parts.done)
-            ):
-                effects = _effects(patching, [rows[i] for i in chunk], component, window, severed, count, bar.update)
-                sign = -1 if direction == "noise" else 1
-                found = [
-                    TracePart(sign * effect, clean, corrupted, top)
-                    for effect, clean, corrupted, top in zip(
-                        effects, patching.clean, patching.corrupted, patching.top, strict=True
+            for attempt in questions.chunks(places, held, memory=memory, skip=frozenset(parts.done)):
+                with attempt as chunk:
+                    budget = memory * attempt.share
+                    patching = questions.patching(chunk, places, held, measure, direction, memory=budget)
+                    effects = _effects(
+                        patching, [rows[i] for i in chunk], component, window, severed, count, bar.update
                     )
-                ]
-                parts.add(chunk, found)
+                    sign = -1 if direction == "noise" else 1
+                    found = [
+                        TracePart(sign * effect, clean, corrupted, top)
+                        for effect, clean, corrupted, top in zip(
+                            effects, patching.clean, patching.corrupted, patching.top, strict=True
+                        )
+                    ]
+                    parts.add(chunk, found)
         top = [parts.done[i].top if i in parts.done else subject.top() for i, subject in enumerate(questions.subjects)]
     warn_of_unknown(facts, rows, top, model)
     samples = max(question.samples for question in questions.each)

@@ -191,21 +191,24 @@ def trace_units(
             delay=1,
             disable=not progress,
         ) as bar:
-            for chunk, patching in questions.chunks(places, (), measure, direction, memory=memory):
-                # A token before the subject, or one that no attention carries on, has no effect.
-                reached = [(j, positions[i]) for j, i in enumerate(chunk) if positions[i] >= rows[i].subject[0]]
-                cells = [Cell(j, position, each) for j, position in reached for each in chosen]
-                place_of = {each: k for k, each in enumerate(chosen)}
-                sheets = patching.sheets(cells)
-                for j, i in enumerate(chunk):
-                    effect[i, :, :, : questions.each[i].samples] = 0.0
-                    clean[i], corrupted[i] = patching.clean[j].mean(), patching.corrupted[j].mean()
-                for sheet in sheets:
-                    for k, cell, scores in patching.run(sheet, patches):
-                        change = sign * (scores - patching.base[cell.question])
-                        effect[chunk[cell.question], k, place_of[cell.unit or 0], : len(change)] = change
-                        bar.update()
-                bar.update((len(chunk) - len(reached)) * len(chosen) * len(patches))
+            for attempt in questions.chunks(places, (), memory=memory):
+                with attempt as chunk:
+                    budget = memory * attempt.share
+                    patching = questions.patching(chunk, places, (), measure, direction, memory=budget)
+                    # A token before the subject, or one that no attention carries on, has no effect.
+                    reached = [(j, positions[i]) for j, i in enumerate(chunk) if positions[i] >= rows[i].subject[0]]
+                    cells = [Cell(j, position, each) for j, position in reached for each in chosen]
+                    place_of = {each: k for k, each in enumerate(chosen)}
+                    sheets = patching.sheets(cells)
+                    for j, i in enumerate(chunk):
+                        effect[i, :, :, : questions.each[i].samples] = 0.0
+                        clean[i], corrupted[i] = patching.clean[j].mean(), patching.corrupted[j].mean()
+                    for sheet in sheets:
+                        for k, cell, scores in patching.run(sheet, patches):
+                            change = sign * (scores - patching.base[cell.question])
+                            effect[chunk[cell.question], k, place_of[cell.unit or 0], : len(change)] = change
+                            bar.update()
+                    bar.update((len(chunk) - len(reached)) * len(chosen) * len(patches))
     return UnitTrace(
         effect=effect.nanmean(-1),
         sample_effect=effect,
