@@ -6,10 +6,12 @@ import laws
 import pytest
 import second_device
 import tiny
+import torch
 
 import tl_factedit as fe
 from tl_factedit.backend import hashing
 from tl_factedit.backend.fingerprint import fingerprint
+from tl_factedit.backend.memory import GIB, budget
 
 second_device.install_or_skip()
 
@@ -72,3 +74,9 @@ def test_an_audit_reads_the_weights_once(model, monkeypatch):
         fe.audit(model, edits, PEOPLE[:2], progress=False)
     whole = sum(param.numel() for param in model.parameters())
     assert len(read) > 8 and sum(read) < 2 * whole
+
+
+def test_what_is_free_is_asked_of_the_device(model):
+    free, all_of_it = torch.get_device_module("fakegpu").mem_get_info()
+    assert free < all_of_it
+    assert 0.49 * free < budget(model, None) * GIB < 0.51 * free

@@ -105,7 +105,7 @@ class LayerwiseEditor(Protocol):
         ...
 
     @property
-    def memory(self) -> float:
+    def memory(self) -> float | None:
         """What activations may take while z is found, in GiB."""
         ...
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.hook_names import unit_hook
-from tl_factedit.backend.memory import check_memory
+from tl_factedit.backend.memory import budget, check_memory
 from tl_factedit.backend.protocol import Model, Unit, as_layers, check_layer, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import frozen, plain_torch
@@ -128,7 +128,7 @@ def trace_units(
     metric: str | Metric = "prob",
     direction: Direction = "denoise",
     prepend_bos: bool | None = None,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     progress: bool = True,
 ) -> UnitTrace:
     """Trace single heads or neurons at one token.
@@ -191,10 +191,11 @@ def trace_units(
             delay=1,
             disable=not progress,
         ) as bar:
-            for attempt in questions.chunks(places, (), memory=memory):
+            room = budget(model, memory)
+            for attempt in questions.chunks(places, (), memory=room):
                 with attempt as chunk:
-                    budget = memory * attempt.share
-                    patching = questions.patching(chunk, places, (), measure, direction, memory=budget)
+                    mine = room * attempt.share
+                    patching = questions.patching(chunk, places, (), measure, direction, memory=mine)
                     # A token before the subject, or one that no attention carries on, has no effect.
                     reached = [(j, positions[i]) for j, i in enumerate(chunk) if positions[i] >= rows[i].subject[0]]
                     cells = [Cell(j, position, each) for j, position in reached for each in chosen]
