@@ -21,8 +21,8 @@ def model():
 
 
 def test_a_number_is_taken_as_it_is(model):
-    assert budget(model, 3) == 3
-    for bad in (0, -1.0, float("inf")):
+    assert budget(model, 3.0) == 3.0
+    for bad in (0.0, -1.0, float("inf")):
         with pytest.raises(ValueError, match="or None for a share"):
             budget(model, bad)
 

@@ -449,4 +449,4 @@ def _origin(changed: Change | Model) -> Any:
     if isinstance(changed, Digested):
         return changed.digest
     assert isinstance(changed, Model)
-    return Provenance.of(changed).to_json()
+    return Provenance.of(changed).origin()

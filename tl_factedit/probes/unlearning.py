@@ -237,7 +237,7 @@ def unlearning_depth(
     settings: dict[str, Any] = {"positions": positions, "batch_tokens": batch_tokens}
     everything = range(len(facts))
     # Where nothing is kept nobody needs to know which retain model it was.
-    of_retain = {**settings, "retain": None if population.cache is None else Provenance.of(retain).to_json()}
+    of_retain = {**settings, "retain": None if population.cache is None else Provenance.of(retain).origin()}
     full, of = population.keep("unlearning depth, retain", None, lambda: drops(retain, everything), settings=of_retain)
     changed = torch.full_like(of, math.nan)
     silent = not population.progress or len(population.parts) == 1
