@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
+from tl_factedit.backend.bridge import BridgeBackend
 from tl_factedit.backend.fingerprint import fingerprint
 from tl_factedit.backend.protocol import device, told_where_it_is
 from tl_factedit.backend.weights import down_proj
@@ -159,6 +160,41 @@ def test_a_model_over_two_devices_is_run_packed(kind):
     want = fe.causal_trace(model_on("cpu", kind), FACTS, progress=False)
     found = fe.causal_trace(split(kind), FACTS, progress=False)
     assert found.unpacked == want.unpacked == ""
+    assert torch.allclose(found.effect, want.effect, atol=1e-5, equal_nan=True)
+
+
+def mixed_up(tokens):
+    return tokens + torch.zeros(tokens.shape, dtype=torch.long)  # on the CPU
+
+
+def full(tokens):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def broken(tokens):
+    raise torch.AcceleratorError("device-side assert triggered")
+
+
+def too_wide(tokens):
+    return tokens @ tokens
+
+
+@pytest.mark.parametrize("planted", [mixed_up, full, *([broken] if hasattr(torch, "AcceleratorError") else [])])
+def test_an_error_of_the_device_in_the_packed_path_comes_out(planted, monkeypatch):
+    model = model_on("fakegpu:0", "bridge")
+    monkeypatch.setattr(BridgeBackend, "packed", lambda self, tokens, *rest: planted(tokens))
+    with pytest.raises(RuntimeError):
+        fe.causal_trace(model, laws.FACT, progress=False)
+    with pytest.raises(RuntimeError):
+        fe.editing.fit_values(model, FACTS, 1, ("",), fit=fe.ValueFit(steps=2), prepend_bos=True, progress=False)
+
+
+def test_an_error_of_shapes_in_the_packed_path_is_said_and_makes_it_slow(monkeypatch):
+    model = model_on("fakegpu:0", "bridge")
+    want = fe.causal_trace(model, laws.FACT, progress=False)
+    monkeypatch.setattr(BridgeBackend, "packed", lambda self, tokens, *rest: too_wide(tokens.float()))
+    found = fe.causal_trace(model, laws.FACT, progress=False)
+    assert want.unpacked == "" and "shapes cannot be multiplied" in found.unpacked
     assert torch.allclose(found.effect, want.effect, atol=1e-5, equal_nan=True)
 
 
