@@ -73,6 +73,7 @@ ROOM = 0.75
 
 NAMES = (
     "known", "causal_trace, replaced", "key_stats", "Rome.each", "Memit", "compare", "evaluate", "attacks.KnockOut",
+    "evaluation.dose_curve", "probes.Patchscope",
     "attacks.ReadOut", "attacks.ContextAttack", "attacks.Paraphrases", "evaluation.token_accuracy", "evaluation.drift",
     "evaluation.erasure_success", "probes.read_states",
 )  # fmt: skip
