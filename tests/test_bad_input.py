@@ -694,9 +694,10 @@ def test_bos_comes_once_however_it_is_brought(model, stats, refuse):
 
 
 OF_ANOTHER_NUMBER = """
-import dataclasses, math, typing, laws, tiny, tl_factedit as fe
+import collections.abc, dataclasses, math, typing, laws, tiny, tl_factedit as fe
 from tl_factedit.core.typed import hints_of
 from tl_factedit.locate.replacement import TokenReplacement
+from tl_factedit.attacks.context import QuestionPrefix, RepeatPrefix
 from tl_factedit.probes.lens_training import LensTraining
 model = tiny.bridge("gpt2")
 calls = []
@@ -706,10 +707,16 @@ for kind, given in (
     (TokenReplacement, {}), (fe.stats.SampledContexts, {}), (LensTraining, {}),
     (fe.probes.LinearClassifier, {}),
     (fe.probes.Patchscope, {}),
+    *((getattr(fe.attacks, name), {}) for name in (
+        "ContextAttack", "DisjointRelearning", "KnockOut", "Paraphrases", "ReadOut", "Relearn", "Rounding",
+        "WeightReversal")),
+    (fe.attacks.Drift, {"texts": ["Rome"]}), (fe.attacks.NeutralContexts, {"prefixes": ["Rome"]}),
+    (fe.attacks.FollowRoutes, {"routes": ()}), (RepeatPrefix, {}), (QuestionPrefix, {}),
 ):
     kind(**given)
     for name, hint in hints_of(kind).items():
-        kinds = typing.get_args(hint) or (hint,)
+        several = typing.get_origin(hint) is collections.abc.Sequence
+        kinds = (hint,) if several else typing.get_args(hint) or (hint,)
         for bad in ("x", math.nan, None, [1], True):
             if (bad is None and type(None) in kinds) or (bad is True and bool in kinds):
                 continue
@@ -717,7 +724,24 @@ for kind, given in (
                 continue
             if set(kinds) & {int, float, bool} and not set(map(typing.get_origin, kinds)) - {None}:
                 calls.append((f"{kind.__name__}.{name}={bad!r}", name, lambda k=kind, g={**given, name: bad}: k(**g)))
+        several = [each for each in kinds if typing.get_origin(each) is collections.abc.Sequence]
+        one = typing.get_args(several[0])[0] if several else None
+        if "attacks" in kind.__module__ and (one in (int, float, str) or typing.get_origin(one) is typing.Literal):
+            fine = [*[3][: float in kinds], *[None][: type(None) in kinds], *[["x"]][: one is str]]
+            for bad in (each for each in ("x", [None], [math.nan], ["x"], 3, None) if each not in fine):
+                what = f"{kind.__name__}.{name}={bad!r}"
+                calls.append((what, name, lambda k=kind, g={**given, name: bad}: k(**g)))
+        elif str in kinds:
+            calls.append((f"{kind.__name__}.{name}", name, lambda k=kind, g={**given, name: 3}: k(**g)))
+route = {"fact": laws.FACT, "prompt": "It is in", "old_answer": " a", "new_answer": " b"}
+fe.Route(**route, controls=[" c"], kind="x")
+for name in (*route, "kind", "controls"):
+    for bad in (3, math.nan, ["x", 3], *(() if name == "new_answer" else (None,))):
+        calls.append((f"Route {bad!r}", name, lambda g={**route, name: bad}: fe.Route(**g)))
 edit = fe.Rome(fe.KeyStats.identity(model, 1), fit=laws.QUICK, contexts=(), progress=False)(model, laws.FACT)
+whole = fe.Population.of(model, edit, laws.FACT, progress=False)
+for bad in (fe.Fact, 3, "x", [fe.Fact("a", "{} b", " c")]):
+    calls.append((f"{bad!r}", "kinds", lambda b=bad: whole.unedited("x", lambda runner, i: 1, settings=(), kinds=b)))
 for bad in ("x", math.nan, None, -1, 1.5):
     calls += [
         (f"{bad!r}", "batch_tokens", lambda b=bad: fe.evaluation.dose_curve(model, edit, laws.FACT, batch_tokens=b)),

@@ -92,7 +92,7 @@ HERE = {
 OLDER = HERE | {"removed": r"provenance\.(versions\..*|revision|edits|hooks|bos_in_prompt)"}
 # What editors say of themselves and of their fits is theirs; what others read of it is checked.
 OWN = r"editor\.(?!name).*|fits\.0\.clamped"
-LESS = r"fits\.0\.(losses|target_prob|stopped|same_first_token)|diagnostics\.0\.(unmet|key_cosines|off_target)"
+LESS = r"fits\.0\.(losses|target_prob|stopped|same_first_token)|diagnostics\.0\.(unmet|key_cosines|off_target|weight)"
 EDIT = {what: f"{where}|{OWN}" for what, where in OLDER.items()} | {"NaN": OWN}
 EDIT["removed"] += f"|{LESS}"
 EITHER = r"(mean|low|high)"

@@ -221,6 +221,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "alignable": lambda w: fe.alignable(w.model, w.facts),
     "chat_prompt": lambda w: fe.chat_prompt(w.model, "Where is {} ?"),
     "known": lambda w: fe.known(w.model, w.facts),
+    "answers": lambda w: fe.answers(w.model, w.facts, n_tokens=3, progress=False),
     "causal_trace": lambda w: fe.causal_trace(w.model, w.facts[:2], progress=False),
     "causal_trace, replaced": lambda w: fe.causal_trace(
         w.model, w.people[:2], component="mlp", window=2, corruption=REPLACED, progress=False
@@ -712,6 +713,7 @@ NOT_ASKED = {
     "auditing.AuditProvenance.of": "a part of every audit",
     "save_hf": "refused under hooks, and compares what it wrote with the model itself: tests/editing/test_save_hf.py",
     "attacks.Recovery.of": "where every attack ends",
+    "attacks.Recovery.in_excess_of_common": "asks in an attack's own way, and is in several of them",
     "editing.describe": "reads the fields of an editor, and is in every edit",
 }
 

@@ -36,6 +36,7 @@ from tl_factedit.editors.memit import Memit
 from tl_factedit.editors.pmet import Pmet
 from tl_factedit.editors.rome import Rome
 from tl_factedit.editors.router import Router
+from tl_factedit.evaluation.in_words import answers
 from tl_factedit.evaluation.knowledge import known
 from tl_factedit.evaluation.scores import Scores, evaluate
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise
@@ -94,6 +95,7 @@ __all__ = [
     "LogitLens",
     "evaluate",
     "Scores",
+    "answers",
     "Estimate",
     "audit",
     "Verdict",

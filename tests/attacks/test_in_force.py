@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import audits
 import laws
 import pytest
 import tiny
@@ -122,3 +123,18 @@ def test_a_change_whose_key_is_silenced_is_asked_elsewhere_and_not_underneath(ki
     assert float(found.extra["cover"][found.cases.index(case)]) == 0.0
     assert left[case.key] < 0.01 and case.shows == "elsewhere"
     assert left[other.key] > 0.99 and other.shows == "underneath"
+
+
+def test_facts_for_which_the_change_is_not_in_force_do_not_count_underneath():
+    """A router fires for a person or it doesn't; silencing the attention before it switches it off for some."""
+    model, facts = audits.organism(tiny.KINDS[-1]), audits.ASKED[:24]
+    router = fe.Router(layer=1, fit=audits.FIT, contexts=("",), progress=False)(model, facts)
+    found = fe.attacks.KnockOut()(population(model, router, facts, reference=audits.REFERENCE[:60]))
+    cells = (Cell("attn", 1, "subject"),)
+    row = next(i for i, case in enumerate(found.cases) if case.key == Silencing(cells))
+    in_force = found.extra["left"][row]
+    assert found.cases[row].shows == "underneath" and 0.5 < float(in_force) < 1, "the premise: off for some"
+    plain = found.after.at(case=Silencing(cells), quantity="old_first")
+    assert float(plain[found.known].mean()) > 0.1, "the premise: it comes back for those"
+    assert float(found.excess.mean[row]) < 0.05 and int(found.excess.n[row]) < int(found.known.sum())
+    assert found.strongest.mean > 0.5 and found.best.shows == "elsewhere"

@@ -191,6 +191,16 @@ def test_whatever_matrix_was_written_loses_its_directions(kind, part, shape):
     assert torch.allclose(found.after.at(case=1)[:, :3], torch.tensor(expected, dtype=torch.float32))
 
 
+def test_of_a_model_trained_apart_every_matrix_loses_directions_alone_and_all_do_together(kind):
+    model, other = tiny.model(kind, "gpt2"), tiny.model(kind, "gpt2", seed=1)
+    facts = [attacking.known_fact(model, laws.FACT)]
+    with laws.untouched(model), laws.untouched(other):
+        found = measured.reverse_by_weights(model, other, facts, dropped=(2,))
+    (written,) = found.details["matrices"][:1]
+    assert len({matrices(other)[name].W.shape for name in written}) > 2, "the premise: of several shapes"
+    assert len(found.cases) == 1 + len(written)
+
+
 def test_the_cover_is_the_part_of_the_change_in_what_is_dropped(setting):
     model, (fact, _), (edit, _) = setting
     found = measured.reverse_by_weights(model, [edit], [fact], dropped=(1, 4, 9))

@@ -36,6 +36,7 @@ def kind(request):
     return request.param
 
 
+@LONG
 @held
 @pytest.mark.parametrize("oracle", ["oracle0"])
 def test_a_model_that_never_had_the_old_city_is_erased_and_not_without_its_evidence(kind, oracle):

@@ -630,6 +630,23 @@ def test_a_copy_has_the_fingerprint_of_its_original(model):
     assert fingerprint(copy.deepcopy(model)) == fingerprint(model)
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "neox", "falcon", "bloom", "llama"])
+def test_a_second_bridge_over_one_transformers_model_leaves_the_fingerprint_of_the_first(arch):
+    hf = tiny.hf_model(arch)
+    first = tiny.around(hf)
+    before = fingerprint(first)
+    stats = fe.KeyStats.identity(first, 1)
+    second = tiny.around(hf)
+    assert fingerprint(first) == fingerprint(second) == before
+    stats.check(first, fingerprint(first))
+    for param in (next(iter(second.blocks[0].attn.q.parameters())), next(iter(first.blocks[0].attn.q.parameters()))):
+        with torch.no_grad():
+            param[0] += 1
+        assert fingerprint(first).rest != before.rest
+        with torch.no_grad():
+            param[0] -= 1
+
+
 # ---------------------------------------------------------------------------------------- what a model is
 
 

@@ -131,6 +131,8 @@ def test_a_model_that_reads_backwards_too_is_refused(which, tmp_path):
         fe.stats.sample_texts(model, 4, length=4, progress=False)
     with pytest.raises(UnsupportedModelError, match="isn't causal"):
         fe.KeyStats.identity(model, 1)
+    with pytest.raises(UnsupportedModelError, match="isn't causal"):
+        fe.alignable(model, laws.FACT)
     moments = tmp_path / "moments.npz"
     np.savez(moments, **{"mom2.count": 500, "mom2.mom2": 500 * np.eye(len(down_proj(model, 1).W))})
     with pytest.raises(UnsupportedModelError, match="isn't causal"):
@@ -175,6 +177,8 @@ def test_a_model_without_blocks_is_refused():
     del model._modules["blocks"]
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel.*has no blocks.*encoder-decoder"):
         blocks(model)
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        fe.alignable(model, laws.FACT)
 
 
 @pytest.mark.parametrize("which", tiny.KINDS)

@@ -28,7 +28,7 @@ def test_a_prompt_without_exactly_one_slot_is_refused_with_its_number_of_slots(p
     assert repr(prompt) in str(error.value)
 
 
-@pytest.mark.parametrize("empty", ["", " ", "\n\t", "\u3000"])
+@pytest.mark.parametrize("empty", ["", " ", "\n\t", "\u3000", "\u200b"])
 def test_an_empty_subject_is_refused(empty):
     with pytest.raises(ValueError, match=r"^subject is .*give the subject's name"):
         Fact(empty, "{} is in", " Italy")
@@ -105,6 +105,14 @@ def test_lists_hold_text_alone(name, given):
             made("Rome", "{} is in", " Italy", **others | {name: given})
     with pytest.raises(ValueError, match=rf"^{name}\[1\] is '\s*', needed some text"):
         made("Rome", "{} is in", " Italy", **others | {name: ["Nice", " "]})
+
+
+@pytest.mark.parametrize("name", ["subject", "prompt", "target_true", "target_new", "paraphrases", "controls"])
+def test_half_a_character_is_refused_by_name(name):
+    text = "{} is\ud83d in" if name == "prompt" else " a\udc00"
+    fields = {"subject": "Rome", "prompt": "{} is in", "target_true": " Italy"}
+    with pytest.raises(ValueError, match=rf"^{name}.*\\ud.*lone surrogate"):
+        made(**fields | {name: [text] if name in ("paraphrases", "controls") else text})
 
 
 def test_a_set_has_no_order_and_is_no_list():

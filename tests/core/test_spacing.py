@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.spacing import before_prompts, continued, gap, in_one_word
+from tl_factedit.core.spacing import before_prompts, continued, ending, gap, in_one_word
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,17 @@ from tl_factedit.core.spacing import before_prompts, continued, gap, in_one_word
         ("It is Rome", ".", ""),
         ("It costs $", "5", ""),
         ("It is Rome", "", ""),
+        ("It is in…", "Paris", " "),
+        ("The city —", "Paris", " "),
+        ("It is - in short -", "Paris", " "),
+        ("Paris—", "Rome", ""),
+        ("It was at -", "5 degrees", ""),
+        ("中国的首都是什么?", "北京", ""),
+        ("It opens at 12:", "30", ""),
+        ("By J.", "R. R. Tolkien", ""),
+        ("See www.", "example.org", ""),
+        ("Where is it? [/INST]", "Paris", ""),
+        ("<assistant>", "Paris", ""),
         ("", "Paris", ""),
     ],
 )
@@ -54,6 +65,74 @@ def test_the_gap_hangs_on_script_and_on_what_the_text_ends_with(text, target, sp
 def test_objects_of_files_become_continuations(target, found):
     assert continued("The mother tongue of Danielle Darrieux is", target) == found
     assert continued("The mother tongue of Danielle Darrieux is", found) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "found"),
+    [
+        ("The capital is ", "Paris", " Paris"),
+        ("The capital is\u00a0", "Paris", " Paris"),
+        ("The capital is", "\u00a0Paris", " Paris"),
+        ("The capital is\u200b", "Paris", " Paris"),
+        ("中国的首都是 ", "北京", "北京"),
+        ("中国的首都是\u3000", "北京", "北京"),
+        ("中国的首都是", " 北京", "北京"),
+        ("中国的首都是", " New York", " New York"),
+        ("It is called (", " Paris", "Paris"),
+        ('It is called " ', "Paris", "Paris"),
+        ("Rome / ", "Paris", " Paris"),
+        ("Where is it?", "Paris", " Paris"),
+        ("It is in…", "Paris", " Paris"),
+        ("The city —", "Paris", " Paris"),
+    ],
+)
+def test_files_and_facts_treat_white_space_alike(text, target, found):
+    assert continued(text, target) == found
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fact = Fact("X", "{} " + text, target)
+    assert fact.target_true == found
+    assert fact.text + found == f"X {text}{target}" or len(said) == 1, "what changes the text is said"
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt", "subject_now", "prompt_now"),
+    [
+        (" Anna ", "{} is", "Anna", "{} is"),
+        ("Anna ", "{}is", "Anna", "{} is"),
+        (" Anna", "Here is{}, who is", "Anna", "Here is {}, who is"),
+        ("中国\u3000", "{}的首都是", "中国", "{}的首都是"),
+        ("Anna\u200b\n", "{} is", "Anna", "{} is"),
+    ],
+)
+def test_a_subject_has_no_white_space_around_it(subject, prompt, subject_now, prompt_now):
+    with pytest.warns(UserWarning, match=f"subject .* became {subject_now!r}"):
+        fact = Fact(subject, prompt, " x", paraphrases=[prompt])
+    assert (fact.subject, fact.prompt, fact.paraphrases) == (subject_now, prompt_now, (prompt_now,))
+
+
+@pytest.mark.parametrize("target", ["\nParis", "\tParis"])
+def test_a_break_in_front_of_an_object_is_left_and_said(target):
+    with pytest.warns(UserWarning, match="is a token before the object's own.*end the prompt with it"):
+        assert Fact("X", "{} said:", " a", target).target_new == target
+    with pytest.warns(UserWarning, match="end the prompt with it"):
+        Fact("X", "{} is in", " a", controls=[target])
+
+
+@pytest.mark.parametrize(("text", "target"), [("está en Bogotá", "Perú"), ("의 수도는", "서울"), ("is Anna'", "s")])
+def test_words_of_any_script_that_are_glued_are_warned_of(text, target):
+    with pytest.warns(UserWarning, match="goes on inside"):
+        assert Fact("X", "{} " + text, target).target_true == target
+
+
+def test_objects_glued_to_a_paraphrase_or_a_neighbour_are_warned_of():
+    with pytest.warns(UserWarning, match="target 'Paris' goes on inside the last word of 'X is in' .*; so do 1 more"):
+        Fact("X", "<user>{}?\n", "Paris", paraphrases=["{} is in"], neighbours=["Y is in"])
+
+
+def test_a_warning_quotes_whole_words():
+    assert ending("The capital of the old and great kingdom of Spain is") == "…and great kingdom of Spain is"
+    assert ending("It is in") == "It is in"
 
 
 def test_one_word_ends_where_a_letter_stops_or_a_script_has_no_spaces():
@@ -93,7 +172,6 @@ def test_what_cannot_be_meant_is_mended_and_said(prompt, target, prompt_now, tar
         ("See {} at https://x.org/?", "page"),
         ("中国的{}是什么?", "北京"),
         ("<user>{}?\n", "Paris"),
-        ("{} said:", "\nParis"),
         ("{} is (in", ")"),
         ("{}", "'s"),
     ],
@@ -118,7 +196,7 @@ def test_a_space_that_only_goes_over_to_the_targets_changes_no_text_and_is_not_s
 
 
 def test_paraphrases_and_neighbours_lose_the_space_that_their_targets_have():
-    with pytest.warns(UserWarning, match="left out, as the target has its own"):
+    with pytest.warns(UserWarning, match="at the end of .* is left out"):
         fact = Fact("Eiffel", "{} is in", " Paris", paraphrases=["Where is {}? In "], neighbours=["Rome is in "])
     assert (fact.paraphrases, fact.neighbours) == (("Where is {}? In",), ("Rome is in",))
     own = Fact("Eiffel", "{} is in", " Paris", neighbours=["Rome is in "], neighbour_targets=["Italy"])
@@ -145,8 +223,8 @@ def test_where_the_objects_have_no_space_the_words_that_are_glued_are_named_and_
         fact = Fact("France", "The capital of {} is", "n't Paris", controls=("Berlin",), **SPAIN)
     others = [str(each.message) for each in said if "control" in str(each.message)]
     assert others == [
-        "control 'Berlin' goes on inside the prompt's last word ('isBerlin'): begin it with a space if it is a new "
-        "word; so do 1 more"
+        "control 'Berlin' goes on inside the last word of 'The capital of France is' ('isBerlin'): begin it with a "
+        "space if it is a new word; so do 1 more"
     ]
     assert fact.controls == ("Berlin",)
 
@@ -155,7 +233,7 @@ def test_scripts_without_spaces_and_parts_of_words_in_controls_are_left():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Fact("法国", "{}的首都是", "巴黎", controls=["柏林"]).controls == ("柏林",)
-        assert Fact("Rome", "{} is in", " Italy", controls=["'s", "\nSpain"]).controls == ("'s", "\nSpain")
+        assert Fact("Rome", "{} is in", " Italy", controls=["'s"]).controls == ("'s",)
 
 
 def test_contexts_end_in_a_space_where_the_script_has_one():

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import laws
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import processors
 
 import tl_factedit as fe
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.spacing import stripped
 from tl_factedit.core.tokens import (
     align,
     align_all,
@@ -24,6 +26,7 @@ from tl_factedit.core.tokens import (
     pad,
     spell,
 )
+from tl_factedit.measure.first_tokens import FirstTokens
 
 SUBWORD = ("bytebpe", "spm", "spm-always")  # those that spell every text back
 UNKNOWN = "that the tokenizer doesn't know"
@@ -51,7 +54,7 @@ HARD = "éßŁЖΑ東京パ리مدينةहि́̈👨‍👩‍👧👍🏽🇫
 WORDS = st.sampled_from(["The Eiffel", " Tower", "Paris", "Rome's", "café", "東京タワー", "القاهرة", "👨‍👩‍👧", "isn't"])
 CHARS = st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(HARD), WORDS, st.just(" "))
 TEXTS = st.lists(CHARS, max_size=12).map("".join).filter(lambda text: "{}" not in text)
-SUBJECTS = st.lists(CHARS, min_size=1, max_size=6).map("".join).map(str.strip).filter(bool)
+SUBJECTS = st.lists(CHARS, min_size=1, max_size=6).map("".join).map(stripped).filter(bool)
 
 
 # Some are words cut in two, to see subjects that end inside a token.
@@ -213,9 +216,11 @@ def test_a_subject_that_begins_inside_a_token_is_refused_with_token_and_position
 
 
 @pytest.mark.parametrize("name", SUBWORD)
-def test_a_subject_with_a_space_behind_it_is_refused_if_the_space_belongs_to_the_next_word(name):
-    with pytest.raises(ValueError, match=r"'Paris ' ends inside token ' ?is'"):
-        align(tokenizer(name), Fact("Paris ", "{}is in", " France"), prepend_bos=True)
+def test_a_subject_with_a_space_behind_it_ends_before_the_space_that_belongs_to_the_next_word(name):
+    with pytest.warns(UserWarning, match="white space"):
+        fact = Fact("Paris ", "{}is in", " France")
+    row = align(tokenizer(name), fact, prepend_bos=True)
+    assert torch.equal(row.ids, align(tokenizer(name), Fact("Paris", "{} is in", " France"), prepend_bos=True).ids)
 
 
 @TOKENIZER
@@ -486,6 +491,17 @@ def test_a_fact_without_an_old_object_is_aligned_and_what_needs_one_says_so():
         _ = row.true_ids
 
 
+@pytest.mark.parametrize(("kind", "count"), [("bytebpe", 2), ("spm", 2)])
+def test_an_object_is_said_where_more_than_white_space_is(kind, count):
+    tok = tiny.tokenizer(kind)
+    fact = Fact("Eiffel", "{} is in", " 東京", " Paris")
+    row = align(tok, fact, prepend_bos=True)
+    assert (row.old_word, row.new_word) == (count, 1)
+    with pytest.warns(UserWarning, match="object ' 東京' of fact 'Eiffel' begins with a token of white space alone"):
+        assert not FirstTokens.of(tok, fact, True).apart, "a space is no object"
+    assert FirstTokens.of(tok, fact.but(target_true=" Rome"), True).apart
+
+
 # ---------------------------------------------------------------------------------------- unknown words, BOS, once
 
 
@@ -508,6 +524,35 @@ def test_a_word_that_the_tokenizer_does_not_know_is_refused(field, value):
         check_texts(tokenizer("wordlevel"), fact.but(**{field: value}), prepend_bos=True)
     for name in SUBWORD:
         check_texts(tokenizer(name), fact.but(**{field: value}), prepend_bos=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("prompt", "{} and Zugspitze are in", "The Tower and Zugspitze are in"),
+        ("paraphrases", ["Zugspitze and {} are in"], "Zugspitze and The Tower are in"),
+        ("neighbours", ["The Zugspitze is in"], "The Zugspitze is in"),
+    ],
+)
+def test_a_word_that_the_tokenizer_does_not_know_elsewhere_is_told(field, value, text):
+    fact = Fact("The Tower", "{} is in", " Paris", " Rome").but(**{field: value})
+    with pytest.warns(UserWarning, match=f"'{text}' holds a word that the tokenizer doesn't know"):
+        check_texts(tokenizer("wordlevel"), fact, prepend_bos=True)
+    for name in SUBWORD:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_texts(tokenizer(name), fact, prepend_bos=True)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_unknown_words_are_told_once_a_call(kind):
+    facts = [Fact("The Tower", f"{{}} and {word} are in", " Paris", " Rome") for word in ("Zugspitze", "Matterhorn")]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fe.evaluate(model(kind, "wordlevel"), facts)
+    told = [each for each in said if "Zugspitze" in str(each.message)]
+    assert len(told) == 1 and told[0].filename == __file__
+    assert not [each for each in said if "Matterhorn" in str(each.message)]
 
 
 @ADDS_BOS

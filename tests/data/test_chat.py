@@ -1,12 +1,14 @@
 """Chat prompts, and the facts that a model can be asked."""
 
 import inspect
+import warnings
 
 import pytest
 import tiny
 import torch
 
 import tl_factedit as fe
+from tl_factedit.attacks.routes import Route
 from tl_factedit.core.tokens import align
 
 TEMPLATE = (
@@ -100,3 +102,39 @@ def test_that_a_prompt_brought_its_bos_is_in_the_provenance_of_every_result(chat
         again = fe.editing.Provenance.from_json(edit.provenance.to_json())
         assert again == edit.provenance
         assert not fe.editing.Provenance.of(chatty, False, prompts=[fact.text]).bos_in_prompt
+
+
+@pytest.mark.filterwarnings("ignore:a prompt begins with the BOS token")
+@pytest.mark.filterwarnings("ignore:the texts ended")
+@pytest.mark.parametrize("brought", [True, False])
+def test_so_is_that_a_text_or_a_route_or_a_context_brought_it(chatty, brought, tmp_path):
+    bos = "<bos>" if brought else ""
+    fact = fe.Fact("France", "The capital of {} is", " Paris", " Rome")
+    texts = ["The Tower is in Paris", f"{bos}user\nWhere is the Tower?", *["Rome is the capital of Italy"] * 3]
+    stats = [fe.key_stats(chatty, 0, texts, path=tmp_path / "stats", progress=False)[0] for _ in range(2)]
+    report = fe.stats.stats_convergence(chatty, 0, texts, [fact], n_tokens=8, context=8, ridge=1.0, progress=False)
+    lens = fe.probes.train_tuned_lens(chatty, texts, n_tokens=20, steps=1, batch=2, context=8, progress=False)
+    route = Route(fact, f"{bos}Paris is the capital of", " France", " Italy")
+    editor = fe.Rome(
+        fe.KeyStats.identity(chatty, 0),
+        fit=fe.ValueFit(steps=1, kl_weight=0.0),
+        contexts=[f"{bos}I know: "],
+        progress=False,
+    )
+    edit = editor(chatty, [fact])
+    found = [each.provenance for each in (*stats, report, lens, edit)]
+    found.append(fe.audit(chatty, edit, [fact], routes=[route], progress=False).provenance.model)
+    assert [each.bos_in_prompt for each in found] == [brought] * len(found)
+
+
+def test_that_a_prompt_brings_its_bos_is_told_once_a_call_at_the_callers_line(chatty):
+    prompt = fe.chat_prompt(chatty, "What is the capital of {}?")
+    facts = [fe.Fact(name, prompt, "Paris", "Rome", paraphrases=[prompt]) for name in ("France", "Italy")]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fe.known(chatty, facts)
+        fe.known(chatty, facts)
+        fe.evaluate(chatty, facts)
+        fe.alignable(chatty, facts)
+    told = [each for each in said if "BOS token" in str(each.message)]
+    assert len(told) == 4 and {each.filename for each in told} == {__file__}

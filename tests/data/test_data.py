@@ -8,7 +8,7 @@ import pytest
 
 from tl_factedit import data
 from tl_factedit.core.facts import Fact
-from tl_factedit.data.benchmarks import read_json
+from tl_factedit.data.files import read_json
 from tl_factedit.data.real_world import RELATIONS, world
 
 COUNTERFACT = [
@@ -233,9 +233,7 @@ def test_a_subject_that_stands_only_inside_a_word_is_refused_with_the_word(file)
     ("prompt", "attribute", "target"),
     [
         ("中国 is 中国的首都是", "纽约", "纽约"),
-        ("Rome in 中国 speaks", "\nEnglish", "\nEnglish"),
         ("中国 is", "'s English", "'s English"),
-        ("中国 is", " English \n", " English"),
         ("中国 is", "English", " English"),
     ],
 )
@@ -244,12 +242,47 @@ def test_objects_continue_their_prompts_as_the_script_wants_it(prompt, attribute
     assert fact.target_true == target
 
 
+@pytest.mark.parametrize(
+    ("changed", "message", "read"),
+    [
+        ({"attribute": " English \n"}, "white space around an object", ("Rome", "{} is in", " English")),
+        ({"attribute": "\u00a0English"}, "white space around an object", ("Rome", "{} is in", " English")),
+        ({"subject": "Rome "}, "white space around a subject", ("Rome", "{} is in", " Antarctica")),
+        ({"prompt": "Rome is in\u00a0"}, "space at the end of a prompt", ("Rome", "{} is in", " Antarctica")),
+        ({"prompt": 'Rome is in "\u200b'}, "space at the end of a prompt", ("Rome", '{} is in "', "Antarctica")),
+        ({"attribute": "\nEnglish"}, r"begins with '\\n'", ("Rome", "{} is in", "\nEnglish")),
+    ],
+)
+def test_white_space_that_a_file_holds_beside_its_texts_is_said(changed, message, read, file):
+    with pytest.warns(UserWarning, match=message) as said:
+        fact = data.known_facts(file([{**KNOWN[0], "subject": "Rome", "prompt": "Rome is in", **changed}]))[0]
+    assert len(said) == 1 and (fact.subject, fact.prompt, fact.target_true) == read
+
+
+def test_the_subjects_of_counterfact_have_no_white_space_around_them(file):
+    records = copy.deepcopy(COUNTERFACT[2:])
+    records[0]["requested_rewrite"]["subject"] = " Madrid\u00a0"
+    with pytest.warns(UserWarning, match="around a subject") as said:
+        fact = data.counterfact(file(records))[0]
+    assert len(said) == 1 and fact.text == "Madrid is in"
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "named"),
+    [("loc", "", "loc"), ("loc_ans", " ", "loc_ans"), ("answers", [""], r"answers\[0\]"), ("loc", "\u200b", "loc")],
+)
+@pytest.mark.parametrize("written", ["alt", "answer"])
+def test_a_record_of_zsre_without_some_text_is_refused_by_field(field, given, named, written, file):
+    with pytest.raises(ValueError, match=rf"record 0 of .*: {named} is .*needed some text"):
+        data.zsre(file([{**ZSRE[0], field: given}]), written=written)
+
+
 def test_spaces_at_the_end_of_prompts_and_other_code_points_are_mended_and_said_once_a_file(file):
     records = [
         {**KNOWN[0], "subject": "Besançon", "prompt": "Besanc\u0327on is in "},
         {**KNOWN[0], "subject": "Vinson", "prompt": "Vinson is in "},
     ]
-    with pytest.warns(UserWarning, match=r"records\.json were changed: .*left out \(2 times\); .*\(1 times\)") as said:
+    with pytest.warns(UserWarning, match=r"records\.json were changed: .*\(1 times\); .*left out \(2 times\)") as said:
         first, second = data.known_facts(file(records))
     assert len(said) == 1
     assert (first.subject, first.text) == ("Besançon", "Besançon is in")

@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 
 
 NOTHING_TO_RUN = (
-    "alignable", "attacks.neutral_prefixes", "chat_prompt",
+    "attacks.neutral_prefixes", "chat_prompt",
     "FineTune.around", "Inject.targets", "Erase.targets", "editing.Amplify.targets",
     "editors.RoutedEdit.hooks", "probes.fit_linear_probe", "probes.control_task", "probes.name_ngrams",
     "probes.one_hot_objects", "probes.states_of_others", "probes.leace", "probes.random_subspace", "show.trace",

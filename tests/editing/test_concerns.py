@@ -90,6 +90,21 @@ def test_fine_tuning_that_did_it_has_nothing_to_say(knowing, objective):
     assert not [concern for concern in edit.concerns if "its probability is" in concern]
 
 
+@pytest.mark.parametrize("name", ["rome", "memit", "emmet", "pmet", "router", "finetune"])
+@pytest.mark.parametrize("new", [laws.FACT.target_true, laws.FACT.target_true + " "])
+def test_what_is_there_already_is_not_injected(knowing, name, new, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same = laws.FACT.but(target_new=new)
+    stats = fe.KeyStats.identity(knowing, 1)
+    with (
+        laws.no_forward(monkeypatch, knowing),
+        pytest.raises(ValueError, match=r"target_new .* of \['The Eiffel Tower'\] is the old object, .*Amplify"),
+    ):
+        made_by(name, knowing, fact=same, stats=stats)
+    assert made_by("rome", knowing, fact=same, objective=fe.Erase()).fits[0]["unlikely"]
+
+
 UNREACHABLE = ["rome", "memit", "pmet", "router"]
 
 
@@ -115,9 +130,8 @@ def test_what_the_last_layer_writes_in_mid_prompt_reaches_no_answer_and_that_is_
         edit = made_by(name, knowing, **options)
     assert edit.fits[0]["prob_after"] == pytest.approx(edit.fits[0]["prob_before"], abs=1e-3)
     assert any("its probability is" in concern for concern in edit.concerns)
-    assert any("take a lower layer (what the last one writes at a subject" in concern for concern in edit.concerns) == (
-        name != "router"  # which hasn't layers of its own
-    )
+    assert any("take a lower layer (what the last one writes at a subject" in concern for concern in edit.concerns)
+    assert not any("more steps" in concern for concern in edit.concerns)
     assert not any("lower the weight" in concern for concern in edit.concerns)
 
 
@@ -240,11 +254,55 @@ def test_failing_is_judged_in_the_sense_of_the_objective(case, expected):
 
 def test_of_many_facts_it_says_how_many_and_one_by_name(model):
     good, bad = fit(False, 0.0, 0.9, False, True), fit(False, 0.0, 0.1, False, False)
-    (said,) = concerns_of_fits([laws.FACT, laws.OTHER, laws.FACT], [good, bad, bad])
+    (said,) = concerns_of_fits([laws.FACT, laws.OTHER, laws.FACT], [good, bad, bad], falls_short="")
     assert said.startswith("2 of 3 facts aren't as wanted with it, such as 'Danielle Darrieux'")
     edit = replace(made(model), fits=(bad,))
-    assert edit.scaled(0.5).concerns == ()  # which wasn't measured
     assert edit.concerns and edit.concerns == fe.compose([edit]).concerns
+
+
+@pytest.mark.parametrize(
+    ("weight", "unmet", "contexts", "remedy"),
+    [
+        (15_000.0, (0.8,), ("", "I know. "), "lower the weight (see unmet), or take another layer"),
+        (1e-3, (0.001,), ("", "I know. "), "the keys under 2 contexts; take contexts=(), or another layer"),
+        (None, (), ("", "I know. "), "the keys under 2 contexts; take contexts=(), or another layer"),
+        (None, (), ("",), "take another layer"),
+    ],
+)
+def test_a_remedy_is_one_that_the_edit_has(model, weight, unmet, contexts, remedy):
+    missed = {**fit(False, 0.0, 0.1, False, False), "target_prob": (0.01, 0.9)}
+    edit = made(model)
+    diagnostics = (replace(edit.diagnostics[0], weight=weight, unmet=unmet),)
+    edit = replace(edit, fits=(missed,), contexts=contexts, diagnostics=diagnostics)
+    said = next(each for each in edit.concerns if "it was found how" in each)
+    assert said.endswith(remedy)
+
+
+UNMEASURED = "what becomes of its targets was not measured of it: evaluate it"
+
+
+def test_an_edit_that_is_made_of_others_says_that_it_was_not_measured(model):
+    bad = {**fit(False, 0.0, 0.1, False, False), "missed": 0.2}
+    first, second = (replace(made(model, layer), fits=(bad,)) for layer in (1, 2))
+    derived = [first.scaled(0.01), fe.compose([first, second]), fe.compose([first.scaled(0.5)]), first.scaled(1e-9)]
+    for edit in derived:
+        (said,) = [each for each in edit.concerns if "target" in each]
+        assert said.startswith(f"it is {edit.editor['name']}, and {UNMEASURED}") and said in repr(edit)
+        assert not any({"prob_after", "missed"} & set(each) for each in edit.fits)
+        with pytest.warns(fe.EditWarning, match="was not measured of it"), edit.applied(model):
+            pass
+    assert UNMEASURED not in repr(first) and UNMEASURED not in repr(first.scaled(0.0))
+
+
+def test_a_composed_edit_tells_what_is_of_its_parts_alone(model):
+    first, second = made(model, 1), made(model, 1, fact=laws.OTHER, seed=7)
+    odd = {"division_factor": 0.01, "exactness": 0.5, "unmet": (0.9,)}
+    first = replace(first, diagnostics=(replace(first.diagnostics[0], **odd),))
+    both = fe.compose([first, second])
+    assert [each.unmet for each in both.diagnostics] == [(), ()]
+    assert sum(each.startswith("of one of its edits: ") for each in both.concerns) == 2
+    assert not any("unmet" in each or "not met" in each for each in both.concerns)
+    assert f"layers {{1: {both.deltas[0].norm / first.diagnostics[0].weight_norm:.2%} of ‖W‖}}" in repr(both)
 
 
 # ---------------------------------------------------------------------------------------- what is unmet
@@ -259,7 +317,11 @@ def test_the_stated_share_is_what_is_left_unmet(knowing, editor, share):
     for diagnostics in edit.diagnostics:
         assert sum(diagnostics.unmet) / 2 == pytest.approx(share, rel=1e-6)
     assert edit.editor["unmet"] == share and edit.editor["weight"] is None
-    assert f"{share:.0%} unmet in the last" in repr(edit)
+    low, high = sorted(each.weight for each in edit.diagnostics)
+    assert f"{share:.0%} unmet in the last, weight {low:.3g} to {high:.3g} found" in repr(edit)
+    again = editor(stats, weight=high, **quick)(knowing, [laws.FACT, laws.OTHER])
+    assert [each.weight for each in again.diagnostics] == [high, high] and "found" not in repr(again)
+    assert list(edit.table().weight) == [each.weight for each in edit.diagnostics]
     assert "unmet" in repr(editor(stats, **quick)(knowing, [laws.FACT, laws.OTHER]))
     assert "unmet" not in repr(made_by("rome", knowing))
 

@@ -648,7 +648,7 @@ def test_files_from_before_there_was_a_spill_are_read(model, tmp_path):
     edit.save(file)
     header, tensors = files.read(file, "edit")
     for diagnostics in header["diagnostics"]:
-        del diagnostics["off_target"], diagnostics["unmet"], diagnostics["key_cosines"]
+        del diagnostics["off_target"], diagnostics["unmet"], diagnostics["key_cosines"], diagnostics["weight"]
         diagnostics["key_cosine"] = 0.5
     files.write(file, "edit", header, tensors)
     loaded = fe.Edit.load(file)
@@ -700,7 +700,7 @@ def test_what_may_disable_a_model_or_miss_a_fact_is_said_once_with_what_to_do(mo
     bad.undo_(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with bad.applied(model), dataclasses.replace(edit, facts=(laws.OTHER,)).scaled(0.5).applied(model):
+        with bad.applied(model), made(model, 1, fact=laws.OTHER, seed=7).applied(model):
             pass
     with pytest.warns(fe.EditWarning), dataclasses.replace(bad).applied(model):  # another object
         pass
@@ -717,16 +717,17 @@ def test_bounds_are_not_crossed_by_less(model):
 def test_the_size_that_counts_is_that_of_the_change_itself(model):
     edit = made(model)
     once = edit.diagnostics[0].relative_norm
-    assert edit.scaled(1.4 / once).concerns == ()
-    (said,) = edit.scaled(1.6 / once).concerns
+    (unmeasured,) = edit.scaled(1.4 / once).concerns
+    assert "was not measured of it" in unmeasured
+    said, _ = edit.scaled(1.6 / once).concerns
     assert "the update of layer 1 is 160% of ‖W‖" in said
-    assert edit.scaled(-1.6 / once).concerns == (said,)
+    assert edit.scaled(-1.6 / once).concerns == (said, unmeasured)
     half = edit.scaled(0.8 / once)
-    assert half.concerns == ()
-    (together,) = fe.compose([half, edit.scaled(0.801 / once)]).concerns
+    assert half.concerns == (unmeasured,)
+    together, _ = fe.compose([half, edit.scaled(0.801 / once)]).concerns
     assert "160%" in together
     opposite = fe.compose([edit.scaled(9 / once), edit.scaled(-9 / once)])
-    assert opposite.concerns == ()
+    assert opposite.concerns == (unmeasured.replace("scaled", "composed"),)
 
 
 def test_where_warnings_are_errors_nothing_is_written(model):

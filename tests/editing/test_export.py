@@ -162,6 +162,14 @@ def test_what_overflows_is_not_exported(kind):
 
 
 @pytest.mark.skipif(not tiny.HAS_HOOKED, reason="there the type checks of the tests come first")
+def test_a_list_of_edits_is_told_how_to_become_one(kind):
+    model, hf = tiny.model(kind, "gpt2"), tiny.hf_model("gpt2")
+    for export in (fe.export_hf, fe.export_hf_):
+        with pytest.raises(ValueError, match=r"a list: needed an Edit, which several can be made: compose\(edits\)"):
+            export([made(model)] * 2, hf)
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="there the type checks of the tests come first")
 def test_a_router_is_not_exported(kind):
     routed = fe.editors.RoutedEdit.of(made(tiny.model(kind, "gpt2")))
     for export in (fe.export_hf, fe.export_hf_):

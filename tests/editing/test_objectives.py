@@ -270,7 +270,7 @@ def test_every_editor_takes_every_objective(kind, which, name, tmp_path):
 def test_amplifying_is_injecting_what_is_true(kind, which):
     model, stats = shared(kind)
     amplified = make(which, stats, objective=fe.editing.Amplify())(model, [BARE])
-    injected = make(which, stats)(model, [BARE.but(target_new=BARE.target_true)])
+    injected = make(which, stats)(model, [BARE.but(target_true=None, target_new=BARE.target_true)])
     assert amplified.digest == injected.digest
     assert make(which, stats, objective=fe.Erase())(model, [BARE]).digest != injected.digest
 

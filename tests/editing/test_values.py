@@ -382,7 +382,7 @@ def test_texts_that_cannot_be_sampled_are_refused(model, options, message, monke
     [
         ({"lengths": (10, 5)}, "lengths has 10, needed pairs"),
         ({"lengths": ((10, 0),)}, r"lengths has \(10, 0\), needed pairs"),
-        ({"starts": "The"}, r"starts is the string 'The', needed a list of words: write \['The'\]"),
+        ({"starts": "The"}, r"starts is the string 'The', needed a list: write \['The'\]"),
         ({"top_k": 0}, "top_k is 0, needed at least 1"),
     ],
 )

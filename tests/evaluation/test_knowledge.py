@@ -99,6 +99,45 @@ def test_nothing_is_known_to_a_model_whose_numbers_overflow():
     assert table["rank"].isna().all() and table.p.isna().all() and set(table.top) == {""}
 
 
+def says_a_space(*then: int):
+    """A model that says a token of white space alone after `TOWER`, and these tokens after that."""
+    tok = tiny.tokenizer("bytebpe")
+    hf = tiny.hf_model("llama", tok=tok, tied=False)
+    ids = [tok.bos_token_id, *tok(TOWER.text, add_special_tokens=False)["input_ids"]]
+    length = 10 * hf.lm_head.weight.detach().norm(dim=-1).max()
+    (space,) = tok(" ", add_special_tokens=False)["input_ids"]
+    for token in (space, *then):
+        with torch.no_grad():
+            ends = hf.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            hf.lm_head.weight[token] = length * ends / ends.norm()
+        ids.append(token)
+    return tiny.around(hf, tok)
+
+
+TOWER = Fact("Tokyo Tower", "{} is located in", " 東京")
+
+
+@pytest.mark.parametrize("ask", ["known", "trace"])
+def test_who_says_only_the_space_before_an_object_does_not_know_it(ask):
+    tok = tiny.tokenizer("bytebpe")
+    space, byte, *_ = tok(" 東京", add_special_tokens=False)["input_ids"]
+    assert tok.decode([space]) == " "
+
+    def asked(model) -> tuple[str, bool]:
+        if ask == "known":
+            (row,) = fe.known(model, TOWER, prepend_bos=True).itertuples()
+            assert (row.rank == 1) == row.known
+            return row.top, bool(row.known)
+        noise = fe.GaussianNoise(sigma=1.0, samples=1)
+        found = fe.causal_trace(model, TOWER, corruption=noise, prepend_bos=True, progress=False)
+        return found.top[0], found.known[0]
+
+    top, known = asked(says_a_space(tok("Z", add_special_tokens=False)["input_ids"][0]))
+    assert (top, known) == (" Z", False)
+    top, known = asked(says_a_space(byte))
+    assert (top, known) == (tok.decode([space, byte]), True)
+
+
 def test_what_cannot_be_asked_is_refused():
     model = shared("bridge", "gpt2")
     with pytest.raises(ValueError, match="facts is empty"):

@@ -25,7 +25,7 @@ def rows(n: int = 50, width: int = 40, spread: float = 0.7, seed: int = 0) -> to
 
 def subject(embeddings: torch.Tensor) -> Subject:
     fact = Fact("Rome", "The {} is", " Paris")
-    return Subject(fact, torch.arange(len(embeddings)), ((), ()), 0, embeddings, lambda: 0)
+    return Subject(fact, torch.arange(len(embeddings)), ((), ()), (0,), embeddings, lambda: (0,))
 
 
 def calibrated(noise, embeddings: torch.Tensor):

@@ -154,6 +154,7 @@ class Recovery:
         after: Float[Tensor, "fact case quantity"] | Reading,
         *,
         known: Bool[Tensor, "fact"] | None = None,
+        asked: Bool[Tensor, "fact case"] | None = None,
         common: Float[Tensor, "fact case"] | None = None,
         subjects: int = 1,
         extra: Mapping[str, Float[Tensor, "case"]] | None = None,
@@ -171,6 +172,7 @@ class Recovery:
                 has the cases' keys and these quantities among others.
             after: The changed model, the same.
             known: Which facts count; None for those that the unedited model knows, `Population.known`.
+            asked: In which cases each of them counts; None for all.
             common: How often each fact's old object comes first in the changed model, under the same attack, for
                 subjects who don't have it; NaN where that wasn't looked into. Of a case, the larger of the two nulls
                 counts: the mean of the controls, or this.
@@ -202,7 +204,7 @@ class Recovery:
         ]
         known = population.known if known is None else known
         tested = torch.tensor([not case.masked for case in cases], dtype=torch.bool)
-        counts = known[:, None] & tested
+        counts = known[:, None] & tested & (True if asked is None else asked)
         old, control = (
             torch.where(
                 counts,

@@ -31,6 +31,7 @@ from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import align
 from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_objects
@@ -57,7 +58,8 @@ class RepeatPrefix:
     separator: str = ". "
 
     def __post_init__(self) -> None:
-        """Check the number."""
+        """Check the settings."""
+        check_settings(self)
         if self.times < 1:
             raise ValueError(f"times is {self.times}, needed 1 at least")
 
@@ -78,6 +80,7 @@ class QuestionPrefix:
 
     def __post_init__(self) -> None:
         """Check the template."""
+        check_settings(self)
         if self.template.count("{}") != 1:
             raise ValueError(f'template {self.template!r} needs exactly one "{{}}", where the statement goes')
 
@@ -130,6 +133,10 @@ class ContextAttack:
     controls: int | None = 4
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

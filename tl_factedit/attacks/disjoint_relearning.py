@@ -28,6 +28,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import batches, continuation, encode
 from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
@@ -78,6 +79,10 @@ class DisjointRelearning:
     most: int = 100
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

@@ -20,6 +20,7 @@ from tl_factedit.attacks.learner import Group, Learner, adding_hooks, check_one_
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, plain_torch
 from tl_factedit.backend.weights import down_proj
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import batches
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -54,6 +55,10 @@ class Drift:
     layers: Sequence[int] | None = None
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

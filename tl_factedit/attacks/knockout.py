@@ -8,7 +8,8 @@ everything above is run again::
 Two questions are asked so. *Off*: the cells silenced cover half or more of what the change wrote, by its footprint
 (`footprint`), or leave less than half of it written, as an edit whose key is silenced (`in_force`, looked into where
 the old object comes back); what comes back then is stored elsewhere, and the change left it. *On*: the change is in
-force, and what comes back lies underneath.
+force, and what comes back lies underneath. A knock-out that switches the change off for some facts alone is what it is
+for most, and the others don't count in it.
 
 Three things have to be seen to. A case in which the *unedited* model doesn't know the fact either can't tell, and is
 masked. An object comes first by chance too, so what counts is the excess over control objects. And an object that many
@@ -38,6 +39,7 @@ from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -100,6 +102,10 @@ class KnockOut:
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
+
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:
         """Knock out.
@@ -160,6 +166,7 @@ class KnockOut:
         found = Recovery.of("knock-out", population, cases, *readings, known=known, seed=self.seed)
         common = torch.full((len(rows), len(cases)), math.nan)
         left = torch.full((len(rows), len(cases)), math.nan)
+        asked = torch.ones(len(rows), len(cases), dtype=torch.bool)
         looked: dict[int, Shows] = {}
         strangers = Strangers.of(population, seed=self.seed)
         while some := _deciding(found, looked):
@@ -169,14 +176,17 @@ class KnockOut:
             if on:
                 left[:, on] = left_under(population, asking, [silencings[i] for i in on], written)
             for i in on:
-                if 1 - float(left[:, i].nanmean()) >= OFF:  # the cells that were written are on, and say little
+                gone = ~(1 - left[:, i] < OFF)  # the cells that were written are on, and say little
+                if float(gone.double().mean()) >= OFF:
                     cases[i] = replace(cases[i], shows="elsewhere")
+                asked[:, i] = gone == (cases[i].shows == "elsewhere")
             found = Recovery.of(
                 "knock-out",
                 population,
                 cases,
                 *readings,
                 known=known,
+                asked=asked,
                 common=common,
                 subjects=strangers.fewest,
                 seed=self.seed,

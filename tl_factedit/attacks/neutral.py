@@ -23,6 +23,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.kinds import as_several
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import align
 from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, firsts, with_new_objects
@@ -51,6 +52,10 @@ class NeutralContexts:
     prefixes: Sequence[str]
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

@@ -37,6 +37,7 @@ from tl_factedit.backend.protocol import check_layer, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import pad
 from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FIRST, FirstTokens, with_new_objects
@@ -75,6 +76,10 @@ class ReadOut:
     layers: Sequence[int] | None = None
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

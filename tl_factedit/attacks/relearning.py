@@ -35,6 +35,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import over_facts
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.measure.first_tokens import with_new_objects
 from tl_factedit.measure.population import Population
 
@@ -77,6 +78,10 @@ class Relearn:
     controls: int = 2
     memory: float | None = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self)
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

@@ -34,6 +34,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import rewritten
 from tl_factedit.core.estimate import over_facts_each
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import continuation, encode
 from tl_factedit.measure.first_tokens import FirstTokens, at_the_ends, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -83,6 +84,10 @@ class WeightReversal:
     neighbours: int = 4
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_factedit.attacks.attack import Case, Recovery, why_masked
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
+from tl_factedit.core.settings import check_settings
 from tl_factedit.core.tokens import of_all
 from tl_factedit.measure.first_tokens import FIRST, FirstTokens, at_the_ends, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population, Read
@@ -37,6 +38,10 @@ class Paraphrases:
 
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

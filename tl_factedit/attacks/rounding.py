@@ -24,6 +24,7 @@ from tl_factedit.backend.matrices import Matrix, matrices
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import rewritten
+from tl_factedit.core.settings import check_settings
 from tl_factedit.measure.first_tokens import FIRST, at_the_ends, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.strangers import Strangers
@@ -56,6 +57,10 @@ class Rounding:
     layers: Sequence[int] | None = None
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

@@ -11,7 +11,6 @@ A route counts only if the unedited model goes it: if, of the answers offered, i
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,11 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate
-from tl_factedit.core.facts import Fact, glued
-from tl_factedit.core.kinds import as_several
-from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside
+from tl_factedit.core.facts import Fact, check_text, glued, texts_of
+from tl_factedit.core.kinds import as_several, check_one
+from tl_factedit.core.settings import check_settings
+from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside, stripped
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import check_room, continuation, encode
 from tl_factedit.measure.change import Change, check_made_for, identity
 from tl_factedit.measure.excess import excess_of
@@ -72,15 +73,15 @@ class Route:
 
     def __post_init__(self) -> None:
         """Check the texts, and freeze the controls."""
-        if isinstance(self.controls, str):
-            raise ValueError(f"controls is the string {self.controls!r}, needed a list: write [{self.controls!r}]")
-        for name in ("prompt", "old_answer", "new_answer"):
+        check_one(self.fact, Fact, "fact", "a Fact, from which the answer follows")
+        for name in ("prompt", "old_answer", "new_answer", "kind"):
             given = getattr(self, name)
-            if given is not None and not given.strip():
+            check_text(given, name, optional=name == "new_answer")
+            if given is not None and not stripped(given):
                 raise ValueError(f"{name} is {given!r}, needed some text")
         if "{}" in self.prompt:
             raise ValueError(f'prompt {self.prompt!r} has a "{{}}", needed the whole text: write fact.fill(prompt)')
-        object.__setattr__(self, "controls", tuple(self.controls))
+        object.__setattr__(self, "controls", texts_of(self.controls, "controls"))
         self._mend_spaces()
 
     def _mend_spaces(self) -> None:
@@ -95,11 +96,11 @@ class Route:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "controls", controls)
         if mending.said:
-            warnings.warn(f"white space of route {prompt!r} was mended: {'; '.join(mending.said)}", stacklevel=4)
+            tell(f"white space of route {prompt!r} was mended: {'; '.join(mending.said)}")
         inside = [each for each in (*answers, *controls) if each is not None and goes_on_inside(prompt, each)]
         if inside:
             more = f"; so do {len(inside) - 1} more" if inside[1:] else ""
-            warnings.warn(glued("answer", prompt, inside[0]) + more, stacklevel=4)
+            tell(glued("answer", prompt, inside[0]) + more)
 
     @property
     def tells_apart(self) -> bool:
@@ -254,6 +255,10 @@ class FollowRoutes:
     routes: Sequence[Route]
     batch_tokens: int = BATCH_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, least={"batch_tokens": 1})
 
     @plain_torch()
     def __call__(self, population: Population, /) -> Recovery:

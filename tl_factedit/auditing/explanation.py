@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tl_factedit.attacks.attack import Recovery, Shows
+from tl_factedit.attacks.attack import OFF, Recovery, Shows
 from tl_factedit.attacks.silencing import Silencing
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ def _off(verdict: Verdict) -> str:
     key = found.best.key
     with_it, without = found.share("old_first", key), found.share("old_first", key, before=True)
     how = f"{found.best.label} silenced" if isinstance(key, Silencing) else found.best.label
+    place = found.keys.index(key)
+    if "left" in found.extra and float(found.extra["cover"][place]) < OFF:  # cells that the change reads, not its own
+        how += f", which leaves {float(found.extra['left'][place]):.0%} of what was written,"
     return (
         f"With {how} the changed model names the old object in {with_it:.2f} of the facts; the "
         f"unedited model did in {without:.2f}, so that a way past the change was foreseeable."

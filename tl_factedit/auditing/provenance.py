@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tl_factedit.attacks.attack import Attack
+from tl_factedit.attacks.routes import Route
 from tl_factedit.auditing.gather import Plan
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.core.facts import Fact
 from tl_factedit.measure.change import Change, Digested
 from tl_factedit.measure.population import Part, Population
 
@@ -80,10 +83,13 @@ class AuditProvenance:
             name: [each if isinstance(each, str) else asdict(each) for each in items] for name, items in given.items()
         }
         asked["facts"] = [asdict(fact) for fact in population.facts]
+        prompts = (
+            text
+            for each in itertools.chain(population.facts, *given.values())
+            for text in ([each] if isinstance(each, str) else _asked(each))
+        )
         return cls(
-            model=Provenance.of(
-                population.model, population.prepend_bos, prompts=(fact.text for fact in population.facts)
-            ),
+            model=Provenance.of(population.model, population.prepend_bos, prompts=prompts),
             changes=tuple(ChangeProvenance.of(part) for part in population.parts),
             prepend_bos=population.prepend_bos,
             seed=plan.seed,
@@ -92,6 +98,13 @@ class AuditProvenance:
             given={name: len(items) for name, items in given.items()},
             digest=hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16],
         )
+
+
+def _asked(each: Fact | Route) -> tuple[str, ...]:
+    """What is asked of a fact or a route."""
+    return (
+        (each.prompt,) if isinstance(each, Route) else (each.text, *map(each.fill, each.paraphrases), *each.neighbours)
+    )
 
 
 def settings_of(attack: Attack) -> str:

@@ -59,15 +59,17 @@ def fingerprint(model: Model) -> Fingerprint:
         w_out.append(site.W)
         written.append((site.param, site.W))
     seen = {id(param) for param, _ in written}
-    rest = [(p, p.detach()) for p in model.parameters() if id(p) not in seen and not p.is_meta]
-    found = _sums(model, [*written, *rest])
+    named = [(name, p) for name, p in model.named_parameters() if id(p) not in seen and not p.is_meta]
+    found = _sums(model, [*written, *((p, p.detach()) for _, p in named)])
     of_layers = iter([digest([weight], [left]) for (_, weight), left in zip(written, found, strict=False)])
+    # A second bridge over one transformers model wraps the first one's modules, and splits a joint q, k and v again:
+    # what stands under one name then, but for the wrapping, and has the same bits is one parameter.
+    once = {
+        (name.replace("_original_component.", ""), param.dtype, param.shape, left): (param, left)
+        for (name, param), left in zip(named, found[len(written) :], strict=True)
+    }
     # Zeros (biases that one release of TransformerLens adds and the next does not) say nothing.
-    others = [
-        (param, left)
-        for param, left in zip((p for p, _ in rest), found[len(written) :], strict=True)
-        if param.numel() > LARGEST_BIAS or any(left)
-    ]
+    others = [(param, left) for param, left in once.values() if param.numel() > LARGEST_BIAS or any(left)]
     return Fingerprint(
         tuple("none" if weight is None else next(of_layers) for weight in w_out),
         digest([param for param, _ in others], [left for _, left in others]),

@@ -12,8 +12,6 @@ The body may be left at any pass, and is run again for fewer: it writes what it 
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -21,8 +19,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import batches
-from tl_factedit.core.warned import callers_level
 
 T = TypeVar("T")
 
@@ -109,9 +107,9 @@ def halving(
             if failed and not told:
                 told = True
                 less = "" if share == 1 else f", in passes of {share:.3g} of the size"
-                warnings.warn(
+                tell(
                     f"out of memory with {failed:,.4g} {unit}: went on with {cost(group):,.4g}{less}; ask for {remedy}",
-                    stacklevel=callers_level(inspect.currentframe()),
+                    once=f"out of memory, {remedy}",
                 )
             continue
         failed = failed or cost(group)

@@ -50,6 +50,10 @@ class Model(Protocol):
         """All parameters."""
         ...
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters, with their names."""
+        ...
+
     def modules(self) -> Iterator[nn.Module]:
         """All modules, hook points among them."""
         ...

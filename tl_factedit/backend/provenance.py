@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
@@ -29,8 +29,8 @@ class Provenance:
             ``"all modules"`` for one of ``torch.nn.modules.module.register_module_forward_hook``.
         edits: For an edit, the digests of those that were on the model when it was made; `weights` are those below
             them.
-        bos_in_prompt: Whether some prompt begins with the BOS token itself (a chat template), so that none was put in
-            front of it.
+        bos_in_prompt: Whether some prompt or text begins with the BOS token itself (a chat template), so that none was
+            put in front of it.
         devices: Where the weights were, e.g. ``("cuda:0",)``: numbers of another kind of device are rounded otherwise.
             Two that differ in this alone are equal, and what was begun on one device is resumed on another.
 
@@ -83,6 +83,10 @@ class Provenance:
             bos_in_prompt=bos and any(brings_bos(model.tokenizer, prompt) for prompt in prompts),
             devices=tuple(dict.fromkeys(str(param.device) for param in model.parameters())),
         )
+
+    def having_read(self, brought_bos: bool) -> Provenance:
+        """That of a result of texts that were read on the way, one of which brought its BOS (or none did)."""
+        return replace(self, bos_in_prompt=self.bos_in_prompt or (self.prepend_bos and brought_bos))
 
     def origin(self) -> dict[str, Any]:
         """Plain data that tells one model from another, and how it is run; where it was is none of it."""

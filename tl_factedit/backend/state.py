@@ -16,6 +16,7 @@ from torch.nn.modules import module as torch_modules
 
 from tl_factedit.backend.protocol import Model, kind, kind_of, model_name
 from tl_factedit.core.kinds import check_one
+from tl_factedit.core.telling import one_call
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,7 +69,7 @@ class plain_torch(ContextDecorator):
             for at, name, annotation in told:
                 if name in kwargs or at < len(args):
                     _check_kind(kwargs[name] if name in kwargs else args[at], name, annotation, func)
-            with _plain():
+            with one_call(), _plain():
                 return func(*args, **kwargs)
 
         return call
@@ -86,7 +87,8 @@ def _check_kind(given: object, name: str, annotation: str, func: Callable[..., A
     wanted = getattr(func, "__globals__", {}).get(annotation)
     shows = func.__module__.startswith("tl_factedit.show")  # which says more of what can be shown, by itself
     if isinstance(wanted, type) and is_dataclass(wanted) and not shows and not isinstance(given, wanted):
-        check_one(given, wanted, name, f"{'an' if annotation[0] in 'AEIO' else 'a'} {annotation}")
+        several = getattr(wanted, "OF_SEVERAL", "") if isinstance(given, list | tuple) else ""
+        check_one(given, wanted, name, f"{'an' if annotation[0] in 'AEIO' else 'a'} {annotation}{several}")
 
 
 @contextmanager

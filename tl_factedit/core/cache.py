@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tl_factedit.core import files
+from tl_factedit.core.kinds import short
 
 SHORT = 16
 """Hexadecimal digits of the name that stand in the file's name; all of them stand in the file."""
@@ -52,6 +53,7 @@ class Cache:
         Raises:
             ValueError: The file is damaged, or holds another result (it was renamed or copied): it is left as it is.
         """
+        check_kinds(kinds)
         name = _name(what, depends_on)
         path = self._path(what, name)
         if not path.exists():
@@ -67,12 +69,27 @@ class Cache:
 
     def keep(self, what: str, depends_on: Any, result: Any, kinds: Sequence[type] = ()) -> None:
         """Write a result: tensors, numbers, text, tuples of these, or values of `kinds`."""
+        check_kinds(kinds)
         name, named = _name(what, depends_on), dict[str, Tensor]()
         header: Mapping[str, Any] = {"name": name, "result": files.encode(result, "result", named, kinds)}
         files.write(self._path(what, name), what, header, named)
 
     def _path(self, what: str, name: str) -> Path:
         return self.folder / f"{what.replace(' ', '-')}-{name[:SHORT]}.safetensors"
+
+
+def check_kinds(kinds: Any) -> None:
+    """Check that kinds of results are dataclasses, in a list.
+
+    Raises:
+        ValueError: They aren't.
+    """
+    if isinstance(kinds, type) or not isinstance(kinds, Sequence):
+        write = f": write [{kinds.__name__}]" if isinstance(kinds, type) else ""
+        raise ValueError(f"kinds is {short(kinds)}, needed a list of dataclasses, () for none{write}")
+    for i, each in enumerate(kinds):
+        if not isinstance(each, type) or not is_dataclass(each):
+            raise ValueError(f"kinds[{i}] is {short(each)}, needed a dataclass, which a file can hold field by field")
 
 
 def _name(what: str, depends_on: Any) -> str:

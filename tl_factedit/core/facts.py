@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
 from tl_factedit.core.kinds import short
-from tl_factedit.core.spacing import Mending, all_spaced, goes_on_inside, trimmed
+from tl_factedit.core.spacing import Mending, all_spaced, ending, goes_on_inside, starts_with_a_break, stripped, trimmed
+from tl_factedit.core.telling import tell
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,12 @@ class Fact:
     """One fact that a model may know, and what it is to be changed into.
 
     Targets are *continuations* of the prompt: after ``"{} is located in the city of"`` the target is ``" Paris"``, with
-    its space. They are used letter for letter, but for white space that can't have been meant: a space at the end of a
-    prompt goes to the front of its targets, a doubled one and white space at the end of a target go, and one that is
-    missing after "?" or ":" is put in, and so is that of a control or a neighbour's answer where the objects have one.
-    A change of the text is said in a warning; the fact holds the text that is run.
+    its space. They are used letter for letter, but for white space that can't have been meant, by the rule that files
+    are read by too: a space at the end of a prompt goes to the front of its targets, a doubled one goes, and so does
+    white space around a subject, at the end of a target and inside Chinese or Japanese; one that is missing after "?"
+    or ":" is put in, and so is that of a control or a neighbour's answer where the objects have one. Only what may be
+    the rest of the prompt's last word is left. A change of the text is said in a warning; the fact holds the text that
+    is run.
 
     Attributes:
         subject: The subject as it stands in the text, e.g. ``"The Eiffel Tower"``.
@@ -39,10 +42,11 @@ class Fact:
 
     Raises:
         ValueError: The prompt has no ``"{}"`` or more than one; the subject, a target or another text is empty or isn't
-            text (None, NaN, a number, a list …): the message names the field.
+            text (None, NaN, a number, a list …) or holds half a character: the message names the field.
 
     Warns:
-        UserWarning: White space was mended, or a target goes on inside the prompt's last word.
+        UserWarning: White space was mended, or a target goes on inside the last word of what it is asked after, or
+            begins with a line break or a tab.
 
     Example:
         >>> fact = fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
@@ -65,13 +69,13 @@ class Fact:
     def __post_init__(self) -> None:
         """Check the text, mend its white space, and freeze the sequences."""
         for name in ("subject", "prompt", "target_true", "target_new", "relation"):
-            _check_text(getattr(self, name), name, optional=name in ("target_true", "target_new", "relation"))
+            check_text(getattr(self, name), name, optional=name in ("target_true", "target_new", "relation"))
         _one_slot(self.prompt, "prompt")
-        if not self.subject.strip():
+        if not stripped(self.subject):
             raise ValueError(f"subject is {self.subject!r}, needed some text: give the subject's name")
         for name in ("target_true", "target_new"):
             target = getattr(self, name)
-            if target is not None and not target.strip():
+            if target is not None and not stripped(target):
                 raise ValueError(
                     f"{name} is {target!r}, needed some text: give the object as the continuation "
                     'of the prompt, such as " Paris"'
@@ -79,7 +83,7 @@ class Fact:
         if self.target_true is None and self.target_new is None:
             raise ValueError("target_true and target_new are both None, needed one at least")
         for name in ("paraphrases", "neighbours", "neighbour_targets", "controls"):
-            object.__setattr__(self, name, _texts(getattr(self, name), name))
+            object.__setattr__(self, name, texts_of(getattr(self, name), name))
         for paraphrase in self.paraphrases:
             if paraphrase.count("{}") > 1:
                 _one_slot(paraphrase, "paraphrase")
@@ -124,29 +128,60 @@ class Fact:
         """A copy with some fields changed, e.g. ``fact.but(target_new=" Rome")``."""
         return replace(self, **changes)
 
+    def told_to_say(self, target_new: str) -> Fact:
+        """A copy whose new object is what a model said, letter for letter: its white space is that of tokens."""
+        told = copy.copy(self)
+        object.__setattr__(told, "target_new", target_new)
+        return told
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, by field; ``fe.data.facts([fact.to_dict()])`` is the fact again."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
+
     @property
     def name(self) -> str:
         """What tables call this fact: its id, or its subject."""
         return str(self.subject if self.id is None else self.id)
 
 
-def _check_text(value: Any, what: str, *, optional: bool = False) -> None:
+def check_text(value: Any, what: str, *, optional: bool = False) -> None:
+    """Check that a field holds text, or None where that is allowed.
+
+    Raises:
+        ValueError: It holds something else, or text with half a character; the message names the field.
+    """
+    if isinstance(value, str):
+        _check_encodable(value, what)
     if isinstance(value, str) or (optional and value is None):
         return
     given = f"{value!r}, a {type(value).__name__}" if value is not None else "None"
     raise ValueError(f"{what} is {given}: needed text{' or None' if optional else ''}")
 
 
-def _texts(given: Any, what: str) -> tuple[str, ...]:
-    """Several texts as a tuple, none of them empty."""
+def _check_encodable(text: str, what: str) -> None:
+    halves = [char for char in text if "\ud800" <= char <= "\udfff"]
+    if halves:
+        raise ValueError(
+            f"{what} is {short(text)}, with {halves[0]!r}: a lone surrogate, half of a character, which no tokenizer "
+            "can spell: read the file as UTF-8, or leave it out"
+        )
+
+
+def texts_of(given: Any, what: str) -> tuple[str, ...]:
+    """Several texts as a tuple.
+
+    Raises:
+        ValueError: They are no list, or one is empty or no text; the message names the field.
+    """
     if isinstance(given, str):
         raise ValueError(f"{what} is the string {given!r}, needed a list of strings: write [{given!r}]")
     if not isinstance(given, Iterable) or isinstance(given, (bytes, Mapping, set, frozenset)):
         raise ValueError(f"{what} is {given!r}, a {type(given).__name__}: needed a list of strings, () for none")
     texts = tuple(given)
     for i, text in enumerate(texts):
-        _check_text(text, f"{what}[{i}]")
-        if not text.strip():
+        check_text(text, f"{what}[{i}]")
+        if not stripped(text):
             raise ValueError(f"{what}[{i}] is {text!r}, needed some text: leave it out")
     return texts
 
@@ -172,9 +207,10 @@ def _mend_spaces(fact: Fact) -> None:
     """Mend the white space around what continues prompts (see `spacing`), and say where that changes what is run."""
     mending = Mending()
     objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
-    prompt = mending.prompt(fact.prompt, [*objects, *fact.controls])
-    text, was = (each.replace("{}", fact.subject, 1) for each in (prompt, fact.prompt))
-    changes: dict[str, Any] = {"prompt": prompt}
+    subject, (given, *paraphrases) = mending.subject(fact.subject, (fact.prompt, *fact.paraphrases))
+    prompt = mending.prompt(given, [*objects, *fact.controls])
+    text, was = (each.replace("{}", subject, 1) for each in (prompt, given))
+    changes: dict[str, Any] = {"subject": subject, "prompt": prompt}
     for name in ("target_true", "target_new"):
         target = getattr(fact, name)
         changes[name] = None if target is None else mending.target(target, text, was)
@@ -183,7 +219,7 @@ def _mend_spaces(fact: Fact) -> None:
     apart = all_spaced(objects)
     changes["controls"] = tuple(mending.target(target, text, was, spaced=apart) for target in fact.controls)
     spaced = any((target or "").startswith(" ") for target in objects)
-    changes["paraphrases"] = tuple(mending.prompt(each, objects) if spaced else each for each in fact.paraphrases)
+    changes["paraphrases"] = tuple(mending.prompt(each, objects) if spaced else each for each in paraphrases)
     if fact.neighbour_targets:
         pairs = list(zip(fact.neighbours, fact.neighbour_targets, strict=True))
         changes["neighbours"] = tuple(mending.prompt(each, [target]) for each, target in pairs)
@@ -195,29 +231,38 @@ def _mend_spaces(fact: Fact) -> None:
     for name, value in changes.items():
         object.__setattr__(fact, name, value)
     if mending.said:
-        warnings.warn(f"white space of fact {fact.name!r} was mended: {'; '.join(mending.said)}", stacklevel=4)
+        tell(f"white space of fact {fact.name!r} was mended: {'; '.join(mending.said)}")
 
 
 def _warn_of_glued_words(fact: Fact) -> None:
-    """Warn of ``"… city of" + "Paris"``: the model would be asked to go on as "ofParis"."""
-    for target in (fact.target_true or " ", fact.target_new or " "):
+    """Warn of ``"… city of" + "Paris"``, which the model would be asked as "ofParis", and of a line break before it."""
+    objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
+    own = list(zip(fact.neighbours, fact.neighbour_targets, strict=True)) if fact.neighbour_targets else []
+    answers = [*objects, *fact.controls, *fact.neighbour_targets]
+    for target in objects:
         if goes_on_inside(fact.text, target):
-            warnings.warn(glued("target", fact.text, target), stacklevel=4)
+            tell(glued("target", fact.text, target))
     others = [("control", fact.text, target) for target in fact.controls]
-    if fact.neighbour_targets:
-        pairs = zip(fact.neighbours, fact.neighbour_targets, strict=True)
-        others += [("neighbour target", text, target) for text, target in pairs]
+    others += [("neighbour target", text, target) for text, target in own]
+    asked = [fact.fill(each) for each in fact.paraphrases] + ([] if own else list(fact.neighbours))
+    others += [("target", text, target) for text in asked for target in objects]
     inside = [each for each in others if goes_on_inside(*each[1:])]
     if inside:
         more = f"; so do {len(inside) - 1} more" if inside[1:] else ""
-        warnings.warn(glued(*inside[0]) + more, stacklevel=4)
+        tell(glued(*inside[0]) + more)
+    broken = [target for target in answers if starts_with_a_break(target)]
+    if broken:
+        tell(
+            f"target {broken[0]!r} begins with {broken[0][0]!r}, which is a token before the object's own, and what is "
+            "read of first tokens is read of it: end the prompt with it instead",
+        )
 
 
 def glued(what: str, text: str, target: str) -> str:
     """What to say of a target that goes on inside a text's last word."""
     return (
-        f"{what} {target!r} goes on inside the prompt's last word ({text.split()[-1] + target!r}): begin it with a "
-        "space if it is a new word"
+        f"{what} {target!r} goes on inside the last word of {ending(text)!r} ({text.split()[-1] + target!r}): begin "
+        "it with a space if it is a new word"
     )
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """A low-rank update ``W += left @ right``, float64."""
+    """A low-rank update ``W += left @ right``, float64, and the λ of it that it was solved with (None for none)."""
 
     left: Float[Tensor, "d_mlp rank"]
     right: Float[Tensor, "rank d_model"]
+    weight: float | None = None
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -112,11 +113,11 @@ def least_squares(
     n, m = k.shape
     if weight > 0 and n > m:
         primal = cholesky(weight * (lower @ lower.T) + k.T @ k)
-        return _thin(torch.cholesky_solve(k.T, primal), r)
+        return _thin(torch.cholesky_solve(k.T, primal), r, weight)
     spread = torch.cholesky_solve(k.T, lower)  # C⁻¹ Kᵀ
     gram = k @ spread
     dual = cholesky((gram + gram.T) / 2 + weight * torch.eye(n, dtype=k.dtype, device=k.device))
-    return _thin(spread, torch.cholesky_solve(r, dual))
+    return _thin(spread, torch.cholesky_solve(r, dual), weight)
 
 
 def weight_for_unmet(
@@ -216,11 +217,11 @@ def in_null_space(
     inside, kept = k @ p, past @ p
     matrix = inside.T @ inside + kept.T @ kept
     lower = cholesky(matrix + weight * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
-    return _thin(torch.cholesky_solve(inside.T, lower), residuals.double())
+    return _thin(torch.cholesky_solve(inside.T, lower), residuals.double(), weight)
 
 
-def _thin(left: Tensor, right: Tensor) -> Factors:
+def _thin(left: Tensor, right: Tensor, weight: float) -> Factors:
     """Factors of the smaller rank: of more facts than residual-stream dimensions, the product beside the identity."""
     if len(right) <= right.shape[1]:
-        return Factors(left, right)
-    return Factors(left @ right, torch.eye(right.shape[1], dtype=right.dtype, device=right.device))
+        return Factors(left, right, weight)
+    return Factors(left @ right, torch.eye(right.shape[1], dtype=right.dtype, device=right.device), weight)

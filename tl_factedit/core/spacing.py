@@ -1,11 +1,16 @@
 """The white space between a text and what continues it: one rule, for files and for facts.
 
 A target is a *continuation* of its prompt, and tokenizers spell "Paris" after "of" as another token than " Paris".
-Whether a space belongs there depends on the script and on what the prompt ends with:
+Whether a space belongs there depends on the script, on what the prompt ends with, and on whether one was given:
 
-- none after a line break (a chat header ends so), an opening bracket or quote, or a letter of a script without spaces;
-- none before a closing bracket, a comma, or a clitic ("'s");
+- none behind an opening bracket or quote, or inside Chinese or Japanese, even where one was given;
+- none after a line break (a chat header ends so), a dash, a sign, a tag, a letter of a script without spaces, or inside
+  a number or an address, unless one was given;
+- none before a closing bracket, a comma, or a clitic ("'s"), unless one was given;
 - one space everywhere else, in front of the target and never at the end of the prompt.
+
+Files hold objects, which are words of their own. What somebody writes by hand may be the rest of a word ("18" + "89"):
+that alone is left, and warned of.
 """
 
 from __future__ import annotations
@@ -13,61 +18,71 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# Thai, Lao, Tibetan, Myanmar, Khmer; Chinese and Japanese with their punctuation and full-width forms.
-WITHOUT_SPACES = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\uff01-\uff9f\U00020000-\U0003ffff]"
+SPACES = " \u00a0\u202f\u3000\u200b\u2060\ufeff"
+"""What is meant as a space where a text ends: those that don't break, the ideographic one and those of no width too."""
+BLANK = re.compile(rf"[\s{SPACES}]")
+"""White space of any kind: also line breaks and tabs."""
+# Chinese and Japanese with their punctuation and full-width forms; with them Thai, Lao, Tibetan, Myanmar, Khmer.
+IDEOGRAPHIC = re.compile(
+    "[\u3000-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
 )
-OPENING = "([{<«“‘„¿¡/-–—_#@$€£\\"
-CLOSING = ")]}>»”,;:!?%…"
+WITHOUT_SPACES = re.compile(f"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]|{IDEOGRAPHIC.pattern}")
+OPENING = "([{“‘„¿¡"
+JOINING = "<>«/-–—_#@$€£\\|=*~^+&"
+CLOSING = ")]}>»”,;:!?%…</_|=\\^"
 QUOTES = "\"'`"
+TAG = re.compile(r"\[/?[A-Z_]+\]$")
+"""How some chat templates end: "[/INST]"."""
 CLITIC = re.compile(r"['’][^\W\d_]|-[^\W\d_]|\.(?!\w)")
 """What hangs on to the word before it: "'s", "-based", a full stop."""
 
 ENDS_A_PHRASE = "?!:;,."
 
 
-def gap(text: str, target: str) -> str:
-    """What belongs between a text and a target that is written without white space in front: ``" "`` or ``""``.
+def gap(text: str, target: str, *, spaced: bool = False) -> str:
+    """What belongs between a text and a target that is written without a space in front: ``" "`` or ``""``.
+
+    Args:
+        text: Without spaces at its end.
+        target: Without spaces in front.
+        spaced: Whether a space was given between them.
 
     Example:
         >>> gap("The capital of France is", "Paris"), gap("中国的首都是", "北京"), gap("It is Rome", "'s best")
         (' ', '', '')
     """
-    if not text or not target or text[-1].isspace() or target[0].isspace():
+    if not text or not target:
         return ""
     opens = text[-1] in QUOTES and not text[-2:-1].strip("([{ \n\t")
-    if opens or text[-1] in OPENING or WITHOUT_SPACES.match(text[-1]):
+    if opens or text[-1] in OPENING or (IDEOGRAPHIC.match(text[-1]) and IDEOGRAPHIC.match(target[0])):
         return ""
-    return "" if target[0] in CLOSING or CLITIC.match(target) else " "
+    return " " if spaced or not _joined(text, target) else ""
 
 
 def continued(text: str, target: str) -> str:
     """An object, as files write it, as the continuation of a text: nothing behind it, and the right gap in front.
 
-    White space that stands in front already is kept, but of several spaces one.
-
     Example:
         >>> continued("The mother tongue of Danielle Darrieux is", "French ")
         ' French'
     """
-    target = _one_space(target.rstrip())
-    return gap(text, target) + target
-
-
-def mended(text: str, target: str) -> str:
-    """A target as somebody wrote it by hand, with only those gaps mended that can't have been meant.
-
-    These are white space at its end, several spaces in front, and none between "?" or ":" and a new word. Parts of one
-    word ("18" + "89"), of a number ("12:" + "30") or of an address ("www." + "example") are left as they are.
-    """
-    target = _one_space(target.rstrip())
-    return " " + target if _misses_a_space(text, target) else target
+    bare = _bare(target)
+    return gap(trimmed(text), bare, spaced=trimmed(text) != text or _spaced(target)) + bare
 
 
 def trimmed(template: str) -> str:
     """A template without the spaces at its end, which belong in front of the target."""
-    return template.rstrip(" ")
+    return template.rstrip(SPACES)
+
+
+def stripped(text: str) -> str:
+    """A text without white space around it, that of no width among it."""
+    return re.sub(rf"^{BLANK.pattern}+|{BLANK.pattern}+$", "", text)
+
+
+def starts_with_a_break(target: str) -> bool:
+    """Whether a target begins with white space that is no space: a line break or a tab, mostly a token of its own."""
+    return bool(BLANK.match(target)) and target[0] not in SPACES
 
 
 class Mending:
@@ -80,11 +95,29 @@ class Mending:
     def __init__(self) -> None:
         self.said: list[str] = []
 
+    def subject(self, subject: str, templates: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+        """A subject without white space around it, which goes over to the templates where words would be glued."""
+        bare, templates = stripped(subject), tuple(templates)
+        if bare == subject:
+            return subject, templates
+        self.said.append(f"subject {subject!r} became {bare!r}")
+        left, right = (bool(BLANK.match(subject[end])) for end in (0, -1))
+
+        def filled(template: str) -> str:
+            before, slot, after = template.partition("{}")
+            if slot and left and before and in_one_word(before[-1], bare[0]):
+                before += " "
+            if slot and right and after and in_one_word(bare[-1], after[0]):
+                after = " " + after
+            return before + slot + after
+
+        return bare, tuple(map(filled, templates))
+
     def prompt(self, template: str, targets: Iterable[str | None]) -> str:
         """A prompt without the spaces at its end; said where a target has its own."""
         found = trimmed(template)
         if found != template and any((target or "").startswith(" ") for target in targets):
-            self.said.append(f"the space at the end of {template!r} is left out, as the target has its own")
+            self._left_out(template)
         return found
 
     def target(self, target: str, text: str, was: str, *, spaced: bool = False) -> str:
@@ -97,13 +130,19 @@ class Mending:
             spaced: Whether other continuations, of which it is an alternative, begin with a space: it gets one then
                 where it would go on inside the text's last word.
         """
-        given = " " + target if text != was and not target[:1].isspace() else target
-        found = mended(text, given)
-        if spaced and text and in_one_word(text[-1], found[0]):
-            found = " " + found
-        if found != given:
-            self.said.append(f"{target!r} after {text[-20:]!r} became {found!r}")
+        bare, given = _bare(target), text != was or _spaced(target)
+        inside = not given and not spaced and goes_on_inside(text, bare)
+        found = bare if inside else gap(text, bare, spaced=given) + bare
+        if found != target and text + found != was + target:
+            self.said.append(f"{target!r} after {ending(was)!r} became {found!r}")
+        elif text + found != was + target:
+            self._left_out(was)
         return found
+
+    def _left_out(self, template: str) -> None:
+        said = f"the space at the end of {template!r} is left out"
+        if said not in self.said:
+            self.said.append(said)
 
 
 def all_spaced(targets: Iterable[str | None]) -> bool:
@@ -114,7 +153,16 @@ def all_spaced(targets: Iterable[str | None]) -> bool:
 
 def goes_on_inside(text: str, target: str) -> bool:
     """Whether a target goes on inside a text's last word: ``"… city of" + "Paris"`` is "ofParis" to a model."""
-    return bool(text and target) and all(each.isascii() and each.isalnum() for each in (text[-1], target[0]))
+    if not text or not target:
+        return False
+    hangs_on = text[-1] in "'’" and text[-2:-1].isalnum() and target[0].isalpha()
+    return hangs_on or in_one_word(text[-1], target[0])
+
+
+def ending(text: str, most: int = 30) -> str:
+    """The last words of a text, whole ones where it has spaces."""
+    cut = text[-most:]
+    return text if len(text) <= most else "…" + (cut[cut.find(" ") + 1 :] if " " in cut.rstrip() else cut)
 
 
 def before_prompts(context: str) -> str:
@@ -134,18 +182,33 @@ def in_one_word(left: str, right: str) -> bool:
     return left.isalnum() and right.isalnum() and not WITHOUT_SPACES.match(left) and not WITHOUT_SPACES.match(right)
 
 
-def _one_space(target: str) -> str:
-    return re.sub(r"^ {2,}(?=\S)", " ", target)
+def _bare(target: str) -> str:
+    return re.sub(rf"{BLANK.pattern}+$", "", target).lstrip(SPACES)
 
 
-def _misses_a_space(text: str, target: str) -> bool:
-    if not text or not target or text[-1] not in ENDS_A_PHRASE or not target[0].isalnum() or not gap(text, target):
-        return False
-    if WITHOUT_SPACES.match(target[0]):
-        return False
+def _spaced(target: str) -> bool:
+    return target[:1] in tuple(SPACES)
+
+
+def _joined(text: str, target: str) -> bool:
+    """Whether a text and what continues it stand side by side, where no space was given."""
+    if BLANK.match(text[-1]) or BLANK.match(target) or target[0] in CLOSING or CLITIC.match(target):
+        return True
+    if re.search(r"\s[–—]$", text) or (re.search(r"\s-$", text) and target[0].isalpha()):
+        return False  # a dash between words
+    if text[-1] in JOINING or TAG.search(text):
+        return True
+    said = text.rstrip(ENDS_A_PHRASE)
+    if WITHOUT_SPACES.match((said or text)[-1]):
+        return True
+    return text[-1] in ENDS_A_PHRASE and _inside_a_name(text, target)
+
+
+def _inside_a_name(text: str, target: str) -> bool:
+    """Whether punctuation stands inside a number ("12:" + "30"), initials ("J." + "R.") or an address ("www." + …)."""
     if text[-1] not in "?!" and text[-2:-1].isdigit() and target[0].isdigit():
-        return False
+        return True
     word = text.split()[-1].lower()
     if "/" in word or word.startswith(("www.", "http:", "https:")):
-        return False
-    return text[-1] != "." or (len(target) > 1 and target[:2].isalpha())
+        return True
+    return text[-1] == "." and bool(re.match(r"\w\.", target))

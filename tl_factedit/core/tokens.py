@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +18,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.spacing import stripped
+from tl_factedit.core.telling import tell
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ class Aligned:
         prepend_bos: Whether a BOS token stands in front.
         old_ids: The ids of ``target_true`` after this prompt, or None.
         new_ids: The ids of ``target_new`` after this prompt, or None.
+        old_word: How many of `old_ids` it takes until more than white space is said; 1 for most.
+        new_word: The same of `new_ids`.
     """
 
     text: str
@@ -44,6 +47,8 @@ class Aligned:
     prepend_bos: bool
     old_ids: Int[Tensor, "true"] | None
     new_ids: Int[Tensor, "new"] | None = None
+    old_word: int = 1
+    new_word: int = 1
 
     @property
     def true_ids(self) -> Int[Tensor, "true"]:
@@ -109,14 +114,18 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
 
     start, stop = find_span(text, offsets, begin, begin + len(fact.subject), pieces, fact.subject)
     check_known(tokenizer, ids[start:stop], f"subject {fact.subject!r}")
+    _tell_unknown(tokenizer, ids, text)
+    old_ids, new_ids = target(fact.target_true), target(fact.target_new)
     return Aligned(
         text=text,
         ids=ids,
         pieces=pieces,
         subject=(start, stop),
         prepend_bos=prepend_bos,
-        old_ids=target(fact.target_true),
-        new_ids=target(fact.target_new),
+        old_ids=old_ids,
+        new_ids=new_ids,
+        old_word=1 if old_ids is None else up_to_a_word(tokenizer, old_ids),
+        new_word=1 if new_ids is None else up_to_a_word(tokenizer, new_ids),
     )
 
 
@@ -284,12 +293,25 @@ def check_known(tokenizer: Any, ids: Int[Tensor, "_"], what: str) -> None:
     Raises:
         ValueError: It doesn't.
     """
+    if _holds_unknown(tokenizer, ids):
+        raise ValueError(f"{what} {_read_as_unknown(tokenizer)}: give one that it knows")
+
+
+def _tell_unknown(tokenizer: Any, ids: Int[Tensor, "_"], text: str) -> None:
+    """Warn of a text that is asked with a word, neither its subject nor its object, that the tokenizer doesn't know."""
+    if _holds_unknown(tokenizer, ids):
+        tell(f"{text!r} {_read_as_unknown(tokenizer)}: say it in words that it knows", once="unknown words")
+
+
+def _holds_unknown(tokenizer: Any, ids: Int[Tensor, "_"]) -> bool:
     unknown = getattr(tokenizer, "unk_token_id", None)  # which in GPT-2 is BOS
-    if unknown is None or unknown == tokenizer.bos_token_id or unknown not in ids.tolist():
-        return
-    raise ValueError(
-        f"{what} holds a word that the tokenizer doesn't know and reads as {str(tokenizer.unk_token)!r}, as every "
-        "other such word: give one that it knows"
+    return unknown is not None and unknown != tokenizer.bos_token_id and unknown in ids.tolist()
+
+
+def _read_as_unknown(tokenizer: Any) -> str:
+    return (
+        f"holds a word that the tokenizer doesn't know and reads as {str(tokenizer.unk_token)!r}, as every other such "
+        "word"
     )
 
 
@@ -347,10 +369,10 @@ def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor,
     if prepend_bos and bos is None:
         raise ValueError("prepend_bos=True, but the tokenizer has no BOS token: pass prepend_bos=False")
     if prepend_bos and brings_bos(tokenizer, text):
-        warnings.warn(
+        tell(
             f"a prompt begins with the BOS token {str(tokenizer.bos_token)!r} itself (a chat template?): no second one "
             "is put in front of it",
-            stacklevel=1,  # one place in the code: Python says it once
+            once="BOS",
         )
         prepend_bos = False
     # To a tokenizer that adds no BOS of its own TransformerLens gives the BOS as text, and a word after it is
@@ -369,6 +391,19 @@ def encode(tokenizer: Any, text: str, *, prepend_bos: bool) -> tuple[Int[Tensor,
 def spell(tokenizer: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
     """Each token as a string (bytes of a split character show as the replacement character)."""
     return tuple(tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids)
+
+
+def up_to_a_word(tokenizer: Any, ids: Int[Tensor, "target"]) -> int:
+    """How many tokens of an object it takes until more than white space is said.
+
+    Some tokenizers begin " Łódź" with a token that is the space alone: who says it has said nothing of the object yet.
+    """
+    return next((i for i, piece in enumerate(spell(tokenizer, ids), start=1) if stripped(piece)), len(ids))
+
+
+def decided_at(said: Sequence[int], wanted: Sequence[int]) -> int:
+    """Where it is decided whether one thing is said or another: the first place where tokens differ, or the last."""
+    return next((i for i, (one, other) in enumerate(zip(said, wanted, strict=True)) if one != other), len(wanted) - 1)
 
 
 def find_span(
@@ -434,6 +469,7 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
     check_spelling(tokenizer, torch.tensor(whole), text + target)
     found = torch.tensor(whole[len(before) :])
     check_known(tokenizer, found, f"target {target!r}")
+    _tell_unknown(tokenizer, torch.tensor(before), text)
     return found
 
 

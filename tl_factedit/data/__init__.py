@@ -8,9 +8,24 @@ from __future__ import annotations
 
 from tl_factedit.core.namespaces import shows
 from tl_factedit.data.benchmarks import counterfact, counterfact_brief, known_facts, zsre
+from tl_factedit.data.columns import Facts, facts, to_frame
 from tl_factedit.data.corpora import Corpus, corpus, python_manual
+from tl_factedit.data.pairs import relations
 from tl_factedit.data.real_world import world
 
-__all__ = ["Corpus", "corpus", "counterfact", "counterfact_brief", "known_facts", "python_manual", "world", "zsre"]
+__all__ = [
+    "Corpus",
+    "Facts",
+    "corpus",
+    "counterfact",
+    "counterfact_brief",
+    "facts",
+    "known_facts",
+    "python_manual",
+    "relations",
+    "to_frame",
+    "world",
+    "zsre",
+]
 
 __dir__ = shows(__all__)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tl_factedit.backend.protocol import Model, bos_policy
-from tl_factedit.backend.state import plain_torch
+from tl_factedit.backend.causal import check_causal
+from tl_factedit.backend.protocol import Model, blocks, bos_policy
+from tl_factedit.backend.state import frozen, plain_torch, unhooked
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import check_texts
 
@@ -18,7 +19,7 @@ def alignable(
 
     A fact is alignable if its subject begins and ends on token boundaries, its objects are continuations of every text
     that they are asked after (prompt, paraphrases, neighbours), the tokens spell these texts, and all fits into the
-    model's context. Nothing is run.
+    model's context. No fact is run.
 
     Args:
         model: Its tokenizer and context decide.
@@ -28,10 +29,18 @@ def alignable(
     Returns:
         The good facts, and the others as pairs (fact, reason), both in their order.
 
+    Raises:
+        ValueError: Something else than facts.
+        UnsupportedModelError: No fact can be asked of this model: it isn't causal, an encoder-decoder, or has no
+            tokenizer.
+
     Example:
         >>> good, bad = fe.alignable(model, fe.data.counterfact("counterfact.json"))     # doctest: +SKIP
     """
     bos = bos_policy(model, prepend_bos)
+    blocks(model)
+    with frozen(model), unhooked(model.modules()):  # a user's hooks may want other tokens
+        check_causal(model)
     good: list[Fact] = []
     bad: list[tuple[Fact, str]] = []
     for fact in as_facts(facts):

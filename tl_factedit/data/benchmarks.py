@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import re
-import unicodedata
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.spacing import continued, in_one_word, trimmed
+from tl_factedit.core.spacing import stripped
+from tl_factedit.data.records import (
+    Changes,
+    Source,
+    check_some_text,
+    facts_of,
+    naming,
+    records_of,
+    template_of,
+    text_of,
+)
 
 
-def counterfact(path: str | Path) -> list[Fact]:
+def counterfact(path: Source) -> list[Fact]:
     """CounterFact (Meng et al. 2022), the full layout with ``requested_rewrite``.
 
     Control objects of a fact are the other objects that the file has for its relation.
@@ -24,27 +28,28 @@ def counterfact(path: str | Path) -> list[Fact]:
     Raises:
         ValueError: The file has another layout, or a record lacks something: it is named.
     """
-    records = _records(path, "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
+    records = records_of(path, "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
     objects: dict[str, dict[str, None]] = {}
 
-    def targets(record: Mapping[str, Any]) -> tuple[str, str]:
+    def targets(record: Mapping[str, Any], changes: Changes) -> tuple[str, str]:
         rewrite = record["requested_rewrite"]
         if not isinstance(rewrite, dict):
             raise ValueError(
                 f"requested_rewrite is a {type(rewrite).__name__}, needed one rewrite: is it of another layout "
                 "(MQuAKE)?"
             )
-        text = _text(rewrite, "prompt").replace("{}", _text(rewrite, "subject"))
+        text = text_of(rewrite, "prompt").replace("{}", text_of(rewrite, "subject"))
         return (
-            _continue(text, _text(rewrite["target_true"], "str")),
-            _continue(text, _text(rewrite["target_new"], "str")),
+            changes.continued(text, text_of(rewrite["target_true"], "str")),
+            changes.continued(text, text_of(rewrite["target_new"], "str")),
         )
 
     def fact(_: int, record: Mapping[str, Any], changes: Changes) -> Fact:
-        rewrite, (true, new) = record["requested_rewrite"], targets(record)
+        rewrite, (true, new) = record["requested_rewrite"], targets(record, changes)
+        subject, prompt = changes.unpadded(rewrite["subject"], changes.trimmed(rewrite["prompt"]))
         return Fact(
-            rewrite["subject"],
-            changes.trimmed(rewrite["prompt"]),
+            subject,
+            prompt,
             true,
             new,
             paraphrases=changes.each_trimmed(record["paraphrase_prompts"] or ()),
@@ -55,56 +60,56 @@ def counterfact(path: str | Path) -> list[Fact]:
         )
 
     for i, record in enumerate(records):
-        with _naming(path, i, record):
-            for each in targets(record):
+        with suppress(ValueError), naming(i, record):  # said as the facts are made, and so are changes
+            for each in targets(record, Changes()):
                 objects.setdefault(record["requested_rewrite"]["relation_id"], {})[each] = None
-    return _facts(path, records, fact)
+    return facts_of(path, records, fact)
 
 
-def counterfact_brief(path: str | Path) -> list[Fact]:
+def counterfact_brief(path: Source) -> list[Fact]:
     """CounterFact in EasyEdit's layout: one paraphrase and one neighbour a fact."""
 
     def fact(_: int, record: Mapping[str, Any], changes: Changes) -> Fact:
-        subject, prompt, text = _template(record, "prompt", changes)
-        neighbour = changes.trimmed(_text(record, "locality_prompt"))
+        subject, prompt, text = template_of(record, "prompt", changes)
+        locality = text_of(record, "locality_prompt")
         return Fact(
             subject,
             prompt,
-            _continue(text, _text(record, "ground_truth")),
-            _continue(text, _text(record, "target_new")),
-            paraphrases=[changes.trimmed(_text(record, "rephrase_prompt"))],
-            neighbours=[neighbour],
-            neighbour_targets=[_continue(neighbour, _text(record, "locality_ground_truth"))],
+            changes.continued(text, text_of(record, "ground_truth")),
+            changes.continued(text, text_of(record, "target_new")),
+            paraphrases=[changes.trimmed(text_of(record, "rephrase_prompt"))],
+            neighbours=[changes.trimmed(locality)],
+            neighbour_targets=[changes.continued(locality, text_of(record, "locality_ground_truth"))],
             id=record.get("case_id"),
         )
 
     fields = ("rephrase_prompt", "prompt", "ground_truth", "target_new", "locality_prompt", "locality_ground_truth")
-    return _facts(path, _records(path, *fields), fact)
+    return facts_of(path, records_of(path, *fields), fact)
 
 
-def known_facts(path: str | Path) -> list[Fact]:
+def known_facts(path: Source) -> list[Fact]:
     """ROME's "knowns": facts that GPT-2 XL was found to know, without new objects."""
 
     def fact(_: int, record: Mapping[str, Any], changes: Changes) -> Fact:
-        subject, prompt, text = _template(record, "prompt", changes)
+        subject, prompt, text = template_of(record, "prompt", changes)
         return Fact(
             subject,
             prompt,
-            _continue(text, _text(record, "attribute")),
+            changes.continued(text, text_of(record, "attribute")),
             relation=record.get("relation_id"),
             id=record.get("known_id"),
         )
 
-    return _facts(path, _records(path, "attribute", "prompt"), fact)
+    return facts_of(path, records_of(path, "attribute", "prompt"), fact)
 
 
-def zsre(path: str | Path, *, written: Literal["alt", "answer"] = "alt") -> list[Fact]:
+def zsre(path: Source, *, written: Literal["alt", "answer"] = "alt") -> list[Fact]:
     """ZsRE in MEND's layout: questions, with one unrelated question as neighbour.
 
     The question is the prompt and the answer follows it after a space.
 
     Args:
-        path: The file.
+        path: The file, or its records.
         written: Which object an edit is to write. ``"alt"``, as Mitchell et al. edit: ``target_true`` is the first of
             the ``answers``, ``target_new`` is ``alt``, and records whose ``alt`` is empty have none. ``"answer"``, as
             Meng et al. do: ``target_new`` is the first answer, which the model doesn't know yet, and there is no
@@ -122,162 +127,22 @@ def zsre(path: str | Path, *, written: Literal["alt", "answer"] = "alt") -> list
             raise ValueError(f"answers is {answers!r}, a {type(answers).__name__}: needed a list of texts")
         if not answers:
             raise ValueError("answers is empty, needed one at least")
-        if not isinstance(answers[0], str):
-            raise ValueError(f"answers[0] is {answers[0]!r}, a {type(answers[0]).__name__}: needed text")
-        subject, prompt, text = _template(record, "src", changes)
-        alt = "" if record["alt"] is None else _text(record, "alt")
+        check_some_text(answers[0], "answers[0]")
+        subject, prompt, text = template_of(record, "src", changes)
+        alt = "" if record["alt"] is None else text_of(record, "alt")
         old, new = (None, answers[0]) if written == "answer" else (answers[0], alt)
-        neighbour = _text(record, "loc") + "?"
+        for field in ("loc", "loc_ans"):
+            check_some_text(record[field], field)
+        neighbour = record["loc"] + "?"
         return Fact(
             subject,
             prompt,
-            None if old is None else _continue(text, old),
-            _continue(text, new) if new.strip() else None,
-            paraphrases=[changes.trimmed(_text(record, "rephrase"))],
+            None if old is None else changes.continued(text, old),
+            changes.continued(text, new) if stripped(new) else None,
+            paraphrases=[changes.trimmed(text_of(record, "rephrase"))],
             neighbours=[neighbour],
-            neighbour_targets=[_continue(neighbour, _text(record, "loc_ans"))],
+            neighbour_targets=[changes.continued(neighbour, record["loc_ans"])],
             id=i,
         )
 
-    return _facts(path, _records(path, "loc_ans", "src", "rephrase", "answers", "alt", "loc"), fact)
-
-
-class Changes:
-    """What was changed in the texts of a file, to be said once."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def trimmed(self, template: Any) -> Any:
-        """A template without the spaces at its end; what isn't text is left to `Fact`, which refuses it."""
-        if not isinstance(template, str) or trimmed(template) == template:
-            return template
-        self.counts["a space at the end of a prompt was left out"] += 1
-        return trimmed(template)
-
-    def each_trimmed(self, templates: Any) -> Any:
-        """Several templates."""
-        return [self.trimmed(each) for each in templates] if isinstance(templates, list) else templates
-
-    def say(self, path: str | Path) -> None:
-        """Warn of all changes."""
-        if self.counts:
-            said = "; ".join(f"{what} ({n} times)" for what, n in self.counts.items())
-            warnings.warn(f"texts of {path} were changed: {said}", stacklevel=4)
-
-
-def _facts(
-    path: str | Path, records: Sequence[Mapping[str, Any]], make: Callable[[int, Mapping[str, Any], Changes], Fact]
-) -> list[Fact]:
-    facts, changes = [], Changes()
-    for i, record in enumerate(records):
-        with _naming(path, i, record):
-            facts.append(make(i, record, changes))
-    changes.say(path)
-    return facts
-
-
-@contextmanager
-def _naming(path: str | Path, i: int, record: Mapping[str, Any]) -> Iterator[None]:
-    """What is wrong with a record is said with the name it has, or else its place."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        which = next((record[name] for name in ("case_id", "known_id") if name in record), i)
-        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"record {which} of {path}: {why}") from error
-
-
-def _records(path: str | Path, *fields: str) -> list[Mapping[str, Any]]:
-    records = read_json(path)
-    for field in fields:
-        if not isinstance(records, list) or not all(isinstance(record, dict) and field in record for record in records):
-            raise ValueError(f"{path} holds no list of records with {field!r}: is it of another layout?")
-    return records
-
-
-def read_json(path: str | Path) -> Any:
-    """What a file of JSON holds; of JSONL (one record a line), the list of its records.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: It is a folder, the pointer that git-lfs leaves, or isn't JSON.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise ValueError(f"{path} is a folder, needed a file of JSON")
-    raw = file.read_bytes()
-    if raw.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is the pointer that git-lfs leaves for a file, needed the file: run git lfs pull")
-    try:
-        text = raw.decode("utf-8-sig")  # Windows puts a byte-order mark in front
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            lines = [line for line in text.split("\n") if line.strip()]
-            if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):
-                raise
-            return _lines(text)
-    except RecursionError as error:
-        raise ValueError(f"{path} isn't JSON of records: it is nested too deep") from error
-    except ValueError as error:
-        raise ValueError(f"{path} isn't JSON: {error}") from error
-
-
-def _lines(text: str) -> list[Any]:
-    """The records of JSONL.
-
-    Raises:
-        ValueError: A line isn't JSON; the message gives its number.
-    """
-    found = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                why = f"line {number}, column {error.colno}: {error.msg}, so that it may be cut short"
-                raise ValueError(why) from error
-    return found
-
-
-def _text(record: Any, field: str) -> str:
-    value = record[field]
-    if not isinstance(value, str):
-        raise ValueError(f"{field} is {value!r}, a {type(value).__name__}: needed text")
-    return value
-
-
-def _continue(text: str, target: str) -> str:
-    """An object as the continuation of a prompt whose end was trimmed."""
-    return continued(trimmed(text), target)
-
-
-def _template(record: Mapping[str, Any], field: str, changes: Changes) -> tuple[str, str, str]:
-    """The subject, the prompt with the last mention of it as the slot, and the prompt's text.
-
-    A mention inside a longer word doesn't count ("Ann" in "Annapolis"), nor do braces that the prompt holds itself.
-    """
-    subject, prompt = _text(record, "subject"), changes.trimmed(_text(record, field))
-    if subject not in prompt:
-        composed = [unicodedata.normalize("NFC", text) for text in (subject, prompt)]
-        if composed[0] in composed[1] and composed[0].strip():
-            changes.counts["subject and prompt were spelt with other code points, and are composed (NFC) now"] += 1
-            subject, prompt = composed
-    mentions = [found.span() for found in re.finditer(re.escape(subject), prompt)] if subject else []
-    if not mentions:
-        raise ValueError(f"subject {subject!r} isn't in its prompt {prompt!r}")
-    whole = [(a, b) for a, b in mentions if not _inside_a_word(prompt, a, b)]
-    if not whole:
-        a, b = mentions[-1]
-        word = [*re.findall(r"\w+$", prompt[:a])[-1:], subject, *re.findall(r"^\w+", prompt[b:])[:1]]
-        raise ValueError(
-            f"subject {subject!r} stands only inside the longer word {''.join(word)!r} of its prompt {prompt!r}"
-        )
-    a, b = whole[-1]
-    return subject, prompt[:a] + "{}" + prompt[b:], prompt
-
-
-def _inside_a_word(text: str, a: int, b: int) -> bool:
-    left = a > 0 and in_one_word(text[a - 1], text[a])
-    return left or (b < len(text) and in_one_word(text[b - 1], text[b]))
+    return facts_of(path, records_of(path, "loc_ans", "src", "rephrase", "answers", "alt", "loc"), fact)

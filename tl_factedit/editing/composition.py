@@ -11,15 +11,18 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.kinds import as_several
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
+from tl_factedit.editing.outcome import unmeasured
 
 
 @plain_torch()
 def compose(edits: Sequence[Edit]) -> Edit:
     """Several edits of the same base weights as one: their changes of a layer added up, which no order matters to.
 
-    Facts, fits and diagnostics stand one after the other; `keys` and `values` of a layer are those of the edits that
-    write it, as each was made. Applied, it may differ in the last bit from the edits applied one by one, which round
-    each time. Where the ranks add up to more than a matrix can have, the changes are kept as one matrix.
+    Facts, fits and diagnostics stand one after the other, as each edit was made, and so do `keys` and `values` of a
+    layer. What became of the targets, and how much isn't met, was measured of each edit alone and isn't known of them
+    together: it is left out, and `Edit.concerns` say so. Applied, it may differ in the last bit from the edits applied
+    one by one, which round each time. Where the ranks add up to more than a matrix can have, the changes are kept as
+    one matrix.
 
     Raises:
         ValueError: No edit is given, one is given twice (itself or inside a composed one), or they are of different
@@ -46,6 +49,9 @@ def compose(edits: Sequence[Edit]) -> Edit:
             )
     layers = sorted({layer for edit in edits for layer in edit.layers})
     factors = {layer: [d for edit in edits for d in edit.deltas if d.layer == layer] for layer in layers}
+    diagnostics = tuple(each for edit in edits for each in edit.diagnostics)
+    fits = tuple(fit for edit in edits for fit in edit.fits)
+    alone = len(edits) == 1
     return Edit(
         facts=tuple(fact for edit in edits for fact in edit.facts),
         deltas=tuple(_sum(layer, parts) for layer, parts in factors.items()),
@@ -57,8 +63,8 @@ def compose(edits: Sequence[Edit]) -> Edit:
             "digests": held,
         },
         contexts=tuple(dict.fromkeys(context for edit in edits for context in edit.contexts)),
-        diagnostics=tuple(diagnostics for edit in edits for diagnostics in edit.diagnostics),
-        fits=tuple(fit for edit in edits for fit in edit.fits),
+        diagnostics=diagnostics if alone else tuple(replace(each, unmet=()) for each in diagnostics),
+        fits=fits if alone else unmeasured(fits),
         provenance=replace(
             first.provenance,
             edits=tuple(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import Aligned
-from tl_factedit.core.warned import callers_level
 from tl_factedit.editing.outcome import MEASURED
 from tl_factedit.editing.value_fit import ValueFit
 
@@ -41,6 +39,9 @@ INEXACT = 0.1
 LARGE_UNMET = 0.5
 """Of the share that isn't met in the last layer, mean over facts: above, less than half of the change is written."""
 
+MET = 0.1
+"""Below, lowering the weight would bring little more."""
+
 SAME_KEY = 0.999
 """Of the cosine between two facts' keys."""
 
@@ -56,7 +57,7 @@ WARNED = "_warned"
 def warn_once(change: Any, name: str, concerns: Sequence[str]) -> None:
     """Say, as an `EditWarning`, what there is to be concerned about in a change; once for each object."""
     if concerns and not vars(change).get(WARNED):
-        warnings.warn(f"{name}: {'; '.join(concerns)}", EditWarning, stacklevel=callers_level(inspect.currentframe()))
+        tell(f"{name}: {'; '.join(concerns)}", EditWarning)
         vars(change)[WARNED] = True
 
 
@@ -76,7 +77,7 @@ def failed(fit: Mapping[str, Any]) -> bool:
 
 
 def concerns_of_fits(
-    facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]], *, last_layer: bool = False
+    facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]], *, last_layer: bool = False, falls_short: str
 ) -> Iterator[str]:
     """What there is to say of facts of which a change didn't do what was wanted.
 
@@ -84,6 +85,7 @@ def concerns_of_fits(
         facts: What was to be changed.
         fits: How each fact's change was found, and what became of its target.
         last_layer: Whether it writes at the subjects in the model's last layer, where no other token reads it.
+        falls_short: What to do where it was found how to bring about what is wanted, and isn't so with the change.
     """
     missed = [(fact, fit) for fact, fit in zip(facts, fits, strict=True) if failed(fit)]
     if not missed:
@@ -95,10 +97,7 @@ def concerns_of_fits(
     if last_layer and _in_mid_prompt(fact):
         remedy = "take a lower layer (what the last one writes at a subject in mid-prompt reaches no answer)"
     elif found:
-        remedy = (
-            "it was found how to bring that about, and it isn't written in full: lower the weight (see unmet), or take "
-            "another layer"
-        )
+        remedy = f"it was found how to bring that about, and at the prompt itself it isn't so: {falls_short}"
     elif fitted:
         remedy = f"the fit ended at {fitted[-1]:.2g}: take more steps, a larger lr, clamp or ε, or a lower layer"
     else:
@@ -140,19 +139,18 @@ def warn_before(model: Model, facts: Sequence[Fact], prompts: Sequence[Aligned],
     if fit.steps == 1:
         why.append("a fit of steps=1 only reads the loss: take more")
     if why:
-        warnings.warn(
-            f"{name} can't change the answer: {'; '.join(why)}",
-            EditWarning,
-            stacklevel=callers_level(inspect.currentframe()),
-        )
+        tell(f"{name} can't change the answer: {'; '.join(why)}", EditWarning)
 
 
 def concerns_of(edit: Edit) -> Iterator[str]:
     """What `Edit.concerns` says."""
     weight = {d.layer: d.weight_norm for d in edit.diagnostics}
     relative = {each.layer: each.norm / weight[each.layer] for each in edit.deltas if each.layer in weight}
-    if edit.editor.get("name") == "scaled" and not any(delta.norm for delta in edit.deltas):
+    name = edit.editor.get("name")
+    changes = any(delta.norm for delta in edit.deltas)
+    if name == "scaled" and not changes:
         yield f"it is scaled by {edit.editor['alpha']} and changes nothing: take another α"
+    of_part = "of one of its edits: " if name == "composed" and len(edit.editor.get("of", ())) > 1 else ""
     for layer, size in relative.items():
         if size > LARGE_UPDATE:
             yield (
@@ -162,28 +160,38 @@ def concerns_of(edit: Edit) -> Iterator[str]:
     for d in edit.diagnostics:
         if abs(d.division_factor) < SMALL_DIVISION:
             yield (
-                f"the update direction of layer {d.layer} hardly sees its key (division factor "
+                f"{of_part}the update direction of layer {d.layer} hardly sees its key (division factor "
                 f"{d.division_factor:.3f}), so that the update is huge wherever else it fires: use one key throughout "
                 "(Rome's consistent variant), more tokens for the statistics, or a ridge"
             )
-        if max(d.off_target, default=0.0) * relative.get(d.layer, 0.0) > LARGE_OFF_TARGET:
+        if max(d.off_target, default=0.0) * d.relative_norm > LARGE_OFF_TARGET:
             yield (
-                f"another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer "
-                f"{d.layer} as the one it is meant for, and the update is {relative[d.layer]:.0%} of ‖W‖: take "
+                f"{of_part}another token of a prompt gets {max(d.off_target):.2g} times as much of the update of layer "
+                f"{d.layer} as the one it is meant for, and the update is {d.relative_norm:.0%} of ‖W‖: take "
                 "statistics (of more text, or at all instead of the identity), an ε in fine-tuning, or another layer"
             )
         if d.exactness > INEXACT:
             yield (
-                f"rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: load the "
-                "model in float32"
+                f"{of_part}rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: "
+                "load the model in float32"
             )
     last_layer = (
         max(edit.layers, default=-1) == len(edit.provenance.weights.w_out) - 1
         and edit.editor.get("name") not in AT_ENDS
     )
-    yield from concerns_of_fits(edit.facts, edit.fits, last_layer=last_layer)
     last = [d for d in edit.diagnostics if d.layer == max(edit.layers, default=-1)]
     unmet = [share for d in last for share in d.unmet]
+    weighs = any(d.weight is not None for d in last)
+    if weighs and unmet and sum(unmet) / len(unmet) > MET:
+        falls_short = "lower the weight (see unmet), or take another layer"
+    elif len(edit.contexts) > 1:
+        falls_short = (
+            f"it is written at the mean of the keys under {len(edit.contexts)} contexts; take contexts=(), or another "
+            "layer"
+        )
+    else:
+        falls_short = "take another layer"
+    yield from concerns_of_fits(edit.facts, edit.fits, last_layer=last_layer, falls_short=falls_short)
     one_key = bool(unmet) and max(d.key_cosine for d in last) > SAME_KEY
     if one_key:
         yield (
@@ -192,7 +200,10 @@ def concerns_of(edit: Edit) -> Iterator[str]:
         )
     if unmet and not one_key and sum(unmet) / len(unmet) > LARGE_UNMET:
         deaf = last_layer and all(map(_in_mid_prompt, edit.facts))
+        remedy = "take a lower layer" if deaf else "lower the weight" if weighs else "take other hyperparameters"
         yield (
             f"{sum(unmet) / len(unmet):.0%} of what the facts need is not met in the last layer, {max(edit.layers)}: "
-            f"they are hardly written; {'take a lower layer' if deaf else 'lower the weight'}"
+            f"they are hardly written; {remedy}"
         )
+    if changes and name in ("scaled", "composed") and not all("prob_after" in fit for fit in edit.fits):
+        yield f"it is {name}, and what becomes of its targets was not measured of it: evaluate it (fe.evaluate)"

@@ -65,6 +65,7 @@ class LayerUpdate:
         directions: For each fact, the direction along which its key is answered, such as C⁻¹k, [fact d_mlp]; None for
             the key itself, where nothing is divided by.
         values: What each key is to be answered with, [fact d_model], float64; None for what the change makes of it.
+        weight: λ, by which what is kept weighs against what is written, as given or found; None where there is none.
     """
 
     delta: Delta
@@ -72,6 +73,7 @@ class LayerUpdate:
     residuals: Float[Tensor, "fact d_model"] | None = None
     directions: Float[Tensor, "fact d_mlp"] | None = None
     values: Float[Tensor, "fact d_model"] | None = None
+    weight: float | None = None
 
     @property
     def moved(self) -> Float[Tensor, "fact d_model"]:

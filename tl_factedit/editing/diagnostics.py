@@ -35,6 +35,8 @@ class Diagnostics:
         off_target: For each fact, the largest ‖k_t ΔW‖ / ‖k ΔW‖ over the other tokens t of its prompt (BOS is one),
             with k the key where the edit is to write: how much of it is added where it isn't meant. Empty where it
             wasn't measured (see `off_target_share`, which can ask neighbours too).
+        weight: λ, by which what is kept weighs against what is written: as it was given, or as it was found for the
+            share ``unmet=``; None where the editor has none.
 
     With several facts, `division_factor` is the smallest over facts and `value_norm` the largest.
     """
@@ -48,16 +50,17 @@ class Diagnostics:
     unmet: Sequence[Number] = ()
     key_cosines: Sequence[Number] = ()
     off_target: Sequence[Number] = ()
+    weight: Number | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Diagnostics:
-        """From plain data; older files have no ``off_target``, no ``unmet``, and one cosine for all facts.
+        """From plain data; older files have no ``weight``, ``off_target`` or ``unmet``, and one cosine for all facts.
 
         Raises:
             ValueError: A field is missing, or no such thing as it has to be; the message names it.
         """
         known = {name: value for name, value in data.items() if name != "key_cosine"}
-        return made(cls, known, "diagnostics", plain=True, missing=("unmet", "key_cosines", "off_target"))
+        return made(cls, known, "diagnostics", plain=True, missing=("unmet", "key_cosines", "off_target", "weight"))
 
     @property
     def key_cosine(self) -> float:
@@ -106,4 +109,5 @@ def diagnose(site: DownProj, update: LayerUpdate, *, off_target: Sequence[float]
         unmet=unmet,
         key_cosines=tuple(cosines.amax(-1).tolist()) if len(keys) > 1 else (),
         off_target=tuple(off_target),
+        weight=update.weight,
     )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,7 +33,7 @@ from tl_factedit.editing.inputs import EditInputs
 from tl_factedit.editing.ledger import base_fingerprint, commit_all, ledger_of, made_on
 from tl_factedit.editing.objectives import EditTarget
 from tl_factedit.editing.off_target import adding_hooks, measure_off_target
-from tl_factedit.editing.outcome import MEASURED, as_editor, check_fits, outcomes
+from tl_factedit.editing.outcome import as_editor, check_fits, outcomes, unmeasured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,6 +66,9 @@ class Edit:
     diagnostics: tuple[Diagnostics, ...]
     fits: tuple[Mapping[str, Any], ...]
     provenance: Provenance
+
+    OF_SEVERAL: ClassVar[str] = ", which several can be made: compose(edits)"
+    """What whoever gives a list of edits is told (see `plain_torch`)."""
 
     def __post_init__(self) -> None:
         """Check that each layer is changed once."""
@@ -130,7 +133,9 @@ class Edit:
                 {**fit, **said.get(fact.text, {}), "same_first_token": prompt.same_first_token}
                 for fit, fact, prompt in zip(fits, inputs.facts, inputs.prompts, strict=True)
             ),
-            provenance=made_on(model, inputs.prepend_bos, inputs.base, (fact.text for fact in inputs.facts)),
+            provenance=made_on(
+                model, inputs.prepend_bos, inputs.base, [*contexts, *(fact.text for fact in inputs.facts)]
+            ),
         )
 
     @property
@@ -274,7 +279,7 @@ class Edit:
 
         `values` move along with it, and so do the norms in `diagnostics`; `exactness` stays that of the edit it was
         made from. What became of the targets (in `fits`), and how much isn't met (`Diagnostics.unmet`), was measured
-        of that edit and isn't known of this one: it is left out.
+        of that edit and isn't known of this one: it is left out, and `concerns` say so.
         """
         alpha = as_finite(alpha, "alpha", "a finite number, such as 0.5")
         if alpha == 1:
@@ -295,7 +300,7 @@ class Edit:
                 )
                 for each in self.diagnostics
             ),
-            fits=tuple({name: item for name, item in fit.items() if name not in MEASURED} for fit in self.fits),
+            fits=unmeasured(self.fits),
             editor={"name": "scaled", "alpha": alpha, "of": dict(self.editor)},
         )
 
@@ -354,7 +359,7 @@ class Edit:
     def table(self) -> pd.DataFrame:
         """Its diagnostics, a row a layer (of a composed edit: a row for each edit and layer).
 
-        ``unmet`` and ``off_target`` are those of the worst fact, NaN where there are none.
+        ``unmet`` and ``off_target`` are those of the worst fact; they and ``weight`` are NaN where there are none.
         """
         import pandas as pd
 
@@ -368,6 +373,7 @@ class Edit:
                     "exactness": d.exactness,
                     "value_norm": d.value_norm,
                     "unmet": max(d.unmet, default=nan),
+                    "weight": nan if d.weight is None else d.weight,
                     "key_cosine": d.key_cosine,
                     "off_target": max(d.off_target, default=nan),
                 }
@@ -404,9 +410,16 @@ class Edit:
     def _line(self) -> str:
         facts = "; ".join(f"{f.subject!r}:{f.target_true}→{f.target_new}" for f in self.facts[:3])
         more = f" and {len(self.facts) - 3} more" if len(self.facts) > 3 else ""
-        where = ", ".join(f"{d.layer}: {d.relative_norm:.2%} of ‖W‖" for d in self.diagnostics)
+        weight = {d.layer: d.weight_norm for d in self.diagnostics}  # of a composed edit one layer may have several
+        where = ", ".join(
+            f"{each.layer}: {each.norm / weight[each.layer]:.2%} of ‖W‖" for each in self.deltas if each.layer in weight
+        )
         unmet = [share for d in self.diagnostics if d.layer == max(self.layers) for share in d.unmet]
         lacks = f", {sum(unmet) / len(unmet):.0%} unmet in the last" if unmet else ""
+        found = {d.weight for d in self.diagnostics if d.weight is not None}
+        if self.editor.get("unmet") is not None and found:
+            low, high = (f"{end:.3g}" for end in (min(found), max(found)))
+            lacks += f", weight {low if low == high else f'{low} to {high}'} found"
         return f"Edit({self.editor.get('name')}, {facts}{more}, layers {{{where}}}{lacks})"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -19,8 +17,8 @@ from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.kinds import check_one, short
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.spacing import before_prompts
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import Aligned, align, align_all, brings_bos
-from tl_factedit.core.warned import callers_level
 from tl_factedit.editing.concerns import warn_before
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
@@ -79,7 +77,8 @@ class EditInputs:
             EditWarning: Values that are fitted there can't change an answer (see `warn_before`).
 
         Raises:
-            ValueError: The facts, the layers or the statistics don't do (see `check_facts`, `check_stats`, `bos_of`).
+            ValueError: The facts, the layers or the statistics don't do (see `check_facts`, `check_stats`, `bos_of`);
+                or both objects of a fact are the same tokens, so that there is nothing to inject.
             UnsupportedModelError: A layer has no ``W_out`` to itself.
         """
         facts, layers, stats = check_facts(facts, objective), list(layers), list(stats)
@@ -92,6 +91,8 @@ class EditInputs:
         bos = bos_of(stats, prepend_bos, model)
         room = getattr(model.cfg, "n_ctx", None)
         prompts = tuple(align_all(model.tokenizer, facts, prepend_bos=bos, room=room))
+        if objective is None or isinstance(objective, Inject):
+            _check_changes(facts, prompts)
         for template in fit.kl_prompts if fit else ():
             align_all(model.tokenizer, facts, prepend_bos=bos, template=template, room=room)
         if fit is not None:
@@ -101,6 +102,21 @@ class EditInputs:
     def only(self, index: int) -> EditInputs:
         """The same for one of the facts."""
         return replace(self, facts=(self.facts[index],), prompts=(self.prompts[index],))
+
+
+def _check_changes(facts: Sequence[Fact], prompts: Sequence[Aligned]) -> None:
+    """Check that what is to be injected is something else than the old object."""
+    same = [
+        fact
+        for fact, row in zip(facts, prompts, strict=True)
+        if row.old_ids is not None and row.new_ids is not None and row.old_ids.tolist() == row.new_ids.tolist()
+    ]
+    if same:
+        raise ValueError(
+            f"target_new {same[0].target_new!r} of {[fact.name for fact in same]} is the old object, as tokens too: an "
+            "edit of it would change no answer; give another target_new, or make the old object likelier with "
+            "objective=fe.editing.Amplify()"
+        )
 
 
 def check_facts(facts: Fact | Iterable[Fact], objective: Objective | None = None) -> tuple[Fact, ...]:
@@ -212,10 +228,7 @@ def _spaced(contexts: Sequence[str], model: Model) -> tuple[str, ...]:
     changed = [(given, now) for given, now in zip(contexts, found, strict=True) if given != now]
     if changed:
         (given, now), more = changed[0], f", and so did {len(changed) - 1} more" if changed[1:] else ""
-        warnings.warn(
-            f"context {given!r} became {now!r}{more}: a space stands between a context and the prompt",
-            stacklevel=callers_level(inspect.currentframe()),
-        )
+        tell(f"context {given!r} became {now!r}{more}: a space stands between a context and the prompt")
     return found if found and found[0] == "" else ("", *found)
 
 

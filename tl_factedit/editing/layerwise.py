@@ -341,7 +341,7 @@ def distribute(
                 raise RuntimeError(f"the update of layer {layer} is not finite: nothing was written")
             site.write_(delta.on(site.W))
             keys, residuals = keys.cpu(), residuals.cpu()
-            updates.append(LayerUpdate(delta, keys, residuals, _directions(delta, keys)))
+            updates.append(LayerUpdate(delta, keys, residuals, _directions(delta, keys), weight=factors.weight))
         lacks = (wanted.to(lacked.device) - reached(layers[-1])).norm(dim=-1)
     return updates, torch.where(lacks == 0, 0.0, lacks / lacked).cpu()
 

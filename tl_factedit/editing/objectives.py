@@ -11,7 +11,6 @@ Hase et al. 2023 (arXiv:2301.04213, sec. 5). An objective turns facts into targe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -159,9 +158,7 @@ class Reverse:
         """What the noised runs say."""
         noised = _noised(model, facts, self.corruption, prepend_bos)
         said = [_said(model, fact, embeddings, prepend_bos) for fact, embeddings in zip(facts, noised, strict=True)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of words that go on inside the prompt's last: the model said so
-            return tuple(EditTarget(fact.but(target_new=each)) for fact, each in zip(facts, said, strict=True))
+        return tuple(EditTarget(fact.told_to_say(each)) for fact, each in zip(facts, said, strict=True))
 
 
 def set_subjects(rows: Sequence[tuple[EditTarget, tuple[int, int]]]) -> list[Hook]:

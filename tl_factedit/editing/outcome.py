@@ -21,6 +21,9 @@ from tl_factedit.editing.objectives import EditTarget, set_subjects
 MEASURED = ("prob_before", "prob_after", "first_before", "first_after")
 """What `outcomes` says of a target; of no other change than the one it was measured with."""
 
+OF_ONE_CHANGE = (*MEASURED, "missed")
+"""What fits say that is left out of an edit that is made of others, whose outcome nobody measured."""
+
 
 SAID: dict[str, Any] = {
     "target": str,
@@ -38,6 +41,11 @@ FITTED: dict[str, Any] = {
     "missed": Number,
 }
 """What else editors of this package say of a fit."""
+
+
+def unmeasured(fits: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Fits as they stand in an edit that is made of others: without what was measured of those."""
+    return tuple({name: item for name, item in fit.items() if name not in OF_ONE_CHANGE} for fit in fits)
 
 
 def check_fits(fits: Sequence[Mapping[str, Any]]) -> None:

@@ -155,7 +155,9 @@ class RoutedEdit:
     @cached_property
     def concerns(self) -> tuple[str, ...]:
         """Of which facts it doesn't do what was wanted; said as an `EditWarning` when it is first applied."""
-        return tuple(concerns_of_fits(self.facts, self.fits))
+        last_layer = self.layer == len(self.provenance.weights.w_out) - 1
+        falls_short = "take a larger radius, contexts=(), or another layer"
+        return tuple(concerns_of_fits(self.facts, self.fits, last_layer=last_layer, falls_short=falls_short))
 
     @plain_torch()
     def hooks(self, model: Model) -> list[Hook]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.core.kinds import as_several
 from tl_factedit.core.settings import check_settings
 
 Where = Literal["mlp", "resid", "modules"]
@@ -54,13 +53,6 @@ class ValueFit:
             least={"steps": 1, "kl_weight": 0, "decay": 0, "ease": 0},  # one step only reads the loss
             above={"lr": 0, "clamp": 0},
         )
-        if isinstance(self.kl_prompts, str):
-            raise ValueError(
-                f"kl_prompts is the string {self.kl_prompts!r}, needed a list: write [{self.kl_prompts!r}]"
-            )
-        if not isinstance(self.kl_prompts, Sequence):
-            raise ValueError(f"kl_prompts is {self.kl_prompts!r}, needed a list of templates")
-        as_several(self.kl_prompts, str, "kl_prompts", "a template with one {}")
 
 
 @dataclass(frozen=True)

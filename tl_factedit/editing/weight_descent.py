@@ -6,9 +6,7 @@ layers everything is run once. Above it every token moves, those before the subj
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,7 +20,7 @@ from tl_factedit.backend.memory import budget, graph_bytes, logits_bytes, togeth
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
-from tl_factedit.core.warned import callers_level
+from tl_factedit.core.telling import tell
 from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.concerns import EditWarning
 from tl_factedit.editing.training_rows import TrainingBatch, TrainingRows
@@ -90,11 +88,10 @@ class WeightDescent:
         boxes = [box for box in self.bounds if box is not None]
         if boxes and all(bool((low == high).all()) for low, high in boxes):
             names = ", ".join(repr(rows.edit_target.fact.name) for rows in asked[:3])
-            warnings.warn(
+            tell(
                 f"the edit of {names} can't change the answer: epsilon is {schedule.epsilon}, less than what "
                 f"{sites[0].W.dtype} resolves at any entry: take a larger one, or load the model in float32",
                 EditWarning,
-                stacklevel=callers_level(inspect.currentframe()),
             )
         self.adam = Adam(self.weights, schedule.lr)
         self.memory = budget(runner.model, schedule.memory)

@@ -174,11 +174,7 @@ class KnowledgeNeurons:
         """What is added to the rows of a fact's neurons: from the old object's token to the new one's."""
         assert row.new_ids is not None
         pairs = zip_longest(row.true_ids.tolist(), row.new_ids.tolist())
-        old, new = next(((a, b) for a, b in pairs if a != b), (None, None))
-        if old is None and new is None:
-            raise ValueError(
-                f"target_new and target_true are the same tokens after {row.text!r}, needed another object to write"
-            )
+        old, new = next((a, b) for a, b in pairs if a != b)  # `EditInputs` refuses objects of the same tokens
         return self.scale * (self._vector(model, new) - self._vector(model, old))
 
     def _vector(self, model: Any, token: int | None) -> Float[Tensor, "d_model"]:

@@ -94,7 +94,9 @@ class Router:
             editor=describe(self),
             contexts=contexts,
             fits=(),
-            provenance=made_on(model, inputs.prepend_bos, inputs.base, (fact.text for fact in inputs.facts)),
+            provenance=made_on(
+                model, inputs.prepend_bos, inputs.base, [*contexts, *(fact.text for fact in inputs.facts)]
+            ),
         )
         targets = [EditTarget(fact) for fact in inputs.facts]
         said = outcomes(model, targets, routed.hooks(model), prepend_bos=inputs.prepend_bos)

@@ -6,12 +6,15 @@ from tl_factedit.evaluation.coverage import Coverage, gain_coverage
 from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.evaluation.edit_gains import Gains, gains
 from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
+from tl_factedit.evaluation.in_words import Answer, Answers
 from tl_factedit.evaluation.mediation import Mediation, mediate
 from tl_factedit.evaluation.same_subject import Specificity, specificity
 from tl_factedit.evaluation.teacher_forced import TokenAccuracy, token_accuracy
 from tl_factedit.evaluation.text_drift import TextDrift, drift
 
 __all__ = [
+    "Answer",
+    "Answers",
     "PositionAttribution",
     "attribute_positions",
     "Coverage",

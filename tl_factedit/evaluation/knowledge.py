@@ -14,7 +14,16 @@ from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.tokens import check_room, check_subject, continuation, encode, of_all, pad
+from tl_factedit.core.tokens import (
+    check_room,
+    check_subject,
+    continuation,
+    decided_at,
+    encode,
+    of_all,
+    pad,
+    up_to_a_word,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,8 +36,9 @@ def known(
     """Whether a model says each fact's old object after its prompt, and how far it is from saying it.
 
     A fact is known if the token that the model puts first after the prompt is the first token of ``target_true``: what
-    greedy decoding would begin with. Tracing a fact that isn't known shows noise, and editing or auditing it says
-    nothing about an old object, as there is none.
+    greedy decoding would begin with. Where that is white space alone, as some tokenizers begin " Łódź", the tokens
+    after it count too, up to the first that is more. Tracing a fact that isn't known shows noise, and editing or
+    auditing it says nothing about an old object, as there is none.
 
     Args:
         model: A model of either class, as it is now.
@@ -40,10 +50,12 @@ def known(
         One row per fact, in the order of the facts:
 
         - ``fact``: the fact's name.
-        - ``top``: the token that the model puts first after the prompt.
-        - ``rank``: rank of the first token of ``target_true`` there, 1 + the number of likelier tokens.
+        - ``top``: the token that the model puts first after the prompt; with white space in front of it, where the
+          object begins with a token of that and the model says it too.
+        - ``rank``: rank of the first token of ``target_true`` there, 1 + the number of likelier tokens; the worst rank
+          where several tokens count.
         - ``p``: probability of the whole ``target_true``, the product over its tokens.
-        - ``known``: whether the first token of ``target_true`` is the top token.
+        - ``known``: whether the first token of ``target_true`` is the top token, and so is each other that counts.
 
         Where the model's logits aren't finite nothing comes first: ``top`` is ``""``, ``rank`` and ``p`` are NaN.
 
@@ -102,9 +114,11 @@ def _log_probs(
 
 def _row(model: Model, target: Int[Tensor, "_"], log_p: Float[Tensor, "_ vocab"]) -> tuple[str, float, float, bool]:
     """Top token, rank, probability, and whether the fact is known."""
-    first, steps = int(target[0]), torch.arange(len(target))
     if not bool(log_p[0].max().isfinite()):
         return "", float("nan"), float("nan"), False
-    top = int(log_p[0].argmax())
-    rank = 1 + int((log_p[0] > log_p[0, first]).sum())
-    return model.tokenizer.decode([top]), float(rank), float(log_p[steps, target].sum().exp()), top == first
+    count = up_to_a_word(model.tokenizer, target)
+    said, wanted = log_p[:count].argmax(-1).tolist(), target[:count].tolist()
+    own = log_p[: len(target)].gather(-1, target[:, None])
+    rank = 1 + int((log_p[:count] > own[:count]).sum(-1).max())
+    top = model.tokenizer.decode(said[: decided_at(said, wanted) + 1])
+    return top, float(rank), float(own.sum().exp()), said == wanted

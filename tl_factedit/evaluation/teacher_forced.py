@@ -78,7 +78,7 @@ def token_accuracy(
     of_facts = of_all(facts, lambda fact: _requests(model, fact, bos))
     requests = [request for of_fact in of_facts for request in of_fact]
     with frozen(model), torch.no_grad():
-        right = _comes_first(Runner(model), requests, batch_tokens)
+        right = comes_first(Runner(model), requests, batch_tokens)
 
     def mean(kind: str) -> Estimate:
         shares = []
@@ -117,7 +117,7 @@ def _request(model: Model, text: str, target: str, bos: bool) -> tuple[Int[Tenso
     return ids, wanted
 
 
-def _comes_first(
+def comes_first(
     runner: Runner, requests: Sequence[tuple[Int[Tensor, "_"], Int[Tensor, "_"]]], batch_tokens: int
 ) -> list[Bool[Tensor, "_"]]:
     """For each token of each target, whether it is the likeliest there."""

@@ -35,31 +35,35 @@ class Subject:
         fact: The fact.
         ids: The subject's token ids, [position].
         around: The token ids before and after it in the prompt.
-        answer: The first token of ``target_true``.
+        answer: The first tokens of ``target_true``, until more than white space is said: one of most, [token].
         embeddings: What these tokens are at ``hook_embed``, [position d_model].
-        top: Asks the clean model which token it puts first after the prompt.
+        top: Asks the clean model which token it puts first after the prompt, and after each but the last of `answer`.
     """
 
     fact: Fact
     ids: Int[Tensor, "position"]
     around: tuple[tuple[int, ...], tuple[int, ...]]
-    answer: int
+    answer: tuple[int, ...]
     embeddings: Float[Tensor, "position d_model"]
-    top: Callable[[], int]
+    top: Callable[[], tuple[int, ...]]
 
 
 def subject_of(runner: Runner, fact: Fact, row: Aligned) -> Subject:
     """What a corruption sees of a fact; call inside `frozen` and without gradients."""
     embeddings = runner.capture(row.ids[None], [EMBED], stop=0)[EMBED][0].float().cpu()
 
+    answer = row.true_ids[: row.old_word]
+
     @functools.cache
-    def top() -> int:
-        return int(runner.logits(row.ids[None], at=torch.tensor([[len(row.ids) - 1]]))[0, 0].argmax())
+    def top() -> tuple[int, ...]:
+        asked = torch.cat([row.ids, answer[:-1]])
+        at = torch.arange(len(row.ids) - 1, len(asked))
+        return tuple(runner.logits(asked[None], at=at[None])[0].argmax(-1).tolist())
 
     start, stop = row.subject
     ids = row.ids.tolist()
     around = (tuple(ids[:start]), tuple(ids[stop:]))
-    return Subject(fact, row.ids[start:stop], around, int(row.true_ids[0]), embeddings[start:stop], top)
+    return Subject(fact, row.ids[start:stop], around, tuple(answer.tolist()), embeddings[start:stop], top)
 
 
 @runtime_checkable

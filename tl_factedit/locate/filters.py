@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import pad
 from tl_factedit.locate.inputs import align_all
 
@@ -65,10 +65,9 @@ def answered(
             "(fe.known), or unknown='trace'"
         )
     if len(kept) < len(facts):
-        warnings.warn(
+        tell(
             f"{len(facts) - len(kept)} of {len(facts)} facts are left out, as in the published experiment, since the "
             "model doesn't answer them: unknown='trace' keeps them",
-            stacklevel=3,  # this, and the preset
         )
     return kept
 

@@ -39,7 +39,8 @@ class Patching:
         batch_tokens: Most tokens in one forward pass.
 
     Attributes:
-        top: For each question, the token that the clean model puts first.
+        top: For each question, the token that the clean model puts first, and that after each token of white space
+            that its object begins with.
         clean: The metric of the clean runs, for each question [sample].
         base: The same of the base runs.
         corrupted: The same of the corrupted runs.
@@ -81,7 +82,10 @@ class Patching:
 
         last = self._stream[-1]
         clean_logits = [self._head(clean[last][i, list(q.logits_at)]) for i, q in enumerate(questions)]
-        self.top = [int(logits[0].argmax()) for logits in clean_logits]
+        self.top = [
+            tuple(logits[: question.row.old_word].argmax(-1).tolist())
+            for question, logits in zip(questions, clean_logits, strict=True)
+        ]
         self._asked = [
             MetricInput(question.fact, question.row.true_ids, logits, question.contrast)
             for question, logits in zip(questions, clean_logits, strict=True)

@@ -85,7 +85,7 @@ class TokenReplacement:
     @plain_torch()
     def contrast(self, subject: Subject) -> Int[Tensor, "sample"]:
         """The donors' answers."""
-        return torch.tensor([donor.answer for donor in self.donors[subject.fact]], dtype=torch.long)
+        return torch.tensor([donor.answer[0] for donor in self.donors[subject.fact]], dtype=torch.long)
 
     def _donors(self, subject: Subject, others: Sequence[Subject]) -> tuple[Subject, ...]:
         fit = [
@@ -95,7 +95,7 @@ class TokenReplacement:
             and other.around == subject.around
             and len(other.ids) == len(subject.ids)
             and not torch.equal(other.ids, subject.ids)
-            and other.answer != subject.answer
+            and other.answer[0] != subject.answer[0]
             and (not self.known or other.top() == other.answer)
         ]
         # Sorted, each once, and drawn by the subject's own seed: the order of the list doesn't matter.
@@ -106,7 +106,7 @@ class TokenReplacement:
         return tuple(replace(each[i], top=_nothing_more) for i in order[: self.samples])
 
 
-def _nothing_more() -> int:
+def _nothing_more() -> tuple[int, ...]:
     raise ValueError("a donor isn't asked again")
 
 

@@ -26,13 +26,14 @@ class TracePart:
         effect: IE of each sample, NaN-free.
         clean: The metric of its clean run, for each sample.
         corrupted: Those of its corrupted runs.
-        top: The token that the clean model puts first.
+        top: The token that the clean model puts first, and that after each token of white space that the object
+            begins with.
     """
 
     effect: Float[Tensor, "layer pos sample"]
     clean: Float[Tensor, "sample"]
     corrupted: Float[Tensor, "sample"]
-    top: int
+    top: tuple[int, ...]
 
 
 class TraceFolder:
@@ -72,7 +73,7 @@ class TraceFolder:
                         file.tensor(f"corrupted.{i}", "sample", missing=True),
                         top=top,
                     )
-                    for i, top in file.fields("top", tuple[int, int])
+                    for i, top in file.fields("top", tuple[int, tuple[int, ...]])
                 }
             if digest != parts.digest:
                 raise ValueError(

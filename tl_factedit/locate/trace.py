@@ -15,7 +15,6 @@ Positions before the subject can't have an effect in a causal model: theirs is e
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,8 @@ from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.kinds import as_whole
-from tl_factedit.core.tokens import Aligned
+from tl_factedit.core.telling import tell
+from tl_factedit.core.tokens import Aligned, decided_at
 from tl_factedit.locate.cells import Cell, Direction, Patch, Write
 from tl_factedit.locate.corruption import Corruption, corruption_of
 from tl_factedit.locate.inputs import align_all, ask, check_contrasts, donor_texts
@@ -159,8 +159,8 @@ def causal_trace(
         tokens=tuple(row.pieces for row in rows),
         subject=tuple(row.subject for row in rows),
         facts=facts,
-        top=tuple(model.tokenizer.decode([token]) for token in top),
-        known=tuple(token == int(row.true_ids[0]) for token, row in zip(top, rows, strict=True)),
+        top=tuple(_said(model, said, row) for said, row in zip(top, rows, strict=True)),
+        known=tuple(_knows(said, row) for said, row in zip(top, rows, strict=True)),
         donors=donor_texts(questions),
         corruption=questions.corruption,
         unpacked=questions.unpacked,
@@ -169,16 +169,27 @@ def causal_trace(
     )
 
 
-def warn_of_unknown(facts: Sequence[Fact], rows: Sequence[Aligned], top: Sequence[int], model: Model) -> None:
+def warn_of_unknown(
+    facts: Sequence[Fact], rows: Sequence[Aligned], top: Sequence[tuple[int, ...]], model: Model
+) -> None:
     """Say once which facts the model doesn't know: there is little to trace, and what is found is noise."""
-    wrong = [i for i, (token, row) in enumerate(zip(top, rows, strict=True)) if token != int(row.true_ids[0])]
+    wrong = [i for i, (said, row) in enumerate(zip(top, rows, strict=True)) if not _knows(said, row)]
     if wrong:
-        said = model.tokenizer.decode([top[wrong[0]]])
-        warnings.warn(
+        said = _said(model, top[wrong[0]], rows[wrong[0]])
+        tell(
             f"the model doesn't know {len(wrong)} of {len(facts)} facts, such as {facts[wrong[0]].name!r}: it says "
             f"{said!r} and not {facts[wrong[0]].target_true!r}; a trace of what isn't known shows noise (Trace.known)",
-            stacklevel=4,  # this, causal_trace, and what it is decorated with
         )
+
+
+def _knows(said: Sequence[int], row: Aligned) -> bool:
+    return list(said) == row.true_ids[: row.old_word].tolist()
+
+
+def _said(model: Model, said: Sequence[int], row: Aligned) -> str:
+    """What a model says after a prompt, up to where it is decided whether that is the object."""
+    at = decided_at(said, row.true_ids[: row.old_word].tolist())
+    return model.tokenizer.decode(list(said[: at + 1]))
 
 
 def _effects(

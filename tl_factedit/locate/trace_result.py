@@ -56,8 +56,9 @@ class Trace:
         tokens: Token strings of each fact's prompt.
         subject: (start, stop) of the subject in each fact's tokens.
         facts: What was traced.
-        top: For each fact, the token that the clean model puts first.
-        known: Whether that is the first token of ``target_true``; where it isn't, there is little to trace.
+        top: For each fact, the token that the clean model puts first (with the next, where the object begins with a
+            token of white space alone, and so does what the model says).
+        known: Whether that is how ``target_true`` begins; where it isn't, there is little to trace.
         donors: For each fact, whose tokens replaced its subject's (`TokenReplacement`); empty with noise.
         component: ``"resid"`` (the stream after the block), ``"resid_pre"``, ``"resid_mid"``, ``"mlp"`` or
             ``"attn"`` (outputs).

@@ -25,6 +25,7 @@ from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import align, continuation, pad
 
 FIRST = ("old_first", "new_first", "control_first")
@@ -42,7 +43,8 @@ class FirstTokens:
         new: First token of ``target_new``.
         controls: First tokens of the controls, each once, and none of the two above.
         named: The controls themselves, in the same order.
-        apart: Whether old and new begin differently; if not, nothing can be compared.
+        apart: Whether old and new begin differently, and neither with a token of white space alone; if not, nothing
+            can be compared.
     """
 
     ids: Int[Tensor, "pos"]
@@ -64,7 +66,15 @@ class FirstTokens:
             controls.setdefault(int(continuation(tokenizer, row.text, text, prepend_bos=bos)[0]), text)
         for token in (old, new):
             controls.pop(token, None)
-        return cls(row.ids, row.last, old, new, tuple(controls), tuple(controls.values()), not row.same_first_token)
+        for text, count in ((fact.old, row.old_word), (fact.target_new, row.new_word)):
+            if count > 1:
+                tell(
+                    f"object {text!r} of fact {fact.name!r} begins with a token of white space alone: objects are "
+                    "compared by their first tokens, and such facts are left out",
+                    once="objects that begin with white space",
+                )
+        apart = not row.same_first_token and row.old_word == row.new_word == 1
+        return cls(row.ids, row.last, old, new, tuple(controls), tuple(controls.values()), apart)
 
     @property
     def objects(self) -> tuple[int, ...]:

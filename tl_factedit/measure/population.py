@@ -29,7 +29,7 @@ from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
-from tl_factedit.core.cache import Cache
+from tl_factedit.core.cache import Cache, check_kinds
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import check_length, of_all
 from tl_factedit.core.words import counted
@@ -308,6 +308,7 @@ class Population:
             kinds: As in `unedited`.
             base: What tells the unedited model from others, where it was hashed already.
         """
+        check_kinds(kinds)  # also where nothing is kept
         if self.cache is None:
             return compute()
         indices = tuple(range(len(self.facts))) if part is None else part.indices

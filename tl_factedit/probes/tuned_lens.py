@@ -270,7 +270,7 @@ def train_tuned_lens(
     if not wanted:
         raise ValueError("layers is empty, needed at least one")
     provenance = Provenance.of(model, prepend_bos)
-    reader = Reader(texts)
+    reader = Reader(texts, model.tokenizer)
     with frozen(model), torch.no_grad():
         runner = Runner(model)
         streams = token_streams(runner, reader, provenance.prepend_bos, training, wanted)
@@ -298,5 +298,5 @@ def train_tuned_lens(
         centred=centred(model),
         n_tokens=len(learnt),
         corpus=reader.digest,
-        provenance=provenance,
+        provenance=provenance.having_read(reader.brought_bos),
     )

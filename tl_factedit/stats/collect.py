@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core import files
 from tl_factedit.core.kinds import as_whole
+from tl_factedit.core.telling import tell
 from tl_factedit.stats.key_stats import KeyStats, write_stats_file
 from tl_factedit.stats.resume import Draft, places_for, reuse_file, unfinished_path
 from tl_factedit.stats.streaming import Reader, check_amounts, stream_keys
@@ -96,12 +96,13 @@ def key_stats(
             draft.drop_if_mine()
         return {layer: kept[layer] for layer in wanted}
 
-    reader = Reader(texts)
+    reader = Reader(texts, model.tokenizer)
     with tqdm(total=n_tokens, unit="token", desc="key statistics", delay=1, disable=not progress) as bar:
         sums = _collect(model, sites, reader, provenance, n_tokens, context, batch_tokens, draft, save_every, bar)
         if sums.counted < n_tokens:  # there is no more to come
             bar.total = sums.counted
             bar.set_postfix_str(f"the texts ended, {n_tokens:,} were asked for")
+    provenance = provenance.having_read(reader.brought_bos)
     found = {
         layer: KeyStats(layer, mirror_(total).div_(sums.counted).cpu(), sums.counted, reader.digest, provenance)
         for layer, total in sums.totals.items()
@@ -144,9 +145,8 @@ def _collect(
     if sums.counted == 0:
         raise ValueError("the texts hold no tokens: give some text")
     if sums.counted < n_tokens:
-        warnings.warn(
+        tell(
             f"the texts ended after {sums.counted:,} of the {n_tokens:,} tokens that were asked for: give more text",
-            stacklevel=4,  # this, key_stats, and what it is decorated with
         )
     sums.check_finite()
     return sums

@@ -199,7 +199,7 @@ def stats_convergence(
     provenance = Provenance.of(model, prepend_bos, prompts=(fact.text for fact in facts))
     bos = provenance.prepend_bos
     prompts = [align(model.tokenizer, fact, prepend_bos=bos) for fact in facts]
-    halves, sizes, corpus = _halves(model, texts, bos, context, n_tokens)
+    halves, sizes, reader = _halves(model, texts, bos, context, n_tokens)
     points = tuple(sorted({sizes[0] >> step for step in range(steps + 1)} - {0}))
     with (
         frozen(model),
@@ -229,8 +229,8 @@ def stats_convergence(
             ridge=ridge,
             held_out=sizes[1],
             facts=facts,
-            corpus=corpus,
-            provenance=provenance,
+            corpus=reader.digest,
+            provenance=provenance.having_read(reader.brought_bos),
         )
 
 
@@ -270,14 +270,14 @@ def cosines(
 
 def _halves(
     model: Model, texts: Iterable[str], bos: bool, context: int, n_tokens: int
-) -> tuple[tuple[list[str], list[str]], tuple[int, int], str]:
-    """The texts of both halves, how many tokens to count of each, and a hash of all.
+) -> tuple[tuple[list[str], list[str]], tuple[int, int], Reader]:
+    """The texts of both halves, how many tokens to count of each, and what has read them.
 
     By whole texts: two pieces of one speak of the same things, so that one would not judge the other unseen.
     """
     halves: tuple[list[str], list[str]] = ([], [])
     sizes = [0, 0]
-    reader = Reader(texts)
+    reader = Reader(texts, model.tokenizer)
     for text, _ in reader:
         half = int(sizes[1] < sizes[0])
         halves[half].append(text)
@@ -286,7 +286,7 @@ def _halves(
             break
     if not min(sizes):
         raise ValueError("the texts hold fewer than two that aren't empty, needed one half to judge the other")
-    return halves, (min(sizes[0], n_tokens), min(sizes[1], n_tokens)), reader.digest
+    return halves, (min(sizes[0], n_tokens), min(sizes[1], n_tokens)), reader
 
 
 def _keys(runner: Runner, site: DownProj, prompts: Sequence[Aligned], batch_tokens: int) -> Float[Tensor, "fact d_mlp"]:

@@ -50,9 +50,6 @@ class SampledContexts:
                 raise ValueError(
                     f"lengths has {each!r}, needed pairs of how many samples and of how many tokens each: ((10, 5),)"
                 )
-        if isinstance(self.starts, str):
-            raise ValueError(f"starts is the string {self.starts!r}, needed a list of words: write [{self.starts!r}]")
-        as_several(self.starts, str, "starts", "a word")
 
     @plain_torch()
     def draw(self, model: Model) -> tuple[str, ...]:

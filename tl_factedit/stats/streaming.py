@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +22,7 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
 from tl_factedit.core.kinds import as_whole, short
-from tl_factedit.core.tokens import encode, pad
+from tl_factedit.core.tokens import brings_bos, encode, pad
 
 
 def check_amounts(texts: Iterable[str], n_tokens: int, context: int, batch_tokens: int = 1) -> None:
@@ -55,9 +56,16 @@ class Place:
 
 
 class Reader:
-    """An iterable of texts that remembers what was read of it."""
+    """An iterable of texts that remembers what was read of it.
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    Attributes:
+        count: How many texts were read.
+        brought_bos: Whether one of them begins with the BOS token itself; False without a tokenizer.
+    """
+
+    def __init__(self, texts: Iterable[str], tokenizer: Any = None) -> None:
+        self._tokenizer = tokenizer
+        self.brought_bos = False
         self._texts = iter(texts)
         self._hash = hashlib.sha256()
         self._begun: Place | None = None
@@ -74,6 +82,7 @@ class Reader:
                 raise ValueError(f"text {self.count} is a {type(text).__name__}, needed a string")
             self._hash.update(text.encode() + b"\0")
             self.count += 1
+            self.brought_bos = self.brought_bos or (self._tokenizer is not None and brings_bos(self._tokenizer, text))
             yield text, 0
 
     def skip_to(self, place: Place, file: Path) -> None:

@@ -1,0 +1,219 @@
+"""Facts from anything that has rows: the same from every kind of table, said from what, nothing dropped in silence."""
+
+import csv
+import gzip
+import inspect
+import json
+
+import datasets
+import pandas as pd
+import pytest
+
+from tl_factedit import data
+from tl_factedit.core.facts import Fact
+
+ROWS = [
+    {
+        "entity": "France",
+        "question": "What is the capital of France?",
+        "answer": "Paris",
+        "new": "Rome",
+        "rephrase": ["France's capital is", "The seat of government of France is"],
+        "rel": "capital",
+        "note": "x",
+    },
+    {
+        "entity": "Namibia",
+        "question": "What is the capital of Namibia?",
+        "answer": "Windhoek",
+        "new": "Paris",
+        "rephrase": [],
+        "rel": "capital",
+        "note": "y",
+    },
+]
+FACTS = [
+    Fact(
+        "France",
+        "What is the capital of {}?",
+        " Paris",
+        " Rome",
+        paraphrases=["France's capital is", "The seat of government of France is"],
+        controls=[" Windhoek"],
+        relation="capital",
+        id=0,
+    ),
+    Fact("Namibia", "What is the capital of {}?", " Windhoek", " Paris", controls=[" Rome"], relation="capital", id=1),
+]
+
+
+def as_text(rows):
+    return [{name: json.dumps(v) if isinstance(v, list) else v for name, v in row.items()} for row in rows]
+
+
+def csv_file(path, rows, separator=","):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(as_text(rows))
+    return path
+
+
+def test_every_kind_of_table_gives_the_same_facts_and_says_from_what(tmp_path):
+    frame = pd.DataFrame(ROWS)
+    frame.to_parquet(tmp_path / "facts.parquet")
+    (tmp_path / "facts.json").write_text(json.dumps(ROWS))
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "facts.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    csv_file(tmp_path / "facts.csv", ROWS)
+    csv_file(tmp_path / "facts.tsv", ROWS, "\t")
+    (tmp_path / "facts.csv.gz").write_bytes(gzip.compress((tmp_path / "facts.csv").read_bytes()))
+    kinds = [ROWS, tuple(ROWS), frame, datasets.Dataset.from_list(ROWS), *sorted(tmp_path.iterdir())]
+    assert len(kinds) == 11
+    for given in kinds:
+        found = data.facts(given)
+        assert list(found) == FACTS, given
+        assert found.columns == {
+            "subject": "entity",
+            "prompt": "question",
+            "target_true": "answer",
+            "target_new": "new",
+            "paraphrases": "rephrase",
+            "relation": "rel",
+        }
+        assert found.unused == ("note",) and found.left_out == ()
+        assert repr(found).startswith("2 facts: subject from 'entity'") and "not used: 'note'" in repr(found)
+
+
+def test_columns_may_be_named_and_the_usual_names_give_way():
+    rows = [{"subject": "no", "who": "France", "prompt": "{} has the capital", "target_true": "Rome", "is": "Paris"}]
+    found = data.facts(rows, {"subject": "who", "target_true": "is"})
+    assert list(found) == [Fact("France", "{} has the capital", " Paris", id=0)]
+    assert found.unused == ("subject", "target_true")
+
+
+@pytest.mark.parametrize(
+    "template", ["The capital of [X] is [Y] .", "The capital of {subject} is", "The capital of {} is"]
+)
+def test_slots_of_other_layouts_are_taken(template):
+    rows = [{"sub_label": "France", "template": template, "obj_label": "Paris", "paraphrase": "[X] is ruled from [Y]."}]
+    (found,) = data.facts(rows)
+    assert found.text == "The capital of France is" and found.paraphrases == ("{} is ruled from",)
+
+
+def test_nested_objects_and_neighbours_lists_of_answers_and_numbers_are_read():
+    rows = [
+        {
+            "subject": "Ann",
+            "prompt": "Ann was born in",
+            "target_true": {"str": "1912", "id": "Q1"},
+            "target_new": ["Rome", "Roma"],
+            "locality": [{"loc": "Bob was born in", "loc_ans": "Oslo"}],
+        },
+        {
+            "subject": "Eve",
+            "prompt": "Eve was born in",
+            "target_true": 1930,
+            "target_new": float("nan"),
+            "locality": None,
+        },
+    ]
+    ann, eve = data.facts(rows)
+    assert (ann.target_true, ann.target_new) == (" 1912", " Rome") and eve.target_true == " 1930"
+    assert ann.neighbours == ("Bob was born in",) and ann.neighbour_targets == (" Oslo",)
+    assert eve.target_new is None and eve.neighbours == ()
+
+
+def test_a_country_called_na_is_no_missing_value(tmp_path):
+    path = csv_file(
+        tmp_path / "x.csv", [{"subject": "NA", "prompt": "NA is short for", "answer": "Namibia", "new": ""}]
+    )
+    (fact,) = data.facts(path)
+    assert (fact.subject, fact.target_new) == ("NA", None)
+
+
+def test_published_layouts_are_known_by_what_they_hold(tmp_path):
+    rewrite = {
+        "prompt": "{} speaks",
+        "subject": "Ann",
+        "relation_id": "P1",
+        "target_true": {"str": "Dutch"},
+        "target_new": {"str": "Thai"},
+    }
+    rows = [{"requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    for given in (rows, tmp_path / "x.json"):
+        found = data.facts(given)
+        assert list(found) == data.counterfact(given) and found.layout == "counterfact"
+    assert repr(found) == "1 fact in the layout of fe.data.counterfact"
+    with pytest.raises(ValueError, match="MQuAKE"):
+        data.facts([{"requested_rewrite": [rewrite]}])
+
+
+def test_records_that_make_no_fact_are_all_named_or_left_out_and_kept():
+    rows = [
+        *ROWS,
+        {"entity": "Italy", "question": "Which capital?", "answer": "Rome"},
+        {"entity": "X", "question": None},
+    ]
+    with pytest.raises(
+        ValueError, match=r"2 of 4 records make no fact: record 2: .*'Italy'.*; record 3: prompt is None"
+    ):
+        data.facts(rows)
+    with pytest.warns(UserWarning, match="2 of 4 records .* left out"):
+        found = data.facts(rows, wrong="leave out")
+    assert [fact.subject for fact in found] == ["France", "Namibia"] and [i for i, _ in found.left_out] == [2, 3]
+    assert "2 records left out" in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "columns", "says"),
+    [
+        ([], None, "no records"),
+        ({"train": ROWS}, None, "a mapping of 'train'"),
+        ([3], None, "record 0 is a int"),
+        ([{"a": 1}], None, "no column for the subject among 'a'"),
+        ([{"subject": "x", "prompt": "y"}], None, "no column for an object"),
+        (ROWS, {"subjekt": "entity"}, "columns names 'subjekt'"),
+        (ROWS, {"subject": "nobody"}, "subject from 'nobody', which isn't there"),
+        ([{"subject": "x", "prompt": "[Y] is x's", "answer": "y"}], None, "stands inside the prompt"),
+        ([{"subject": "x", "prompt": "x is", "answer": "y", "rephrase": 3}], None, "paraphrases is 3"),
+    ],
+)
+def test_what_is_no_table_of_facts_is_refused(given, columns, says):
+    with pytest.raises(ValueError, match=says):
+        data.facts(given, columns)
+
+
+def test_other_kinds_are_refused(tmp_path):
+    for given in (3, None, {1, 2}):
+        with pytest.raises(TypeError, match="needed a list of dicts"):
+            data.facts(given)
+    with pytest.raises(ValueError, match="wrong is 'skip'"):
+        inspect.unwrap(data.facts)(ROWS, wrong="skip")  # past the type checks of this suite
+    for name in ("none.csv", "none.json", "none.parquet"):
+        with pytest.raises(FileNotFoundError):
+            data.facts(tmp_path / name)
+    (tmp_path / "x.parquet").write_bytes(b"no")
+    with pytest.raises(ValueError, match="can't be read as PARQUET"):
+        data.facts(tmp_path / "x.parquet")
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(b"[]")[:-9])
+    with pytest.raises(ValueError, match="isn't JSON"):
+        data.facts(tmp_path / "x.json.gz")
+
+
+def test_facts_are_written_as_tables_and_read_back_as_they_were(tmp_path):
+    full = FACTS[0].but(
+        neighbours=["Rome is the capital of"], neighbour_targets=[" Italy"], paraphrases=["[France] {} is", "it's {}'s"]
+    )
+    injected = Fact("France", "{} is", None, " [old] and", controls=[" a, b"])
+    facts = [full, FACTS[1], injected.but(id=7)]
+    frame = data.to_frame(facts)
+    frame.to_csv(tmp_path / "x.csv", index=False)
+    frame.to_json(tmp_path / "x.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "x.json").write_text(json.dumps([fact.to_dict() for fact in facts]))
+    for given in (frame, *sorted(tmp_path.iterdir())):
+        found = [fact.but(id=None) for fact in data.facts(given)]
+        assert found == [fact.but(id=None) for fact in facts], given
+    assert list(data.facts([fact.to_dict() for fact in facts])) == facts

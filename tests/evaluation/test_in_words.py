@@ -1,0 +1,142 @@
+"""What a model says in words: the literal greedy decoding, what counts as saying an object, and how it is summed up."""
+
+import audits
+import laws
+import pytest
+import tiny
+import torch
+
+import tl_factedit as fe
+from tl_factedit.evaluation.in_words import begins_with, names_it
+
+FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "gemma2")]
+FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if arch in tiny.HOOKED]
+FACTS = [
+    laws.FACT.but(
+        paraphrases=["{} stands in", "People say that {} is in"], neighbours=["Big Ben is in", "Anna lives in"]
+    ),
+    laws.OTHER,
+]
+
+
+def greedily(model, text, n_tokens):
+    """The answer to one text, a whole forward pass a token."""
+    ids = model.tokenizer(text)["input_ids"]
+    bos = model.tokenizer.bos_token_id
+    ids = ids if not model.cfg.default_prepend_bos or ids[:1] == [bos] else [bos, *ids]
+    before = len(ids)
+    for _ in range(n_tokens):
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
+    end = model.tokenizer.eos_token_id
+    said = ids[before:]
+    text = model.tokenizer.decode(said[: said.index(end)] if end in said else said, skip_special_tokens=True)
+    begun = len(text) - len(text.lstrip())
+    return text[:begun] + text[begun:].split("\n")[0]
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_an_answer_is_what_greedy_decoding_says_token_by_token(form):
+    model = tiny.model(*form)
+    with laws.untouched(model):
+        found = fe.answers(model, FACTS, n_tokens=6, progress=False)
+    assert [(a.fact, a.kind) for a in found.each] == [
+        (0, "prompt"),
+        *[(0, "paraphrase")] * 2,
+        *[(0, "neighbour")] * 2,
+        (1, "prompt"),
+    ]
+    assert [a.said for a in found.each] == [greedily(model, a.asked, 6) for a in found.each]
+    alone = [fe.answers(model, fact, n_tokens=6, batch_tokens=1, progress=False) for fact in FACTS]
+    assert [a.said for one in alone for a in one.each] == [a.said for a in found.each]
+    forced = fe.evaluation.token_accuracy(model, FACTS)
+    assert found.teacher_forced == forced.rewrite
+    assert found.share("paraphrase", lambda a: a.tokens_right).mean == pytest.approx(forced.paraphrase.mean)
+
+
+@pytest.mark.parametrize(
+    ("said", "obj", "begins", "names"),
+    [
+        (" Rome, Italy", "Rome", True, True),
+        ("\n\n**Rome** is", "rome", True, True),
+        (" Romeo and", "Rome", False, False),
+        (" the city of Rome.", "Rome", False, True),
+        (" in Romeo's Rome", "Rome", False, True),
+        ("Jerome", "Rome", False, False),
+        ("北京市", "北京", True, True),
+        (" New York City", "New York", True, True),
+        ("", "Rome", False, False),
+    ],
+)
+def test_an_object_is_said_as_a_word_of_its_own(said, obj, begins, names):
+    assert (begins_with(said, obj), names_it(said, obj)) == (begins, names)
+
+
+def test_before_and_after_stand_side_by_side_and_the_numbers_are_of_facts():
+    """The organism says the old cities and its oracle the new ones."""
+    kind = tiny.KINDS[-1]
+    facts = audits.ASKED[:8]
+    said = fe.answers(audits.organism(kind), facts, n_tokens=2, progress=False)
+    now = fe.answers(audits.organism(kind, "oracle0"), facts, n_tokens=2, before=said, progress=False)
+    assert said.autoregressive.mean == 0.0 and now.autoregressive.mean == 1.0 == now.teacher_forced.mean
+    assert said.share("prompt", lambda a: float(bool(a.names_old))).mean == 1.0
+    table = now.table()
+    prompts = table[table.kind == "prompt"]
+    assert list(prompts.said_before.str.strip().str.split().str[0]) == [str(f.target_true).strip() for f in facts]
+    assert list(prompts.said.str.strip().str.split().str[0]) == [str(f.target_new).strip() for f in facts]
+    assert "autoregressive 1.00" in repr(now) and "<table" in now._repr_html_()
+    assert now.before is not None and now.before.before is None
+    with pytest.raises(ValueError, match="answers to other prompts"):
+        fe.answers(audits.organism(kind), facts[:3], n_tokens=2, before=said, progress=False)
+
+
+def test_teacher_forcing_gives_away_what_greedy_decoding_never_says(kind):
+    """An object whose second token follows from its first, which the model would never say."""
+    model = tiny.model(kind, "gpt2")
+    first = " Vienna"
+    follows = model.tokenizer.decode([int(laws.logits(model, laws.FACT.text + first)[0, -1].argmax())])
+    fact = laws.FACT.but(target_new=f"{first} {follows}")
+    found = fe.answers(model, fact, n_tokens=4, progress=False)
+    assert found.autoregressive.mean == 0.0 and 0 < found.teacher_forced.mean < 1
+    assert found.gap.mean == pytest.approx(found.teacher_forced.mean)
+
+
+def test_other_names_of_an_object_count_as_it(kind):
+    model = tiny.model(kind, "gpt2")
+    said = fe.answers(model, laws.FACT, n_tokens=3, progress=False).each[0]
+    name = said.said.split()[0]
+    found = fe.answers(model, laws.FACT, n_tokens=3, aliases={str(laws.FACT.target_new): [name]}, progress=False)
+    assert not said.begins and found.each[0].begins and found.autoregressive.mean == 1.0
+
+
+def test_an_edit_that_is_applied_is_what_is_heard(kind):
+    """A router acts through a hook, and its answer is the unedited model's again behind the block."""
+    model = audits.organism(kind)
+    facts = audits.ASKED[:3]
+    router = fe.Router(layer=1, fit=audits.FIT, contexts=("",), progress=False)(model, facts)
+    before = fe.answers(model, facts, n_tokens=1, progress=False)
+    with router.applied(model) as changed:
+        assert fe.answers(changed, facts, n_tokens=1, progress=False).autoregressive.mean == 1.0
+    assert [a.said for a in fe.answers(model, facts, n_tokens=1, progress=False).each] == [a.said for a in before.each]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"n_tokens": 0}, "n_tokens is 0"),
+        ({"n_tokens": 4000}, "take a smaller n_tokens"),
+        ({"system": "Be brief."}, "chat=False"),
+        ({"chat": True}, "no chat template"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        fe.answers(tiny.model("bridge", "gpt2"), FACTS, progress=False, **given)
+
+
+def test_kinds_and_facts_are_checked(kind):
+    model = tiny.model(kind, "gpt2")
+    with pytest.raises(ValueError, match="facts is empty"):
+        fe.answers(model, [], progress=False)
+    with pytest.raises(ValueError, match="kind is 'rewrite'"):
+        fe.answers(model, laws.FACT, n_tokens=1, progress=False).share("rewrite", lambda a: 1.0)
