@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
+from tl_factedit.backend.bridge import BridgeBackend
 from tl_factedit.backend.fingerprint import fingerprint
 from tl_factedit.backend.protocol import device, told_where_it_is
 from tl_factedit.backend.weights import down_proj
@@ -160,6 +161,78 @@ def test_a_model_over_two_devices_is_run_packed(kind):
     found = fe.causal_trace(split(kind), FACTS, progress=False)
     assert found.unpacked == want.unpacked == ""
     assert torch.allclose(found.effect, want.effect, atol=1e-5, equal_nan=True)
+
+
+def mixed_up(tokens):
+    return tokens + torch.zeros(tokens.shape, dtype=torch.long)  # on the CPU
+
+
+def full(tokens):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def broken(tokens):
+    raise torch.AcceleratorError("device-side assert triggered")
+
+
+def too_wide(tokens):
+    return tokens @ tokens
+
+
+@pytest.mark.parametrize("planted", [mixed_up, full, *([broken] if hasattr(torch, "AcceleratorError") else [])])
+def test_an_error_of_the_device_in_the_packed_path_comes_out(planted, monkeypatch):
+    model = model_on("fakegpu:0", "bridge")
+    monkeypatch.setattr(BridgeBackend, "packed", lambda self, tokens, *rest: planted(tokens))
+    with pytest.raises(RuntimeError):
+        fe.causal_trace(model, laws.FACT, progress=False)
+    with pytest.raises(RuntimeError):
+        fe.editing.fit_values(model, FACTS, 1, ("",), fit=fe.ValueFit(steps=2), prepend_bos=True, progress=False)
+
+
+def test_an_error_of_shapes_in_the_packed_path_is_said_and_makes_it_slow(monkeypatch):
+    model = model_on("fakegpu:0", "bridge")
+    want = fe.causal_trace(model, laws.FACT, progress=False)
+    monkeypatch.setattr(BridgeBackend, "packed", lambda self, tokens, *rest: too_wide(tokens.float()))
+    found = fe.causal_trace(model, laws.FACT, progress=False)
+    assert want.unpacked == "" and "shapes cannot be multiplied" in found.unpacked
+    assert torch.allclose(found.effect, want.effect, atol=1e-5, equal_nan=True)
+
+
+# ------------------------------------------------------------------------------------ what was begun elsewhere
+
+
+def test_where_the_weights_were_is_said_and_makes_no_difference(tmp_path):
+    here, there, both = model_on("cpu", "bridge"), model_on("fakegpu:1", "bridge"), split("bridge")
+    both.cfg.model_name = here.cfg.model_name
+    one, other, third = (fe.editing.Provenance.of(model) for model in (here, there, both))
+    assert (one.devices, other.devices, third.devices) == (("cpu",), ("fakegpu:1",), ("fakegpu:0", "fakegpu:1"))
+    assert one == other == third and one.origin() == other.origin() and one.to_json() != other.to_json()
+    assert fe.editing.Provenance.from_json(other.to_json()).devices == ("fakegpu:1",)
+    edit = made(there)["memit"]
+    edit.save(tmp_path / "edit")
+    assert fe.Edit.load(tmp_path / "edit").provenance.devices == ("fakegpu:1",)
+    page = fe.show.report(tmp_path / "report.html", fe.causal_trace(there, laws.FACT, progress=False)).read_text()
+    assert "float32 on fakegpu:1" in page
+
+
+def test_what_was_begun_on_one_device_is_resumed_on_another(tmp_path):
+    here, there = model_on("cpu", "bridge"), model_on("fakegpu:1", "bridge")
+    edit, probe = made(here)["memit"], fe.LogitLens()
+    calls = {
+        "trace": lambda model: fe.causal_trace(model, FACTS, folder=tmp_path / "trace", progress=False).effect,
+        "stats": lambda model: (
+            fe.key_stats(model, [1], laws.texts(20), n_tokens=100, path=tmp_path / "stats", progress=False)[1].moment
+        ),
+        "compare": lambda model: (
+            fe.compare(probe, model, edit, FACTS, folder=tmp_path / "compare", progress=False).after.values
+        ),
+    }
+    for name, call in calls.items():
+        want = call(here)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+        assert before
+        assert torch.allclose(call(there).cpu(), want, rtol=0.0, atol=0.0, equal_nan=True), name
+        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}, name
 
 
 # ------------------------------------------------------------------------------------ where a model is

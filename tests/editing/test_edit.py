@@ -258,7 +258,7 @@ def test_a_write_that_fails_midway_leaves_all_layers_as_they_were(model, monkeyp
 
 
 @pytest.mark.parametrize("call", ["apply_", "undo_"])
-@pytest.mark.parametrize("stage", ["down_proj", "hash_weight", "keep"])
+@pytest.mark.parametrize("stage", ["down_proj", "hash_all", "keep"])
 def test_an_interrupt_anywhere_in_a_call_leaves_the_model_as_it_was(kind, monkeypatch, call, stage):
     model = tiny.model(kind, "gpt2")
     edit = two_layers(model)

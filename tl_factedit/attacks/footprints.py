@@ -28,12 +28,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, in_order, positions
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.tokens import Aligned, align, batches, pad
+from tl_factedit.core.tokens import Aligned, align, pad
 from tl_factedit.core.words import counted
 from tl_factedit.locate.trace_result import ROLES, roles
 from tl_factedit.measure.change import Changed
@@ -276,10 +277,11 @@ def footprint_of(population: Population, *, batch_tokens: int = BATCH_TOKENS) ->
 
         def compute(part: Part = part) -> Tensor:
             mine = torch.full((2, len(part.indices), len(components), length), math.nan)
-            for some in batches([len(rows[i].ids) for i in part.indices], batch_tokens):
-                here = [rows[part.indices[j]] for j in some]
-                width = max(len(row.ids) for row in here)
-                mine[:, some, :, :width] = _writes(part, here)
+            for attempt in that_fit([len(rows[i].ids) for i in part.indices], batch_tokens):
+                with attempt as some:
+                    here = [rows[part.indices[j]] for j in some]
+                    width = max(len(row.ids) for row in here)
+                    mine[:, some, :, :width] = _writes(part, here)
             return mine
 
         kept = population.keep("footprint", part, compute, settings=batch_tokens)

@@ -23,11 +23,12 @@ from torch import Tensor
 from tl_factedit.attacks.asking import Asking, Standing
 from tl_factedit.attacks.footprints import Footprint, answers_of
 from tl_factedit.attacks.silencing import Silencing, hooks_of, spots_of
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
-from tl_factedit.core.tokens import batches, pad
+from tl_factedit.core.tokens import pad
 from tl_factedit.measure.population import Part, Population
 
 HELD = 4
@@ -69,34 +70,35 @@ def _left(
     standing = _standing_in(part, asking, chosen)
     out = torch.zeros(len(chosen), len(silencings))
     lengths = [len(asking.rows[i].ids) for i in chosen]
-    for some in batches(lengths, max(1, asking.batch_tokens // HELD)):
-        here = [chosen[j] for j in some]
-        rows = [asking.rows[i] for i in here]
-        tokens, ends = pad([row.ids for row in rows], 0), torch.tensor([[len(row.ids) - 1] for row in rows])
-        asked, spots = [standing[0][j] for j in some], spots_of(rows)
-        with frozen(part.unedited), torch.no_grad():
-            clean = answers_of(Runner(part.unedited), tokens, ends, None)
-        with part.applied() as tested, frozen(tested), torch.no_grad():
-            changed = answers_of(Runner(tested), tokens, ends, clean)
-            under = [
-                answers_of(Runner(tested), tokens, ends, None, hooks_of(asked, spots, [each], standing[1]))
-                for each in silencings
-            ]
-        with frozen(part.unedited), torch.no_grad():
-            own = [answers_of(Runner(part.unedited), tokens, ends, states) for states in under]
-        for s, each in enumerate(silencings):
-            kept = torch.zeros(len(here), dtype=torch.float64)
-            total = torch.zeros(len(here), dtype=torch.float64)
-            for row, name in enumerate(_places(n_layers(part.unedited))):
-                share = _still(changed[name] - clean[name], under[s][name] - own[s][name])
-                counted, silenced = written.counted(row)[here], written.silenced(row, each.cells)[here]
-                if share.dim() == 1:  # the head, at the last token alone
-                    kept += share * counted.sum(1)
-                else:
-                    wide = share.shape[1]
-                    kept += (share * torch.where(silenced, 0.0, counted)[:, :wide]).sum(1)
-                total += counted.sum(1)
-            out[some, s] = (kept / total).float()
+    for attempt in that_fit(lengths, max(1, asking.batch_tokens // HELD)):
+        with attempt as some:
+            here = [chosen[j] for j in some]
+            rows = [asking.rows[i] for i in here]
+            tokens, ends = pad([row.ids for row in rows], 0), torch.tensor([[len(row.ids) - 1] for row in rows])
+            asked, spots = [standing[0][j] for j in some], spots_of(rows)
+            with frozen(part.unedited), torch.no_grad():
+                clean = answers_of(Runner(part.unedited), tokens, ends, None)
+            with part.applied() as tested, frozen(tested), torch.no_grad():
+                changed = answers_of(Runner(tested), tokens, ends, clean)
+                under = [
+                    answers_of(Runner(tested), tokens, ends, None, hooks_of(asked, spots, [each], standing[1]))
+                    for each in silencings
+                ]
+            with frozen(part.unedited), torch.no_grad():
+                own = [answers_of(Runner(part.unedited), tokens, ends, states) for states in under]
+            for s, each in enumerate(silencings):
+                kept = torch.zeros(len(here), dtype=torch.float64)
+                total = torch.zeros(len(here), dtype=torch.float64)
+                for row, name in enumerate(_places(n_layers(part.unedited))):
+                    share = _still(changed[name] - clean[name], under[s][name] - own[s][name])
+                    counted, silenced = written.counted(row)[here], written.silenced(row, each.cells)[here]
+                    if share.dim() == 1:  # the head, at the last token alone
+                        kept += share * counted.sum(1)
+                    else:
+                        wide = share.shape[1]
+                        kept += (share * torch.where(silenced, 0.0, counted)[:, :wide]).sum(1)
+                    total += counted.sum(1)
+                out[some, s] = (kept / total).float()
     return out
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.backend.hook_names import resid_pre
-from tl_factedit.backend.memory import GIB, check_memory
+from tl_factedit.backend.memory import GIB, budget
 from tl_factedit.backend.protocol import Hook, Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches
@@ -137,10 +137,10 @@ def adding_hooks(sites: Sequence[DownProj], learnt: Sequence[Tensor]) -> list[Ho
 
 
 def updates_until_learnt(
-    model: Model, pupils: Sequence[Pupil], layers: Sequence[int], lr: float, steps: int, memory: float
+    model: Model, pupils: Sequence[Pupil], layers: Sequence[int], lr: float, steps: int, memory: float | None
 ) -> Float[Tensor, "pupil"]:
     """For each pupil, learning alone, the updates until its target is likelier than ½; ``steps + 1`` if it isn't."""
-    check_memory(memory)
+    room = budget(model, memory)
     sites = [down_proj(model, layer) for layer in layers]
     runner = Runner(model)
     numbers = sum(site.W.numel() for site in sites)
@@ -149,7 +149,7 @@ def updates_until_learnt(
     cost = [4 * (6 * numbers + per_token * (len(ids) + len(target))) for ids, target in pupils]
     taken = torch.full((len(pupils),), steps + 1.0)
     try:
-        for some in batches(cost, int(memory * GIB)):
+        for some in batches(cost, int(room * GIB)):
             taken[some] = _learn(runner, sites, [pupils[i] for i in some], lr, steps)
     finally:
         detach_caches(model)

@@ -31,13 +31,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import resid_post
 from tl_factedit.backend.protocol import check_layer, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.settings import check_settings
-from tl_factedit.core.tokens import batches, pad
+from tl_factedit.core.tokens import pad
 from tl_factedit.measure.excess import excess
 from tl_factedit.measure.first_tokens import FIRST, FirstTokens, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -152,18 +153,19 @@ class ReadOut:
         texts = [text for each in asked for text in each]
         seen: dict[int, Tensor] = {}
         first = [sum(len(each) for each in asked[:i]) for i in range(len(asked) + 1)]
-        for some in batches([max(len(text.ids), len(read)) for text in texts], self.batch_tokens):
-            caught = runner.capture(pad([texts[i].ids for i in some], 0), [resid_post(layer) for layer in read])
-            ends = torch.tensor([texts[i].end for i in some])
-            rows = torch.arange(len(some))
-            stream = torch.stack([caught[resid_post(layer)][rows, ends] for layer in read], 1).flatten(0, 1)
-            tokens = torch.zeros(len(stream), 1, dtype=torch.long)
-            logits = runner.logits(tokens, start=(runner.n_layers, stream[:, None]))[:, 0].float().cpu()
-            seen |= dict(zip(some, logits.split(len(read)), strict=True))
-            for i in range(len(asked)):  # as soon as all texts of a fact were read, so that no more is kept
-                mine = range(first[i], first[i + 1])
-                if all(j in seen for j in mine):
-                    self._attack(found, i, asked[i][0], [seen.pop(j) for j in mine], len(layers))
+        for attempt in that_fit([max(len(text.ids), len(read)) for text in texts], self.batch_tokens):
+            with attempt as some:
+                caught = runner.capture(pad([texts[i].ids for i in some], 0), [resid_post(layer) for layer in read])
+                ends = torch.tensor([texts[i].end for i in some])
+                rows = torch.arange(len(some))
+                stream = torch.stack([caught[resid_post(layer)][rows, ends] for layer in read], 1).flatten(0, 1)
+                tokens = torch.zeros(len(stream), 1, dtype=torch.long)
+                logits = runner.logits(tokens, start=(runner.n_layers, stream[:, None]))[:, 0].float().cpu()
+                seen |= dict(zip(some, logits.split(len(read)), strict=True))
+                for i in range(len(asked)):  # as soon as all texts of a fact were read, so that no more is kept
+                    mine = range(first[i], first[i + 1])
+                    if all(j in seen for j in mine):
+                        self._attack(found, i, asked[i][0], [seen.pop(j) for j in mine], len(layers))
         return found
 
     def _attack(self, found: _Found, i: int, asked: FirstTokens, logits: Sequence[Tensor], count: int) -> None:

@@ -66,8 +66,8 @@ class Relearn:
         steps: Most updates.
         looks: After how many updates to look, beside after `steps`.
         controls: How many control objects for each fact, drawn with `seed`.
-        memory: What the learnt changes and activations may take, in GiB: sets how many facts learn at once, which
-            changes the result by rounding alone.
+        memory: What the learnt changes and activations may take, in GiB (None for a share of what is free): sets how
+            many facts learn at once, which changes the result by rounding alone.
         seed: Seed of the draw and of the bootstrap.
     """
 
@@ -76,7 +76,7 @@ class Relearn:
     steps: int = 40
     looks: Sequence[int] = (2, 5, 10, 20)
     controls: int = 2
-    memory: float = 1.0
+    memory: float | None = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ def relearning_rate(
     rates: Sequence[float] = RATES,
     steps: int = 40,
     prepend_bos: bool | None = None,
-    memory: float = 1.0,
+    memory: float | None = 1.0,
     seed: int = 0,
 ) -> float:
     """The largest learning rate at which the unedited model needs at least so many updates for a control object.

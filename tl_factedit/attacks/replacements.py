@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.attacks.cells import COMPONENTS, Place, positions
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook
 from tl_factedit.backend.runner import Runner
-from tl_factedit.core.tokens import Aligned, batches, pad
+from tl_factedit.core.tokens import Aligned, pad
 
 EARLIER, LAST_OF_SUBJECT, FROM_END = 0, 1, 2
 """Roles: of a subject's earlier tokens, of its last, and of those after it by how far before the end they stand."""
@@ -77,27 +78,33 @@ class Replacements:
         total: Tensor | None = None
         weight = torch.zeros(len(sources), n_roles, dtype=torch.float64)
         kind = torch.float32
-        for some in batches([len(rows[i].ids) for i in needed], batch_tokens):
-            here = [needed[i] for i in some]
-            tokens = pad([rows[i].ids for i in here], 0)
-            caught = runner.capture(tokens, [place for row in places for place in row])
-            share = torch.zeros(len(here), n_roles, tokens.shape[1], dtype=torch.float64)  # of a role among its tokens
-            for r, i in enumerate(here):
-                for p, role in roles_at("all", rows[i]):
-                    share[r, role, p] = 1.0
-            there = share.sum(-1)
-            share = share / there.clamp(min=1.0)[..., None]
-            mine = sources[:, here].double()
-            weight += mine @ (there > 0).double()
-            mixing = torch.einsum("sr,rkp->skrp", mine, share).flatten(2).flatten(0, 1)
-            first = caught[places[0][0]]
-            kind = first.dtype
-            mixing = mixing.to(first.device)
-            added = torch.stack(
-                [torch.stack([mixing @ caught[place].double().flatten(0, 1) for place in row], 1) for row in places], 1
-            )
-            added = added.unflatten(0, (len(sources), n_roles))
-            total = added if total is None else total + added
+        for attempt in that_fit([len(rows[i].ids) for i in needed], batch_tokens):
+            with attempt as some:
+                here = [needed[i] for i in some]
+                tokens = pad([rows[i].ids for i in here], 0)
+                caught = runner.capture(tokens, [place for row in places for place in row])
+                # Of a role among its tokens.
+                share = torch.zeros(len(here), n_roles, tokens.shape[1], dtype=torch.float64)
+                for r, i in enumerate(here):
+                    for p, role in roles_at("all", rows[i]):
+                        share[r, role, p] = 1.0
+                there = share.sum(-1)
+                share = share / there.clamp(min=1.0)[..., None]
+                mine = sources[:, here].double()
+                mixing = torch.einsum("sr,rkp->skrp", mine, share).flatten(2).flatten(0, 1)
+                first = caught[places[0][0]]
+                kind = first.dtype
+                mixing = mixing.to(first.device)
+                added = torch.stack(
+                    [
+                        torch.stack([mixing @ caught[place].double().flatten(0, 1) for place in row], 1)
+                        for row in places
+                    ],
+                    1,
+                )
+                added = added.unflatten(0, (len(sources), n_roles))
+                total = added if total is None else total + added
+                weight += mine @ (there > 0).double()
         assert total is not None
         values = total / weight.to(total.device).clamp(min=1e-12)[:, :, None, None, None]
         for source in range(len(sources)):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cells, Place, describe
 from tl_factedit.attacks.replacements import Replacements, roles_at
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn
 from tl_factedit.backend.runner import Runner
-from tl_factedit.core.tokens import Aligned, batches, pad
+from tl_factedit.core.tokens import Aligned, pad
 
 By: TypeAlias = Literal["mean", "resample", "half"]
 """What stands in for what is silenced: the references' mean, one of them, or half of the mean and half of its own."""
@@ -90,25 +91,26 @@ def says_under(
     most = max(len(here) for _, here in passes(begins, runner.n_layers, 1, 0))
     streams = [*(resid_pre(layer) for layer in range(runner.n_layers)), resid_post(runner.n_layers - 1)]
     found: dict[tuple[int, int], Tensor] = {}
-    for some in batches([most * len(each.row.ids) for each in asked], batch_tokens):
-        rows = [asked[i].row for i in some]
-        tokens = pad([row.ids for row in rows], 0)
-        ends = torch.tensor([len(row.ids) - 1 for row in rows])
-        clean = runner.capture(tokens, streams)
-        spots = spots_of(rows)
-        for begin, here in passes(begins, runner.n_layers, tokens.numel(), enough):
-            # All prompts under the first of these silencings, then all under the next …
-            hooks = hooks_of([asked[i] for i in some], spots, [silencings[s] for s in here], replacements)
-            logits = runner.logits(
-                tokens.repeat(len(here), 1),
-                at=ends.repeat(len(here))[:, None],
-                start=(begin, clean[streams[begin]].repeat(len(here), 1, 1)),
-                hooks=hooks,
-            )[:, 0]
-            log_p = logits.float().log_softmax(-1).cpu()
-            for s, part in zip(here, log_p.split(len(some)), strict=True):
-                for i, each in zip(some, part, strict=True):
-                    found[i, s] = reduce(i, each)
+    for attempt in that_fit([most * len(each.row.ids) for each in asked], batch_tokens):
+        with attempt as some:
+            rows = [asked[i].row for i in some]
+            tokens = pad([row.ids for row in rows], 0)
+            ends = torch.tensor([len(row.ids) - 1 for row in rows])
+            clean = runner.capture(tokens, streams)
+            spots = spots_of(rows)
+            for begin, here in passes(begins, runner.n_layers, tokens.numel(), enough):
+                # All prompts under the first of these silencings, then all under the next …
+                hooks = hooks_of([asked[i] for i in some], spots, [silencings[s] for s in here], replacements)
+                logits = runner.logits(
+                    tokens.repeat(len(here), 1),
+                    at=ends.repeat(len(here))[:, None],
+                    start=(begin, clean[streams[begin]].repeat(len(here), 1, 1)),
+                    hooks=hooks,
+                )[:, 0]
+                log_p = logits.float().log_softmax(-1).cpu()
+                for s, part in zip(here, log_p.split(len(some)), strict=True):
+                    for i, each in zip(some, part, strict=True):
+                        found[i, s] = reduce(i, each)
     return torch.stack([torch.stack([found[i, s] for s in range(len(silencings))]) for i in range(len(asked))])
 
 

@@ -43,6 +43,7 @@ from tl_factedit.auditing.wording import (
     retained_axis,
     what_is_missing,
 )
+from tl_factedit.backend.fingerprint import hashed_once
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
@@ -148,55 +149,56 @@ def audit(
     texts = as_several(texts, str, "texts", "a text")
     attacks = tuple(attacks) if isinstance(attacks, Sequence) else (attacks,)
     reference = None if reference is None else as_facts(reference, "reference")
-    population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress, force)
-    erasing = is_erasure(population, objective)
-    usual = _usual(population, attacks, routes, same_subject, texts, full, seed)
-    plan = Plan(
-        attacks=(*usual, *attacks),
-        usual=len(usual),
-        routes=routes,
-        same_subject=same_subject,
-        texts=texts,
-        calibration=calibration,
-        erasing=erasing,
-        seed=seed,
-        full=full,
-    )
-    plan.check(population)
-    thresholds = Thresholds() if thresholds is None else thresholds
-    evidence = gather(population, plan)
-    one_change = not isinstance(changed, Sequence)
-    findings = findings_of(evidence, erasing=erasing, facts=len(population.facts), one_change=one_change)
-    found = judge(findings, thresholds)
-    if found.label in ABSENCES:
-        controlled = population.asking([fact for fact in population.facts if fact.controls])
-        findings = replace(findings, control=found_in_an_override(controlled, plan.attacks, evidence.attacks))
+    with hashed_once(model):
+        population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress, force)
+        erasing = is_erasure(population, objective)
+        usual = _usual(population, attacks, routes, same_subject, texts, full, seed)
+        plan = Plan(
+            attacks=(*usual, *attacks),
+            usual=len(usual),
+            routes=routes,
+            same_subject=same_subject,
+            texts=texts,
+            calibration=calibration,
+            erasing=erasing,
+            seed=seed,
+            full=full,
+        )
+        plan.check(population)
+        thresholds = Thresholds() if thresholds is None else thresholds
+        evidence = gather(population, plan)
+        one_change = not isinstance(changed, Sequence)
+        findings = findings_of(evidence, erasing=erasing, facts=len(population.facts), one_change=one_change)
         found = judge(findings, thresholds)
-    return Verdict(
-        label=found.label,
-        level="per edit" if findings.few else "population",
-        by=found.by,
-        retained=retained_axis(findings, evidence.retention),
-        recoverable=recoverable_axis(findings),
-        reasons=(*found.reasons, *of_what_was_written(evidence), *describe_context(evidence)),
-        missing=(*found.missing, *what_is_missing(evidence)),
-        power=found.power,
-        findings=findings,
-        thresholds=thresholds,
-        before=evidence.before,
-        after=evidence.after,
-        erasure_success=evidence.erasure_success,
-        attacks=evidence.attacks,
-        retention=evidence.retention,
-        specificity=evidence.specificity,
-        drift=evidence.drift,
-        upstream=evidence.upstream,
-        lens=evidence.lens,
-        gains=evidence.gains,
-        dose=evidence.dose,
-        facts=population.facts,
-        provenance=AuditProvenance.of(population, plan),
-    )
+        if found.label in ABSENCES:
+            controlled = population.asking([fact for fact in population.facts if fact.controls])
+            findings = replace(findings, control=found_in_an_override(controlled, plan.attacks, evidence.attacks))
+            found = judge(findings, thresholds)
+        return Verdict(
+            label=found.label,
+            level="per edit" if findings.few else "population",
+            by=found.by,
+            retained=retained_axis(findings, evidence.retention),
+            recoverable=recoverable_axis(findings),
+            reasons=(*found.reasons, *of_what_was_written(evidence), *describe_context(evidence)),
+            missing=(*found.missing, *what_is_missing(evidence)),
+            power=found.power,
+            findings=findings,
+            thresholds=thresholds,
+            before=evidence.before,
+            after=evidence.after,
+            erasure_success=evidence.erasure_success,
+            attacks=evidence.attacks,
+            retention=evidence.retention,
+            specificity=evidence.specificity,
+            drift=evidence.drift,
+            upstream=evidence.upstream,
+            lens=evidence.lens,
+            gains=evidence.gains,
+            dose=evidence.dose,
+            facts=population.facts,
+            provenance=AuditProvenance.of(population, plan),
+        )
 
 
 def _population(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
 
+from tl_factedit.backend.free import free_bytes
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.weights import down_proj
 
@@ -18,14 +19,45 @@ NUMBER = 4
 """Bytes of a number; activations of half precision are reckoned as dearly, as losses are in float32."""
 
 
-def check_memory(memory: float) -> None:
-    """Check that a budget is a positive number of GiB.
+SHARE = 0.5
+"""Of what is free on a device: the rest is for kernels' own needs, and for what is reckoned too small."""
+
+SHARE_OF_RAM = 0.25
+"""Of what is free beside a CPU, where other processes live, too."""
+
+UNKNOWN = 2.0
+"""GiB, where nothing says how much is free."""
+
+
+def check_memory(memory: float | None) -> None:
+    """Check that a budget is a positive number of GiB, or None.
 
     Raises:
         ValueError: It isn't.
     """
+    if memory is None:
+        return
     if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 < float(memory) < math.inf:
-        raise ValueError(f"memory is {memory!r}, needed a number above 0 (GiB)")
+        raise ValueError(
+            f"memory is {memory!r}, needed a number above 0 (GiB), or None for a share of what the device has free"
+        )
+
+
+def budget(model: Model, memory: float | None) -> float:
+    """A budget in GiB: as it is given; for None a share of what is free now on the fullest of the model's devices.
+
+    Raises:
+        ValueError: It is no number above 0.
+    """
+    check_memory(memory)
+    if memory is not None:
+        return memory
+    devices = {param.device for param in model.parameters() if not param.is_meta}
+    free = free_bytes(devices)
+    if free is None:
+        return UNKNOWN
+    share = SHARE_OF_RAM if any(where.type == "cpu" for where in devices) else SHARE
+    return max(free, 1) * share / GIB
 
 
 def pass_tokens(model: Model, memory: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
@@ -31,6 +31,8 @@ class Provenance:
             them.
         bos_in_prompt: Whether some prompt or text begins with the BOS token itself (a chat template), so that none was
             put in front of it.
+        devices: Where the weights were, e.g. ``("cuda:0",)``: numbers of another kind of device are rounded otherwise.
+            Two that differ in this alone are equal, and what was begun on one device is resumed on another.
 
     Example:
         >>> fe.editing.Provenance.of(model).versions["torch"]             # doctest: +SKIP
@@ -45,6 +47,7 @@ class Provenance:
     edits: tuple[str, ...] = ()
     hooks: tuple[str, ...] = ()
     bos_in_prompt: bool = False
+    devices: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(
@@ -78,14 +81,15 @@ class Provenance:
             edits=edits,
             hooks=users_hooks(model),
             bos_in_prompt=bos and any(brings_bos(model.tokenizer, prompt) for prompt in prompts),
+            devices=tuple(dict.fromkeys(str(param.device) for param in model.parameters())),
         )
 
     def having_read(self, brought_bos: bool) -> Provenance:
         """That of a result of texts that were read on the way, one of which brought its BOS (or none did)."""
         return replace(self, bos_in_prompt=self.bos_in_prompt or (self.prepend_bos and brought_bos))
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for a file's header."""
+    def origin(self) -> dict[str, Any]:
+        """Plain data that tells one model from another, and how it is run; where it was is none of it."""
         w = self.weights
         return {
             "model": self.model,
@@ -99,6 +103,10 @@ class Provenance:
             "bos_in_prompt": self.bos_in_prompt,
         }
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a file's header."""
+        return self.origin() | {"devices": list(self.devices)}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:
         """Back from `to_json`; of older files some fields are missing.
@@ -106,7 +114,9 @@ class Provenance:
         Raises:
             ValueError: A field is missing, or no such thing as it has to be; the message names it.
         """
-        return made(cls, data, "provenance", plain=True, missing=("revision", "edits", "hooks", "bos_in_prompt"))
+        return made(
+            cls, data, "provenance", plain=True, missing=("revision", "edits", "hooks", "bos_in_prompt", "devices")
+        )
 
 
 def _revision(model: Model) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_factedit.backend.fingerprint import hash_weight
+from tl_factedit.backend.hashing import hash_one
 from tl_factedit.backend.protocol import UnsupportedModelError, kind_of
 from tl_factedit.backend.state import finish_despite_interrupt, plain_torch
 from tl_factedit.backend.unwrapped import is_wrapped
@@ -166,4 +166,4 @@ def _same(stored: tuple[nn.Parameter, bool], digest: str) -> bool:
     param, transposed = stored
     weight: Float[Tensor, "d_mlp d_model"] = param.detach().T if transposed else param.detach()
     # Processing may have centred what is written to the stream, and nothing else.
-    return digest in (hash_weight(weight), hash_weight(weight - weight.mean(-1, keepdim=True)))
+    return digest in (hash_one(weight), hash_one(weight - weight.mean(-1, keepdim=True)))

@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.memory import check_memory
 from tl_factedit.backend.packing import gather
@@ -38,7 +39,7 @@ from tl_factedit.backend.weights import down_proj, write_all
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.kinds import check_one
 from tl_factedit.core.solve import Factors, NotPositiveDefiniteError, least_squares, weight_for_unmet
-from tl_factedit.core.tokens import align, batches, pad
+from tl_factedit.core.tokens import align, pad
 from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.description import describe
 from tl_factedit.editing.edit import Edit
@@ -104,7 +105,7 @@ class LayerwiseEditor(Protocol):
         ...
 
     @property
-    def memory(self) -> float:
+    def memory(self) -> float | None:
         """What activations may take while z is found, in GiB."""
         ...
 
@@ -387,11 +388,12 @@ class _Subjects:
                 lookups.append(row.last)
                 subjects.append((target, row.subject))
         kept = []
-        for places in batches([len(row) for row in rows], AT_ONCE):
-            tokens = pad([rows[i] for i in places], 0)
-            hooks = set_subjects([subjects[i] for i in places])
-            stream = runner.capture(tokens, [resid_pre(first)], stop=first, hooks=hooks)[resid_pre(first)]
-            kept.append((tokens, torch.tensor([lookups[i] for i in places]), torch.tensor(places), stream))
+        for attempt in that_fit([len(row) for row in rows], AT_ONCE):
+            with attempt as places:
+                tokens = pad([rows[i] for i in places], 0)
+                hooks = set_subjects([subjects[i] for i in places])
+                stream = runner.capture(tokens, [resid_pre(first)], stop=first, hooks=hooks)[resid_pre(first)]
+                kept.append((tokens, torch.tensor([lookups[i] for i in places]), torch.tensor(places), stream))
         return cls(runner, first, len(targets), kept, len(contexts))
 
     def keys(self, layer: int) -> Float[Tensor, "fact d_mlp"]:

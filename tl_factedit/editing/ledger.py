@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tl_factedit.backend.fingerprint import Fingerprint, fingerprint, hash_weight
+from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
+from tl_factedit.backend.hashing import hash_all, hash_one
 from tl_factedit.backend.protocol import Model, UnsupportedModelError, model_name, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import finish_despite_interrupt, one_thread, plain_torch
@@ -68,11 +69,11 @@ def base_fingerprint(model: Model) -> Fingerprint:
     """Fingerprint of the weights without the edits that are applied to the model now."""
     now = fingerprint(model)
     ledger = ledger_of(model)
-    hashes = list(now.w_out)
-    for layer, weight in ledger.base.items():
-        if hashes[layer] == ledger.written[layer]:
-            hashes[layer] = hash_weight(weight)
-    return Fingerprint(tuple(hashes), now.rest, now.layout)
+    edited = [layer for layer in ledger.base if now.w_out[layer] == ledger.written[layer]]
+    hashes = dict(enumerate(now.w_out)) | dict(
+        zip(edited, hash_all([ledger.base[layer] for layer in edited]), strict=True)
+    )
+    return Fingerprint(tuple(hashes.values()), now.rest, now.layout)
 
 
 def made_on(model: Model, prepend_bos: bool, base: Fingerprint, prompts: Iterable[str] = ()) -> Provenance:
@@ -121,7 +122,7 @@ class Ledger:
             self,
             edits=(*self.edits, edit),
             base={**before, **self.base},
-            written={**self.written, **{layer: hash_weight(weight) for layer, weight in after.items()}},
+            written={**self.written, **_hashed(after)},
             between=between,
         )
 
@@ -151,7 +152,7 @@ class Ledger:
                 between[layer] = known
             weights[layer] = weight
         touched = {delta.layer for other in left.edits for delta in other.deltas}
-        written = {**self.written, **{layer: hash_weight(weight) for layer, weight in weights.items()}}
+        written = {**self.written, **_hashed({layer: weight for layer, weight in weights.items() if layer in touched})}
         return (
             replace(
                 left,
@@ -168,14 +169,19 @@ class Ledger:
         Raises:
             ValueError: Something else has written to one.
         """
+        now = _hashed({layer: down_proj(model, layer).W for layer in self.written})
         for layer, expected in self.written.items():
-            if hash_weight(down_proj(model, layer).W) != expected:
+            if now[layer] != expected:
                 raise ValueError(
                     f"W_out of layer {layer} was changed since an edit was applied to {model_name(model)} (by "
                     "training, loading or weight processing): nothing was written; load the weights from before the "
                     "edit into all of its layers, which takes it off, reload the model, or take the weights as they "
                     "are: editing.forget_edits_(model)"
                 )
+
+
+def _hashed(weights: Mapping[int, Tensor]) -> dict[int, str]:
+    return dict(zip(weights, hash_all(list(weights.values())), strict=True))
 
 
 def thinned(weights: Mapping[int, Tensor], top: int) -> dict[int, Tensor]:
@@ -211,7 +217,7 @@ def _is_restored(model: Model, layer: int, base: Tensor, ledger: Ledger) -> bool
     """Whether a layer holds the weights from before its edits, and not because they change nothing."""
     weight = down_proj(model, layer).W
     same = weight.dtype == base.dtype and torch.equal(weight, base.to(weight.device))
-    return same and hash_weight(base) != ledger.written[layer]
+    return same and hash_one(base) != ledger.written[layer]
 
 
 def keep(model: Model, ledger: Ledger) -> None:

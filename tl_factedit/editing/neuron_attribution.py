@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.hook_names import resid_pre
-from tl_factedit.backend.memory import NUMBER, check_memory, graph_bytes, logits_bytes, together
+from tl_factedit.backend.memory import NUMBER, budget, graph_bytes, logits_bytes, together
 from tl_factedit.backend.packing import Packing, gather, past_at
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
@@ -62,7 +62,7 @@ def attributions(
     layers: Sequence[int],
     *,
     steps: int = 20,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     progress: bool = True,
 ) -> Iterator[NeuronAttribution]:
     """Integrated gradients of the answers' probabilities along the keys at the prompts' last tokens.
@@ -75,7 +75,7 @@ def attributions(
         prompts: What is asked.
         layers: Whose keys.
         steps: How many points the integral is taken at, by the midpoint rule.
-        memory: What activations may take, in GiB.
+        memory: What activations may take, in GiB (None for a share of what is free).
         progress: Whether to show a bar on what takes longer than a second.
 
     Yields:
@@ -84,7 +84,7 @@ def attributions(
     Raises:
         RuntimeError: A probability is not finite.
     """
-    check_memory(memory)
+    room = budget(model, memory)
     runner = Runner(model)
     sites = [down_proj(model, layer) for layer in layers]
     # Midpoints count; the two ends are there for the gap.
@@ -93,7 +93,7 @@ def attributions(
         longest = max((prompt.ids for prompt in prompts), key=len)
         packed = not runner.why_not_packed(longest, len(longest))
     with tqdm(total=len(prompts), unit="prompt", desc="looking for neurons", delay=1, disable=not progress) as bar:
-        for group in _groups(runner, prompts, sites, len(shares), memory, packed=packed):
+        for group in _groups(runner, prompts, sites, len(shares), room, packed=packed):
             try:
                 with torch.no_grad():
                     scaled = _Scaled(runner, group, sites, shares, packed=packed)

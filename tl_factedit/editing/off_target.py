@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align, batches, encode, pad
+from tl_factedit.core.tokens import align, encode, pad
 from tl_factedit.editing.delta import Delta, norm_ratio
 from tl_factedit.editing.ledger import ledger_of
 
@@ -138,15 +139,16 @@ def keys_with(
     """
     sites = {delta.layer: down_proj(model, delta.layer) for delta in deltas}
     places = [site.key_hook for site in sites.values()]
-    for batch in batches([len(text) for text in texts], AT_ONCE):
-        below = [delta for delta in deltas if delta.layer < max(sites) and not written]
-        hooks = [hook for delta in below for hook in adding_hooks(sites[delta.layer], delta)]
-        # Entered for each batch, so that the model is as it was whenever the caller has the word.
-        with frozen(model), torch.no_grad():
-            tokens = pad([texts[i] for i in batch], 0)
-            found = Runner(model).capture(tokens, places, stop=max(sites) + 1, hooks=hooks)
-        for row, i in enumerate(batch):
-            yield i, {layer: found[site.key_hook][row, : len(texts[i])].double() for layer, site in sites.items()}
+    for attempt in that_fit([len(text) for text in texts], AT_ONCE):
+        with attempt as batch:
+            below = [delta for delta in deltas if delta.layer < max(sites) and not written]
+            hooks = [hook for delta in below for hook in adding_hooks(sites[delta.layer], delta)]
+            # Entered for each batch, so that the model is as it was whenever the caller has the word.
+            with frozen(model), torch.no_grad():
+                tokens = pad([texts[i] for i in batch], 0)
+                found = Runner(model).capture(tokens, places, stop=max(sites) + 1, hooks=hooks)
+            for row, i in enumerate(batch):
+                yield i, {layer: found[site.key_hook][row, : len(texts[i])].double() for layer, site in sites.items()}
 
 
 def adding_hooks(site: DownProj, delta: Delta) -> list[Hook]:

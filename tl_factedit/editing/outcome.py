@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.memory import MOST_TOKENS
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
-from tl_factedit.core.tokens import Aligned, align, batches, pad
+from tl_factedit.core.tokens import Aligned, align, pad
 from tl_factedit.core.typed import Finite, Number, fitting
 from tl_factedit.editing.objectives import EditTarget, set_subjects
 
@@ -114,18 +115,19 @@ def _said(
     said: list[tuple[float, bool]] = [(math.nan, False)] * len(rows)
     ids = [_target_ids(row) for row in rows]
     texts = [torch.cat([row.ids, target[:-1]]) for row, target in zip(rows, ids, strict=True)]
-    for batch in batches([len(text) for text in texts], MOST_TOKENS):
-        at = [(r, len(rows[i].ids) - 1 + t) for r, i in enumerate(batch) for t in range(len(ids[i]))]
-        subjects = set_subjects([(targets[i], rows[i].subject) for i in batch])
-        logits = runner.logits(
-            pad([texts[i] for i in batch], 0),
-            at=(torch.tensor([r for r, _ in at]), torch.tensor([place for _, place in at])),
-            hooks=[*subjects, *hooks],
-        )[0]
-        probs = logits.float().softmax(-1).cpu()
-        for i, own in zip(batch, probs.split([len(ids[i]) for i in batch]), strict=True):
-            wanted = own.gather(-1, ids[i][:, None])[:, 0]
-            said[i] = float(wanted.mean()), bool((wanted == own.amax(-1)).all())
+    for attempt in that_fit([len(text) for text in texts], MOST_TOKENS):
+        with attempt as batch:
+            at = [(r, len(rows[i].ids) - 1 + t) for r, i in enumerate(batch) for t in range(len(ids[i]))]
+            subjects = set_subjects([(targets[i], rows[i].subject) for i in batch])
+            logits = runner.logits(
+                pad([texts[i] for i in batch], 0),
+                at=(torch.tensor([r for r, _ in at]), torch.tensor([place for _, place in at])),
+                hooks=[*subjects, *hooks],
+            )[0]
+            probs = logits.float().softmax(-1).cpu()
+            for i, own in zip(batch, probs.split([len(ids[i]) for i in batch]), strict=True):
+                wanted = own.gather(-1, ids[i][:, None])[:, 0]
+                said[i] = float(wanted.mean()), bool((wanted == own.amax(-1)).all())
     return said
 
 

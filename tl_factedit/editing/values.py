@@ -21,7 +21,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from tqdm.auto import tqdm
 
-from tl_factedit.backend.memory import check_memory, graph_bytes, logits_bytes, together
+from tl_factedit.backend.halving import halving
+from tl_factedit.backend.memory import budget, graph_bytes, logits_bytes, together
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, frozen, plain_torch
@@ -45,7 +46,7 @@ def fit_values(
     where: Where = "mlp",
     fit: ValueFit | None = None,
     prepend_bos: bool,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     progress: bool = True,
 ) -> list[Fitted]:
     """Find, for each target, the δ that makes the model go on with its fact's ``target_new`` (or not, if it says so).
@@ -58,7 +59,8 @@ def fit_values(
         where: Where δ is added; see `Where`.
         fit: Hyperparameters.
         prepend_bos: BOS policy.
-        memory: What activations may take, in GiB: sets how many facts are fitted at once.
+        memory: What activations may take, in GiB (None for a share of what is free): sets how many facts are fitted at
+            once.
         progress: Whether to show a bar on what takes longer than a second.
 
     Returns:
@@ -69,7 +71,7 @@ def fit_values(
             has.
         RuntimeError: A loss or δ is not finite.
     """
-    check_memory(memory)
+    room = budget(model, memory)
     fit = fit or ValueFit()
     wanted = [EditTarget(each) if isinstance(each, Fact) else each for each in targets]
     for target in wanted:
@@ -90,14 +92,16 @@ def fit_values(
         with torch.no_grad():
             longest = max((row for each in asked for row in each.rows), key=len)
             packed = not runner.why_not_packed(longest[:TRIAL], len(longest))
-        for batch in _batches(model, asked, layer, memory, mixed=packed and runner.mixes_pasts):
-            some, begun = [asked[i] for i in batch], bar.n
-            try:
-                done = Descent(runner, some, layer, where, fit, packed=packed).run(bar.update)
-            finally:
-                detach_caches(model)
-            found.update(zip(batch, done, strict=True))
-            bar.update(begun + len(batch) * fit.steps - bar.n)  # the steps of those that stopped early
+        groups = _batches(model, asked, layer, room, mixed=packed and runner.mixes_pasts)
+        for attempt in halving(groups, len, "facts at once", "less memory"):
+            with attempt as batch:
+                some, begun = [asked[i] for i in batch], bar.n
+                try:
+                    done = Descent(runner, some, layer, where, fit, packed=packed).run(bar.update)
+                finally:
+                    detach_caches(model)
+                found.update(zip(batch, done, strict=True))
+                bar.update(begun + len(batch) * fit.steps - bar.n)  # the steps of those that stopped early
     return [found[i] for i in range(len(asked))]
 
 

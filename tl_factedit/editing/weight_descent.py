@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_factedit.backend.memory import graph_bytes, logits_bytes, together
+from tl_factedit.backend.memory import budget, graph_bytes, logits_bytes, together
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
@@ -56,7 +56,7 @@ class Schedule(Protocol):
         ...
 
     @property
-    def memory(self) -> float:
+    def memory(self) -> float | None:
         """What activations may take, in GiB."""
         ...
 
@@ -94,6 +94,7 @@ class WeightDescent:
                 EditWarning,
             )
         self.adam = Adam(self.weights, schedule.lr)
+        self.memory = budget(runner.model, schedule.memory)
 
     def run(self) -> Tuned:
         """Step until the loss is small, or the steps are over."""
@@ -140,7 +141,7 @@ class WeightDescent:
     def _pieces(self, facts: Sequence[int]) -> Iterator[TrainingBatch]:
         """As many facts at a time as their graphs leave room for."""
         token, read = graph_bytes(self.runner.model, self.first), logits_bytes(self.runner.model)
-        for some in together([self.asked[i].need(token, read) for i in facts], self.schedule.memory):
+        for some in together([self.asked[i].need(token, read) for i in facts], self.memory):
             yield TrainingBatch.of(self.runner, self.asked, [facts[i] for i in some], self.first)
 
     def _gradients(

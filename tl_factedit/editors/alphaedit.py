@@ -42,7 +42,8 @@ class AlphaEdit:
         fit: How z is found; its clamp is 0.75, not ROME's 4.
         contexts: Prefixes to average over: how to sample them, or the texts themselves.
         prepend_bos: BOS policy; None for that of the statistics, or else the model's.
-        memory: What activations may take while z is found, in GiB: sets how many facts go together.
+        memory: What activations may take while z is found, in GiB (None for a share of what is free): sets how many
+            facts go together.
         progress: Whether to show a bar on what takes longer than a second.
 
     Example:
@@ -61,7 +62,7 @@ class AlphaEdit:
     fit: ValueFit = MEMIT_FIT
     contexts: SampledContexts | Sequence[str] = MEMIT_CONTEXTS
     prepend_bos: bool | None = None
-    memory: float = 2.0
+    memory: float | None = 2.0
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -50,8 +50,8 @@ class FineTune:
         objective: What is wanted of the facts. Where an object is to become unlikely, the loss is its probability.
         contexts: Prefixes to ask under, beside the bare prompt: how to sample them, or the texts themselves.
         prepend_bos: BOS policy; None for the model's.
-        memory: What activations may take, in GiB: sets how many facts are run at once, which changes the result by
-            rounding alone.
+        memory: What activations may take, in GiB (None for a share of what is free): sets how many facts are run at
+            once, which changes the result by rounding alone.
         progress: Whether to show a bar on what takes longer than a second.
 
     Example:
@@ -69,7 +69,7 @@ class FineTune:
     objective: Objective = field(default_factory=Inject)
     contexts: SampledContexts | Sequence[str] = ()
     prepend_bos: bool | None = None
-    memory: float = 2.0
+    memory: float | None = 2.0
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -57,7 +57,8 @@ class KnowledgeNeurons:
         objective: `Inject` replaces the object, `Erase` sets the rows to 0. There is no other way with neurons.
         vectors: What stands for a token: its column of the ``"unembedding"``, or its row of the ``"embedding"``.
         prepend_bos: BOS policy; None for the model's.
-        memory: What activations may take, in GiB: sets how many prompts are run at once.
+        memory: What activations may take, in GiB (None for a share of what is free): sets how many prompts are run at
+            once.
         progress: Whether to show a bar on what takes longer than a second.
 
     Example:
@@ -74,7 +75,7 @@ class KnowledgeNeurons:
     objective: Objective = field(default_factory=Inject)
     vectors: Literal["unembedding", "embedding"] = "unembedding"
     prepend_bos: bool | None = None
-    memory: float = 2.0
+    memory: float | None = 2.0
     progress: bool = True
 
     def __post_init__(self) -> None:

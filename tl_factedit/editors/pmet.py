@@ -58,7 +58,8 @@ class Pmet:
         contexts: Prefixes to average over: how to sample them, or the texts themselves.
         ridge: Added to C, as a share of its mean eigenvalue; 0 asks for ten tokens a dimension.
         prepend_bos: BOS policy; None for that of the statistics, or else the model's.
-        memory: What activations may take while Z is found, in GiB: sets how many facts go together.
+        memory: What activations may take while Z is found, in GiB (None for a share of what is free): sets how many
+            facts go together.
         progress: Whether to show a bar on what takes longer than a second.
 
     Example:
@@ -75,7 +76,7 @@ class Pmet:
     contexts: SampledContexts | Sequence[str] = MEMIT_CONTEXTS
     ridge: float = 0.0
     prepend_bos: bool | None = None
-    memory: float = 2.0
+    memory: float | None = 2.0
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -61,7 +61,8 @@ class Rome:
             prompt is always the first).
         ridge: Added to C, as a share of its mean eigenvalue; 0 asks for ten tokens a dimension.
         prepend_bos: BOS policy; None for that of the statistics, or else the model's.
-        memory: What activations may take while values are fitted, in GiB: sets how many facts of `each` go together.
+        memory: What activations may take while values are fitted, in GiB (None for a share of what is free): sets how
+            many facts of `each` go together.
         progress: Whether to show a bar on what takes longer than a second.
 
     Example:
@@ -79,7 +80,7 @@ class Rome:
     contexts: SampledContexts | Sequence[str] = field(default_factory=SampledContexts)
     ridge: float = 0.0
     prepend_bos: bool | None = None
-    memory: float = 2.0
+    memory: float | None = 2.0
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ class Router:
         fit: How the values are optimised.
         contexts: Prefixes to average over: how to sample them, or the texts themselves.
         prepend_bos: BOS policy; None for the model's.
-        memory: What activations may take while values are found, in GiB.
+        memory: What activations may take while values are found, in GiB (None for a share of what is free).
         progress: Whether to show a bar on what takes longer than a second.
 
     Example:
@@ -55,7 +55,7 @@ class Router:
     fit: ValueFit = field(default_factory=ValueFit)
     contexts: SampledContexts | Sequence[str] = field(default_factory=SampledContexts)
     prepend_bos: bool | None = None
-    memory: float = 2.0
+    memory: float | None = 2.0
     progress: bool = True
 
     def __post_init__(self) -> None:

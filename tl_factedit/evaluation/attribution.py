@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.backend.weights import DownProj, down_proj
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import batches, pad
+from tl_factedit.core.tokens import pad
 from tl_factedit.editing.delta import Delta
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.mediation import share_undone
@@ -150,19 +151,20 @@ def _read(
     """The lead m with the edit as it is, and with it taken away at each set of positions."""
     rows = len(SETS) + 1
     edited, without = torch.full((len(asked),), math.nan), torch.full((len(asked), len(SETS)), math.nan)
-    for some in batches([rows * len(one.ids) for one in asked], batch_tokens):
-        tokens = pad([asked[i].ids for i in some for _ in range(rows)], 0)
-        away = torch.zeros(tokens.shape, dtype=torch.bool)
-        for j, i in enumerate(some):
-            for s, positions in enumerate(_sets(asked[i])):
-                away[j * rows + s, list(positions)] = True
-        ends = torch.tensor([[asked[i].end] for i in some for _ in range(rows)])
-        hooks = [hook for site, delta in sites for hook in _taking(site, delta, away)]
-        logits = runner.logits(tokens, at=ends, hooks=hooks)[:, 0].float().cpu()
-        for i, of_fact in zip(some, logits.split(rows), strict=True):
-            m = asked[i].margin(of_fact)
-            empty = torch.tensor([not len(positions) for positions in _sets(asked[i])])
-            edited[i], without[i] = m[-1], torch.where(empty, math.nan, m[:-1])
+    for attempt in that_fit([rows * len(one.ids) for one in asked], batch_tokens):
+        with attempt as some:
+            tokens = pad([asked[i].ids for i in some for _ in range(rows)], 0)
+            away = torch.zeros(tokens.shape, dtype=torch.bool)
+            for j, i in enumerate(some):
+                for s, positions in enumerate(_sets(asked[i])):
+                    away[j * rows + s, list(positions)] = True
+            ends = torch.tensor([[asked[i].end] for i in some for _ in range(rows)])
+            hooks = [hook for site, delta in sites for hook in _taking(site, delta, away)]
+            logits = runner.logits(tokens, at=ends, hooks=hooks)[:, 0].float().cpu()
+            for i, of_fact in zip(some, logits.split(rows), strict=True):
+                m = asked[i].margin(of_fact)
+                empty = torch.tensor([not len(positions) for positions in _sets(asked[i])])
+                edited[i], without[i] = m[-1], torch.where(empty, math.nan, m[:-1])
     return edited, without
 
 

@@ -23,13 +23,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import align, batches, check_room, encode, of_all, pad
+from tl_factedit.core.tokens import align, check_room, encode, of_all, pad
 from tl_factedit.editing.edit import Edit
 from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.measure.first_tokens import with_new_objects
@@ -212,8 +213,9 @@ def _gains(
     out: list[Tensor] = [torch.empty(0)] * len(texts)
     with frozen(model), torch.no_grad():
         runner = Runner(model)
-        for some in batches([len(ids) for ids in texts], batch_tokens):
-            keys = runner.capture(pad([texts[i] for i in some], 0), [site.key_hook], stop=delta.layer + 1)
-            for i, own in zip(some, keys[site.key_hook], strict=True):
-                out[i] = own[: len(texts[i])].double().cpu() @ unit
+        for attempt in that_fit([len(ids) for ids in texts], batch_tokens):
+            with attempt as some:
+                keys = runner.capture(pad([texts[i] for i in some], 0), [site.key_hook], stop=delta.layer + 1)
+                for i, own in zip(some, keys[site.key_hook], strict=True):
+                    out[i] = own[: len(texts[i])].double().cpu() @ unit
     return out

@@ -10,6 +10,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Hook, Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
@@ -112,14 +113,17 @@ def dose_curve(
                 ids = torch.cat([row.ids, target[:-1]])
                 at = torch.arange(len(target)) + len(row.ids) - 1
                 parts = []
-                for some in torch.tensor(doses).split(max(1, batch_tokens // len(ids))):
-                    logits = runner.logits(
-                        repeat(ids, "pos -> row pos", row=len(some)),
-                        at=at.expand(len(some), -1),
-                        hooks=[h for delta in edit.deltas for h in _scale(sites[delta.layer], delta, some, row.last)],
-                    )
-                    log_p = logits.float().log_softmax(-1).cpu()
-                    parts.append(log_p[:, torch.arange(len(target)), target].sum(-1))
+                for attempt in that_fit([len(ids)] * len(doses), batch_tokens):  # of one length: in their order
+                    with attempt as batch:
+                        some = torch.tensor(doses)[batch]
+                        scaled = [_scale(sites[delta.layer], delta, some, row.last) for delta in edit.deltas]
+                        logits = runner.logits(
+                            repeat(ids, "pos -> row pos", row=len(some)),
+                            at=at.expand(len(some), -1),
+                            hooks=[hook for hooks in scaled for hook in hooks],
+                        )
+                        log_p = logits.float().log_softmax(-1).cpu()
+                        parts.append(log_p[:, torch.arange(len(target)), target].sum(-1))
                 per_object.append(torch.cat(parts))
             rows.append(per_object[0] - per_object[1])
     return Dose(torch.tensor(doses), torch.stack(rows))

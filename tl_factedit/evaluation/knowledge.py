@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import (
-    batches,
     check_room,
     check_subject,
     continuation,
@@ -77,10 +77,11 @@ def known(
     rows: list[tuple[str, float, float, bool]] = [("", 0.0, 0.0, False)] * len(facts)
     with frozen(model), torch.no_grad():
         runner = Runner(model)
-        for batch in batches([len(prompt) + len(target) - 1 for prompt, target in requests], batch_tokens):
-            here = [requests[i] for i in batch]
-            for i, (_, target), log_p in zip(batch, here, _log_probs(runner, here), strict=True):
-                rows[i] = _row(model, target, log_p)
+        for attempt in that_fit([len(prompt) + len(target) - 1 for prompt, target in requests], batch_tokens):
+            with attempt as batch:
+                here = [requests[i] for i in batch]
+                for i, (_, target), log_p in zip(batch, here, _log_probs(runner, here), strict=True):
+                    rows[i] = _row(model, target, log_p)
     table = pd.DataFrame(rows, columns=["top", "rank", "p", "known"])
     table.insert(0, "fact", [fact.name for fact in facts])
     return table if table["rank"].isna().any() else table.astype({"rank": int})

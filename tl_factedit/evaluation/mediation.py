@@ -26,13 +26,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Component, Hook, HookFn, Model, model_name, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, Estimates, jointly, over_facts_each
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import batches, pad
+from tl_factedit.core.tokens import pad
 from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FirstTokens, one_of, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Part, Population
@@ -156,14 +157,15 @@ def mediate(
         def both(part: Part = part) -> tuple[Tensor, Tensor, Tensor]:
             found = [torch.full_like(values[list(part.indices)], math.nan) for values in (unedited, now, patched)]
             # The dearest pass has a row for each place.
-            for some in batches([len(places) * len(asked[i].ids) for i in part.indices], batch_tokens):
-                rows = [asked[part.indices[i]] for i in some]
-                with frozen(model), torch.no_grad():
-                    donor, found[0][some] = _run(Runner(model), rows, places)
-                with part.applied() as tested, frozen(tested), torch.no_grad():
-                    runner = Runner(tested)
-                    own, found[1][some] = _run(runner, rows, places)
-                    found[2][some] = _patched(runner, rows, places, donor, own)
+            for attempt in that_fit([len(places) * len(asked[i].ids) for i in part.indices], batch_tokens):
+                with attempt as some:
+                    rows = [asked[part.indices[i]] for i in some]
+                    with frozen(model), torch.no_grad():
+                        donor, found[0][some] = _run(Runner(model), rows, places)
+                    with part.applied() as tested, frozen(tested), torch.no_grad():
+                        runner = Runner(tested)
+                        own, found[1][some] = _run(runner, rows, places)
+                        found[2][some] = _patched(runner, rows, places, donor, own)
             return found[0], found[1], found[2]
 
         mine = list(part.indices)

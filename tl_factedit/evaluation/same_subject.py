@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, mean_over_facts
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
-from tl_factedit.core.tokens import batches, check_length, continuation, encode
+from tl_factedit.core.tokens import check_length, continuation, encode
 from tl_factedit.measure.excess import excess_of
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -110,15 +111,12 @@ def specificity(
 
     def said(runner: Runner, chosen: Sequence[int]) -> Float[Tensor, "question vocab"]:
         """The log-probabilities that follow some of the questions."""
-        found = {
-            i: each
-            for some in batches([len(rows[i]) for i in chosen], batch_tokens)
-            for i, each in zip(
-                [chosen[j] for j in some],
-                log_softmax_of(runner, [rows[chosen[j]] for j in some], [ends[chosen[j]] for j in some])[:, 0],
-                strict=True,
-            )
-        }
+        found: dict[int, Tensor] = {}
+        for attempt in that_fit([len(rows[i]) for i in chosen], batch_tokens):
+            with attempt as some:
+                here = [chosen[j] for j in some]
+                answers = log_softmax_of(runner, [rows[i] for i in here], [ends[i] for i in here])[:, 0]
+                found.update(zip(here, answers, strict=True))
         return torch.stack([found[i] for i in chosen]) if chosen else torch.zeros(0, 1)
 
     def asked_of(indices: Sequence[int]) -> list[int]:

@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
-from tl_factedit.core.tokens import batches, check_room, check_subject, continuation, encode, of_all, pad
+from tl_factedit.core.tokens import check_room, check_subject, continuation, encode, of_all, pad
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,14 @@ def comes_first(
     """For each token of each target, whether it is the likeliest there."""
     rows = [torch.cat([prompt, target[:-1]]) for prompt, target in requests]
     found: list[Tensor] = [torch.empty(0)] * len(rows)
-    for batch in batches([len(row) for row in rows], batch_tokens):
-        reach = max(len(requests[i][1]) for i in batch)
-        # A shorter target's last places are read again and not used.
-        at = torch.stack([(len(requests[i][0]) - 1 + torch.arange(reach)).clamp(max=len(rows[i]) - 1) for i in batch])
-        top = runner.logits(pad([rows[i] for i in batch], 0), at=at).argmax(-1).cpu()
-        for i, mine in zip(batch, top, strict=True):
-            found[i] = mine[: len(requests[i][1])] == requests[i][1]
+    for attempt in that_fit([len(row) for row in rows], batch_tokens):
+        with attempt as batch:
+            reach = max(len(requests[i][1]) for i in batch)
+            # A shorter target's last places are read again and not used.
+            at = torch.stack(
+                [(len(requests[i][0]) - 1 + torch.arange(reach)).clamp(max=len(rows[i]) - 1) for i in batch]
+            )
+            top = runner.logits(pad([rows[i] for i in batch], 0), at=at).argmax(-1).cpu()
+            for i, mine in zip(batch, top, strict=True):
+                found[i] = mine[: len(requests[i][1])] == requests[i][1]
     return found

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, mean_over_facts
-from tl_factedit.core.tokens import batches, pad
+from tl_factedit.core.tokens import pad
 from tl_factedit.measure.likelihood import kl_divergence, log_softmax_of
 from tl_factedit.measure.population import Population
 from tl_factedit.measure.texts import encode_texts
@@ -68,21 +69,20 @@ def drift(population: Population, texts: Sequence[str], *, batch_tokens: int = 1
     """
     model = population.model
     rows = encode_texts(model, texts, population.prepend_bos)
-    together = list(batches([len(row) for row in rows], batch_tokens))
-    read = [torch.arange(max(len(rows[i]) for i in some) - 1) for some in together]
+    together: list[tuple[list[int], Tensor, Tensor]] = []  # texts, the places that are read, what was said there
     with frozen(model), torch.no_grad():
         runner = Runner(model)
-        was = [
-            log_softmax_of(runner, [rows[i] for i in some], [at] * len(some))
-            for some, at in zip(together, read, strict=True)
-        ]
+        for attempt in that_fit([len(row) for row in rows], batch_tokens):
+            with attempt as some:
+                at = torch.arange(max(len(rows[i]) for i in some) - 1)
+                together.append((some, at, log_softmax_of(runner, [rows[i] for i in some], [at] * len(some))))
     before = torch.zeros(len(rows), dtype=torch.float64)
-    for some, old in zip(together, was, strict=True):
+    for some, _, old in together:
         before[some] = _mean_nll([rows[i] for i in some], old)
 
     def moved_by(runner: Runner, _: tuple[int, ...]) -> Tensor:
         nll, far = torch.zeros(2, len(rows), dtype=torch.float64)
-        for some, at, old in zip(together, read, was, strict=True):
+        for some, at, old in together:
             here = [rows[i] for i in some]
             new = log_softmax_of(runner, here, [at] * len(some))
             nll[some] = _mean_nll(here, new)

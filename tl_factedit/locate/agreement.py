@@ -158,7 +158,7 @@ def compare_corruptions(
     metric: str | Metric = "prob",
     min_effect: float = 0.05,
     prepend_bos: bool | None = None,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     progress: bool = True,
 ) -> CorruptionComparison:
     """Trace the same facts under noise and under token replacement.

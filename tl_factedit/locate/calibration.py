@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from tl_factedit.backend.hook_names import EMBED
-from tl_factedit.backend.memory import check_memory
+from tl_factedit.backend.memory import budget
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import bos_policy
 from tl_factedit.backend.runner import Runner
@@ -39,7 +39,7 @@ def calibrate_noise(
     noise: Noise | None = None,
     tolerance: float = 0.01,
     prepend_bos: bool | None = None,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
 ) -> Noise:
     """The noise whose scale takes a given share of the clean probability, on average over facts.
 
@@ -50,7 +50,7 @@ def calibrate_noise(
         noise: What to scale; default `GaussianNoise`.
         tolerance: How far the share may be off.
         prepend_bos: Whether prompts begin with BOS; None for the model's default.
-        memory: What activations may take, in GiB.
+        memory: What activations may take, in GiB (None for a share of what is free).
 
     Returns:
         The same noise with another scale, calibrated on these facts.
@@ -68,7 +68,7 @@ def calibrate_noise(
         raise ValueError(f"tolerance is {tolerance}, needed a finite number above 0")
     if noise is not None and not isinstance(noise, Noise):
         raise ValueError(f"noise is {short(noise)}, a {type(noise).__name__}: needed one such as fe.GaussianNoise()")
-    check_memory(memory)
+    room = budget(model, memory)
     rows = align_all(model, facts, prepend_bos=bos_policy(model, prepend_bos))
     with frozen(model), torch.no_grad():
         noise = noise or GaussianNoise()
@@ -76,7 +76,7 @@ def calibrate_noise(
         fixed = noise.calibrated(start.subjects)
 
         def share(scale: float) -> float:
-            return _share(_scaled(start, dataclasses.replace(fixed, scale=scale)), memory)
+            return _share(_scaled(start, dataclasses.replace(fixed, scale=scale)), room)
 
         low, high = 0.0, 1.0
         if (least := share(low)) > lost + tolerance:
@@ -140,7 +140,9 @@ def _scaled(questions: TraceInputs, noise: Noise) -> TraceInputs:
 
 def _share(questions: TraceInputs, memory: float) -> float:
     clean, corrupted = [], []
-    for _, patching in questions.chunks((), (), prob, "denoise", memory=memory):
-        clean += [scores.mean() for scores in patching.clean]
-        corrupted += [scores.mean() for scores in patching.corrupted]
+    for attempt in questions.chunks((), (), memory=memory):
+        with attempt as chunk:
+            patching = questions.patching(chunk, (), (), prob, "denoise", memory=memory * attempt.share)
+            clean += [scores.mean() for scores in patching.clean]
+            corrupted += [scores.mean() for scores in patching.corrupted]
     return 1 - float(torch.stack(corrupted).mean() / torch.stack(clean).mean())

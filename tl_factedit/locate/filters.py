@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.telling import tell
-from tl_factedit.core.tokens import batches, pad
+from tl_factedit.core.tokens import pad
 from tl_factedit.locate.inputs import align_all
 
 BATCH_TOKENS = 4096
@@ -75,15 +76,16 @@ def greedy(runner: Runner, rows: Sequence[Int[Tensor, "_"]], n_tokens: int) -> l
     """The next tokens of each row, the likeliest at each step; fewer where the model's context ends."""
     room = getattr(runner.model.cfg, "n_ctx", None)
     said: list[list[int]] = [[] for _ in rows]
-    for batch in batches([len(row) + n_tokens for row in rows], BATCH_TOKENS):
-        now = {i: rows[i] for i in batch}
-        for _ in range(n_tokens):
-            going = [i for i in now if room is None or len(now[i]) <= room]
-            if not going:
-                break
-            at = torch.tensor([[len(now[i]) - 1] for i in going])
-            top = runner.logits(pad([now[i] for i in going], 0), at=at)[:, 0].argmax(-1).tolist()
-            for i, token in zip(going, top, strict=True):
-                said[i].append(token)
-                now[i] = torch.cat([now[i], torch.tensor([token])])
+    for attempt in that_fit([len(row) + n_tokens for row in rows], BATCH_TOKENS):
+        with attempt as batch:
+            now = {i: rows[i] for i in batch}
+            for _ in range(n_tokens):
+                going = [i for i in now if room is None or len(now[i]) <= room]
+                if not going:
+                    break
+                at = torch.tensor([[len(now[i]) - 1] for i in going])
+                top = runner.logits(pad([now[i] for i in going], 0), at=at)[:, 0].argmax(-1).tolist()
+                for i, token in zip(going, top, strict=True):
+                    said[i].append(token)
+                    now[i] = torch.cat([now[i], torch.tensor([token])])
     return said

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_factedit.backend.halving import Attempt, halving
 from tl_factedit.backend.memory import GIB, pass_tokens
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
@@ -23,6 +24,9 @@ from tl_factedit.locate.replacement import TokenReplacement
 
 MOST_QUESTIONS = 32
 """In one chunk: what a kill can lose, and how often a bar moves."""
+
+LEAST_SHARE = 1 / 64
+"""Of the memory, for passes of a single fact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,46 +53,53 @@ class TraceInputs:
         return tuple(question.row for question in self.each)
 
     def chunks(
-        self,
-        places: Sequence[str],
-        held: Sequence[str],
-        metric: Metric,
-        direction: Direction,
-        *,
-        memory: float,
-        skip: frozenset[int] = frozenset(),
-    ) -> Iterator[tuple[list[int], Patching]]:
-        """The facts that can be run, some at a time, with their clean and corrupted runs.
+        self, places: Sequence[str], held: Sequence[str], *, memory: float, skip: frozenset[int] = frozenset()
+    ) -> Iterator[Attempt[int]]:
+        """The facts that can be run, some at a time; fewer, in smaller passes, where the device has no memory for them.
 
         Args:
             places: What cells take from the donor runs (see `Patching`).
             held: What they take from the base runs.
-            metric: What is measured.
-            direction: As in `Patching`.
             memory: What activations may take, in GiB.
             skip: Facts that are left out.
         """
+        return halving(self._chunks(places, held, memory, skip), len, "facts at once", "less memory", least=LEAST_SHARE)
+
+    def _chunks(
+        self, places: Sequence[str], held: Sequence[str], memory: float, skip: frozenset[int]
+    ) -> Iterator[list[int]]:
         todo = [i for i, question in enumerate(self.each) if question.samples and i not in skip]
         # Prompts that are run again for as many tokens fill their rows best together.
         todo.sort(key=lambda i: (len(self.each[i].ids) - self.each[i].row.subject[0], len(self.each[i].ids)))
         chunk: list[int] = []
         for i in todo:
             if chunk and (len(chunk) == MOST_QUESTIONS or self._bytes([*chunk, i], places, held) > memory * GIB / 2):
-                yield chunk, self._patching(chunk, places, held, metric, direction, memory)
+                yield chunk
                 chunk = []
             chunk.append(i)
         if chunk:
-            yield chunk, self._patching(chunk, places, held, metric, direction, memory)
+            yield chunk
 
-    def _patching(
+    def patching(
         self,
         chunk: Sequence[int],
         places: Sequence[str],
         held: Sequence[str],
         metric: Metric,
         direction: Direction,
+        *,
         memory: float,
     ) -> Patching:
+        """The clean and corrupted runs of a chunk, from which its cells are run.
+
+        Args:
+            chunk: Facts that are run together.
+            places: As in `chunks`.
+            held: As in `chunks`.
+            metric: What is measured.
+            direction: As in `Patching`.
+            memory: As in `chunks`, times the attempt's share.
+        """
         return Patching(
             self.runner,
             [self.each[i] for i in chunk],

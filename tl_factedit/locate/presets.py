@@ -37,7 +37,7 @@ def meng2022(
     unknown: Literal["skip", "trace"] = "skip",
     corruption: Corruption | None = None,
     prepend_bos: bool | None = False,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Trace:
@@ -100,7 +100,7 @@ def hase2023(
     unknown: Literal["skip", "trace"] = "skip",
     corruption: Corruption | None = None,
     prepend_bos: bool | None = False,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Trace:
@@ -144,7 +144,7 @@ def zhang2023(
     window: int = 1,
     samples: int = 1,
     prepend_bos: bool | None = None,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Trace:

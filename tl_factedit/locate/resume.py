@@ -54,7 +54,7 @@ class TraceFolder:
             "facts": [asdict(question.fact) for question in questions.each],
             "corruption": encode(questions.corruption, "corruption", tensors, (*CORRUPTIONS, Unknown)),
             "donors": donor_texts(questions),
-            "provenance": provenance.to_json(),
+            "provenance": provenance.origin(),
         }
         if " at 0x" in json.dumps(asked["corruption"]):
             raise ValueError(

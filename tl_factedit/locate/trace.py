@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
-from tl_factedit.backend.memory import check_memory
+from tl_factedit.backend.memory import budget, check_memory
 from tl_factedit.backend.protocol import Component, Model, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import frozen, plain_torch
@@ -55,7 +55,7 @@ def causal_trace(
     metric: str | Metric = "prob",
     direction: Direction = "denoise",
     prepend_bos: bool | None = None,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Trace:
@@ -77,7 +77,8 @@ def causal_trace(
         direction: ``"denoise"`` restores clean values in corrupted runs (what suffices), ``"noise"`` puts corrupted
             values into the clean run (what is needed).
         prepend_bos: Whether prompts begin with BOS; None for the model's default.
-        memory: What activations may take, in GiB, beside the model: sets the size of batches.
+        memory: What activations may take, in GiB (None for a share of what is free), beside the model: sets the size of
+            batches.
         folder: Where to keep what is done; a call that was killed resumes there.
         progress: Whether to show a bar on what takes longer than a second.
 
@@ -127,18 +128,22 @@ def causal_trace(
             delay=1,
             disable=not progress,
         ) as bar:
-            for chunk, patching in questions.chunks(
-                places, held, measure, direction, memory=memory, skip=frozenset(parts.done)
-            ):
-                effects = _effects(patching, [rows[i] for i in chunk], component, window, severed, count, bar.update)
-                sign = -1 if direction == "noise" else 1
-                found = [
-                    TracePart(sign * effect, clean, corrupted, top)
-                    for effect, clean, corrupted, top in zip(
-                        effects, patching.clean, patching.corrupted, patching.top, strict=True
+            room = budget(model, memory)
+            for attempt in questions.chunks(places, held, memory=room, skip=frozenset(parts.done)):
+                with attempt as chunk:
+                    mine = room * attempt.share
+                    patching = questions.patching(chunk, places, held, measure, direction, memory=mine)
+                    effects = _effects(
+                        patching, [rows[i] for i in chunk], component, window, severed, count, bar.update
                     )
-                ]
-                parts.add(chunk, found)
+                    sign = -1 if direction == "noise" else 1
+                    found = [
+                        TracePart(sign * effect, clean, corrupted, top)
+                        for effect, clean, corrupted, top in zip(
+                            effects, patching.clean, patching.corrupted, patching.top, strict=True
+                        )
+                    ]
+                    parts.add(chunk, found)
         top = [parts.done[i].top if i in parts.done else subject.top() for i, subject in enumerate(questions.subjects)]
     warn_of_unknown(facts, rows, top, model)
     samples = max(question.samples for question in questions.each)
@@ -244,7 +249,7 @@ def _check(
     window: int,
     severed: str | None,
     direction: str,
-    memory: float,
+    memory: float | None,
 ) -> None:
     check_distinct(facts)
     component_hook(component, 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.hook_names import unit_hook
-from tl_factedit.backend.memory import check_memory
+from tl_factedit.backend.memory import budget, check_memory
 from tl_factedit.backend.protocol import Model, Unit, as_layers, check_layer, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import frozen, plain_torch
@@ -128,7 +128,7 @@ def trace_units(
     metric: str | Metric = "prob",
     direction: Direction = "denoise",
     prepend_bos: bool | None = None,
-    memory: float = 2.0,
+    memory: float | None = 2.0,
     progress: bool = True,
 ) -> UnitTrace:
     """Trace single heads or neurons at one token.
@@ -191,21 +191,25 @@ def trace_units(
             delay=1,
             disable=not progress,
         ) as bar:
-            for chunk, patching in questions.chunks(places, (), measure, direction, memory=memory):
-                # A token before the subject, or one that no attention carries on, has no effect.
-                reached = [(j, positions[i]) for j, i in enumerate(chunk) if positions[i] >= rows[i].subject[0]]
-                cells = [Cell(j, position, each) for j, position in reached for each in chosen]
-                place_of = {each: k for k, each in enumerate(chosen)}
-                sheets = patching.sheets(cells)
-                for j, i in enumerate(chunk):
-                    effect[i, :, :, : questions.each[i].samples] = 0.0
-                    clean[i], corrupted[i] = patching.clean[j].mean(), patching.corrupted[j].mean()
-                for sheet in sheets:
-                    for k, cell, scores in patching.run(sheet, patches):
-                        change = sign * (scores - patching.base[cell.question])
-                        effect[chunk[cell.question], k, place_of[cell.unit or 0], : len(change)] = change
-                        bar.update()
-                bar.update((len(chunk) - len(reached)) * len(chosen) * len(patches))
+            room = budget(model, memory)
+            for attempt in questions.chunks(places, (), memory=room):
+                with attempt as chunk:
+                    mine = room * attempt.share
+                    patching = questions.patching(chunk, places, (), measure, direction, memory=mine)
+                    # A token before the subject, or one that no attention carries on, has no effect.
+                    reached = [(j, positions[i]) for j, i in enumerate(chunk) if positions[i] >= rows[i].subject[0]]
+                    cells = [Cell(j, position, each) for j, position in reached for each in chosen]
+                    place_of = {each: k for k, each in enumerate(chosen)}
+                    sheets = patching.sheets(cells)
+                    for j, i in enumerate(chunk):
+                        effect[i, :, :, : questions.each[i].samples] = 0.0
+                        clean[i], corrupted[i] = patching.clean[j].mean(), patching.corrupted[j].mean()
+                    for sheet in sheets:
+                        for k, cell, scores in patching.run(sheet, patches):
+                            change = sign * (scores - patching.base[cell.question])
+                            effect[chunk[cell.question], k, place_of[cell.unit or 0], : len(change)] = change
+                            bar.update()
+                    bar.update((len(chunk) - len(reached)) * len(chosen) * len(patches))
     return UnitTrace(
         effect=effect.nanmean(-1),
         sample_effect=effect,

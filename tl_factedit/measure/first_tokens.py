@@ -20,12 +20,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
 from tl_factedit.core.telling import tell
-from tl_factedit.core.tokens import align, batches, continuation, pad
+from tl_factedit.core.tokens import align, continuation, pad
 
 FIRST = ("old_first", "new_first", "control_first")
 """Whether the old object is the first of all objects, whether the new one is, and the mean of the controls."""
@@ -138,10 +139,11 @@ def at_the_ends(
         batch_tokens: Most tokens in one forward pass.
         hooks: Active meanwhile; they must not depend on which rows are batched together.
     """
-    for some in batches([len(row) for row in rows], batch_tokens):
-        ends = torch.tensor([[len(rows[i]) - 1] for i in some])
-        logits = runner.logits(pad([rows[i] for i in some], 0), at=ends, hooks=hooks)[:, 0]
-        yield from zip(some, logits.float().cpu(), strict=True)
+    for attempt in that_fit([len(row) for row in rows], batch_tokens):
+        with attempt as some:
+            ends = torch.tensor([[len(rows[i]) - 1] for i in some])
+            logits = runner.logits(pad([rows[i] for i in some], 0), at=ends, hooks=hooks)[:, 0]
+            yield from zip(some, logits.float().cpu(), strict=True)
 
 
 def are_known(runner: Runner, asked: Sequence[FirstTokens], batch_tokens: int) -> Bool[Tensor, "fact"]:

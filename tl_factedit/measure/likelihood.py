@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
-from tl_factedit.core.tokens import batches, pad
+from tl_factedit.core.tokens import pad
 
 # The lengths go without a name: they differ from request to request.
 Request = tuple[Int[Tensor, "_"], Int[Tensor, "_"]]
@@ -41,16 +42,17 @@ def log_probs(
         asked[row].append(i)
 
     out: list[Tensor] = [torch.empty(0)] * len(requests)
-    for batch in batches([len(ids) for ids in distinct], batch_tokens):
-        reach = max(len(requests[i][1]) for row in batch for i in asked[row])
-        ends = torch.tensor([len(distinct[row]) for row in batch])
-        at = (ends[:, None] - reach + torch.arange(reach)).clamp(min=0)
-        logits = runner.logits(pad([distinct[row] for row in batch], fill=0), at=at, hooks=hooks)
-        log_p = logits.float().log_softmax(-1).cpu()
-        for j, row in enumerate(batch):
-            for i in asked[row]:
-                target = requests[i][1]
-                out[i] = log_p[j, -len(target) :].gather(-1, target[:, None])[:, 0]
+    for attempt in that_fit([len(ids) for ids in distinct], batch_tokens):
+        with attempt as batch:
+            reach = max(len(requests[i][1]) for row in batch for i in asked[row])
+            ends = torch.tensor([len(distinct[row]) for row in batch])
+            at = (ends[:, None] - reach + torch.arange(reach)).clamp(min=0)
+            logits = runner.logits(pad([distinct[row] for row in batch], fill=0), at=at, hooks=hooks)
+            log_p = logits.float().log_softmax(-1).cpu()
+            for j, row in enumerate(batch):
+                for i in asked[row]:
+                    target = requests[i][1]
+                    out[i] = log_p[j, -len(target) :].gather(-1, target[:, None])[:, 0]
     return out
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.fingerprint import hashed_once
 from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
@@ -281,9 +282,10 @@ class Population:
             One row a fact, in the order of `facts`, each of the change that serves it.
         """
         rows: list[Tensor] = [torch.empty(0)] * len(self.facts)
-        for part, found in self.each(name, read, settings=settings):
-            for i, row in zip(part.indices, found, strict=True):
-                rows[i] = row
+        with hashed_once(self.model):
+            for part, found in self.each(name, read, settings=settings):
+                for i, row in zip(part.indices, found, strict=True):
+                    rows[i] = row
         return torch.stack(rows)
 
     def keep(
@@ -448,4 +450,4 @@ def _origin(changed: Change | Model) -> Any:
     if isinstance(changed, Digested):
         return changed.digest
     assert isinstance(changed, Model)
-    return Provenance.of(changed).to_json()
+    return Provenance.of(changed).origin()

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import resid_post, resid_pre
 from tl_factedit.backend.protocol import Model, bos_policy, device, n_layers
 from tl_factedit.backend.runner import Runner
@@ -196,12 +197,13 @@ def _log_probs(
         rows = vectors[facts].flatten(0, 1).to(streams[names[0]])
         for t, (layer, name) in enumerate(zip(targets, names, strict=True)):
             parts: list[Tensor] = []
-            for batch in rows.split(max(1, batch_tokens // len(ids))):
-                patched = streams[name].repeat(len(batch), 1, 1)
-                patched[:, prompt.place] = batch
-                tokens = ids.to(device(runner.model)).expand(len(batch), -1)
-                logits = runner.logits(tokens, at=at.expand(len(batch), -1), start=(layer + 1, patched))
-                parts.append(logits.float().log_softmax(-1).cpu())
+            for attempt in that_fit([len(ids)] * len(rows), batch_tokens):  # of one length: in their order
+                with attempt as batch:
+                    patched = streams[name].repeat(len(batch), 1, 1)
+                    patched[:, prompt.place] = rows[batch[0] : batch[-1] + 1]
+                    tokens = ids.to(device(runner.model)).expand(len(batch), -1)
+                    logits = runner.logits(tokens, at=at.expand(len(batch), -1), start=(layer + 1, patched))
+                    parts.append(logits.float().log_softmax(-1).cpu())
             log_p = torch.cat(parts).unflatten(0, (len(facts), -1))
             for row, i in zip(log_p, facts, strict=True):
                 for j in wanted[i]:

@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook, resid_pre
 from tl_factedit.backend.packing import gather
 from tl_factedit.backend.protocol import Component, HookFn, Model, UnsupportedModelError, bos_policy, model_name
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.tokens import Aligned, align_all, batches, pad
+from tl_factedit.core.tokens import Aligned, align_all, pad
 
 POSITIONS = ("subject", "last")
 """The last token of the subject, and the last token of the prompt."""
@@ -186,10 +187,11 @@ class _Reader:
 
     def __call__(self, rows: Sequence[Aligned], batch_tokens: int) -> Float[Tensor, "fact layer position d_model"]:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        for batch in batches([len(row.ids) for row in rows], batch_tokens):
-            states = self._read([rows[i] for i in batch])
-            for i, of_fact in zip(batch, states, strict=True):
-                found[i] = of_fact
+        for attempt in that_fit([len(row.ids) for row in rows], batch_tokens):
+            with attempt as batch:
+                states = self._read([rows[i] for i in batch])
+                for i, of_fact in zip(batch, states, strict=True):
+                    found[i] = of_fact
         return torch.stack(found)
 
     def _read(self, rows: Sequence[Aligned]) -> Float[Tensor, "fact layer position d_model"]:

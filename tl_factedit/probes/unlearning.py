@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import resid_post
 from tl_factedit.backend.protocol import Model, kind, model_name, n_layers
 from tl_factedit.backend.provenance import Provenance
@@ -39,7 +40,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.tokens import Aligned, align_all, batches, pad
+from tl_factedit.core.tokens import Aligned, align_all, pad
 from tl_factedit.core.words import counted
 from tl_factedit.measure.change import Change
 from tl_factedit.measure.population import BATCH_TOKENS, Part, Population, check_facts_once
@@ -236,7 +237,7 @@ def unlearning_depth(
     settings: dict[str, Any] = {"positions": positions, "batch_tokens": batch_tokens}
     everything = range(len(facts))
     # Where nothing is kept nobody needs to know which retain model it was.
-    of_retain = {**settings, "retain": None if population.cache is None else Provenance.of(retain).to_json()}
+    of_retain = {**settings, "retain": None if population.cache is None else Provenance.of(retain).origin()}
     full, of = population.keep("unlearning depth, retain", None, lambda: drops(retain, everything), settings=of_retain)
     changed = torch.full_like(of, math.nan)
     silent = not population.progress or len(population.parts) == 1
@@ -286,10 +287,11 @@ def _states(
     """The residual stream after every block at each row's own positions, float32, on the CPU."""
     places = [resid_post(layer) for layer in range(runner.n_layers)]
     found: list[Tensor] = [torch.empty(0)] * len(rows)
-    for batch in batches([len(row.ids) for row in rows], batch_tokens):
-        kept = runner.capture(pad([rows[i].ids for i in batch], fill=0), places)
-        for j, i in enumerate(batch):
-            found[i] = torch.stack([kept[place][j, rows[i].span(positions)].float().cpu() for place in places])
+    for attempt in that_fit([len(row.ids) for row in rows], batch_tokens):
+        with attempt as batch:
+            kept = runner.capture(pad([rows[i].ids for i in batch], fill=0), places)
+            for j, i in enumerate(batch):
+                found[i] = torch.stack([kept[place][j, rows[i].span(positions)].float().cpu() for place in places])
     return found
 
 
@@ -303,25 +305,26 @@ def _log_probs(
     places = [resid_post(layer) for layer in range(runner.n_layers)]
     full = torch.full((len(rows),), math.nan)
     patched = torch.full((len(rows), len(places)), math.nan)
-    for batch in batches([len(row.ids) for row in rows], batch_tokens):
-        tokens = pad([rows[i].ids for i in batch], fill=0)
-        most = max(len(rows[i].target) for i in batch)
-        ends = torch.tensor([len(rows[i].ids) for i in batch])
-        at = (ends[:, None] - most + torch.arange(most)).clamp(min=0)
+    for attempt in that_fit([len(row.ids) for row in rows], batch_tokens):
+        with attempt as batch:
+            tokens = pad([rows[i].ids for i in batch], fill=0)
+            most = max(len(rows[i].target) for i in batch)
+            ends = torch.tensor([len(rows[i].ids) for i in batch])
+            at = (ends[:, None] - most + torch.arange(most)).clamp(min=0)
 
-        def said(logits: Tensor, batch: Sequence[int] = batch) -> Tensor:
-            log_p = logits.float().log_softmax(-1).cpu()
-            targets = [rows[i].target for i in batch]
-            each = [row[-len(t) :].gather(-1, t[:, None]).mean() for row, t in zip(log_p, targets, strict=True)]
-            return torch.stack(each)
+            def said(logits: Tensor, batch: Sequence[int] = batch) -> Tensor:
+                log_p = logits.float().log_softmax(-1).cpu()
+                targets = [rows[i].target for i in batch]
+                each = [row[-len(t) :].gather(-1, t[:, None]).mean() for row, t in zip(log_p, targets, strict=True)]
+                return torch.stack(each)
 
-        streams = runner.capture(tokens, places)
-        full[list(batch)] = said(runner.logits(tokens, at=at))
-        for layer, place in enumerate(places):
-            stream = streams[place].clone()
-            for j, i in enumerate(batch):
-                stream[j, rows[i].span(positions)] = states[i][layer].to(stream)
-            patched[list(batch), layer] = said(runner.logits(tokens, at=at, start=(layer + 1, stream)))
+            streams = runner.capture(tokens, places)
+            full[list(batch)] = said(runner.logits(tokens, at=at))
+            for layer, place in enumerate(places):
+                stream = streams[place].clone()
+                for j, i in enumerate(batch):
+                    stream[j, rows[i].span(positions)] = states[i][layer].to(stream)
+                patched[list(batch), layer] = said(runner.logits(tokens, at=at, start=(layer + 1, stream)))
     return full, patched
 
 

@@ -155,7 +155,7 @@ def _origin(provenance: Iterable[Provenance]) -> Html | None:
         (
             one.model,
             tag("td", tag("code", str(one.weights))),
-            one.dtype,
+            f"{one.dtype} on {', '.join(one.devices)}" if one.devices else one.dtype,
             "with BOS" if one.prepend_bos else "without BOS",
             ", ".join(f"{name} {version}" for name, version in one.versions.items()),
         )

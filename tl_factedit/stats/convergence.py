@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
@@ -291,13 +292,14 @@ def _halves(
 def _keys(runner: Runner, site: DownProj, prompts: Sequence[Aligned], batch_tokens: int) -> Float[Tensor, "fact d_mlp"]:
     """The key at the last subject token of each prompt."""
     rows = [prompt.ids[: prompt.last + 1] for prompt in prompts]
-    at_once = max(1, batch_tokens // max(len(row) for row in rows))
-    found = []
-    for start in range(0, len(rows), at_once):
-        batch = rows[start : start + at_once]
-        caught = runner.capture(pad(batch, fill=0), [site.key_hook], stop=site.layer + 1)[site.key_hook]
-        found.append(caught[torch.arange(len(batch)), torch.tensor([len(row) - 1 for row in batch])])
-    return torch.cat(found)
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for attempt in that_fit([len(row) for row in rows], batch_tokens):
+        with attempt as batch:
+            tokens = pad([rows[i] for i in batch], fill=0)
+            caught = runner.capture(tokens, [site.key_hook], stop=site.layer + 1)[site.key_hook]
+            for place, i in enumerate(batch):
+                found[i] = caught[place, len(rows[i]) - 1]
+    return torch.stack(found)
 
 
 def _shown(stream: Iterable[KeyBatch], bar: Any) -> Iterator[KeyBatch]:

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_factedit.backend.fingerprint import Fingerprint, hash_weight
+from tl_factedit.backend.fingerprint import Fingerprint
+from tl_factedit.backend.hashing import hash_one
 from tl_factedit.backend.protocol import Model, check_layer
 from tl_factedit.backend.provenance import Provenance, difference
 from tl_factedit.backend.runner import Runner
@@ -100,7 +101,7 @@ class KeyStats:
             bos = model.tokenizer.bos_token_id
             prepend_bos = bos is not None and model.tokenizer("a")["input_ids"][:1] == [bos]
         origin = replace(Provenance.of(model, prepend_bos), versions={"file": file.name})
-        return cls(layer, moment, n_tokens, f"npz {hash_weight(moment)[:16]}", origin)
+        return cls(layer, moment, n_tokens, f"npz {hash_one(moment)[:16]}", origin)
 
     @property
     def is_identity(self) -> bool:
@@ -110,7 +111,7 @@ class KeyStats:
     @cached_property
     def digest(self) -> str:
         """A hash of the moment."""
-        return hash_weight(self.moment)
+        return hash_one(self.moment)
 
     @property
     def wanted_tokens(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import halving
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import DownProj
@@ -180,12 +181,18 @@ def stream_keys(
     """
     model = runner.model
     names = [site.key_hook for site in sites.values()]
-    for rows in _batches(pieces(model, reader, bos, context), n_tokens, batch_tokens):
-        ids = pad([row.ids for row in rows], fill=0)
-        lengths = torch.tensor([len(row.ids) for row in rows])
-        real = torch.arange(ids.shape[1])[None] < lengths[:, None]
-        caught = runner.capture(ids, names, stop=max(sites) + 1)
-        yield KeyBatch({layer: caught[site.key_hook] for layer, site in sites.items()}, real, rows[-1].place)
+    found = _batches(pieces(model, reader, bos, context), n_tokens, batch_tokens)
+    for attempt in halving(found, _padded, "tokens in one pass", "a smaller batch_tokens"):
+        with attempt as rows:
+            ids = pad([row.ids for row in rows], fill=0)
+            lengths = torch.tensor([len(row.ids) for row in rows])
+            real = torch.arange(ids.shape[1])[None] < lengths[:, None]
+            caught = runner.capture(ids, names, stop=max(sites) + 1)
+            yield KeyBatch({layer: caught[site.key_hook] for layer, site in sites.items()}, real, rows[-1].place)
+
+
+def _padded(rows: list[Piece]) -> int:
+    return max(len(row.ids) for row in rows) * len(rows)
 
 
 def _batches(found: Iterable[Piece], n_tokens: int, batch_tokens: int) -> Iterator[list[Piece]]:

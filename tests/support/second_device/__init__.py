@@ -35,6 +35,7 @@ import pytest
 import torch
 
 NAME = "fakegpu"
+MEMORY = 1 << 34  # bytes that it says it has
 SOURCE = Path(__file__).with_name("fakegpu.cpp")
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_longlong)
 _lib: Any = None
@@ -218,6 +219,12 @@ class _Module(ModuleType):
 
     def memory_allocated(self, device: Any = None) -> int:
         return int(_lib.fakegpu_live())
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return self.memory_allocated(device)
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return MEMORY - self.memory_allocated(device), MEMORY
 
     def max_memory_allocated(self, device: Any = None) -> int:
         return int(_lib.fakegpu_peak())
