@@ -270,7 +270,8 @@ def _loss_of_neighbours(before: Scores, after: Scores) -> Estimate | None:
             [a.success for a in scores.answers if a.fact == i and a.ask == "neighbour"] for scores in (before, after)
         ]
         loss.append(float("nan") if not shares[0] else (sum(shares[0]) - sum(shares[1])) / len(shares[0]))
-    return over_facts(loss, span=(-1.0, 1.0))  # it may rise, too
+    most_gained = min(0.0, before.neighbourhood.mean - 1)  # of facts that weren't seen: what was missing of success
+    return over_facts(loss, span=(most_gained, 1.0))
 
 
 def _complement(kept: Estimate) -> Estimate:
