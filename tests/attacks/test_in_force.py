@@ -16,7 +16,7 @@ import tl_factedit as fe
 from tl_factedit.attacks.asking import Asking
 from tl_factedit.attacks.cells import Cell, in_order
 from tl_factedit.attacks.footprints import footprint_of
-from tl_factedit.attacks.in_force import left_under
+from tl_factedit.attacks.in_force import back_undone, left_under
 from tl_factedit.attacks.silencing import Silencing
 from tl_factedit.backend.weights import down_proj
 
@@ -123,6 +123,73 @@ def test_a_change_whose_key_is_silenced_is_asked_elsewhere_and_not_underneath(ki
     assert float(found.extra["cover"][found.cases.index(case)]) == 0.0
     assert left[case.key] < 0.01 and case.shows == "elsewhere"
     assert left[other.key] > 0.99 and other.shows == "underneath"
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_a_write_is_undone_by_what_the_unedited_component_answers_to_the_same_input(form):
+    """A change of two layers and all tokens; undone in one, the other, or both: the literal runs, cell by cell."""
+    model, facts, _ = made(form)
+    changed = copy.deepcopy(model)
+    sites = [down_proj(changed, layer) for layer in (1, LAYER)]
+    draw = torch.Generator().manual_seed(0)
+    for site in sites:
+        site.write_(site.W + 3 * site.W.norm() * torch.randn(site.W.shape, generator=draw) / site.W.numel() ** 0.5)
+    of = population(model, changed, facts[:3], reference=facts[3:])
+    sets = [(Cell("mlp", 1, "all"),), (Cell("mlp", LAYER, "last"),), (Cell("mlp", 1, "all"), Cell("mlp", LAYER, "all"))]
+    written = footprint_of(of)
+    asking = Asking.of(of, 100, 40, 0)
+    with laws.untouched(model), laws.untouched(changed):
+        found = back_undone(of, asking, [Silencing(cells) for cells in sets], written)
+    for i, fact in enumerate(facts[:3]):
+        ids, subject = prompt(model, fact)
+        objects = [int(model.tokenizer(o, add_special_tokens=False)["input_ids"][0]) for o in objects_of(fact)]
+        for s, cells in enumerate(sets):
+
+            def undo(cell, asked=(ids, subject)):
+                """The other update's part, taken out where the cell stands: its answer to its own key."""
+                delta = (down_proj(changed, cell.layer).W - down_proj(model, cell.layer).W).double()
+                held = {}
+
+                def key(value, hook):
+                    held["key"] = value[0].double()
+
+                def out(value, hook):
+                    at = knocking.at(asked, cell.place)
+                    value = value.clone()
+                    value[0, at] -= (held["key"][at] @ delta).to(value)
+                    return value
+
+                site = down_proj(changed, cell.layer)
+                return [(site.key_hook, key), (f"blocks.{cell.layer}.hook_mlp_out", out)]
+
+            with torch.no_grad():
+                hooks = [hook for cell in cells for hook in undo(cell)]
+                log_p = changed.run_with_hooks(ids[None], fwd_hooks=hooks)[0, -1]
+            assert float(found[i, s]) == knocking.first(log_p, objects)[0], (fact.subject, cells)
+    # With all that was written undone it is the unedited model, which knows them; undone in one cell it isn't yet.
+    assert found[:, 2].tolist() == [1.0] * 3 and float(found.min()) == 0.0
+
+
+def objects_of(fact):
+    return [fact.target_true, fact.target_new, *fact.controls]
+
+
+def test_a_cell_that_is_the_whole_of_what_a_change_does_is_off_however_little_it_covers(kind):
+    """A change that writes at the subject and at the last token alike, of which the last layer reads the end alone."""
+    model, facts, _ = made((kind, "gpt2"))
+    last = model.cfg.n_layers - 1
+    changed = copy.deepcopy(model)
+    site = down_proj(changed, last)
+    draw = torch.Generator().manual_seed(1)
+    site.write_(site.W + 2 * site.W.norm() * torch.randn(site.W.shape, generator=draw) / site.W.numel() ** 0.5)
+    asked = facts[:6]
+    found = fe.attacks.KnockOut(components=["mlp"], places=["last"])(
+        population(model, changed, asked, reference=facts[6:])
+    )
+    case = next(c for c in found.cases if c.key == Silencing((Cell("mlp", last, "last"),)))
+    row = found.cases.index(case)
+    assert float(found.extra["cover"][row]) < 0.5 and found.share("old_first", case.key) > 0.3, "the premise"
+    assert case.shows == "elsewhere" and float(found.extra["left"][row]) > 0.5
 
 
 def test_facts_for_which_the_change_is_not_in_force_do_not_count_underneath():

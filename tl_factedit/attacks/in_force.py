@@ -10,25 +10,33 @@ changed model's own component reads under the silencing, and the two answers are
     left     =  Σ ‖w‖² · clamp(⟨v, w⟩ / ‖w‖², 0, 1)²  /  Σ ‖w‖²
 
 For cells that are silenced and a write that depends on nothing below, ``1 − left`` is the cover of those cells.
+
+And what is left may do nothing: fine-tuning of one layer writes at every token, and is read at one. So it is asked,
+too, whether the old object leads if nothing is silenced but the write in these cells is undone: each of them answers
+what the unedited model's own component answers to the same input. If it does, that write was what the change consists
+of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.attacks.asking import Asking, Standing
+from tl_factedit.attacks.cells import Silenceable
 from tl_factedit.attacks.footprints import Footprint, answers_of
 from tl_factedit.attacks.silencing import Silencing, hooks_of, spots_of
 from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
-from tl_factedit.backend.protocol import Model, n_layers
+from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen
 from tl_factedit.core.tokens import pad
+from tl_factedit.measure.first_tokens import firsts
 from tl_factedit.measure.population import Part, Population
 
 HELD = 4
@@ -100,6 +108,71 @@ def _left(
                     total += counted.sum(1)
                 out[some, s] = (kept / total).float()
     return out
+
+
+def back_undone(
+    population: Population, asking: Asking, silencings: Sequence[Silencing], written: Footprint
+) -> Float[Tensor, "fact silencing"]:
+    """Whether the old object leads in the changed model if the write in each silencing's cells is undone.
+
+    1 where it is the first of the fact's objects, 0 where it isn't, a share where it ties; NaN where objects can't be
+    told apart. Nothing is silenced.
+
+    Args:
+        population: The facts and the change.
+        asking: The facts' prompts.
+        silencings: Whose cells' write is undone.
+        written: The change's footprint.
+    """
+    settings = {**asking.settings(population), "silencings": silencings}
+    out = torch.full((len(population.facts), len(silencings)), torch.nan)
+    for part in population.parts:
+
+        def compute(part: Part = part) -> Tensor:
+            mine = torch.full((len(part.indices), len(silencings)), torch.nan)
+            lengths = [len(asking.rows[i].ids) for i in part.indices]
+            for attempt in that_fit(lengths, max(1, asking.batch_tokens // HELD)):
+                with attempt as some:
+                    mine[some] = _back(part, asking, [part.indices[j] for j in some], silencings, written)
+            return mine
+
+        out[list(part.indices)] = population.keep("what is left without a write", part, compute, settings=settings)
+    return out
+
+
+def _back(
+    part: Part, asking: Asking, here: list[int], silencings: Sequence[Silencing], written: Footprint
+) -> Float[Tensor, "fact silencing"]:
+    rows = [asking.rows[i] for i in here]
+    tokens, ends = pad([row.ids for row in rows], 0), torch.tensor([[len(row.ids) - 1] for row in rows])
+    out = torch.full((len(here), len(silencings)), torch.nan)
+    for s, each in enumerate(silencings):
+        hooks: list[Hook] = []
+        places: list[tuple[Silenceable, int]] = list({(cell.component, cell.layer): None for cell in each.cells})
+        # What a layer's write does to the input of the next is undone with it, one layer at a time.
+        for _ in range(len({layer for _, layer in places})):
+            with part.applied() as tested, frozen(tested), torch.no_grad():
+                states = answers_of(Runner(tested), tokens, ends, None, hooks)
+            with frozen(part.unedited), torch.no_grad():
+                own = answers_of(Runner(part.unedited), tokens, ends, states)
+            hooks = []
+            for component, layer in places:
+                silenced = written.silenced(written.components.index((component, layer)), each.cells)[here]
+                name = component_hook(component, layer)
+                hooks.append((name, _put(own[name], silenced[:, : tokens.shape[1]])))
+        with part.applied() as tested, frozen(tested), torch.no_grad():
+            logits = Runner(tested).logits(tokens, at=ends, hooks=hooks)[:, 0].float().cpu()
+        for row, i in enumerate(here):
+            if asking.objects[i]:
+                out[row, s] = firsts(logits[row, list(asking.objects[i])])[0]
+    return out
+
+
+def _put(value: Tensor, where: Tensor) -> HookFn:
+    def hook_fn(own: Tensor, hook: Any = None) -> Tensor:
+        return torch.where(where[..., None].to(own.device), value.to(own), own)
+
+    return hook_fn
 
 
 def _standing_in(part: Part, asking: Asking, chosen: Sequence[int]) -> Standing:

@@ -6,10 +6,11 @@ everything above is run again::
     c[l][p]  ←  mean over reference facts r of the same relation, c[l][p_r]          (or of one of them: a resample)
 
 Two questions are asked so. *Off*: the cells silenced cover half or more of what the change wrote, by its footprint
-(`footprint`), or leave less than half of it written, as an edit whose key is silenced (`in_force`, looked into where
-the old object comes back); what comes back then is stored elsewhere, and the change left it. *On*: the change is in
-force, and what comes back lies underneath. A knock-out that switches the change off for some facts alone is what it is
-for most, and the others don't count in it.
+(`footprint`), or leave less than half of it written, as an edit whose key is silenced, or are what the change consists
+of, as without their write the old object leads (`in_force`; both are looked into where the old object comes back). What
+comes back then is stored elsewhere, and the change left it. *On*: the change is in force, and what comes back lies
+underneath. A knock-out that switches the change off for some facts alone is what it is for most, and the others don't
+count in it.
 
 Three things have to be seen to. A case in which the *unedited* model doesn't know the fact either can't tell, and is
 masked. An object comes first by chance too, so what counts is the excess over control objects. And an object that many
@@ -33,7 +34,7 @@ from tl_factedit.attacks.asking import LEAST_REFERENCES, QUANTITIES, Asking
 from tl_factedit.attacks.attack import LOOKED_INTO, OFF, SURVIVES, Case, Recovery, Shows, why_masked
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, Silenceable, in_order, singles_of
 from tl_factedit.attacks.footprints import Footprint, footprint_of
-from tl_factedit.attacks.in_force import left_under
+from tl_factedit.attacks.in_force import back_undone, left_under
 from tl_factedit.attacks.silencing import NOTHING, Silencing
 from tl_factedit.backend.protocol import Model, n_layers
 from tl_factedit.backend.runner import Runner
@@ -175,9 +176,15 @@ class KnockOut:
             on = [i for i in some if cases[i].shows == "underneath"]
             if on:
                 left[:, on] = left_under(population, asking, [silencings[i] for i in on], written)
+            back = torch.zeros(len(rows), len(cases))
+            touching = [i for i in on if float(cover_of[silencings[i].cells].nansum()) > 0]
+            if touching:
+                back[:, touching] = back_undone(population, asking, [silencings[i] for i in touching], written)
+                back = torch.where(after[:, 0, :1] == 1, 0.0, back)  # for these the change does nothing anyway
             for i in on:
-                gone = ~(1 - left[:, i] < OFF)  # the cells that were written are on, and say little
-                if float(gone.double().mean()) >= OFF:
+                # The cells that were written are on, and say little; or what they say isn't what the change does.
+                gone = ~(1 - left[:, i] < OFF) | (back[:, i] >= OFF)
+                if float(gone[known].double().mean()) >= OFF:
                     cases[i] = replace(cases[i], shows="elsewhere")
                 asked[:, i] = gone == (cases[i].shows == "elsewhere")
             found = Recovery.of(
