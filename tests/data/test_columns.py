@@ -195,7 +195,7 @@ def test_other_kinds_are_refused(tmp_path):
         with pytest.raises(FileNotFoundError):
             data.facts(tmp_path / name)
     (tmp_path / "x.parquet").write_bytes(b"no")
-    with pytest.raises(ValueError, match="can't be read as PARQUET"):
+    with pytest.raises(ValueError, match="can't be read as Parquet"):
         data.facts(tmp_path / "x.parquet")
     (tmp_path / "x.json.gz").write_bytes(gzip.compress(b"[]")[:-9])
     with pytest.raises(ValueError, match="isn't JSON"):
@@ -217,3 +217,41 @@ def test_facts_are_written_as_tables_and_read_back_as_they_were(tmp_path):
         found = [fact.but(id=None) for fact in data.facts(given)]
         assert found == [fact.but(id=None) for fact in facts], given
     assert list(data.facts([fact.to_dict() for fact in facts])) == facts
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "subject,prompt,answer\nFrance,In short, the capital of {} is,Paris\n",
+            "line 2 has 4 fields, and the first line 3",
+        ),
+        ("subject,prompt,answer\nFrance,The capital of {} is\n", "line 2 has 2 fields"),
+        ("subject;prompt;answer\nFrance;The capital of {} is;Paris\n", "is ';' what stands between them"),
+        ("subject,prompt,answer,answer\nFrance,The capital of {} is,Paris,x\n", "names 'answer' twice"),
+        ('subject,prompt,answer\n"France,The capital of {} is,Paris\n', "can't be read as a table"),
+    ],
+)
+def test_a_row_of_other_length_is_named_and_never_shifted(tmp_path, text, says):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        data.facts(tmp_path / "x.csv")
+
+
+def test_a_spreadsheet_is_told_what_it_is(tmp_path):
+    (tmp_path / "x.xlsx").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="save it as CSV"):
+        data.facts(tmp_path / "x.xlsx")
+
+
+@pytest.mark.parametrize("gap", ["[MASK].", "____.", "<mask>", "{answer}", "[Y] ."])
+def test_a_gap_for_the_object_is_no_text(gap):
+    (fact,) = data.facts([{"subject": "France", "prompt": f"The capital of {{subject}} is {gap}", "answer": "Paris"}])
+    assert fact.text == "The capital of France is"
+    with pytest.raises(ValueError, match="stands inside the prompt"):
+        data.facts([{"subject": "France", "prompt": f"{gap.strip(' .')} is the capital of France", "answer": "Paris"}])
+
+
+def test_a_prompt_that_holds_its_answer_already_is_refused():
+    with pytest.raises(ValueError, match="already ends with its object"):
+        data.facts([{"subject": "France", "prompt": "The capital of France is Paris.", "answer": "Paris"}])

@@ -1,5 +1,8 @@
 """What a model says in words: the literal greedy decoding, what counts as saying an object, and how it is summed up."""
 
+import inspect
+from types import SimpleNamespace
+
 import audits
 import laws
 import pytest
@@ -7,7 +10,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.evaluation.in_words import begins_with, names_it
+from tl_factedit.evaluation.in_words import _up_to_the_end, begins_with, names_it
 
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "gemma2")]
 FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if arch in tiny.HOOKED]
@@ -64,6 +67,7 @@ def test_an_answer_is_what_greedy_decoding_says_token_by_token(form):
         (" in Romeo's Rome", "Rome", False, True),
         ("Jerome", "Rome", False, False),
         ("北京市", "北京", True, True),
+        (" 파리입니다.", "파리", True, True),
         (" New York City", "New York", True, True),
         ("", "Rome", False, False),
     ],
@@ -140,3 +144,30 @@ def test_kinds_and_facts_are_checked(kind):
         fe.answers(model, [], progress=False)
     with pytest.raises(ValueError, match="kind is 'rewrite'"):
         fe.answers(model, laws.FACT, n_tokens=1, progress=False).share("rewrite", lambda a: 1.0)
+
+
+def test_an_answer_is_as_long_as_what_is_wanted_and_a_line_break_of_the_object_ends_nothing(kind):
+    model = tiny.model(kind, "gpt2")
+    said = fe.answers(model, laws.FACT, n_tokens=5, progress=False).each[0].said
+    fact = laws.FACT.but(target_new=" " + said.lstrip())
+    found = fe.answers(model, fact, n_tokens=1, progress=False)
+    assert found.each[0].said == said and found.autoregressive.mean == 1.0 == found.teacher_forced.mean
+    ids = model.tokenizer("Rome is Paris", add_special_tokens=False)["input_ids"]
+    text = model.tokenizer.decode(ids)
+    assert _up_to_the_end(model.tokenizer, ids, "Rome") == text
+    broken = SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: " Rome\nor so\nmore")
+    assert _up_to_the_end(broken, ids, "Rome") == " Rome"
+    assert _up_to_the_end(broken, ids, "Rome\nor so") == " Rome\nor so"
+
+
+@pytest.mark.parametrize(
+    ("aliases", "says"),
+    [
+        ({"nobody": ["x"]}, "no object of these facts"),
+        ({" Rome": "Roma"}, "a list of other names"),
+        ({" Rome": [5]}, "list"),
+    ],
+)
+def test_other_names_of_nothing_are_refused(aliases, says):
+    with pytest.raises(ValueError, match=says):
+        inspect.unwrap(fe.answers)(tiny.model("bridge", "gpt2"), laws.FACT, aliases=aliases, progress=False)

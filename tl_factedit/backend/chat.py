@@ -36,6 +36,12 @@ def chat_prompt(model: Model, text: str, *, system: str | None = None) -> str:
             f"the tokenizer of {model_name(model)} has no chat template: write the prompt as text, or take a model "
             "that was trained to chat"
         )
+    control = [token for token in getattr(tokenizer, "all_special_tokens", ()) if token in text]
+    if control:
+        raise ValueError(
+            f"text holds {control[0]!r}, a token by which a chat is put together: give what the user says, not "
+            "a prompt that chat_prompt has made"
+        )
     said = [("system", system), ("user", text)]
     messages = [{"role": role, "content": content} for role, content in said if content is not None]
     prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -48,7 +48,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 SLOTS = ("{subject}", "[X]", "{}")
 """What stands for the subject in a prompt that doesn't spell it."""
 
-OBJECT = "[Y]"
+GAP = re.compile(r"\[Y\]|\[MASK\]|<mask>|_{2,}|\{[A-Za-z_]+\}")
 """What stands for the object, at a prompt's end."""
 
 
@@ -96,8 +96,9 @@ def facts(
     Published layouts with records inside records are known too: CounterFact, known facts, zsRE, and relations with
     templates and pairs.
 
-    A prompt spells its subject, or has ``{}``, ``{subject}`` or ``[X]`` in its place, and may end with ``[Y]`` for the
-    object. Objects get the space that continues their prompt. A list may be one text, or be spelt as JSON in a table.
+    A prompt spells its subject, or has ``{}``, ``{subject}`` or ``[X]`` in its place, and may end with a gap for the
+    object (``[Y]``, ``[MASK]``, ``____``). Objects get the space that continues their prompt. A list may be one text,
+    or be spelt as JSON in a table.
     Where there is no column of controls, a fact's are the other objects that were read for its relation.
 
     Args:
@@ -242,7 +243,7 @@ def _fact(i: int, row: Mapping[str, Any], changes: Changes) -> Fact:
         prompt,
         _object(row, "target_true", text, changes),
         _object(row, "target_new", text, changes),
-        paraphrases=[_slotted(each, changes) for each in _several(row, "paraphrases")],
+        paraphrases=[changes.trimmed(_slotted(each)) for each in _several(row, "paraphrases")],
         neighbours=[changes.trimmed(each) for each in neighbours],
         neighbour_targets=[changes.continued(n, a) for n, a in zip(neighbours, answers, strict=bool(answers))],
         controls=[changes.continued(text, each) for each in _several(row, "controls")],
@@ -256,37 +257,44 @@ def _asked(row: Mapping[str, Any], changes: Changes) -> tuple[str, str, str]:
     for field in ("subject", "prompt"):
         if not isinstance(row.get(field), str) or not stripped(row[field]):
             raise ValueError(f"{field} is {row.get(field)!r}, needed some text")
-    template = row["prompt"]
-    before, found, after = template.partition(OBJECT)
-    if found and re.sub(r"[\s.!?。]", "", after):
-        raise ValueError(f"{OBJECT} stands inside the prompt {template!r}, needed at its end")
-    template = before.rstrip() if found else template
-    slot = next((each for each in SLOTS if each in template), None)
-    if slot is None:
-        return template_of({**row, "prompt": template}, "prompt", changes)
-    subject, prompt = changes.unpadded(row["subject"], template.replace(slot, "{}"))
-    return subject, changes.trimmed(prompt), prompt.replace("{}", subject)
+    template = _slotted(row["prompt"])
+    if "{}" not in template:
+        found = template_of({**row, "prompt": template}, "prompt", changes)
+    else:
+        subject, prompt = changes.unpadded(row["subject"], template)
+        found = subject, changes.trimmed(prompt), prompt.replace("{}", subject)
+    obj = _first(row.get("target_true"))
+    if isinstance(obj, str) and obj.strip() and re.search(rf"\s{re.escape(obj.strip())}[\s.!?。]*$", found[2]):
+        raise ValueError(f"the prompt {found[2]!r} already ends with its object {obj!r}, needed the text before it")
+    return found
 
 
-def _slotted(text: str, changes: Changes) -> str:
-    before, found, _ = text.partition(OBJECT)
-    before = before.rstrip() if found else before
-    for slot in SLOTS[:2]:
-        before = before.replace(slot, "{}")
-    return changes.trimmed(before)
+def _slotted(text: str) -> str:
+    """A prompt with ``{}`` for its subject, up to the gap for its object."""
+    for slot in SLOTS:
+        text = text.replace(slot, "{}")
+    gap = GAP.search(text)
+    if gap is None:
+        return text
+    if re.sub(r"[\s.!?。]", "", text[gap.end() :]):
+        raise ValueError(f"{gap.group()} stands inside the prompt {text!r}, needed at its end")
+    return text[: gap.start()].rstrip()
 
 
 def _object(row: Mapping[str, Any], field: str, text: str, changes: Changes) -> str | None:
-    value = row.get(field)
-    if isinstance(value, Mapping):  # {"str": "Paris", "id": "Q90"}
-        value = value.get("str")
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else None
+    value = _first(row.get(field))
     if value is None or value == "":
         return None
     if not isinstance(value, str):
         value = str(value)  # a year
     return changes.continued(text, value)
+
+
+def _first(value: Any) -> Any:
+    """An object: of several answers the first, of a record its text."""
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    return value.get("str") if isinstance(value, Mapping) else value  # {"str": "Paris", "id": "Q90"}
 
 
 def _several(row: Mapping[str, Any], field: str) -> list[str]:

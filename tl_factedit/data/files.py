@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -23,24 +25,53 @@ def read_rows(path: str | Path) -> Any:
     file = Path(path).expanduser()
     ends = [end.lower() for end in file.suffixes]
     packed = ends[-1:] == [".gz"]
-    end = (ends[:-1] if packed else ends)[-1:] or [""]
-    if end[0] not in (*SEPARATORS, ".parquet"):
+    end = ((ends[:-1] if packed else ends)[-1:] or [""])[0]
+    if end in (".xlsx", ".xls", ".ods"):
+        raise ValueError(f"{path} is a spreadsheet, needed a table of text: save it as CSV")
+    if end in SEPARATORS:
+        return _table(path, file.read_bytes(), SEPARATORS[end])
+    if end != ".parquet":
         return read_json(path)
     import pandas as pd
 
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        if end[0] == ".parquet":
-            rows = pd.read_parquet(file).to_dict("records")
-        else:
-            table = pd.read_csv(file, sep=SEPARATORS[end[0]], dtype=str, keep_default_na=False, encoding="utf-8-sig")
-            rows = table.to_dict("records")
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} can't be read as {end[0][1:].upper()}: {error}") from error
-    return [
-        {str(k): None if isinstance(value, str) and not value else value for k, value in row.items()} for row in rows
-    ]
+        rows = pd.read_parquet(file).to_dict("records")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} can't be read as Parquet: {error}") from error
+    return [{str(name): value for name, value in row.items()} for row in rows]
+
+
+def _table(path: str | Path, raw: bytes, separator: str) -> list[dict[str, str | None]]:
+    """The rows of a table of text whose first line names its columns; each has as many fields as there are names.
+
+    Raises:
+        ValueError: It isn't one; the message gives the line.
+    """
+    try:
+        text = (gzip.decompress(raw) if raw.startswith(GZIP) else raw).decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        names = next(reader, [])
+        if len(names) < 2:
+            other = next((mark for mark in (";", "\t", ",", "|") if mark != separator and mark in "".join(names)), None)
+            hint = f": is {other!r} what stands between them?" if other else ""
+            raise ValueError(f"its first line names {len(names)} column, needed several{hint}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"its first line names {twice[0]!r} twice")
+        found: list[dict[str, str | None]] = []
+        for row in reader:
+            if row and len(row) != len(names):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(row)} fields, and the first line {len(names)}: put text that "
+                    "holds a separator in quotes"
+                )
+            if row:
+                found.append({name: value or None for name, value in zip(names, row, strict=True)})
+    except (csv.Error, ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} can't be read as a table: {error}") from error
+    return found
 
 
 def read_json(path: str | Path) -> Any:

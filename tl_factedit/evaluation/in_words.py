@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KINDS = ("prompt", "paraphrase", "neighbour")
+HANGUL = re.compile("[\uac00-\ud7a3]")
 MOST_ROWS = 64
 """So many answers are generated side by side."""
 
@@ -197,7 +198,8 @@ def answers(
         model: Either class, edited or not.
         facts: One or several. Wanted is ``target_new`` or, without one, ``target_true``; of neighbours their
             ``neighbour_targets``, or ``target_true``.
-        n_tokens: Most tokens of an answer; it ends before, at the end of the text or a line break.
+        n_tokens: Most tokens of an answer (as many as the wanted object has, where it has more); it ends before, at the
+            end of the text or a line break.
         chat: Whether each prompt is what a user says, in the tokenizer's chat template (`chat_prompt`).
         system: What the system says in the chat.
         aliases: Other names of an object, which count as it: ``{" New York": ["NYC"]}``.
@@ -208,8 +210,8 @@ def answers(
 
     Raises:
         ValueError: No facts, or one given twice; ``n_tokens`` below 1, or more than the model's context has room for;
-            a chat without a template, or a system without a chat; neighbours whose answer isn't known; `before` of
-            other prompts.
+            a chat without a template, or a system without a chat; aliases of what is no object of the facts;
+            neighbours whose answer isn't known; `before` of other prompts.
 
     Example:
         >>> said = fe.answers(model, facts)                                  # doctest: +SKIP
@@ -232,9 +234,11 @@ def answers(
     provenance = Provenance.of(model, prepend_bos, prompts=(framed(text) for _, _, text, _ in asked))
     requests = of_all(facts, lambda fact: _requests(model, fact, framed, provenance.prepend_bos, n_tokens))
     rows = [request for of_fact in requests for request in of_fact]
-    names = {name.strip(): [other.strip() for other in others] for name, others in (aliases or {}).items()}
+    names = _names(
+        aliases or {}, {wanted.strip() for *_, wanted in asked} | {str(f.target_true).strip() for f in facts}
+    )
     with frozen(model), torch.no_grad():
-        said = _say(model, [prompt for prompt, _ in rows], n_tokens, batch_tokens, progress=progress)
+        said = _say(model, rows, [wanted for *_, wanted in asked], n_tokens, batch_tokens, progress=progress)
         right = comes_first(Runner(model), rows, batch_tokens)
 
     def stands(in_text: str, obj: str, test: Callable[[str, str], bool]) -> bool:
@@ -268,6 +272,18 @@ def answers(
     return replace(found, before=replace(before, before=None))
 
 
+def _names(aliases: Mapping[str, Any], objects: set[str]) -> dict[str, list[str]]:
+    """Other names by object, without white space around either."""
+    found = dict[str, list[str]]()
+    for name, others in aliases.items():
+        if not isinstance(others, (list, tuple)) or not all(isinstance(each, str) and each.strip() for each in others):
+            raise ValueError(f"the aliases of {name!r} are {others!r}, needed a list of other names")
+        if name.strip() not in objects:
+            raise ValueError(f"aliases names {name!r}, which is no object of these facts: see fact.target_new")
+        found[name.strip()] = [other.strip() for other in others]
+    return found
+
+
 def begins_with(said: str, obj: str) -> bool:
     """Whether what is said begins with an object, as a word of its own, whatever its case.
 
@@ -290,7 +306,8 @@ def names_it(said: str, obj: str) -> bool:
 
 
 def _ends(text: str, at: int) -> bool:
-    return at >= len(text) or not in_one_word(text[at - 1], text[at])
+    """Whether a word ends at a place; in Korean, particles hang on to it ("파리입니다")."""
+    return at >= len(text) or not in_one_word(text[at - 1], text[at]) or bool(HANGUL.match(text[at]))
 
 
 def _asked(fact: Fact) -> list[tuple[str, str, str]]:
@@ -316,7 +333,7 @@ def _requests(
         wanted = target if prompt == text else continued(prompt, target.strip())
         wanted_ids = continuation(model.tokenizer, prompt, wanted, prepend_bos=bos)
         check_room(ids, [wanted_ids], room, text)
-        if room is not None and len(ids) + n_tokens > room:
+        if room is not None and len(ids) + max(n_tokens, len(wanted_ids)) > room:
             raise ValueError(
                 f"{text!r} has {len(ids)} tokens, which with an answer of {n_tokens} are more than the {room} that the "
                 "model reads: take a smaller n_tokens"
@@ -326,11 +343,17 @@ def _requests(
 
 
 def _say(
-    model: Model, prompts: Sequence[Int[Tensor, "_"]], n_tokens: int, batch_tokens: int, *, progress: bool
+    model: Model,
+    rows: Sequence[tuple[Int[Tensor, "_"], Int[Tensor, "_"]]],
+    wanted: Sequence[str],
+    n_tokens: int,
+    batch_tokens: int,
+    *,
+    progress: bool,
 ) -> list[str]:
     """The greedy answer to each prompt; those of one length together, so that nothing has to be padded."""
-    by_length = defaultdict[int, list[int]](list)
-    for i, ids in enumerate(prompts):
+    by_length, most = defaultdict[int, list[int]](list), [max(n_tokens, len(target)) for _, target in rows]
+    for i, (ids, _) in enumerate(rows):
         by_length[len(ids)].append(i)
     groups = [
         mine[at : at + step]
@@ -338,13 +361,13 @@ def _say(
         for step in [max(1, min(MOST_ROWS, batch_tokens // (length + n_tokens)))]
         for at in range(0, len(mine), step)
     ]
-    said = [""] * len(prompts)
+    said = [""] * len(rows)
     with told_where_it_is(model):
         for group in tqdm(groups, desc="answers", unit="batch", delay=1, disable=not progress, leave=False):
-            tokens = torch.stack([prompts[i] for i in group]).to(device(model))
+            tokens = torch.stack([rows[i][0] for i in group]).to(device(model))
             told: Any = model.generate(
                 tokens,
-                max_new_tokens=n_tokens,
+                max_new_tokens=max(most[i] for i in group),
                 stop_at_eos=False,  # one row's end mustn't depend on the others'
                 do_sample=False,
                 prepend_bos=False,
@@ -352,14 +375,14 @@ def _say(
                 verbose=False,
             )
             for i, ids in zip(group, told[:, tokens.shape[1] :].tolist(), strict=True):
-                said[i] = _up_to_the_end(model.tokenizer, ids)
+                said[i] = _up_to_the_end(model.tokenizer, ids[: most[i]], wanted[i].strip())
     return said
 
 
-def _up_to_the_end(tokenizer: Any, ids: list[int]) -> str:
-    """An answer's text, up to the token that ends it, or to the first line break after its first word."""
+def _up_to_the_end(tokenizer: Any, ids: list[int], wanted: str) -> str:
+    """An answer's text, up to the token that ends it, or to the first line break that the wanted object hasn't got."""
     end = getattr(tokenizer, "eos_token_id", None)
     text = str(tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True))
     begun = len(text) - len(text.lstrip())
-    stop = text.find("\n", begun)
+    stop = text.find("\n", begun + (len(wanted) if "\n" in wanted else 0))
     return text if stop < 0 else text[:stop]
