@@ -17,7 +17,8 @@ from tl_factedit.attacks.asking import Asking
 from tl_factedit.attacks.cells import Cell, in_order
 from tl_factedit.attacks.footprints import footprint_of
 from tl_factedit.attacks.in_force import back_undone, left_under
-from tl_factedit.attacks.silencing import Silencing
+from tl_factedit.attacks.silencing import NOTHING, Silencing
+from tl_factedit.backend.state import detach_caches
 from tl_factedit.backend.weights import down_proj
 
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama")]
@@ -107,18 +108,29 @@ def test_a_change_whose_key_is_silenced_is_asked_elsewhere_and_not_underneath(ki
     every, fires = torch.cat([keys([]), silent]), torch.zeros(2 * len(silent)).double()
     fires[last] = 1.0
     direction = torch.linalg.pinv(every) @ fires  # what it reads: 1 at the subject, 0 at all else and when silenced
-    objects = [
-        int(model.tokenizer(text, add_special_tokens=False)["input_ids"][0]) for text in (fact.target_new, fact.old)
-    ]
+    new, old = (model.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in (fact.target_new, fact.old))
+    says = torch.zeros(model.cfg.d_model, requires_grad=True)  # what makes the new object lead, said at the subject
+    adam = torch.optim.Adam([says], lr=1.0)
+
+    def add(value, hook):
+        return value + torch.nn.functional.one_hot(torch.tensor(last), value.shape[1])[None, :, None] * says
+
+    for _ in range(40):
+        logits = model.run_with_hooks(asked[0][None], fwd_hooks=[(f"blocks.{LAYER}.hook_mlp_out", add)])[0, -1]
+        adam.zero_grad()
+        (logits.logsumexp(-1) - logits[new] + logits[old]).backward()
+        adam.step()
+    model.zero_grad(set_to_none=True)
+    detach_caches(model)
+    changed = copy.deepcopy(model)
     with torch.no_grad():
-        says = model.unembed.W_U[:, objects[0]] - model.unembed.W_U[:, objects[1]]
-        changed = copy.deepcopy(model)
         there = down_proj(changed, LAYER)
-        there.write_((there.W + torch.outer(direction, 100 * says.double() / says.norm())).to(there.W))
+        there.write_((there.W + torch.outer(direction, says.detach().double())).to(there.W))
     of = population(model, changed, [fact], reference=others)
     above = (Cell("attn", LAYER + 1, "all"),)
     found = fe.attacks.KnockOut(components=["mlp"], places=["last"], cells=[cells, above])(of)
     case, other = (next(c for c in found.cases if c.key == Silencing(in_order(some))) for some in (cells, above))
+    assert float(found.after.at(case=NOTHING, quantity="old_first")) == 0.0, "the premise: it overrides"
     left = dict(zip(found.keys, found.extra["left"].tolist(), strict=True))
     assert float(found.extra["cover"][found.cases.index(case)]) == 0.0
     assert left[case.key] < 0.01 and case.shows == "elsewhere"

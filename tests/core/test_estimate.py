@@ -183,3 +183,13 @@ def test_a_correlation_of_few_facts_or_without_spread_has_no_interval():
         assert str(found).endswith(f"(n = {len(x)}: no interval)")
     some = rank_correlation(more, torch.tensor([0.0, 2.0, 1.0, 3.0, 5.0, 4.0, 7.0, 6.0]))
     assert some.low < some.mean < some.high
+
+
+def test_a_ratio_whose_lower_part_may_be_nothing_has_no_bound_there():
+    """Of ten facts, all but one of which had nothing to lose: a resample may hold none that had."""
+    had, has = [0.0] * 11 + [1e-12, 2.0], [0.5] * 12 + [1.0]
+    found = jointly([has, had], lambda means: means[0] / means[1])
+    assert math.isinf(found.high) and not math.isnan(found.low)
+    for seed in range(20):  # wherever a quantile falls between a number and infinity
+        found = jointly([has, had], lambda means: means[0] / means[1], seed=seed)
+        assert math.isnan(found.low) == math.isnan(found.high)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_factedit.attacks.asking import LEAST_REFERENCES, QUANTITIES, Asking
@@ -173,20 +173,16 @@ class KnockOut:
         while some := _deciding(found, looked):
             common[:, some] = self._common(population, asking, [silencings[i] for i in some], strangers, settings)
             looked |= {i: cases[i].shows for i in some}
-            on = [i for i in some if cases[i].shows == "underneath"]
-            if on:
-                left[:, on] = left_under(population, asking, [silencings[i] for i in on], written)
-            back = torch.zeros(len(rows), len(cases))
-            touching = [i for i in on if float(cover_of[silencings[i].cells].nansum()) > 0]
-            if touching:
-                back[:, touching] = back_undone(population, asking, [silencings[i] for i in touching], written)
-                back = torch.where(after[:, 0, :1] == 1, 0.0, back)  # for these the change does nothing anyway
-            for i in on:
-                # The cells that were written are on, and say little; or what they say isn't what the change does.
-                gone = ~(1 - left[:, i] < OFF) | (back[:, i] >= OFF)
-                if float(gone[known].double().mean()) >= OFF:
-                    cases[i] = replace(cases[i], shows="elsewhere")
-                asked[:, i] = gone == (cases[i].shows == "elsewhere")
+            unclear = [i for i in some if not takes_out[silencings[i].cells] and written.written]
+            if unclear:
+                gone = self._switched_off(population, asking, [silencings[i] for i in unclear], written, left, unclear)
+                for k, i in enumerate(unclear):
+                    # Where the old object leads with nothing silenced, the change does nothing in any case.
+                    was_off = cases[i].shows == "elsewhere"
+                    off_for = torch.where(after[:, 0, 0] == 1, was_off, gone[:, k])
+                    is_off = float(off_for[known].double().mean()) >= OFF
+                    cases[i] = replace(cases[i], shows="elsewhere" if is_off else "underneath")
+                    asked[:, i] = off_for == is_off
             found = Recovery.of(
                 "knock-out",
                 population,
@@ -216,6 +212,27 @@ class KnockOut:
                 "disagree": _disagreeing(found),
             },
         )
+
+    @staticmethod
+    def _switched_off(
+        population: Population,
+        asking: Asking,
+        silencings: Sequence[Silencing],
+        written: Footprint,
+        left: Float[Tensor, "fact case"],
+        places: Sequence[int],
+    ) -> Bool[Tensor, "fact silencing"]:
+        """For which facts each silencing switches the change off, by what it does; `left` is filled in at `places`."""
+        left[:, places] = left_under(population, asking, silencings, written)
+        gone = ~(left[:, places] >= 1 - OFF)
+        touching = [k for k, each in enumerate(silencings) if float(written.cover(each.cells).nansum()) > 0]
+        own = torch.zeros_like(gone)
+        if touching:
+            some = [silencings[k] for k in touching]
+            own[:, touching] = back_undone(population, asking, some, written) >= OFF
+        # Cells that were written are off by what their write does, and not by how large it is.
+        within = torch.stack([written.cover(each.cells) >= OFF for each in silencings], 1)
+        return torch.where(within, own, gone | own)
 
     def _singles(self, layers: int) -> list[Cells]:
         """Each component at each place, of each window of layers."""

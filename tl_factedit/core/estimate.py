@@ -133,7 +133,8 @@ def jointly(
     means = combine(list(_resampled_means(table, torch.Generator().manual_seed(seed))))
     at = tail(n)
     low, high = torch.nanquantile(means, torch.tensor([at, 1 - at], dtype=means.dtype)).tolist()
-    return Estimate(mean, low, high, n)
+    # Of a ratio whose lower part may be 0 some resamples are infinite, and so may an end be.
+    return Estimate(mean, -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high, n)
 
 
 def tail(n: int) -> float:
