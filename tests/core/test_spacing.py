@@ -5,13 +5,22 @@ import warnings
 import pytest
 
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.spacing import before_prompts, continued, ending, gap, in_one_word
+from tl_factedit.core.spacing import before_prompts, continued, ending, gap, in_one_word, moved
 
 
 @pytest.mark.parametrize(
     ("text", "target", "space"),
     [
         ("The capital of France is", "Paris", " "),
+        ("Londres est la capitale de l'", "Angleterre", ""),
+        ("Il vient d’", "Oslo", ""),
+        ("On sait qu'", "il vient", ""),
+        ("Il va jusqu'", "à Rome", ""),
+        ("He is Peter O'", "Toole", ""),
+        ("La capitale dell'", "Inghilterra", ""),
+        ("It is the Millers'", "house", " "),
+        ("It was 5'", "above", " "),
+        ("It is 'Rome'", "again", " "),
         ("Where is it?", "Paris", " "),
         ("A:", "Paris", " "),
         ("In", "1889", " "),
@@ -80,6 +89,9 @@ def test_objects_of_files_become_continuations(target, found):
         ("中国的首都是", " New York", " New York"),
         ("It is called (", " Paris", "Paris"),
         ('It is called " ', "Paris", "Paris"),
+        ("est la capitale de l'", "Angleterre", "Angleterre"),
+        ("est la capitale de l' ", "Angleterre", "Angleterre"),
+        ("est la capitale de l'", " Angleterre", "Angleterre"),
         ("Rome / ", "Paris", " Paris"),
         ("Where is it?", "Paris", " Paris"),
         ("It is in…", "Paris", " Paris"),
@@ -126,8 +138,77 @@ def test_words_of_any_script_that_are_glued_are_warned_of(text, target):
 
 
 def test_objects_glued_to_a_paraphrase_or_a_neighbour_are_warned_of():
-    with pytest.warns(UserWarning, match="target 'Paris' goes on inside the last word of 'X is in' .*; so do 1 more"):
-        Fact("X", "<user>{}?\n", "Paris", paraphrases=["{} is in"], neighbours=["Y is in"])
+    with pytest.warns(UserWarning, match="target 'man' goes on inside the last word of 'X is super' .*; so do 1 more"):
+        Fact("X", "{} is super-", "man", paraphrases=["{} is super"], neighbours=["Y is super"])
+
+
+@pytest.mark.parametrize(
+    ("was", "target", "text", "found"),
+    [
+        ("It is in", " Paris", "It lies in", " Paris"),
+        ("It is in", " Paris", "It is called “", "Paris"),
+        ("It is in", " Paris", "It is (", "Paris"),
+        ("It costs", " 5", "It costs $", "5"),
+        ("It is in", " Paris", "Q: Where is it?\nA:\n", "Paris"),
+        ("It is in", " Oslo", "est la ville d'", "Oslo"),
+        ("It is in", " 巴黎", "法国的首都是", "巴黎"),
+        ("It is in", " Paris", "法国的首都是", " Paris"),
+        ("It is in", " กรุงเทพ", "เมืองหลวงคือ", "กรุงเทพ"),
+        ("法国的首都是", "巴黎", "The capital of France is", " 巴黎"),
+        ("法国的首都是", "Paris", "The capital of France is", " Paris"),
+        ("<user>Where?\n", "Paris", "It is in", " Paris"),
+        ("It is called '", "Paris", "It is in", " Paris"),
+        ("est la ville d'", "Oslo", "It is in", " Oslo"),
+        ("It costs $", "5", "The price in dollars is", " 5"),
+        # What is joined by hand, or the rest of a word, stays.
+        ("In the year 18", "89", "In 18", "89"),
+        ("In the year 18", "89", "The year:", "89"),
+        ("It is super-", "man", "It is super", "man"),
+        ("It is 3.", "14", "It is 3.", "14"),
+        ("See www.", "example.org", "See", "example.org"),
+        ("It is in", "'s", "It is called", "'s"),
+        ("It is in", " Paris", "capital =", " Paris"),
+        ("It is in", " 30", "It opens at 12:", " 30"),
+        ("user\n", " Paris", "assistant\n", " Paris"),
+        ("It is in", "\nParis", "It is called “", "\nParis"),
+        ("It is in", " Paris", "It is in ", " Paris"),
+        ("It is in", "", "It is (", ""),
+    ],
+)
+def test_an_object_is_joined_to_each_text_by_the_rule(was, target, text, found):
+    assert moved(target, was, text) == found
+    assert moved(moved(target, was, text), text, text) == found
+
+
+def test_a_fact_asked_otherwise_has_its_objects_as_they_stand_there():
+    fact = Fact("France", "The capital of {} is", " Paris", " Rome", controls=[" Oslo"], paraphrases=["{}: capital “"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = fact.asked("{}: capital “")
+    assert (other.target_true, other.target_new, other.controls) == ("Paris", "Rome", ("Oslo",))
+    assert fact.after(fact.text, " Rome") == " Rome"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Fact("France", "{}的首都是", "Paris", paraphrases=["The capital of {} is"])  # not glued: it gets a space
+
+
+def test_an_elision_is_no_word_that_an_object_is_glued_to():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fact = Fact("Londres", "{} est la capitale de l'", "Angleterre", "Irlande", controls=["Écosse"])
+    assert (fact.target_true, fact.target_new, fact.controls) == ("Angleterre", "Irlande", ("Écosse",))
+    with pytest.warns(UserWarning, match="' Angleterre' .* became 'Angleterre'"):
+        assert fact.but(target_true=" Angleterre").target_true == "Angleterre"
+
+
+def test_accents_that_stand_apart_are_composed_in_objects_and_that_is_said():
+    apart = " Sa\u0303o Paulo"
+    with pytest.warns(UserWarning, match="target_true and controls of fact 'X', .* became ' São Paulo'.*NFC") as said:
+        fact = Fact("X", "{} is in", apart, controls=[apart])
+    assert (fact.target_true, fact.controls, len(said)) == (" São Paulo", (" São Paulo",), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fact.but(target_new=" Rome").target_true == " São Paulo"  # said once
 
 
 def test_a_warning_quotes_whole_words():

@@ -491,8 +491,8 @@ def test_a_fact_without_an_old_object_is_aligned_and_what_needs_one_says_so():
         _ = row.true_ids
 
 
-@pytest.mark.parametrize(("kind", "count"), [("bytebpe", 2), ("spm", 2)])
-def test_an_object_is_said_where_more_than_white_space_is(kind, count):
+@pytest.mark.parametrize(("kind", "count"), [("bytebpe", 3), ("spm", 4)])
+def test_an_object_is_said_where_a_whole_character_is(kind, count):
     tok = tiny.tokenizer(kind)
     fact = Fact("Eiffel", "{} is in", " 東京", " Paris")
     row = align(tok, fact, prepend_bos=True)
@@ -500,6 +500,36 @@ def test_an_object_is_said_where_more_than_white_space_is(kind, count):
     with pytest.warns(UserWarning, match="object ' 東京' of fact 'Eiffel' begins with a token of white space alone"):
         assert not FirstTokens.of(tok, fact, True).apart, "a space is no object"
     assert FirstTokens.of(tok, fact.but(target_true=" Rome"), True).apart
+    said = tok.decode(row.old_ids[:count].tolist()).strip()
+    assert said.startswith("東") and "\ufffd" in tok.decode(row.old_ids[: count - 1].tolist())
+
+
+@TOKENIZER
+@pytest.mark.parametrize("field", ["target_true", "target_new", "controls", "neighbour_targets"])
+def test_a_control_token_in_an_object_is_refused(name, field):
+    fact = Fact("The Tower", "{} is in", " Paris", " Rome", neighbours=["It is in"], neighbour_targets=[" Berlin"])
+    with_end = " Paris<eos>" if field.startswith("target") else [" Paris<eos>"]
+    with pytest.raises(ValueError, match=r"target ' Paris<eos>' holds '<eos>'.*control token"):
+        check_texts(tokenizer(name), fact.but(**{field: with_end}), prepend_bos=True)
+
+
+def test_an_object_is_spelt_after_another_template_as_it_stands_there():
+    fact, tok = Fact("The Tower", "{} is in", " Paris", " Rome"), tokenizer("bytebpe")
+    row = align(tok, fact, prepend_bos=True, template="{} is called “")
+    assert torch.equal(row.true_ids, continuation(tok, "The Tower is called “", "Paris", prepend_bos=True))
+    assert not torch.equal(row.true_ids, continuation(tok, "The Tower is called “", " Paris", prepend_bos=True))
+
+
+def test_an_object_that_merges_with_an_elision_is_not_told_to_take_a_space():
+    class Merging:  # "'m" is one token to many tokenizers
+        is_fast, bos_token_id, bos_token, all_special_tokens = True, None, None, ()
+
+        def __call__(self, text, **_):
+            ids = [1, 2] if len(text) < 6 else [1, 3]
+            return {"input_ids": ids, "offset_mapping": [(0, 1), (1, len(text))]}
+
+    with pytest.raises(ValueError, match=r"merges.*begin the target with the word before it, \"d'\""):
+        continuation(Merging(), "by d'", "mitri")
 
 
 # ---------------------------------------------------------------------------------------- unknown words, BOS, once

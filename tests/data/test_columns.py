@@ -124,6 +124,16 @@ def test_nested_objects_and_neighbours_lists_of_answers_and_numbers_are_read():
     assert eve.target_new is None and eve.neighbours == ()
 
 
+def test_elisions_and_accents_in_objects_are_mended():
+    prompt = "{} est la capitale de l'"
+    (fact,) = data.facts([{"subject": "Londres", "prompt": prompt, "answer": "Angleterre", "new": "Italie"}])
+    assert (fact.text + fact.target_true, fact.target_new) == ("Londres est la capitale de l'Angleterre", "Italie")
+    records = [{"subject": who, "prompt": "{} is in", "answer": "Sa\u0303o Paulo", "new": "Rome"} for who in "XY"]
+    with pytest.warns(UserWarning, match=r"accents stood apart .*composed \(NFC\) now \(2 times\)") as said:
+        found = data.facts(records)
+    assert [fact.target_true for fact in found] == [" São Paulo"] * 2 and len(said) == 1
+
+
 def test_a_country_called_na_is_no_missing_value(tmp_path):
     path = csv_file(
         tmp_path / "x.csv", [{"subject": "NA", "prompt": "NA is short for", "answer": "Namibia", "new": ""}]

@@ -205,6 +205,17 @@ def test_neighbours_are_asked_for_their_own_objects(kind):
     assert evaluate(written(kind, ONE, " Rome"), [own]).neighbourhood.mean == 0
 
 
+def test_objects_are_joined_to_every_prompt_that_is_asked(kind):
+    fact = ONE.but(paraphrases=["{} is called “"], neighbours=["Big Ben is called “", "Big Ben is in"])
+    asked = fact.but(prompt="{} is called “", target_true="Paris", target_new="Rome", paraphrases=())
+    here, there = evaluate(shared(kind, "llama"), [fact]).answers, evaluate(shared(kind, "llama"), [asked]).answers
+    joined = [("Paris", "Rome"), ("Paris", "Rome"), (" Paris", " Rome")]
+    assert [(each.true, each.new) for each in here[1:]] == joined
+    assert [(each.true, each.new) for each in there] == joined
+    for one, other in zip(here[1:], there, strict=True):
+        assert (one.nll_true, one.nll_new) == pytest.approx((other.nll_true, other.nll_new), abs=CLOSE)
+
+
 @pytest.mark.parametrize(
     ("without", "scored_as"),
     [(("paraphrases",), "paraphrase"), (("neighbours",), "neighbourhood")],

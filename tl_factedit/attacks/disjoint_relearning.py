@@ -210,7 +210,7 @@ class DisjointRelearning:
         return [
             (
                 encode(tokenizer, text, prepend_bos=bos)[0],
-                continuation(tokenizer, text, fact.old, prepend_bos=bos),
+                continuation(tokenizer, text, fact.after(text, fact.old), prepend_bos=bos),
             )
             for text in texts
         ]

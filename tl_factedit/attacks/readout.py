@@ -142,7 +142,7 @@ class ReadOut:
     def _texts(self, population: Population, fact: int) -> tuple[FirstTokens, ...]:
         """The prompt, and the paraphrases in which the objects begin alike."""
         prompt, of = population.first_tokens[fact], population.facts[fact]
-        others = [of.but(prompt=text, paraphrases=()) for text in of.paraphrases[: self.paraphrases]]
+        others = [of.asked(text) for text in of.paraphrases[: self.paraphrases]]
         spelt = [FirstTokens.of(population.model.tokenizer, other, population.prepend_bos) for other in others]
         return (prompt, *(each for each in spelt if each.objects == prompt.objects))
 

@@ -192,7 +192,7 @@ class _WithNeighbours:
 
     @classmethod
     def of(cls, tokenizer: Any, fact: Fact, bos: bool, count: int) -> _WithNeighbours:
-        answers = fact.neighbour_targets or [fact.old] * len(fact.neighbours)
+        answers = fact.neighbour_targets or [fact.after(text, fact.old) for text in fact.neighbours]
         near = [
             (
                 encode(tokenizer, text, prepend_bos=bos)[0],

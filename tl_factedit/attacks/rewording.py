@@ -81,9 +81,7 @@ class Paraphrases:
         tokenizer, bos = population.model.tokenizer, population.prepend_bos
         asked: Sequence[tuple[FirstTokens, ...]] = of_all(
             population.facts,
-            lambda fact: tuple(
-                FirstTokens.of(tokenizer, fact.but(prompt=text, paraphrases=()), bos) for text in fact.paraphrases
-            ),
+            lambda fact: tuple(FirstTokens.of(tokenizer, fact.asked(text), bos) for text in fact.paraphrases),
         )
 
         def read(runner: Runner, indices: tuple[int, ...]) -> Float[Tensor, "fact case quantity"]:

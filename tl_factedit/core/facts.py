@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import copy
 import operator
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
 from tl_factedit.core.kinds import short
-from tl_factedit.core.spacing import Mending, all_spaced, ending, goes_on_inside, starts_with_a_break, stripped, trimmed
+from tl_factedit.core.spacing import (
+    Mending,
+    all_spaced,
+    ending,
+    goes_on_inside,
+    moved,
+    starts_with_a_break,
+    stripped,
+    trimmed,
+)
 from tl_factedit.core.telling import tell
 
 
@@ -22,8 +32,11 @@ class Fact:
     are read by too: a space at the end of a prompt goes to the front of its targets, a doubled one goes, and so does
     white space around a subject, at the end of a target and inside Chinese or Japanese; one that is missing after "?"
     or ":" is put in, and so is that of a control or a neighbour's answer where the objects have one. Only what may be
-    the rest of the prompt's last word is left. A change of the text is said in a warning; the fact holds the text that
-    is run.
+    the rest of the prompt's last word is left. Accents of targets that stand apart from their letters are composed with
+    them (NFC). A change of the text is said in a warning; the fact holds the text that is run.
+
+    After a paraphrase, or a neighbour without an answer of its own, an object gets the space that belongs *there*:
+    "Paris" behind an opening bracket, " 巴黎" behind an English text (`after`).
 
     Attributes:
         subject: The subject as it stands in the text, e.g. ``"The Eiffel Tower"``.
@@ -98,6 +111,7 @@ class Fact:
                 "needed one each (or none, when target_true answers all of them)"
             )
         object.__setattr__(self, "id", _name(self.id))
+        _compose(self)
         _mend_spaces(self)
         _warn_of_glued_words(self)
 
@@ -123,6 +137,22 @@ class Fact:
     def fill(self, template: str) -> str:
         """`template` with the subject in the place of ``"{}"``, or as it is if it has none."""
         return template.replace("{}", self.subject, 1)
+
+    def after(self, text: str, target: str) -> str:
+        """An object or a control as it continues another text than the prompt: with the gap that belongs there.
+
+        Example:
+            >>> fe.Fact("France", "The capital of {} is", " Paris").after("France's capital is called “", " Paris")
+            'Paris'
+        """
+        return moved(target, self.text, text)
+
+    def asked(self, template: str) -> Fact:
+        """A copy that is asked by another template, its objects and controls as they stand there; no paraphrases."""
+        text = self.fill(template)
+        true, new = (None if each is None else self.after(text, each) for each in (self.target_true, self.target_new))
+        controls = [self.after(text, each) for each in self.controls]
+        return self.but(prompt=template, target_true=true, target_new=new, controls=controls, paraphrases=())
 
     def but(self, **changes: Any) -> Fact:
         """A copy with some fields changed, e.g. ``fact.but(target_new=" Rome")``."""
@@ -203,6 +233,29 @@ def _one_slot(template: str, what: str) -> None:
         )
 
 
+def composed(text: str) -> str:
+    """A text with its accents in its letters (NFC), as models know them: "ã" is one character, and not "a" with "~"."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _compose(fact: Fact) -> None:
+    """Compose the objects' letters with their accents, and say so."""
+    changed: list[tuple[str, str]] = []
+    for name in ("target_true", "target_new", "controls", "neighbour_targets"):
+        given = getattr(fact, name)
+        now = given if given is None else composed(given) if isinstance(given, str) else tuple(map(composed, given))
+        if now != given:
+            changed.append((name, str(now)))
+            object.__setattr__(fact, name, now)
+    if changed:
+        names = " and ".join(name for name, _ in changed)
+        tell(
+            f"{names} of fact {fact.name!r}, spelt with accents apart from their letters, became {changed[0][1]!r}: "
+            "they are composed (NFC), as models know them",
+            once="objects that are composed",
+        )
+
+
 def _mend_spaces(fact: Fact) -> None:
     """Mend the white space around what continues prompts (see `spacing`), and say where that changes what is run."""
     mending = Mending()
@@ -214,7 +267,7 @@ def _mend_spaces(fact: Fact) -> None:
     for name in ("target_true", "target_new"):
         target = getattr(fact, name)
         changes[name] = None if target is None else mending.target(target, text, was)
-    # What is asked after paraphrases, and after neighbours without answers of their own, are the objects as mended.
+    # What is asked after paraphrases, and after neighbours without answers of their own, are these objects (`after`).
     objects = [changes[name] for name in ("target_true", "target_new")]
     apart = all_spaced(objects)
     changes["controls"] = tuple(mending.target(target, text, was, spaced=apart) for target in fact.controls)
@@ -245,7 +298,7 @@ def _warn_of_glued_words(fact: Fact) -> None:
     others = [("control", fact.text, target) for target in fact.controls]
     others += [("neighbour target", text, target) for text, target in own]
     asked = [fact.fill(each) for each in fact.paraphrases] + ([] if own else list(fact.neighbours))
-    others += [("target", text, target) for text in asked for target in objects]
+    others += [("target", text, fact.after(text, target)) for text in asked for target in objects]
     inside = [each for each in others if goes_on_inside(*each[1:])]
     if inside:
         more = f"; so do {len(inside) - 1} more" if inside[1:] else ""

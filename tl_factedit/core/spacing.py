@@ -3,7 +3,8 @@
 A target is a *continuation* of its prompt, and tokenizers spell "Paris" after "of" as another token than " Paris".
 Whether a space belongs there depends on the script, on what the prompt ends with, and on whether one was given:
 
-- none behind an opening bracket or quote, or inside Chinese or Japanese, even where one was given;
+- none behind an opening bracket or quote, an elision ("l'", "qu'", "O'"), or inside Chinese or Japanese, even where
+  one was given;
 - none after a line break (a chat header ends so), a dash, a sign, a tag, a letter of a script without spaces, or inside
   a number or an address, unless one was given;
 - none before a closing bracket, a comma, or a clitic ("'s"), unless one was given;
@@ -11,6 +12,8 @@ Whether a space belongs there depends on the script, on what the prompt ends wit
 
 Files hold objects, which are words of their own. What somebody writes by hand may be the rest of a word ("18" + "89"):
 that alone is left, and warned of.
+
+What was written to continue one text and is asked after another (`moved`) gets the gap that belongs there.
 """
 
 from __future__ import annotations
@@ -33,6 +36,16 @@ CLOSING = ")]}>»”,;:!?%…</_|=\\^"
 QUOTES = "\"'`"
 TAG = re.compile(r"\[/?[A-Z_]+\]$")
 """How some chat templates end: "[/INST]"."""
+ELISION = re.compile(
+    r"(?<![\w'’])(?:[^\W\d_]|qu|jusqu|lorsqu|puisqu|(?:de|da|a|ne|su|co)ll|un)['’]$",
+    re.IGNORECASE,
+)
+"""A word that lost its last vowel to the next one, without a space between: French "l'" and "qu'", Italian "dell'"; and
+the "O'" and "D'" of names."""
+BINDING = "#@$€£<*_"
+"""Signs that stand before what they belong to, as a line break does."""
+WITHIN = "-–/\\@"
+"""Signs inside a word or an address: what stands behind them without a space goes on with it."""
 CLITIC = re.compile(r"['’][^\W\d_]|-[^\W\d_]|\.(?!\w)")
 """What hangs on to the word before it: "'s", "-based", a full stop."""
 
@@ -54,7 +67,12 @@ def gap(text: str, target: str, *, spaced: bool = False) -> str:
     if not text or not target:
         return ""
     opens = text[-1] in QUOTES and not text[-2:-1].strip("([{ \n\t")
-    if opens or text[-1] in OPENING or (IDEOGRAPHIC.match(text[-1]) and IDEOGRAPHIC.match(target[0])):
+    if (
+        opens
+        or text[-1] in OPENING
+        or ELISION.search(text)
+        or (IDEOGRAPHIC.match(text[-1]) and IDEOGRAPHIC.match(target[0]))
+    ):
         return ""
     return " " if spaced or not _joined(text, target) else ""
 
@@ -68,6 +86,34 @@ def continued(text: str, target: str) -> str:
     """
     bare = _bare(target)
     return gap(trimmed(text), bare, spaced=trimmed(text) != text or _spaced(target)) + bare
+
+
+def moved(target: str, was: str, text: str) -> str:
+    """What was written to continue one text, as the continuation of another.
+
+    A word gets the gap that belongs there. One that goes on with the text's last word or number is left, and a space
+    stays that was given where the rule would put none.
+
+    Args:
+        target: Letter for letter as it continues `was`.
+        was: The text that it was written for, without spaces at its end.
+        text: The text that it is to continue now.
+
+    Example:
+        >>> moved(" Paris", "The capital of France is", "“"), moved("巴黎", "法国的首都是", "It is")
+        ('Paris', ' 巴黎')
+        >>> moved("89", "In the year 18", "It began in 18")
+        '89'
+    """
+    if not text or not was or text == was or text[-1] in SPACES or starts_with_a_break(target):
+        return target
+    bare, given = target.lstrip(SPACES), _spaced(target)
+    if not bare or (not given and _goes_on(was, bare)):
+        return target
+    binding = (
+        BLANK.match(text[-1]) or text[-1] in BINDING or (WITHOUT_SPACES.match(text[-1]) and WITHOUT_SPACES.match(bare))
+    )
+    return gap(text, bare, spaced=given and not (binding and gap(was, bare))) + bare
 
 
 def trimmed(template: str) -> str:
@@ -155,7 +201,7 @@ def goes_on_inside(text: str, target: str) -> bool:
     """Whether a target goes on inside a text's last word: ``"… city of" + "Paris"`` is "ofParis" to a model."""
     if not text or not target:
         return False
-    hangs_on = text[-1] in "'’" and text[-2:-1].isalnum() and target[0].isalpha()
+    hangs_on = text[-1] in "'’" and text[-2:-1].isalnum() and target[0].isalpha() and not ELISION.search(text)
     return hangs_on or in_one_word(text[-1], target[0])
 
 
@@ -188,6 +234,14 @@ def _bare(target: str) -> str:
 
 def _spaced(target: str) -> bool:
     return target[:1] in tuple(SPACES)
+
+
+def _goes_on(text: str, target: str) -> bool:
+    """Whether what follows a text without a space may be no word of its own."""
+    if ELISION.search(text):
+        return False
+    inside = text[-1] in ENDS_A_PHRASE and _inside_a_name(text, target)
+    return inside or text[-1] in WITHIN or goes_on_inside(text, target)
 
 
 def _joined(text: str, target: str) -> bool:

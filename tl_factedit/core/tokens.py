@@ -18,10 +18,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_factedit.core.facts import Fact
-from tl_factedit.core.spacing import stripped
+from tl_factedit.core.spacing import ELISION, stripped
 from tl_factedit.core.telling import tell
 
 T = TypeVar("T")
+
+HALF = "\ufffd"
+"""What bytes that make no whole character are decoded to."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Aligned:
         prepend_bos: Whether a BOS token stands in front.
         old_ids: The ids of ``target_true`` after this prompt, or None.
         new_ids: The ids of ``target_new`` after this prompt, or None.
-        old_word: How many of `old_ids` it takes until more than white space is said; 1 for most.
+        old_word: How many of `old_ids` it takes until a whole character that is no white space is said; 1 for most.
         new_word: The same of `new_ids`.
     """
 
@@ -99,7 +102,7 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
             f'template {template!r} holds {template.count("{}")} "{{}}", needed exactly one: '
             'put "{}" where the subject goes'
         )
-    _check_control(tokenizer, fact)
+    _check_control(tokenizer, fact.subject, "subject")
     before, after = template.split("{}")
     if prefix:
         header = _header(tokenizer, before)
@@ -110,6 +113,8 @@ def align(tokenizer: Any, fact: Fact, *, prepend_bos: bool, template: str | None
     pieces = spell(tokenizer, ids)
 
     def target(given: str | None) -> Int[Tensor, "target"] | None:
+        if given is not None and template != fact.prompt:
+            given = fact.after(fact.fill(template), given)
         return None if given is None else continuation(tokenizer, text, given, prepend_bos=prepend_bos)
 
     start, stop = find_span(text, offsets, begin, begin + len(fact.subject), pieces, fact.subject)
@@ -243,11 +248,12 @@ def check_texts(tokenizer: Any, fact: Fact, *, prepend_bos: bool, room: int | No
     """
     objects = [target for target in (fact.target_true, fact.target_new) if target is not None]
     row = align(tokenizer, fact, prepend_bos=prepend_bos)
-    asked = [(row.text, [*objects, *fact.controls]), *((fact.fill(text), objects) for text in fact.paraphrases)]
-    own = fact.neighbour_targets or (None,) * len(fact.neighbours)
+    asked = [(row.text, [*objects, *fact.controls])]
+    texts = (*map(fact.fill, fact.paraphrases), *fact.neighbours)
+    asked += [(text, [fact.after(text, target) for target in objects]) for text in texts]
     asked += [
-        (text, objects if target is None else [*objects, target])
-        for text, target in zip(fact.neighbours, own, strict=True)
+        (text, [target])
+        for text, target in zip(fact.neighbours, fact.neighbour_targets, strict=bool(fact.neighbour_targets))
     ]
     for text, targets in asked:
         ids = encode(tokenizer, text, prepend_bos=prepend_bos)[0]
@@ -267,7 +273,7 @@ def check_subject(tokenizer: Any, fact: Fact) -> None:
     Raises:
         ValueError: It holds a control token, or a word in its prompt that the tokenizer doesn't know.
     """
-    _check_control(tokenizer, fact)
+    _check_control(tokenizer, fact.subject, "subject")
     if getattr(tokenizer, "unk_token_id", None) is not None:
         begin = fact.prompt.index("{}")
         end = begin + len(fact.subject)
@@ -276,11 +282,11 @@ def check_subject(tokenizer: Any, fact: Fact) -> None:
         check_known(tokenizer, ids[inside], f"subject {fact.subject!r}")
 
 
-def _check_control(tokenizer: Any, fact: Fact) -> None:
-    control = [token for token in special_tokens(tokenizer) if token in fact.subject]
+def _check_control(tokenizer: Any, text: str, what: str) -> None:
+    control = [token for token in special_tokens(tokenizer) if token in text]
     if control:
         raise ValueError(
-            f"subject {fact.subject!r} holds {control[0]!r}, which the tokenizer reads as a control token and not as "
+            f"{what} {text!r} holds {control[0]!r}, which the tokenizer reads as a control token and not as "
             "text: leave it out"
         )
 
@@ -394,11 +400,16 @@ def spell(tokenizer: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
 
 
 def up_to_a_word(tokenizer: Any, ids: Int[Tensor, "target"]) -> int:
-    """How many tokens of an object it takes until more than white space is said.
+    """How many tokens of an object it takes until a whole character is said that is no white space.
 
-    Some tokenizers begin " Łódź" with a token that is the space alone: who says it has said nothing of the object yet.
+    Some tokenizers begin " Łódź" with a token that is the space alone, and "กรุงเทพ" with bytes that most letters of its
+    script begin with: who says such a token has said nothing of the object yet.
     """
-    return next((i for i, piece in enumerate(spell(tokenizer, ids), start=1) if stripped(piece)), len(ids))
+    for i in range(1, len(ids)):
+        said = tokenizer.decode(ids[:i].tolist(), clean_up_tokenization_spaces=False)
+        if stripped(said.rstrip(HALF)):
+            return i
+    return len(ids)
 
 
 def decided_at(said: Sequence[int], wanted: Sequence[int]) -> int:
@@ -448,8 +459,9 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
     Raises:
         ValueError: The text's own tokens change when the target follows (the two merge into one
             token), so that a model that has read `text` could not go on with `target`; or they don't spell the texts;
-            or the tokenizer doesn't know a word of the target.
+            or the target holds a control token or a word that the tokenizer doesn't know.
     """
+    _check_control(tokenizer, target, "target")
     if text[-1:] == " " and target[:1] == " ":
         raise ValueError(
             f"{text!r} ends with a space and target {target!r} begins with one, needed one of them: take it off the "
@@ -458,11 +470,12 @@ def continuation(tokenizer: Any, text: str, target: str, *, prepend_bos: bool = 
     before = encode(tokenizer, text, prepend_bos=prepend_bos)[0].tolist()
     whole = encode(tokenizer, text + target, prepend_bos=prepend_bos)[0].tolist()
     if whole[: len(before)] != before or len(whole) == len(before):
-        hint = (
-            "the text ends with a space: move it to the front of the target"
-            if text[-1:].isspace()
-            else "begin the target where a new token begins, e.g. with a space"
-        )
+        if text[-1:].isspace():
+            hint = "the text ends with a space: move it to the front of the target"
+        elif elided := ELISION.search(text):
+            hint = f"begin the target with the word before it, {elided[0]!r}"
+        else:
+            hint = "begin the target where a new token begins, e.g. with a space"
         raise ValueError(
             f"target {target!r} merges with the last token of {text!r}, needed a continuation of its tokens; {hint}"
         )

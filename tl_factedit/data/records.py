@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tl_factedit.core.facts import Fact
+from tl_factedit.core.facts import Fact, composed
 from tl_factedit.core.spacing import Mending, continued, in_one_word, stripped, trimmed
 from tl_factedit.core.telling import tell
 from tl_factedit.data.files import read_json
@@ -39,7 +38,10 @@ class Changes:
         return [self.trimmed(each) for each in templates] if isinstance(templates, list) else templates
 
     def continued(self, text: str, target: str) -> str:
-        """An object as the continuation of a prompt."""
+        """An object as the continuation of a prompt, with its accents in its letters."""
+        if composed(target) != target:
+            self.counts["an object's accents stood apart from its letters, and are composed (NFC) now"] += 1
+            target = composed(target)
         found = continued(text, target)
         if found not in (target, " " + target):
             self.counts["white space around an object was left out"] += 1
@@ -154,10 +156,10 @@ def template_of(record: Mapping[str, Any], field: str, changes: Changes) -> tupl
     """
     subject, text = changes.unpadded(text_of(record, "subject"), "{}")[0], text_of(record, field)
     if subject not in text:
-        composed = [unicodedata.normalize("NFC", each) for each in (subject, text)]
-        if composed[0] in composed[1] and stripped(composed[0]):
+        both = [composed(each) for each in (subject, text)]
+        if both[0] in both[1] and stripped(both[0]):
             changes.counts["subject and prompt were spelt with other code points, and are composed (NFC) now"] += 1
-            subject, text = composed
+            subject, text = both
     prompt = changes.trimmed(text)
     mentions = [found.span() for found in re.finditer(re.escape(subject), prompt)] if subject else []
     if not mentions:

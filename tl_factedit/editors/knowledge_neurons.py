@@ -209,7 +209,7 @@ def _prompts(model: Model, fact: Fact, prepend_bos: bool) -> list[Prompt]:
     found = [
         Prompt(
             encode(model.tokenizer, text, prepend_bos=prepend_bos)[0],
-            continuation(model.tokenizer, text, fact.old, prepend_bos=prepend_bos),
+            continuation(model.tokenizer, text, fact.after(text, fact.old), prepend_bos=prepend_bos),
         )
         for text in texts
     ]

@@ -100,7 +100,7 @@ def _requests(model: Model, fact: Fact, text: str, bos: bool) -> list[Request]:
     """The first tokens of all objects after a text, the old one's first; each once."""
     ids, _ = encode(model.tokenizer, text, prepend_bos=bos)
     offered = [fact.old, *([] if fact.target_new is None else [fact.target_new]), *fact.controls]
-    firsts = [int(continuation(model.tokenizer, text, each, prepend_bos=bos)[0]) for each in offered]
+    firsts = [int(continuation(model.tokenizer, text, fact.after(text, each), prepend_bos=bos)[0]) for each in offered]
     return [(ids, torch.tensor([token])) for token in dict.fromkeys(firsts)]
 
 

@@ -313,10 +313,10 @@ def _ends(text: str, at: int) -> bool:
 def _asked(fact: Fact) -> list[tuple[str, str, str]]:
     """(kind, prompt, wanted object) of everything a fact is asked."""
     wanted = fact.old if fact.target_new is None else fact.target_new
-    theirs = fact.neighbour_targets or ((fact.old,) * len(fact.neighbours) if fact.neighbours else ())
+    theirs = fact.neighbour_targets or [fact.after(text, fact.old) for text in fact.neighbours]
     return [
         ("prompt", fact.text, wanted),
-        *(("paraphrase", fact.fill(text), wanted) for text in fact.paraphrases),
+        *(("paraphrase", text, fact.after(text, wanted)) for text in map(fact.fill, fact.paraphrases)),
         *(("neighbour", text, target) for text, target in zip(fact.neighbours, theirs, strict=True)),
     ]
 

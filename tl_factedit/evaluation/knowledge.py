@@ -36,9 +36,10 @@ def known(
     """Whether a model says each fact's old object after its prompt, and how far it is from saying it.
 
     A fact is known if the token that the model puts first after the prompt is the first token of ``target_true``: what
-    greedy decoding would begin with. Where that is white space alone, as some tokenizers begin " Łódź", the tokens
-    after it count too, up to the first that is more. Tracing a fact that isn't known shows noise, and editing or
-    auditing it says nothing about an old object, as there is none.
+    greedy decoding would begin with. Where that is white space alone, as some tokenizers begin " Łódź", or half a
+    character, as others begin "กรุงเทพ", the tokens after it count too, until a whole character
+    is said. Tracing a fact that isn't known shows noise, and editing or auditing it says nothing about an old object,
+    as there is none.
 
     Args:
         model: A model of either class, as it is now.

@@ -200,7 +200,7 @@ def evaluate(
         model, prepend_bos, prompts=(prompt for fact in facts for _, prompt, _ in _prompts(fact))
     )
     asked: list[tuple[int, Ask, str, str, str]] = [
-        (i, ask, prompt, true, fact.target_new or "")
+        (i, ask, prompt, true, fact.after(prompt, fact.target_new or ""))
         for i, fact in enumerate(facts)
         for ask, prompt, true in _prompts(fact)
     ]
@@ -234,10 +234,10 @@ def _checked(facts: Fact | Sequence[Fact]) -> tuple[Fact, ...]:
 
 def _prompts(fact: Fact) -> list[tuple[Ask, str, str]]:
     """(kind, prompt, right object before the edit) of everything a fact is asked."""
-    theirs = fact.neighbour_targets or (fact.old,) * len(fact.neighbours)
+    theirs = fact.neighbour_targets or [fact.after(text, fact.old) for text in fact.neighbours]
     return [
         ("rewrite", fact.text, fact.old),
-        *(("paraphrase", fact.fill(text), fact.old) for text in fact.paraphrases),
+        *(("paraphrase", text, fact.after(text, fact.old)) for text in map(fact.fill, fact.paraphrases)),
         *(("neighbour", text, true) for text, true in zip(fact.neighbours, theirs, strict=True)),
     ]
 
@@ -248,7 +248,7 @@ def _requests(model: Model, fact: Fact, bos: bool) -> list[tuple[Int[Tensor, "po
     check_subject(model.tokenizer, fact)
     for _, prompt, true in _prompts(fact):
         ids, _ = encode(model.tokenizer, prompt, prepend_bos=bos)
-        objects = (true, fact.target_new or "")
+        objects = (true, fact.after(prompt, fact.target_new or ""))
         targets = [continuation(model.tokenizer, prompt, target, prepend_bos=bos) for target in objects]
         check_room(ids, targets, getattr(model.cfg, "n_ctx", None), prompt)
         found += [(ids, target) for target in targets]

@@ -95,10 +95,10 @@ def _asked(fact: Fact) -> list[tuple[str, str, str]]:
     """(kind, prompt, wanted object) of everything a fact is asked."""
     if fact.target_new is None:
         raise ValueError(f"fact {fact.name!r} has no target_new, needed one to look for: fact.but(target_new=...)")
-    theirs = fact.neighbour_targets or ((fact.old,) * len(fact.neighbours) if fact.neighbours else ())
+    theirs = fact.neighbour_targets or [fact.after(text, fact.old) for text in fact.neighbours]
     return [
         ("rewrite", fact.text, fact.target_new),
-        *(("paraphrase", fact.fill(text), fact.target_new) for text in fact.paraphrases),
+        *(("paraphrase", text, fact.after(text, fact.target_new)) for text in map(fact.fill, fact.paraphrases)),
         *(("neighbour", text, target) for text, target in zip(fact.neighbours, theirs, strict=True)),
     ]
 

@@ -57,7 +57,7 @@ class Trace:
         subject: (start, stop) of the subject in each fact's tokens.
         facts: What was traced.
         top: For each fact, the token that the clean model puts first (with the next, where the object begins with a
-            token of white space alone, and so does what the model says).
+            token of white space alone or of half a character, and so does what the model says).
         known: Whether that is how ``target_true`` begins; where it isn't, there is little to trace.
         donors: For each fact, whose tokens replaced its subject's (`TokenReplacement`); empty with noise.
         component: ``"resid"`` (the stream after the block), ``"resid_pre"``, ``"resid_mid"``, ``"mlp"`` or

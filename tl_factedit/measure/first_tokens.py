@@ -25,8 +25,9 @@ from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
 from tl_factedit.core.estimate import Estimate, Estimates
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
+from tl_factedit.core.spacing import stripped
 from tl_factedit.core.telling import tell
-from tl_factedit.core.tokens import align, continuation, pad
+from tl_factedit.core.tokens import align, continuation, pad, spell
 
 FIRST = ("old_first", "new_first", "control_first")
 """Whether the old object is the first of all objects, whether the new one is, and the mean of the controls."""
@@ -66,14 +67,15 @@ class FirstTokens:
             controls.setdefault(int(continuation(tokenizer, row.text, text, prepend_bos=bos)[0]), text)
         for token in (old, new):
             controls.pop(token, None)
-        for text, count in ((fact.old, row.old_word), (fact.target_new, row.new_word)):
-            if count > 1:
+        blank = [not stripped(piece) for piece in spell(tokenizer, torch.tensor([old, new]))]
+        for text, white in zip((fact.old, fact.target_new), blank, strict=True):
+            if white:
                 tell(
                     f"object {text!r} of fact {fact.name!r} begins with a token of white space alone: objects are "
                     "compared by their first tokens, and such facts are left out",
                     once="objects that begin with white space",
                 )
-        apart = not row.same_first_token and row.old_word == row.new_word == 1
+        apart = not row.same_first_token and not any(blank)
         return cls(row.ids, row.last, old, new, tuple(controls), tuple(controls.values()), apart)
 
     @property

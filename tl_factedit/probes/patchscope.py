@@ -166,7 +166,8 @@ class _Objects:
     @classmethod
     def of(cls, model: Model, prompt: _Prompt, fact: Fact) -> _Objects:
         def spelt(text: str) -> tuple[int, ...]:
-            return tuple(continuation(model.tokenizer, prompt.text, text, prepend_bos=prompt.bos).tolist())
+            there = fact.after(prompt.text, text)
+            return tuple(continuation(model.tokenizer, prompt.text, there, prepend_bos=prompt.bos).tolist())
 
         both = [spelt(fact.old)] + ([] if fact.target_new is None else [spelt(fact.target_new)])
         controls = dict.fromkeys(spelt(text) for text in fact.controls)
