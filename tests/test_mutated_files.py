@@ -89,7 +89,7 @@ HERE = {
     "removed": r"provenance\.versions\..*",
 }
 # Fields that files had not from the beginning.
-OLDER = HERE | {"removed": r"provenance\.(versions\..*|revision|edits|hooks|bos_in_prompt)"}
+OLDER = HERE | {"removed": r"provenance\.(versions\..*|revision|edits|hooks|bos_in_prompt|devices)"}
 # What editors say of themselves and of their fits is theirs; what others read of it is checked.
 OWN = r"editor\.(?!name).*|fits\.0\.clamped"
 LESS = r"fits\.0\.(losses|target_prob|stopped|same_first_token)|diagnostics\.0\.(unmet|key_cosines|off_target|weight)"
