@@ -65,7 +65,7 @@ ASKING = {
     "read_states": lambda model, facts: fe.probes.read_states(model, facts),
     "subject_embeddings": lambda model, facts: fe.probes.subject_embeddings(model, facts),
     "Patchscope": lambda model, facts: SCOPE(model, facts),
-    "audit": lambda model, facts: fe.audit(model, model, facts, progress=False),
+    "audit": lambda model, facts: fe.audit(model, copy.deepcopy(model), facts, progress=False),
     "footprint": lambda model, facts: fe.attacks.footprint(model, model, facts, progress=False),
     "ReadOut": lambda model, facts: fe.attacks.ReadOut()(fe.Population.of(model, model, facts, progress=False)),
 }

@@ -1,5 +1,6 @@
 """An attack of one's own: one frozen value, seen in the verdict, in its table and in its picture."""
 
+import copy
 import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -55,7 +56,7 @@ def test_it_is_an_attack_and_resumes(kind, tmp_path):
 def test_it_is_in_the_verdict_its_table_and_its_picture(kind, tmp_path):
     model = tiny.model(kind, "gpt2")
     facts = attacking_facts.known_facts(model)
-    verdict = fe.audit(model, model, facts, attacks=[Politely()], objective=fe.Inject(), progress=False)
+    verdict = fe.audit(model, copy.deepcopy(model), facts, attacks=[Politely()], objective=fe.Inject(), progress=False)
     own = verdict.attack("politely")
     assert own is not None and own in verdict.attacks
     finding = next(found for found in verdict.findings.attacks if found.attack == "politely")
@@ -70,9 +71,8 @@ def test_it_is_in_the_verdict_its_table_and_its_picture(kind, tmp_path):
 
 def test_one_of_the_same_type_takes_the_place_of_the_default_one(kind):
     model = tiny.model(kind, "gpt2")
-    verdict = fe.audit(
-        model, model, attacking_facts.known_facts(model), attacks=[fe.attacks.ReadOut(k=3)], progress=False
-    )
+    facts = attacking_facts.known_facts(model)
+    verdict = fe.audit(model, copy.deepcopy(model), facts, attacks=[fe.attacks.ReadOut(k=3)], progress=False)
     read = [recovery for recovery in verdict.attacks if recovery.attack == "read-out"]
     assert len(read) == 1 and read[0].extra["candidates"].max() > 1
 

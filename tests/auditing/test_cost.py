@@ -1,5 +1,6 @@
 """What an audit will cost is said before it is made; what is said grows with what is asked."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -51,8 +52,8 @@ def test_it_is_said_before_anything_else_and_only_where_all_was_asked_for(kind, 
     model, written = tiny.model(kind, "gpt2"), []
     facts = known_facts(model)
     monkeypatch.setattr("tl_factedit.auditing.gather.tqdm.write", written.append)
-    fe.audit(model, model, facts, full=True, progress=False)
-    fe.audit(model, model, facts)
+    fe.audit(model, copy.deepcopy(model), facts, full=True, progress=False)
+    fe.audit(model, copy.deepcopy(model), facts)
     assert not written
-    fe.audit(model, model, facts, full=True, progress=True)
+    fe.audit(model, copy.deepcopy(model), facts, full=True, progress=True)
     assert len(written) == 1 and written[0].startswith("audit: its attacks will take some")

@@ -1,5 +1,6 @@
 """A verdict and its scores come back from a file with all that was measured, and say where they came from."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ def test_a_verdict_says_where_it_came_from(verdicts, kind):
 def test_the_same_question_has_the_same_digest(kind):
     model = tiny.model(kind, "gpt2")
     facts = attacking_facts.known_facts(model)
-    asked = [fe.audit(model, model, facts[:n], progress=False).provenance for n in (1, 1, 2)]
+    asked = [fe.audit(model, copy.deepcopy(model), facts[:n], progress=False).provenance for n in (1, 1, 2)]
     assert asked[0] == asked[1] and asked[0].digest != asked[2].digest
 
 
@@ -120,7 +121,8 @@ class Careless:
 
 def test_what_an_attack_of_ones_own_left_is_named_when_it_is_saved(kind, tmp_path):
     model = tiny.model(kind, "gpt2")
-    verdict = fe.audit(model, model, attacking_facts.known_facts(model), attacks=[Careless()], progress=False)
+    facts = attacking_facts.known_facts(model)
+    verdict = fe.audit(model, copy.deepcopy(model), facts, attacks=[Careless()], progress=False)
     at = next(i for i, each in enumerate(verdict.attacks) if each.attack == "careless")
     for call in (lambda: verdict.save(tmp_path / "verdict"), verdict.to_dict):
         with pytest.raises(ValueError, match=rf"verdict\.attacks\[{at}\]\.details\['model'\] is "):

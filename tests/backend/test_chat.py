@@ -1,5 +1,6 @@
 """Chat prompts, and the facts that a model can be asked."""
 
+import copy
 import inspect
 import warnings
 
@@ -98,7 +99,7 @@ def test_that_a_prompt_brought_its_bos_is_in_the_provenance_of_every_result(chat
             fe.evaluate(chatty, [fact]),
         ]
         assert [result.provenance.bos_in_prompt for result in results] == [brought] * 4
-        assert fe.audit(chatty, chatty, [fact], progress=False).provenance.model.bos_in_prompt is brought
+        assert fe.audit(chatty, copy.deepcopy(chatty), [fact], progress=False).provenance.model.bos_in_prompt is brought
         again = fe.editing.Provenance.from_json(edit.provenance.to_json())
         assert again == edit.provenance
         assert not fe.editing.Provenance.of(chatty, False, prompts=[fact.text]).bos_in_prompt

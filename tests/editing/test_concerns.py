@@ -335,3 +335,32 @@ def test_a_weight_and_a_share_exclude_each_other(knowing, editor):
         with pytest.raises(ValueError, match="needed a share between 0 and 1"):
             editor({1: stats}, unmet=share)
     assert editor({1: stats}).weight == {fe.Memit: 15_000.0, fe.Pmet: 6_000.0}[editor]
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "finetune"])
+def test_an_edit_that_writes_nothing_says_so_when_it_is_applied(knowing, name):
+    edit = made_by(name, knowing, stats=fe.KeyStats.identity(knowing, 1))
+    nothing = replace(edit, deltas=tuple(replace(d, right=torch.zeros_like(d.right)) for d in edit.deltas))
+    assert not any("writes nothing" in concern for concern in edit.concerns)
+    assert any("writes nothing" in concern for concern in nothing.concerns)
+    with pytest.warns(fe.EditWarning, match="writes nothing"), nothing.applied(knowing):
+        pass
+
+
+def test_an_edit_of_what_is_so_already_is_told(knowing):
+    swapped = laws.FACT.but(target_true=laws.FACT.target_new, target_new=laws.FACT.target_true)
+    edit = made_by("rome", knowing, fact=swapped, fit=fe.ValueFit(stop_below=100.0))
+    assert all(delta.norm == 0 for delta in edit.deltas), edit.fits
+    assert any("writes nothing" in concern for concern in edit.concerns)
+
+
+def test_hooks_that_were_on_a_model_when_an_edit_was_made_are_a_concern():
+    inside = tiny.hf_model("gpt2")
+    handle = inside.transformer.h[1].mlp.c_proj.register_forward_hook(lambda module, args, out: out * 2)
+    hooked = tiny.around(inside)
+    edit = made_by("rome", hooked)
+    assert edit.provenance.hooks
+    (said,) = [concern for concern in edit.concerns if "hooks were on the model" in concern]
+    assert edit.provenance.hooks[0] in said
+    handle.remove()
+    assert not any("hooks were on" in concern for concern in made_by("rome", hooked).concerns)

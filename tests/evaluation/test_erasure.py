@@ -1,5 +1,6 @@
 """Whether the old object still leads, as in a plain loop; an erasure is judged by that, and not by a new object."""
 
+import copy
 import functools
 import math
 
@@ -100,16 +101,16 @@ def test_an_erasure_is_judged_by_whether_the_old_object_leads(kind):
 def test_an_untouched_model_has_failed_to_erase_and_another_model_is_asked_as_it_is_told(kind):
     model = shared(kind)
     fact = believed(model, laws.FACT).but(paraphrases=())
-    failed = fe.audit(model, model, [fact], objective=fe.Erase())
+    failed = fe.audit(model, copy.deepcopy(model), [fact], objective=fe.Erase())
     assert failed.label == "FAILED" and "nothing was erased or hidden" in repr(failed)
-    assert fe.audit(model, model, [fact]).erasure_success is None
+    assert fe.audit(model, copy.deepcopy(model), [fact]).erasure_success is None
 
 
 def test_an_unknown_old_object_has_no_efficacy_and_no_label(kind):
     model = shared(kind)
     fact = believed(model, laws.FACT)
     unknown = fact.but(target_true=fact.target_new, target_new=fact.target_true, paraphrases=())
-    verdict = fe.audit(model, model, [unknown], objective=fe.Erase())
+    verdict = fe.audit(model, copy.deepcopy(model), [unknown], objective=fe.Erase())
     assert verdict.label == "INCONCLUSIVE" and any("none, so no efficacy" in line for line in verdict.missing)
 
 

@@ -35,6 +35,7 @@ from tl_factedit.auditing.gather import Plan, findings_of, gather, is_erasure, w
 from tl_factedit.auditing.positive import found_in_an_override
 from tl_factedit.auditing.provenance import AuditProvenance
 from tl_factedit.auditing.rules import judge
+from tl_factedit.auditing.unedited import check_way_round, describe_beside, edits_beside, subjects_written
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.auditing.wording import (
     describe_context,
@@ -48,6 +49,7 @@ from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
 from tl_factedit.core.kinds import as_several, check_one
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import check_all
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.inputs import check_objective
@@ -89,7 +91,8 @@ def audit(
     verdict says what is missing.
 
     Args:
-        model: The unchanged model (an `Edit` must not be applied to it).
+        model: The unchanged model (an `Edit` must not be applied to it). Other edits on it are told of, unless the
+            change was made on top of them.
         changed: An edit of it (or a router), a list with one for each fact, or the model as it was changed in any
             other way.
         facts: The changed facts, each with ``target_new``. Their paraphrases and neighbours are scored; their
@@ -97,7 +100,8 @@ def audit(
             their relation among `facts` and `reference`).
         reference: Facts of the same relations about other subjects, which nothing changed: what a knock-out puts in
             place (five a relation), and what decoders are trained on (hundreds). None: with a change for each fact, the
-            other facts; otherwise none.
+            other facts; otherwise none. Those about subjects that the change, or an edit on one of the models, was
+            made for are left out.
         routes: What follows from the facts (`Route`).
         same_subject: Other facts about the same subjects, which should stay.
         texts: Plain text that has nothing to do with them.
@@ -128,11 +132,12 @@ def audit(
 
     Raises:
         TypeError: An attack that can't be called, a class in place of a value, or one that returns no `Recovery`.
-        ValueError: The edit is applied to the model already, isn't of this model, or was made with another BOS
-            policy; a fact that the change wasn't made for (by subject, prompt and new object), unless `force`; a fact
-            given twice, or without ``target_new`` (for an erasure, any other object: it is what the old
-            one is compared with), or that no change of a list was made for; some edits that erase among others that
-            don't; two attacks of one name.
+        ValueError: The change is the model itself, or the changed model is given first (an edit of one of the facts
+            is on `model` and not on `changed`); the edit is applied to the model already, isn't of this model, or was
+            made with another BOS policy; a fact that the change wasn't made for (by subject, prompt and new object),
+            unless `force`; a fact given twice, or without ``target_new`` (for an erasure, any other object: it is what
+            the old one is compared with), or that no change of a list was made for; some edits that erase among others
+            that don't; two attacks of one name.
 
     Example:
         >>> verdict = fe.audit(model, edit, [fact])               # doctest: +SKIP
@@ -151,6 +156,9 @@ def audit(
     reference = None if reference is None else as_facts(reference, "reference")
     with hashed_once(model):
         population = _population(model, changed, facts, reference, calibration, prepend_bos, folder, progress, force)
+        carried = [describe_beside(beside)] if (beside := edits_beside(model, changed)) else []
+        for said in carried:
+            tell(said)
         erasing = is_erasure(population, objective)
         usual = _usual(population, attacks, routes, same_subject, texts, full, seed)
         plan = Plan(
@@ -181,7 +189,7 @@ def audit(
             retained=retained_axis(findings, evidence.retention),
             recoverable=recoverable_axis(findings),
             reasons=(*found.reasons, *of_what_was_written(evidence), *describe_context(evidence)),
-            missing=(*found.missing, *what_is_missing(evidence)),
+            missing=(*found.missing, *what_is_missing(evidence), *carried),
             power=found.power,
             findings=findings,
             thresholds=thresholds,
@@ -219,6 +227,7 @@ def _population(
     population = Population.of(
         model, changed, facts, reference=others, prepend_bos=prepend_bos, folder=folder, progress=progress, force=True
     )
+    check_way_round(model, changed, facts)
     for part in population.parts:
         if isinstance(part.changed, Edit):
             part.changed.check(model)
@@ -229,7 +238,24 @@ def _population(
     if calibration is not None:
         check_apart(calibration, facts)
         others = tuple(unchanged(others, changed, calibration))
-    return replace(population, force=force).asking([with_controls(fact, (*facts, *others)) for fact in facts], others)
+    asked = [with_controls(fact, (*facts, *others)) for fact in facts]
+    return replace(population, force=force).asking(asked, _left_alone(population, others))
+
+
+def _left_alone(population: Population, others: Sequence[Fact]) -> list[Fact]:
+    """The references about subjects that no edit on one of the models was made for, nor the change itself.
+
+    With a change for each fact the other facts are references, each of which knows its own change.
+    """
+    written = subjects_written(population.model, population.changed)
+    own = frozenset[str]() if isinstance(population.changed, Sequence) else population.touched
+    on = sorted({fact.subject for fact in others if fact.subject in written - own})
+    if on:
+        tell(
+            f"edits on the models were made for {len(on)} subjects of the references, such as {on[0]!r}: these are "
+            "left out"
+        )
+    return [fact for fact in others if fact.subject not in written | own]
 
 
 def _usual(

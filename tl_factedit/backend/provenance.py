@@ -10,6 +10,8 @@ from typing import Any
 from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
 from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
 from tl_factedit.backend.state import users_hooks
+from tl_factedit.backend.weights import carried
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import brings_bos
 from tl_factedit.core.typed import made
 
@@ -27,8 +29,8 @@ class Provenance:
         revision: The commit of the hub that the weights were taken from, if the model's config says so.
         hooks: Names of the places where hooks were on the model, a user's or those of a change by hooks (a router);
             ``"all modules"`` for one of ``torch.nn.modules.module.register_module_forward_hook``.
-        edits: For an edit, the digests of those that were on the model when it was made; `weights` are those below
-            them.
+        edits: The digests of the edits that were on the model, in the order they were applied. `weights` are with them
+            on; for an edit (or an eraser), those below the edits that were on when it was made.
         bos_in_prompt: Whether some prompt or text begins with the BOS token itself (a chat template), so that none was
             put in front of it.
         devices: Where the weights were, e.g. ``("cuda:0",)``: numbers of another kind of device are rounded otherwise.
@@ -56,7 +58,6 @@ class Provenance:
         prepend_bos: bool | None = None,
         *,
         weights: Fingerprint | None = None,
-        edits: tuple[str, ...] = (),
         prompts: Iterable[str] = (),
     ) -> Provenance:
         """The provenance of what is run on this model now.
@@ -65,11 +66,19 @@ class Provenance:
             model: Either class.
             prepend_bos: BOS policy; None for the model's default.
             weights: Fingerprint of the weights, where it isn't that of the model now.
-            edits: Digests of the edits on the model.
-            prompts: What is run, as far as it is known: says `bos_in_prompt`.
+            prompts: What is run, as far as it is known: says `bos_in_prompt`. That an edit on the model was made with
+                another BOS policy is told, where some are run.
         """
         kind(model)
         bos = bos_policy(model, prepend_bos)
+        edits, prompts = carried(model), list(prompts)
+        others = [made for made in edits.values() if made != bos]
+        if others and prompts:
+            tell(
+                f"what is run has prepend_bos={bos}, and {len(others)} of {len(edits)} edits on the model were made "
+                f"with {not bos}: their keys are of other tokens; give prepend_bos={not bos}",
+                once="BOS of edits",
+            )
         dtype = next(iter(model.parameters())).dtype
         return cls(
             model=model_name(model),
@@ -78,7 +87,7 @@ class Provenance:
             dtype=str(dtype).removeprefix("torch."),
             versions=versions(),
             revision=_revision(model),
-            edits=edits,
+            edits=tuple(edits),
             hooks=users_hooks(model),
             bos_in_prompt=bos and any(brings_bos(model.tokenizer, prompt) for prompt in prompts),
             devices=tuple(dict.fromkeys(str(param.device) for param in model.parameters())),
@@ -89,7 +98,10 @@ class Provenance:
         return replace(self, bos_in_prompt=self.bos_in_prompt or (self.prepend_bos and brought_bos))
 
     def origin(self) -> dict[str, Any]:
-        """Plain data that tells one model from another, and how it is run; where it was is none of it."""
+        """Plain data that tells one model from another, and how it is run.
+
+        Where it was is none of it, nor which edits were on: what is run has them in its weights.
+        """
         w = self.weights
         return {
             "model": self.model,
@@ -98,14 +110,13 @@ class Provenance:
             "dtype": self.dtype,
             "versions": dict(self.versions),
             "revision": self.revision,
-            "edits": list(self.edits),
             "hooks": list(self.hooks),
             "bos_in_prompt": self.bos_in_prompt,
         }
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file's header."""
-        return self.origin() | {"devices": list(self.devices)}
+        return self.origin() | {"edits": list(self.edits), "devices": list(self.devices)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Provenance:

@@ -273,3 +273,30 @@ def _check_weight(param: Tensor | None, where: str, d_model: int, transposed: bo
         needed = f"[{d_model}, d_mlp]" if transposed else f"[d_mlp, {d_model}]"
         raise UnsupportedModelError(f"{where}: W_out is {tuple(param.shape)}, needed {needed}")
     return param
+
+
+LEDGER = "_tl_factedit_ledger"
+"""Under this name a ledger of edits stands on the modules whose weights it tells of (`editing.ledger`)."""
+
+
+class Carries(Protocol):
+    """What a ledger says of itself here, where nobody knows what an edit is."""
+
+    def carried_by(self, model: Model) -> Mapping[str, bool]:
+        """The digests of the edits that are on a model now, in order, each with the BOS policy it was made with."""
+        ...
+
+
+def carried(model: Model) -> Mapping[str, bool]:
+    """The digests of the edits that are on a model now, in order, each with the BOS policy it was made with."""
+    ledger: Carries | None = ledger_on(model)
+    return {} if ledger is None else ledger.carried_by(model)
+
+
+def ledger_on(model: Model) -> Any:
+    """The ledger that stands on a model's modules; None without one."""
+    for layer in range(n_layers(model)):
+        with suppress(UnsupportedModelError):
+            if (ledger := vars(down_proj(model, layer).owner).get(LEDGER)) is not None:
+                return ledger
+    return None

@@ -150,6 +150,18 @@ def concerns_of(edit: Edit) -> Iterator[str]:
     changes = any(delta.norm for delta in edit.deltas)
     if name == "scaled" and not changes:
         yield f"it is scaled by {edit.editor['alpha']} and changes nothing: take another α"
+    elif not changes:
+        yield (
+            "it writes nothing, not one weight changes: what was wanted was so already (see fits), or its "
+            "hyperparameters leave no room; look at what the model says (fe.known, with old and new the right way "
+            "round), or leave it out"
+        )
+    if edit.provenance.hooks:
+        yield (
+            f"hooks were on the model when it was made, at {', '.join(edit.provenance.hooks[:3])}: its keys, its "
+            "values and what became of its targets are of the model with them; take them off and make it again, or "
+            "keep them on"
+        )
     of_part = "of one of its edits: " if name == "composed" and len(edit.editor.get("of", ())) > 1 else ""
     for layer, size in relative.items():
         if size > LARGE_UPDATE:

@@ -19,7 +19,7 @@ from tl_factedit.backend.hashing import hash_all, hash_one
 from tl_factedit.backend.protocol import Model, UnsupportedModelError, model_name, n_layers
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.state import finish_despite_interrupt, one_thread, plain_torch
-from tl_factedit.backend.weights import DownProj, down_proj, write_all
+from tl_factedit.backend.weights import LEDGER, DownProj, down_proj, ledger_on, write_all
 from tl_factedit.editing.delta import Delta
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def base_fingerprint(model: Model) -> Fingerprint:
 
 def made_on(model: Model, prepend_bos: bool, base: Fingerprint, prompts: Iterable[str] = ()) -> Provenance:
     """The provenance of an edit that is made now: of the weights without edits, and which edits were on them."""
-    edits = tuple(edit.digest for edit in ledger_of(model).edits)
-    return Provenance.of(model, prepend_bos, weights=base, edits=edits, prompts=prompts)
+    return Provenance.of(model, prepend_bos, weights=base, prompts=prompts)
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,10 @@ class Ledger:
     def holds(self, edit: Edit) -> bool:
         """Whether an edit is applied."""
         return any(other.digest == edit.digest for other in self.edits)
+
+    def carried_by(self, model: Model) -> Mapping[str, bool]:
+        """What `backend.weights.carried` says of a model that this ledger stands on."""
+        return {edit.digest: edit.provenance.prepend_bos for edit in ledger_of(model).edits}
 
     def deltas(self, layer: int) -> list[Delta]:
         """The changes of one layer, in order."""
@@ -192,12 +195,9 @@ def thinned(weights: Mapping[int, Tensor], top: int) -> dict[int, Tensor]:
     return {count: weights[count] for count in sorted(kept.values())}
 
 
-_LEDGER = "_tl_factedit_ledger"
-
-
 def ledger_of(model: Model) -> Ledger:
     """What is applied to a model now; edits whose layers all hold the weights from before them again are left out."""
-    ledger = next((vars(owner)[_LEDGER] for owner in _owners(model) if _LEDGER in vars(owner)), Ledger())
+    ledger: Ledger = ledger_on(model) or Ledger()
     restored = {layer for layer, base in ledger.base.items() if _is_restored(model, layer, base, ledger)}
     gone = [edit for edit in ledger.edits if restored.issuperset(edit.layers)]
     if not gone:
@@ -226,9 +226,9 @@ def keep(model: Model, ledger: Ledger) -> None:
     def put() -> None:
         for layer, owner in _owned(model):
             if layer in ledger.base:
-                vars(owner)[_LEDGER] = ledger  # straight into __dict__: a bridge hands other attributes on
+                vars(owner)[LEDGER] = ledger  # straight into __dict__: a bridge hands other attributes on
             else:
-                vars(owner).pop(_LEDGER, None)
+                vars(owner).pop(LEDGER, None)
 
     finish_despite_interrupt(put)
 
@@ -237,10 +237,6 @@ def _owned(model: Model) -> Iterator[tuple[int, nn.Module]]:
     for layer in range(n_layers(model)):
         with suppress(UnsupportedModelError):
             yield layer, down_proj(model, layer).owner
-
-
-def _owners(model: Model) -> Iterator[nn.Module]:
-    return (owner for _, owner in _owned(model))
 
 
 def commit_all(model: Model, sites: Mapping[int, DownProj], weights: Mapping[int, Tensor], ledger: Ledger) -> None:

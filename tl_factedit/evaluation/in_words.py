@@ -78,6 +78,7 @@ class Answers:
         facts: What was asked.
         each: The answers, fact by fact: the prompt's, the paraphrases', the neighbours'.
         chat: Whether they were asked as a chat.
+        n_tokens: Most tokens of an answer.
         provenance: Model, weights as they were, BOS policy, versions.
         before: The answers to the same of another state of the model.
     """
@@ -85,6 +86,7 @@ class Answers:
     facts: tuple[Fact, ...]
     each: tuple[Answer, ...]
     chat: bool
+    n_tokens: int
     provenance: Provenance
     before: Answers | None = None
 
@@ -211,7 +213,7 @@ def answers(
     Raises:
         ValueError: No facts, or one given twice; ``n_tokens`` below 1, or more than the model's context has room for;
             a chat without a template, or a system without a chat; aliases of what is no object of the facts;
-            neighbours whose answer isn't known; `before` of other prompts.
+            neighbours whose answer isn't known; `before` of other prompts, or with another BOS policy or ``n_tokens``.
 
     Example:
         >>> said = fe.answers(model, facts)                                  # doctest: +SKIP
@@ -263,12 +265,19 @@ def answers(
             for (i, kind, text, wanted), answer, tokens in zip(asked, said, right, strict=True)
         ),
         chat,
+        n_tokens,
         provenance,
     )
     if before is None:
         return found
     if [answer.asked for answer in before.each] != [answer.asked for answer in found.each] or before.chat != chat:
         raise ValueError("before holds answers to other prompts, needed those to the same facts, asked in the same way")
+    for name, then, now in (
+        ("prepend_bos", before.provenance.prepend_bos, provenance.prepend_bos),
+        ("n_tokens", before.n_tokens, n_tokens),
+    ):
+        if then != now:
+            raise ValueError(f"before was asked with {name}={then} and this with {now}, needed the same for both")
     return replace(found, before=replace(before, before=None))
 
 

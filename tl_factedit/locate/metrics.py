@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_factedit.core.facts import Fact
+from tl_factedit.locate.metric_identity import identity_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,7 @@ def identity(metric: str | Metric) -> str:
     """What a file can tell a metric by: its name, and of a function of one's own its code and what that refers to.
 
     Raises:
-        ValueError: It is callable and no plain function, so that two can't be told apart.
+        ValueError: It is callable and no plain function, or refers to something, so that two can't be told apart.
     """
     if not callable(metric) or metric in NAMED.values():
         return metric_of(metric)[0]
@@ -108,14 +109,7 @@ def identity(metric: str | Metric) -> str:
             f"metric {metric!r} is a {type(metric).__name__}, of which a file can't tell one from another: needed a "
             "plain function (def), or no folder"
         )
-    held = [cell.cell_contents for cell in metric.__closure__ or ()]
-    return f"{metric.__qualname__} {_code(metric.__code__)} {metric.__defaults__} {metric.__kwdefaults__} {held}"
-
-
-def _code(code: CodeType) -> str:
-    """What a function does, whatever file and line it stands in."""
-    consts = [_code(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {consts}"
+    return identity_of(metric, "the metric")
 
 
 def _checked(name: str, metric: Metric) -> Metric:

@@ -31,6 +31,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import carries_hooks, frozen, plain_torch
 from tl_factedit.core.cache import Cache, check_kinds
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import check_length, of_all
 from tl_factedit.core.words import counted
 from tl_factedit.measure.change import Change, Changed, Digested, asked_as, check_made_for, identity
@@ -145,7 +146,7 @@ class Population:
             >>> population = fe.Population.of(model, edit, [fact])      # doctest: +SKIP
             >>> fe.attacks.ReadOut()(population)                        # doctest: +SKIP
         """
-        facts, reference = as_facts(facts), as_facts(reference, "reference")
+        facts, reference = as_facts(facts), _each_once(as_facts(reference, "reference"))
         parts = parts_of(model, changed, facts)
         if isinstance(changed, Change) and not force:
             check_made_for(changed, facts, "what is measured")
@@ -159,7 +160,7 @@ class Population:
     def asking(self, facts: Fact | Sequence[Fact], reference: Sequence[Fact] | None = None) -> Population:
         """The same changes, asked about other facts (or with other references), whatever a change was made for."""
         facts = as_facts(facts)
-        reference = self.reference if reference is None else as_facts(reference, "reference")
+        reference = self.reference if reference is None else _each_once(as_facts(reference, "reference"))
         parts = parts_of(self.model, self.changed, facts)
         return replace(self, facts=facts, reference=reference, parts=parts)
 
@@ -407,6 +408,16 @@ def bos_of_change(model: Model, changed: Changed, asked: bool | None = None) -> 
             "with the other"
         )
     return bos_policy(model, asked if theirs is None else theirs)
+
+
+def _each_once(reference: Sequence[Fact]) -> tuple[Fact, ...]:
+    """References without those that ask what another asks; that there are such is told."""
+    once: dict[tuple[str, str], Fact] = {}
+    for fact in reference:
+        once.setdefault((fact.text, fact.group), fact)
+    if twice := len(reference) - len(once):
+        tell(f"{counted(twice, 'reference')} of {len(reference)} ask what another one asks: each counts once")
+    return tuple(once.values())
 
 
 def check_facts_once(facts: Sequence[Fact]) -> None:

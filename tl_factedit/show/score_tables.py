@@ -22,7 +22,7 @@ def scores(before: Scores, after: Scores | None = None) -> Picture:
 
     Raises:
         TypeError: What is given aren't `Scores`.
-        ValueError: The two are of different prompts or objects.
+        ValueError: The two are of different prompts or objects, or one was run with BOS and the other without.
     """
     both = [before] if after is None else [before, after]
     for given in both:
@@ -33,6 +33,11 @@ def scores(before: Scores, after: Scores | None = None) -> Picture:
             raise ValueError(
                 f"before has {len(a.answers)} prompts and after {len(b.answers)}, needed the same prompts with the "
                 "same objects: evaluate both models on the same facts"
+            )
+        if a.provenance.prepend_bos != b.provenance.prepend_bos:
+            raise ValueError(
+                f"before was run with prepend_bos={a.provenance.prepend_bos} and after with "
+                f"{b.provenance.prepend_bos}, needed one policy: evaluate both with the same"
             )
     body = join(score_table(both), prompt_table(both))
     title = "Scores" if after is None else "Scores before and after"
