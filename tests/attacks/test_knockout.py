@@ -174,8 +174,10 @@ def test_shares_masks_and_excesses_are_those_of_the_readings(kind):
     assert torch.equal(found.extra["survives"], found.before.at(quantity="old_first")[:, 1:].mean(0))
     after, survives = found.after, found.extra["survives"].tolist()
     for i, key in enumerate(found.keys):
-        old, control = (after.at(case=key, quantity=name) for name in ("old_first", "control_first"))
+        counts = ~found.counted[0][:, i].isnan()  # the facts for which the change is in force, or for which it isn't
+        old, control = (after.at(case=key, quantity=name)[counts] for name in ("old_first", "control_first"))
         if bool(found.tested[i]):
+            assert int(counts.sum()) >= 3 and found.share("old_first", key) == pytest.approx(float(old.mean()))
             assert survives[i] >= SURVIVES
             common = float(found.extra["common"][i]) if "common" in found.extra else math.nan
             null = max(float(control.mean()), 0.0 if math.isnan(common) else common)
