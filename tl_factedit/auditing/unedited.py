@@ -21,8 +21,8 @@ def check_way_round(model: Model, changed: Changed, facts: Sequence[Fact]) -> No
         facts: What is to be audited.
 
     Raises:
-        ValueError: The change is the model itself (or wraps the same weights, under the same hooks), or an edit that
-            was made for one of the facts is on the unchanged model and not on the changed one.
+        ValueError: The change is the model itself (or wraps the same transformers model, under the same hooks), or an
+            edit that was made for one of the facts is on the unchanged model and not on the changed one.
     """
     if isinstance(changed, (Sequence, Change)):
         return
@@ -43,8 +43,8 @@ def check_way_round(model: Model, changed: Changed, facts: Sequence[Fact]) -> No
 
 
 def _is_itself(model: Model, other: Model) -> bool:
-    mine, theirs = ({id(param) for param in each.parameters()} for each in (model, other))
-    return model is other or (mine == theirs and users_hooks(model) == users_hooks(other))
+    one, two = (getattr(each, "original_model", each) for each in (model, other))
+    return model is other or (one is two and users_hooks(model) == users_hooks(other))
 
 
 def edits_beside(model: Model, changed: Changed) -> tuple[Edit, ...]:
