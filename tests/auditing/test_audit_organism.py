@@ -66,7 +66,7 @@ def without(findings: Findings, *attacks: str) -> Findings:
 
 
 def test_an_untouched_model_has_failed(kind):
-    verdict = audited(kind, organism(kind), same_subject=(), routes=(), texts=(), reference=())
+    verdict = audited(kind, copy.deepcopy(organism(kind)), same_subject=(), routes=(), texts=(), reference=())
     assert verdict.label == "FAILED"
 
 

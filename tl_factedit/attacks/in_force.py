@@ -64,7 +64,9 @@ def left_under(
         def compute(part: Part = part) -> Tensor:
             mine = torch.zeros(len(part.indices), len(silencings))
             place = {i: row for row, i in enumerate(part.indices)}
-            for some in asking.few_sources(Runner(part.unedited), part.indices):
+            with frozen(part.unedited), torch.no_grad():
+                groups = asking.few_sources(Runner(part.unedited), part.indices)
+            for some in groups:
                 mine[[place[i] for i in some]] = _left(part, asking, list(some), silencings, written)
             return mine
 
