@@ -13,6 +13,7 @@ score that is (Yang et al. 2025, arXiv:2502.11177).
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -371,7 +372,8 @@ def _say(
         for at in range(0, len(mine), step)
     ]
     said = [""] * len(rows)
-    with told_where_it_is(model):
+    with told_where_it_is(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what TransformerLens' generate asks of transformers
         for group in tqdm(groups, desc="answers", unit="batch", delay=1, disable=not progress, leave=False):
             tokens = torch.stack([rows[i][0] for i in group]).to(device(model))
             told: Any = model.generate(
