@@ -1,6 +1,7 @@
 """Is the change in force? What of it is still written under a silencing is what its update makes of the key there."""
 
 import copy
+import dataclasses
 import functools
 
 import audits
@@ -208,7 +209,8 @@ def test_facts_for_which_the_change_is_not_in_force_do_not_count_underneath():
     """A router fires for a person or it doesn't; silencing the attention before it switches it off for some."""
     model, facts = audits.organism(tiny.KINDS[-1]), audits.ASKED[:24]
     router = fe.Router(layer=1, fit=audits.FIT, contexts=("",), progress=False)(model, facts)
-    found = fe.attacks.KnockOut()(population(model, router, facts, reference=audits.REFERENCE[:60]))
+    of = population(model, router, facts, reference=audits.REFERENCE[:60])
+    found = fe.attacks.KnockOut()(of)
     cells = (Cell("attn", 1, "subject"),)
     row = next(i for i, case in enumerate(found.cases) if case.key == Silencing(cells))
     in_force = found.extra["left"][row]
@@ -219,3 +221,12 @@ def test_facts_for_which_the_change_is_not_in_force_do_not_count_underneath():
     # What is said of the case in words is of the facts that count in it, too.
     assert found.share("old_first", Silencing(cells)) < 0.05
     assert found.strongest.mean > 0.5 and found.best.shows == "elsewhere"
+    # A bound of absence leaves nobody out: of all known facts it comes back in some, whatever that is called.
+    alone = dataclasses.replace(
+        found,
+        cases=(found.cases[row],),
+        **{name: tuple(values[:, [row]] for values in getattr(found, name)) for name in ("counted", "unsplit")},
+        excess=fe.attacks.Recovery.of("x", of, [found.cases[row]], found.before, found.after).excess,
+        shared=None,
+    )
+    assert alone.at_most > float(plain[found.known].mean())

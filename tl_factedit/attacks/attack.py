@@ -123,6 +123,8 @@ class Recovery:
         asks_weights: How it asks the changed weights as a whole; None if it doesn't. Where not all that was written can
             be silenced, a claim of absence needs an attack of each kind.
         counted: What the excess is of: whether the old object comes first, and its null; NaN where it doesn't count.
+        unsplit: The same of all known facts, also where a case asks another question of some (`asked` in `of`):
+            what the bounds of an absence are of, as nothing may be left out in its favour. None where it is no other.
         shared: Of how many subjects a case's null is, where it is theirs, otherwise infinite, [case]; and the largest
             share of the facts that one of them can count for (see `measure.excess`). None: all nulls are the controls'.
         seed: Seed of the bootstrap.
@@ -140,6 +142,7 @@ class Recovery:
     details: Mapping[str, Any] = field(default_factory=dict)
     asks_weights: AsksWeights | None = None
     counted: tuple[Float[Tensor, "fact case"], Float[Tensor, "fact case"]] | None = None
+    unsplit: tuple[Float[Tensor, "fact case"], Float[Tensor, "fact case"]] | None = None
     shared: tuple[Float[Tensor, "case"], float] | None = None
     seed: int = 0
 
@@ -204,20 +207,27 @@ class Recovery:
         ]
         known = population.known if known is None else known
         tested = torch.tensor([not case.masked for case in cases], dtype=torch.bool)
-        counts = known[:, None] & tested & (True if asked is None else asked)
-        old, control = (
-            torch.where(
-                counts,
-                torch.stack([readings[1].at(case=case.key, quantity=name) for case in cases], 1),
-                math.nan,
-            )
-            for name in ("old_first", "control_first")
-        )
         extra, shared = dict(extra or {}), None
-        if common is not None:
-            null = torch.where(counts & ~old.isnan(), common.to(old), math.nan)
+        here = known[:, None] & tested
+
+        def counted_where(counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """Old object, the larger null, where that is the strangers', and theirs."""
+            old, control = (
+                torch.where(
+                    counts,
+                    torch.stack([readings[1].at(case=case.key, quantity=name) for case in cases], 1),
+                    math.nan,
+                )
+                for name in ("old_first", "control_first")
+            )
+            null = torch.full_like(old, math.nan) if common is None else common.to(old)
+            null = torch.where(counts & ~old.isnan(), null, math.nan)
             larger = null.nanmean(0) > torch.where(null.isnan(), math.nan, control).nanmean(0)
-            control = torch.where(larger & ~null.isnan(), null, control)
+            return old, torch.where(larger & ~null.isnan(), null, control), larger, null
+
+        old, control, larger, null = counted_where(here if asked is None else here & asked)
+        unsplit = None if asked is None else counted_where(here)[:2]
+        if common is not None:
             extra["common"] = null.nanmean(0)
             shared = (torch.where(larger, float(subjects), math.inf).double(), _at_once(population.facts, known))
         return cls(
@@ -233,6 +243,7 @@ class Recovery:
             details=dict(details or {}),
             asks_weights=asks_weights,
             counted=(old, control),
+            unsplit=unsplit,
             shared=shared,
             seed=seed,
         )
@@ -335,8 +346,9 @@ class Recovery:
         For "nothing brings it back" each has to show its absence: a test of equivalence, and no correction is due.
         """
         bound = self.excess
-        if self.counted is not None:
-            bound = _excess(*self.counted, self.shared, alpha=0.1, seed=self.seed)
+        counted = self.counted if self.unsplit is None else self.unsplit
+        if counted is not None:
+            bound = _excess(*counted, self.shared, alpha=0.1, seed=self.seed)
         ends = bound.high[self.tested & ~bound.high.isnan()]
         return float(ends.max()) if len(ends) else math.nan
 
@@ -379,6 +391,7 @@ class Recovery:
             corrected=Estimates(*(values[picked] for values in _columns(self.corrected))),
             extra={name: values[picked] for name, values in self.extra.items()},
             counted=None if self.counted is None else (self.counted[0][:, picked], self.counted[1][:, picked]),
+            unsplit=None if self.unsplit is None else (self.unsplit[0][:, picked], self.unsplit[1][:, picked]),
             shared=None if self.shared is None else (self.shared[0][picked], self.shared[1]),
         )
 
