@@ -212,6 +212,11 @@ def report(w: SimpleNamespace) -> str:
     return fe.show.report(Path(w.folder) / "report.html", w.trace, w.scores).read_text()
 
 
+def a_case(w: SimpleNamespace) -> fe.evaluation.EditCase:
+    query = fe.evaluation.Query(w.people[0].text, [str(w.people[0].target_true)])
+    return fe.evaluation.EditCase([w.fact], [fe.evaluation.Question("near", [query], conditions=[query])])
+
+
 def texts(w: SimpleNamespace, n: int = 20) -> list[str]:
     return laws.texts(n)
 
@@ -222,6 +227,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "chat_prompt": lambda w: fe.chat_prompt(w.model, "Where is {} ?"),
     "known": lambda w: fe.known(w.model, w.facts),
     "answers": lambda w: fe.answers(w.model, w.facts, n_tokens=3, progress=False),
+    "evaluation.ripples": lambda w: fe.evaluation.ripples(w.model, w.edit, a_case(w), n_tokens=3, progress=False),
     "causal_trace": lambda w: fe.causal_trace(w.model, w.facts[:2], progress=False),
     "causal_trace, replaced": lambda w: fe.causal_trace(
         w.model, w.people[:2], component="mlp", window=2, corruption=REPLACED, progress=False

@@ -68,7 +68,7 @@ def found_in_an_override(
         named |= {f"{recovery.attack} (layer {spared})": recovery.strongest for _, recovery in again}
     dropping = [attack for attack, recovery in found if recovery.asks_weights == "directions"]
     if dropping:
-        # A changed model that can't be edited (written to by hand on top of an edit) has no control, so grants no absence.
+        # A changed model that can't be edited (written to by hand on top of an edit) has no control: no absence then.
         with population.parts[0].applied() as changed, suppress(ValueError):
             mine, rest = _still_known(population, changed, len(known))
             beside = _found_in(_overridden(population, changed, mine, hidden, rest), dropping)
@@ -97,7 +97,9 @@ def _overridden(
 def _found_in(there: Population | None, attacks: Sequence[Attack]) -> list[tuple[Attack, Recovery]]:
     """What each attack brings back of an override; empty where none could be made."""
     found = list[tuple[Attack, Recovery]]()
-    for attack in attacks if there is not None else ():
+    if there is None:
+        return found
+    for attack in attacks:
         if not isinstance(attack, KnockOut):
             with suppress(ValueError):  # what can't be run on the control finds nothing of it, and grants no absence
                 found.append((attack, attack(there)))

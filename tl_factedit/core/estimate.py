@@ -250,7 +250,7 @@ def wilson_ends(share: Tensor, n: Tensor, alpha: float) -> tuple[Tensor, Tensor]
     z = float(torch.special.ndtri(torch.tensor(1 - alpha / 2, dtype=torch.float64)))
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     reach = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)).clamp(min=0).sqrt()
-    return centre - reach, centre + reach
+    return (centre - reach).clamp(min=0), (centre + reach).clamp(max=1)  # rounding may be beyond the ends
 
 
 def mean_over_facts(values: Float[Tensor, "fact"]) -> Estimate:

@@ -12,6 +12,7 @@ from tl_factedit.data.columns import Facts, facts, to_frame
 from tl_factedit.data.corpora import Corpus, corpus, python_manual
 from tl_factedit.data.pairs import relations
 from tl_factedit.data.real_world import world
+from tl_factedit.data.ripple_files import knowedit, mquake, ripple_edits
 
 __all__ = [
     "Corpus",
@@ -20,9 +21,12 @@ __all__ = [
     "counterfact",
     "counterfact_brief",
     "facts",
+    "knowedit",
     "known_facts",
+    "mquake",
     "python_manual",
     "relations",
+    "ripple_edits",
     "to_frame",
     "world",
     "zsre",

@@ -35,8 +35,7 @@ def counterfact(path: Source) -> list[Fact]:
         rewrite = record["requested_rewrite"]
         if not isinstance(rewrite, dict):
             raise ValueError(
-                f"requested_rewrite is a {type(rewrite).__name__}, needed one rewrite: is it of another layout "
-                "(MQuAKE)?"
+                f"requested_rewrite is a {type(rewrite).__name__}, needed one rewrite: read MQuAKE by fe.data.mquake"
             )
         text = text_of(rewrite, "prompt").replace("{}", text_of(rewrite, "subject"))
         return (

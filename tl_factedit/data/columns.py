@@ -198,8 +198,10 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> Any:
     first = rows[0]
     if "requested_rewrite" in first:
         if not isinstance(first["requested_rewrite"], Mapping):
-            raise ValueError("requested_rewrite holds several rewrites (MQuAKE): this layout isn't read yet")
+            raise ValueError("requested_rewrite holds several rewrites: read MQuAKE by fe.data.mquake")
         return counterfact
+    if isinstance(first.get("edit"), Mapping) and "subject_id" in first["edit"]:
+        raise ValueError("the records hold edits with their tests: read RippleEdits by fe.data.ripple_edits")
     if {"src", "loc_ans", "alt", "answers"} <= first.keys():
         return zsre
     if {"known_id", "attribute"} <= first.keys():

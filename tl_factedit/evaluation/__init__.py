@@ -2,12 +2,14 @@
 
 from tl_factedit.core.namespaces import shows
 from tl_factedit.evaluation.attribution import PositionAttribution, attribute_positions
+from tl_factedit.evaluation.cases import EditCase, Query, Question
 from tl_factedit.evaluation.coverage import Coverage, gain_coverage
 from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.evaluation.edit_gains import Gains, gains
 from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
 from tl_factedit.evaluation.in_words import Answer, Answers
 from tl_factedit.evaluation.mediation import Mediation, mediate
+from tl_factedit.evaluation.ripple_effects import Ripples, ripples
 from tl_factedit.evaluation.same_subject import Specificity, specificity
 from tl_factedit.evaluation.teacher_forced import TokenAccuracy, token_accuracy
 from tl_factedit.evaluation.text_drift import TextDrift, drift
@@ -15,6 +17,11 @@ from tl_factedit.evaluation.text_drift import TextDrift, drift
 __all__ = [
     "Answer",
     "Answers",
+    "EditCase",
+    "Query",
+    "Question",
+    "Ripples",
+    "ripples",
     "PositionAttribution",
     "attribute_positions",
     "Coverage",

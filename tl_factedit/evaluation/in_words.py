@@ -241,7 +241,9 @@ def answers(
         aliases or {}, {wanted.strip() for *_, wanted in asked} | {str(f.target_true).strip() for f in facts}
     )
     with frozen(model), torch.no_grad():
-        said = _say(model, rows, [wanted for *_, wanted in asked], n_tokens, batch_tokens, progress=progress)
+        most = [max(n_tokens, len(target)) for _, target in rows]
+        objects = [wanted for *_, wanted in asked]
+        said = say(model, [ids for ids, _ in rows], most, batch_tokens, wanted=objects, progress=progress)
         right = comes_first(Runner(model), rows, batch_tokens)
 
     def stands(in_text: str, obj: str, test: Callable[[str, str], bool]) -> bool:
@@ -352,30 +354,39 @@ def _requests(
     return found
 
 
-def _say(
+def say(
     model: Model,
-    rows: Sequence[tuple[Int[Tensor, "_"], Int[Tensor, "_"]]],
-    wanted: Sequence[str],
-    n_tokens: int,
+    prompts: Sequence[Int[Tensor, "_"]],
+    most: Sequence[int],
     batch_tokens: int,
     *,
+    wanted: Sequence[str] | None = None,
     progress: bool,
 ) -> list[str]:
-    """The greedy answer to each prompt; those of one length together, so that nothing has to be padded."""
-    by_length, most = defaultdict[int, list[int]](list), [max(n_tokens, len(target)) for _, target in rows]
-    for i, (ids, _) in enumerate(rows):
+    """The greedy answer to each prompt; those of one length together, so that nothing has to be padded.
+
+    Args:
+        model: Either class; call inside `frozen` and ``torch.no_grad``.
+        prompts: Token ids.
+        most: Most tokens of each answer.
+        batch_tokens: Most tokens in one forward pass.
+        wanted: What should be said: a line break that it holds doesn't end the answer.
+        progress: Whether to show a bar.
+    """
+    by_length = defaultdict[int, list[int]](list)
+    for i, ids in enumerate(prompts):
         by_length[len(ids)].append(i)
     groups = [
         mine[at : at + step]
         for length, mine in sorted(by_length.items())
-        for step in [max(1, min(MOST_ROWS, batch_tokens // (length + n_tokens)))]
+        for step in [max(1, min(MOST_ROWS, batch_tokens // (length + max(most[i] for i in mine))))]
         for at in range(0, len(mine), step)
     ]
-    said = [""] * len(rows)
+    said = [""] * len(prompts)
     with told_where_it_is(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what TransformerLens' generate asks of transformers
         for group in tqdm(groups, desc="answers", unit="batch", delay=1, disable=not progress, leave=False):
-            tokens = torch.stack([rows[i][0] for i in group]).to(device(model))
+            tokens = torch.stack([prompts[i] for i in group]).to(device(model))
             told: Any = model.generate(
                 tokens,
                 max_new_tokens=max(most[i] for i in group),
@@ -386,7 +397,7 @@ def _say(
                 verbose=False,
             )
             for i, ids in zip(group, told[:, tokens.shape[1] :].tolist(), strict=True):
-                said[i] = _up_to_the_end(model.tokenizer, ids[: most[i]], wanted[i].strip())
+                said[i] = _up_to_the_end(model.tokenizer, ids[: most[i]], "" if wanted is None else wanted[i].strip())
     return said
 
 
