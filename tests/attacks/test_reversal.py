@@ -251,3 +251,20 @@ def test_what_can_not_be_asked_is_refused_before_anything_is_run(setting, monkey
                 measured.reverse_by_weights(model, edits, facts, dropped=wrong)
         with pytest.raises(ValueError, match="no target_new, needed one"):
             measured.reverse_by_weights(model, edits[0], [facts[0].but(target_new=None)])
+
+
+def test_of_what_is_hooked_into_a_model_its_weights_say_nothing(setting):
+    model, facts, _ = setting
+    reversal = fe.attacks.WeightReversal(dropped=(1,), neighbours=0)
+    routed = fe.Router(1, fit=laws.QUICK, contexts=("",), progress=False)(model, facts)
+    assert reversal(fe.Population.of(model, routed, facts, progress=False)).asks_weights is None
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        down_proj(changed, 2).W[0, 0] += 1e-6  # so that there is a matrix to be asked
+    asked = fe.Population.of(model, changed, facts, progress=False)
+    assert reversal(asked).asks_weights == "directions"
+    handle = [m for n, m in changed.named_modules() if n.endswith("mlp")][0].register_forward_hook(lambda *_: None)
+    try:
+        assert reversal(asked).asks_weights is None
+    finally:
+        handle.remove()

@@ -81,6 +81,9 @@ def findings(**given) -> Findings:
         ({"native": about(-0.3, 0.14)}, "SCARRED"),
         ({"relearning": about(-0.5, 0.3)}, "SCARRED"),
         ({"adaptive": about(-0.2, 0.09)}, "SCARRED"),
+        # under an override that no attack can see a decoder finds the mark of the new object, too
+        ({"native": about(-0.3, 0.14), "covers": False}, "INCONCLUSIVE"),
+        ({"native": about(-0.3, 0.14), "untried": ("drift",)}, "INCONCLUSIVE"),
         # what isn't precise enough, or wasn't run, is no absence
         ({"native": about(0.05, 0.35)}, "INCONCLUSIVE"),
         ({"native": about(0.25, 0.18)}, "INCONCLUSIVE"),

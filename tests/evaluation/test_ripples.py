@@ -8,6 +8,7 @@ import laws
 import pytest
 import tiny
 import torch
+from jaxtyping import TypeCheckError
 
 import tl_factedit as fe
 from tl_factedit.evaluation import EditCase, Query, Question, Ripples, ripple_effects, ripples
@@ -169,17 +170,17 @@ def test_what_is_wrong_is_said(kind):
         ([one], {"system": "Be short."}, "only a chat"),
         ([one], {"n_tokens": 0}, "n_tokens"),
         ([one], {"n_tokens": 1_000}, "longer|more than the"),
-        (["x"], {}, "cases"),
+        (["x"], {}, "'x'"),
         ([EditCase(FACTS, one.questions)], {}, "served by several changes"),
     ):
-        with pytest.raises(ValueError, match=why):
+        with pytest.raises((ValueError, TypeCheckError), match=why):
             ripples(model, edits, wrong, **more)
     with pytest.raises(ValueError, match="needed exactly one"):
         ripples(model, edits[:1], [one, other])
     found = ripples(model, edits, [one, other], n_tokens=2)
     with pytest.raises(ValueError, match="kind is 'far', needed one of 'near'"):
         found.share("far")
-    with pytest.raises(ValueError, match="what is 'wrong'"):
+    with pytest.raises((ValueError, TypeCheckError), match="'wrong'"):
         found.share("near", "wrong")
 
 
@@ -198,5 +199,5 @@ def test_what_is_wrong_is_said(kind):
     ],
 )
 def test_parts_of_another_kind_are_told_so(make, why):
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises((ValueError, TypeCheckError), match=why):
         make()

@@ -11,7 +11,8 @@ fact, that nothing comes back says nothing.
 
 Each changed matrix loses its directions alone, and all of them together. How much of what was written goes with them
 (`written`) tells whether the change is still in force. W'_q stands in the model's weights while it is read, and is
-taken back bit for bit; an override that is no weight, such as a router, keeps answering.
+taken back bit for bit; an override that is no weight, such as a router or a hook, keeps answering, and that nothing
+comes back says nothing of it.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class WeightReversal:
             subjects=strangers.fewest,
             extra={"survives": survives, "neighbours": near.mean, "cover": counted[..., 4].nanmean(0)},
             details={"neighbours": near, "matrices": names, "layers": written.layers},
-            asks_weights="directions" if written.compared else None,
+            asks_weights="directions" if written.compared and not written.hooked else None,
             seed=self.seed,
         )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tl_factedit.attacks.attack import OFF, Shows
 from tl_factedit.backend.matrices import Matrix, differing, matrices, same_names, w_out
 from tl_factedit.backend.protocol import Model, check_layer
+from tl_factedit.backend.state import users_hooks
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.measure.change import Change
 from tl_factedit.measure.population import Part, Population
@@ -31,12 +32,14 @@ class Written:
         names: For each fact, the matrices that the change which serves it wrote.
         unedited: These matrices as they were, by name.
         compared: Whether all matrices of both models were compared, which takes models of one class.
+        hooked: Whether a change hooks something into the model, so that weights don't make it what it is.
         layer: Of those that are a ``W_out`` the layer, by name.
     """
 
     names: tuple[tuple[str, ...], ...]
     unedited: dict[str, Tensor]
     compared: bool
+    hooked: bool
     layer: dict[str, int]
 
     @classmethod
@@ -47,7 +50,7 @@ class Written:
             ValueError: There are none, or one is outside the model.
         """
         names: list[tuple[str, ...]] = [()] * len(population.facts)
-        compared = True
+        compared, hooked = True, False
         for part in population.parts:
             mine, all_of_them = _names(part, layers)
             if not mine:
@@ -56,7 +59,7 @@ class Written:
                     if layers is None
                     else "layers is empty, needed one at least"
                 )
-            compared = compared and all_of_them
+            compared, hooked = compared and all_of_them, hooked or _hooks(part)
             for i in part.indices:
                 names[i] = mine
         there = matrices(population.model)
@@ -64,7 +67,7 @@ class Written:
         used = {name: there[name] for each in names for name in each}
         kept = {name: matrix.W.clone() if in_place else matrix.W for name, matrix in used.items()}
         layer = {name: matrix.layer for name, matrix in used.items() if matrix.layer is not None}
-        return cls(tuple(names), kept, compared, layer)
+        return cls(tuple(names), kept, compared, hooked, layer)
 
     @property
     def layers(self) -> tuple[tuple[int, ...], ...]:
@@ -80,6 +83,13 @@ def question(cover: Float[Tensor, "fact"]) -> Shows:
     """What an attack asks that takes away such shares of what was written (NaN: no matrix was written)."""
     mean = float(cover.nanmean())
     return "elsewhere" if not math.isnan(mean) and mean >= OFF else "underneath"
+
+
+def _hooks(part: Part) -> bool:
+    """Whether something is hooked into the changed model: a router, or an override by a hook."""
+    own = len(users_hooks(part.unedited)) if isinstance(part.changed, Change) else 0
+    with part.applied() as tested:
+        return len(users_hooks(tested)) > own
 
 
 def _names(part: Part, layers: Sequence[int] | None) -> tuple[tuple[str, ...], bool]:

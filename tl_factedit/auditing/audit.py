@@ -57,7 +57,7 @@ from tl_factedit.editing.objectives import Objective
 from tl_factedit.measure.change import Change, Changed, check_made_for
 from tl_factedit.measure.population import Population, check_facts_once
 
-ABSENCES = ("ERASED", "MOVED", "LATENT")
+ABSENCES = ("ERASED", "MOVED", "LATENT", "SCARRED")
 """Labels that say that no way back was found."""
 
 BUDGET, PARAPHRASES = 20, 2

@@ -10,7 +10,7 @@ residue. The rules are applied in this order (`RULES`)::
     INSERTED      recoverable: an attack brings the old object back, elsewhere or underneath
     MOVED         not as facts are encoded here, but decodable in another code
     LATENT        still decodable as facts are encoded here, or a residue of it is found; no way back was
-    SCARRED       decodable as what it is *not*: below its null
+    SCARRED       decodable as what it is *not*: below its null; no way back was found
     ERASED        none of it, by intervals that would have shown it, and what follows from the fact followed
     INCONCLUSIVE  anything else, with what is missing
 
@@ -217,24 +217,27 @@ def latent(f: Findings, t: Thresholds) -> Ruling:
 
 
 def scarred(f: Findings, t: Thresholds) -> Ruling:
-    """Marked as what the answer is not."""
+    """Marked as what the answer is not, and no way back."""
     found = Ruling()
     if f.few:
         return found
-    for what, value in (
-        ("the decoder puts the old object below its null", f.native),
-        ("the adaptive decoder puts the old object below its null", f.adaptive),
-    ):
-        if value is not None and has_interval(value) and value.high < -t.retained:
-            found.reasons.append(f"{what}: it is marked as what the answer is not")
-            return Ruling("SCARRED", found.reasons, found.missing)
-    for finding in f.showing("residue"):
-        if finding.least < -t.retained:
-            found.reasons.append(
-                f"{finding.attack} finds the old object less than its controls: it is marked as what the answer is not"
-            )
-            return Ruling("SCARRED", found.reasons, found.missing)
-    return found
+    scars = [
+        f"{what} puts the old object below its null"
+        for what, value in (("the decoder", f.native), ("the adaptive decoder", f.adaptive))
+        if value is not None and has_interval(value) and value.high < -t.retained
+    ]
+    scars += [
+        f"{finding.attack} finds the old object less than its controls"
+        for finding in f.showing("residue")
+        if finding.least < -t.retained
+    ]
+    if not scars:
+        return found
+    found.reasons.append(f"{' and '.join(scars)}: it is marked as what the answer is not")
+    if _no_way_back(f, t, found):
+        return Ruling("SCARRED", found.reasons, found.missing)
+    found.reasons.append("whether it can come back was not established")
+    return Ruling("INCONCLUSIVE", found.reasons, found.missing)
 
 
 def erased(f: Findings, t: Thresholds) -> Ruling:
@@ -337,7 +340,10 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
     switched_off = any(finding.shows == "elsewhere" and finding.covers for finding in tested)
     shown = switched_off or set(get_args(AsksWeights)) <= {finding.asks_weights for finding in tested}
     if not shown and tested:
-        found.missing.append("the changed weights themselves (full=True): not all that was written can be silenced")
+        found.missing.append(
+            "the changed weights themselves (full=True; of what is hooked into a model they say nothing): not all that "
+            "was written can be silenced"
+        )
     shown = shown and any(finding.shows == "underneath" for finding in tested)
     if f.untried and tested:
         shown = False
