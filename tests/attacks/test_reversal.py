@@ -263,7 +263,7 @@ def test_of_what_is_hooked_into_a_model_its_weights_say_nothing(setting):
         down_proj(changed, 2).W[0, 0] += 1e-6  # so that there is a matrix to be asked
     asked = fe.Population.of(model, changed, facts, progress=False)
     assert reversal(asked).asks_weights == "directions"
-    handle = [m for n, m in changed.named_modules() if n.endswith("mlp")][0].register_forward_hook(lambda *_: None)
+    handle = next(m for n, m in changed.named_modules() if n.endswith("mlp")).register_forward_hook(lambda *_: None)
     try:
         assert reversal(asked).asks_weights is None
     finally:
