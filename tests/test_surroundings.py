@@ -223,6 +223,7 @@ def texts(w: SimpleNamespace, n: int = 20) -> list[str]:
 
 a, e, ed, ev, lo, p = fe.attacks, fe.editing, fe.editors, fe.evaluation, fe.locate, fe.probes
 CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
+    "data.select": lambda w: fe.data.select(w.model, w.facts, known=False),
     "alignable": lambda w: fe.alignable(w.model, w.facts),
     "chat_prompt": lambda w: fe.chat_prompt(w.model, "Where is {} ?"),
     "known": lambda w: fe.known(w.model, w.facts),

@@ -13,6 +13,7 @@ from tl_factedit.data.corpora import Corpus, corpus, python_manual
 from tl_factedit.data.pairs import relations
 from tl_factedit.data.real_world import world
 from tl_factedit.data.ripple_files import knowedit, mquake, ripple_edits
+from tl_factedit.data.selecting import Selected, select
 
 __all__ = [
     "Corpus",
@@ -27,6 +28,8 @@ __all__ = [
     "python_manual",
     "relations",
     "ripple_edits",
+    "select",
+    "Selected",
     "to_frame",
     "world",
     "zsre",
