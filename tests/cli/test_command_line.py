@@ -1,5 +1,6 @@
 """The command line: each command does what its call does, prints one object where one is asked for, and teaches."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -238,10 +239,16 @@ def test_json_says_null_where_a_number_isnt_finite():
 
 
 def test_settings_are_those_of_the_editor_and_of_its_fit():
-    editor = with_settings(fe.FineTune(1), ["epsilon=0.5", "steps=3"])
+    editor = with_settings(functools.partial(fe.FineTune, 1), ["epsilon=0.5", "steps=3"])
     assert editor == fe.FineTune(1, epsilon=0.5, steps=3)
-    router = with_settings(fe.Router(1), ["fit.steps=4", "fit.lr=0.25"])
+    router = with_settings(functools.partial(fe.Router, 1), ["fit.steps=4", "fit.lr=0.25"])
     assert router.fit == fe.ValueFit(steps=4, lr=0.25)
+
+
+def test_a_setting_takes_the_place_of_what_the_editor_would_choose_without_it():
+    stats = {1: fe.KeyStats(1, torch.eye(4).double(), 0, "identity", None)}
+    editor = with_settings(functools.partial(fe.Memit, stats), ["unmet=0.1"])
+    assert (editor.weight, editor.unmet) == (None, 0.1)
 
 
 def test_a_text_is_printed_whatever_the_terminal_can_show(monkeypatch, tmp_path):

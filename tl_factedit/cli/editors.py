@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tl_factedit.backend.protocol import Model, as_layers
@@ -84,27 +85,28 @@ def editor_of(args: argparse.Namespace, model: Model) -> Editor:
         ValueError: Statistics that don't fit, or settings that it hasn't got.
     """
     layers, progress = None if args.layer is None else as_layers(args.layer), not args.quiet
-    editor: Editor
+    make: Callable[..., Editor]
     if args.editor == "knowledge-neurons":
-        editor = KnowledgeNeurons(layers=layers, progress=progress)
+        make = partial(KnowledgeNeurons, layers=layers, progress=progress)
     elif args.editor == "finetune":
-        editor = FineTune(layers or (), progress=progress)
+        make = partial(FineTune, layers or (), progress=progress)
     else:
         kind = Rome if args.editor == "rome" else LAYERWISE[args.editor]
-        editor = kind(stats_of(args, model, layers or ()), progress=progress)
-    return with_settings(editor, args.set)
+        make = partial(kind, stats_of(args, model, layers or ()), progress=progress)
+    return with_settings(make, args.set)
 
 
-def with_settings(editor: Any, given: Sequence[str]) -> Any:
-    """A copy of an editor with some settings changed.
+def with_settings(make: Callable[..., Any], given: Sequence[str]) -> Any:
+    """An editor with some settings.
 
     Args:
-        editor: A frozen value.
+        make: Makes it, with the default settings or with those that are given by name.
         given: ``"name=value"``; a name with a dot is a setting of a setting. Values are JSON, or else text.
 
     Raises:
         ValueError: There is no such setting, or it can't be said in a word.
     """
+    usual, settings = make(), dict[str, Any]()
     for each in given:
         name, equals, text = each.partition("=")
         if not equals:
@@ -113,19 +115,25 @@ def with_settings(editor: Any, given: Sequence[str]) -> Any:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        editor = _with(editor, name.split("."), value, each)
-    return editor
+        first, dot, rest = name.partition(".")
+        if dot and first == "fit" and first in {field.name for field in dataclasses.fields(usual)}:
+            fit = settings.get(first, usual.fit)
+            _check_setting(fit, rest, each)
+            settings[first] = dataclasses.replace(fit, **{rest: value})
+        else:
+            _check_setting(usual, name, each)
+            settings[name] = value
+    return make(**settings)
 
 
-def _with(holder: Any, names: Sequence[str], value: Any, given: str) -> Any:
+def _check_setting(holder: Any, name: str, given: str) -> None:
+    """Check that a setting can be said in a word: a number, a text, true, false or null."""
     now = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder) if field.init}
     plain = [name for name, held in now.items() if held is None or isinstance(held, bool | int | float | str)]
-    nested = [name for name, held in now.items() if name == "fit" and dataclasses.is_dataclass(held)]
-    first, rest = names[0], names[1:]
-    if first not in (nested if rest else plain):
-        further = f", and those of {nested[0]}, such as {nested[0]}.steps" if nested else ""
+    plain = [name for name in plain if name not in ("layers", "progress")]
+    if name not in plain:
+        further = ", and those of fit, such as fit.steps" if "fit" in now else ""
         raise ValueError(
-            f"--set {given!r}: {type(holder).__name__} has no setting {'.'.join(names)!r} that can be set here; "
-            f"there are {', '.join(name for name in plain if name != 'progress')}{further}"
+            f"--set {given!r}: {type(holder).__name__} has no setting {name!r} that can be set here; there are "
+            f"{', '.join(plain)}{further}"
         )
-    return dataclasses.replace(holder, **{first: _with(now[first], rest, value, given) if rest else value})
