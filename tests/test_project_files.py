@@ -159,7 +159,7 @@ def test_every_workflow_is_yaml_and_may_write_nothing_by_default(name):
 
 def test_a_release_is_tried_with_the_versions_of_the_makefile_before_it_is_published():
     jobs = yaml.safe_load(WORKFLOWS["release"].read_text(encoding="utf-8"))["jobs"]
-    tried = [each.split()[0] for each in jobs["smoke"]["strategy"]["matrix"]["with"]]
+    tried = [each.split()[0] for each in jobs["smoke"]["strategy"]["matrix"]["install"]]
     made = re.findall(r"^TL[34] = (\S+)$", text("Makefile"), re.MULTILINE)
     assert sorted(tried) == sorted(["transformer-lens", *(f"transformer-lens=={version}" for version in made)])
     assert jobs["publish"]["needs"] == "smoke" and jobs["smoke"]["needs"] == "build"
