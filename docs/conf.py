@@ -1,9 +1,15 @@
 """Sphinx configuration: MyST pages, and the API reference from the docstrings of the public names."""
 
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from types import ModuleType
 
 import tl_factedit
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, for which pytest brings it
+    import tomli as tomllib
 
 project = "tl_factedit"
 author = "The tl_factedit authors"
@@ -42,6 +48,9 @@ doctest_global_setup = "import torch\n\nimport tl_factedit as fe"
 PUBLIC_MODULES = [name for name in tl_factedit.__all__ if isinstance(getattr(tl_factedit, name), ModuleType)]
 PUBLIC_NAMES = "<!-- public names -->"
 
+ADDRESS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+STANDS_FOR_ADDRESS = "<address>"
+
 # References to public names, `tl_factedit.X` and `tl_factedit.namespace.X`, are checked. Names outside the package
 # aren't linked, so that the build needs no network, nor are types that stand in a signature but aren't public.
 nitpick_ignore_regex = [
@@ -64,7 +73,14 @@ def list_public_names(app: object, docname: str, source: list[str]) -> None:  # 
     source[0] = source[0].replace(PUBLIC_NAMES, "\n".join(sections))
 
 
+def put_in_the_address(app: object, docname: str, source: list[str]) -> None:  # noqa: ARG001
+    """Put the repository's address where pages leave room for it, once there is one."""
+    if ".invalid/" not in ADDRESS:
+        source[0] = source[0].replace(STANDS_FOR_ADDRESS, ADDRESS)
+
+
 def setup(app: object) -> dict[str, bool]:
-    """Register the one hook above."""
+    """Register the hooks above."""
     app.connect("source-read", list_public_names)
+    app.connect("source-read", put_in_the_address)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -33,6 +33,8 @@ RANKS = (
     ("organism", "data"),
     ("models",),
     ("show",),
+    ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}

@@ -82,12 +82,18 @@ def smollm2_hf(*, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 @plain_torch()
 def load(name: str = "smollm2", kind: Kind = "bridge") -> Model:
-    """A model by name: ``"smollm2"``, or any name that TransformerLens can fetch from the hub.
+    """A model by name: ``"smollm2"``, ``"organism"``, or any name that TransformerLens can fetch from the hub.
 
     Raises:
         OSError: The hub can't be reached, or has no such model; the message says which.
     """
-    return smollm2(kind) if name.lower() == "smollm2" else from_hub(name, kind=kind)
+    match name.lower():
+        case "smollm2":
+            return smollm2(kind)
+        case "organism":
+            return organism(kind)
+        case _:
+            return from_hub(name, kind=kind)
 
 
 def _smollm2_file() -> Path:
