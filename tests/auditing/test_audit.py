@@ -57,7 +57,7 @@ def scores(facts: int, **shares: float) -> fe.Scores:
         for ask, successes in wins.items():
             for success in successes:
                 nll_true, nll_new = (0.1, 2.0) if success == (ask == "neighbour") else (2.0, 0.1)
-                answers.append(Answer(fact, ask, "", " Paris", " Rome", nll_true, nll_new, False))
+                answers.append(Answer(fact, ask, "", " Paris", " Rome", nll_true, nll_new, False, 1, 1))
     made_up = fe.editing.Provenance("made up", FINGERPRINT, True, "float32", {})
     return scores_of((laws.FACT,) * facts, tuple(answers), made_up)
 

@@ -342,7 +342,7 @@ def scores_in(lines: Sequence[dict[str, Any]]) -> Scores:
     """Scores from kept answers; facts and provenance don't matter to the numbers."""
     found = [answer for line in lines for answer in line["answers"]]
     place = {fact: i for i, fact in enumerate(sorted({row[0] for row in found}))}
-    answers = tuple(Answer(place[f], ask, "", "old", "new", true, new, same) for f, ask, true, new, same in found)
+    answers = tuple(Answer(place[f], ask, "", "old", "new", true, new, same, 1, 1) for f, ask, true, new, same in found)
     return scores_of((fe.Fact("x", "{}", " a", " b"),) * len(place), answers, None)  # type: ignore[arg-type]
 
 

@@ -257,7 +257,7 @@ def test_one_fact_has_no_interval_and_two_have(kind):
 def test_an_edit_is_to_win_on_rewrites_and_to_lose_on_neighbours_and_a_tie_wins_nothing(
     ask, nll_true, nll_new, success
 ):
-    assert Answer(0, ask, "", " a", " b", nll_true, nll_new, False).success is success
+    assert Answer(0, ask, "", " a", " b", nll_true, nll_new, False, 1, 1).success is success
 
 
 def test_objects_that_begin_with_one_token_are_flagged(kind):
@@ -368,9 +368,9 @@ def test_a_score_without_spread_has_the_ends_of_what_it_is_made_of():
 
     def of(success: bool):
         answers = tuple(
-            Answer(i, ask, "", " a", " b", 2.0, 1.0, False)
+            Answer(i, ask, "", " a", " b", 2.0, 1.0, False, 1, 1)
             if success == (ask != "neighbour")
-            else Answer(i, ask, "", " a", " b", 1.0, 2.0, False)
+            else Answer(i, ask, "", " a", " b", 1.0, 2.0, False, 1, 1)
             for i in range(8)
             for ask in ("rewrite", "paraphrase", "neighbour")
         )

@@ -76,7 +76,13 @@ AT_ONCE = 5_000_000
 """Most numbers resampled at a time: with all 21,919 facts of CounterFact a whole table of draws is 1.8 GB."""
 
 
-def over_facts(values: Sequence[float], *, span: tuple[float, float] | None = (0.0, 1.0), seed: int = 0) -> Estimate:
+def over_facts(
+    values: Sequence[float],
+    *,
+    span: tuple[float, float] | None = (0.0, 1.0),
+    clusters: Sequence[object] | None = None,
+    seed: int = 0,
+) -> Estimate:
     """Mean and bootstrap interval over facts; facts without a value (NaN) don't count.
 
     A bootstrap is that of `jointly`, and knows of no fact but those that it draws from: of 30 facts, three of a hundred
@@ -89,26 +95,33 @@ def over_facts(values: Sequence[float], *, span: tuple[float, float] | None = (0
         values: One a fact.
         span: The ends of the scale; None where there are none: facts of one value have no interval then, and rare
             facts far from the others, none of which was seen, aren't covered by any.
+        clusters: As in `jointly`.
         seed: Seed of the bootstrap.
     """
-    found = jointly([values], lambda means: means[0], seed=seed)
-    if found.n < 2:
+    found = jointly([values], lambda means: means[0], clusters=clusters, seed=seed)
+    if found.n < 2 or math.isnan(found.low):
         return found
+    known = [not math.isnan(value) for value in values]
+    units = found.n if clusters is None else len({c for c, yes in zip(clusters, known, strict=True) if yes})
     agree = found.high - found.low <= ROUNDING * max(1.0, abs(found.mean))
     if span is None or (agree and not span[0] <= found.mean <= span[1]):
         return Estimate(found.mean, math.nan, math.nan, found.n) if agree else found
-    other = Z**2 / (found.n + Z**2)
+    other = Z**2 / (units + Z**2)
     low, high = (found.mean + other * (end - found.mean) for end in span)
     if all(value in span for value in values if not math.isnan(value)):
         width = span[1] - span[0]
-        share, n = (torch.tensor(x, dtype=torch.float64) for x in ((found.mean - span[0]) / width, float(found.n)))
+        share, n = (torch.tensor(x, dtype=torch.float64) for x in ((found.mean - span[0]) / width, float(units)))
         wilson = [span[0] + width * float(end) for end in wilson_ends(share, n, ALPHA)]
         low, high = min(low, wilson[0]), max(high, wilson[1])
     return Estimate(found.mean, min(found.low, low), max(found.high, high), found.n)
 
 
 def jointly(
-    columns: Sequence[Sequence[float]], combine: Callable[[Sequence[Tensor]], Tensor], *, seed: int = 0
+    columns: Sequence[Sequence[float]],
+    combine: Callable[[Sequence[Tensor]], Tensor],
+    *,
+    clusters: Sequence[object] | None = None,
+    seed: int = 0,
 ) -> Estimate:
     """A function of the means of several per-fact scores, with facts resampled together.
 
@@ -118,10 +131,13 @@ def jointly(
     Args:
         columns: Scores by kind, each with one value a fact (NaN: this fact has none).
         combine: From the means (one tensor a column, of any shape) to the estimate.
+        clusters: What each fact belongs to, such as its relation: whole clusters are resampled, so that the interval
+            speaks of others of their kind. None resamples facts.
         seed: Seed of the bootstrap.
 
     Returns:
-        The estimate; n counts the facts that have every score.
+        The estimate; n counts the facts that have every score (the interval is as wide as their number of clusters has
+        it, where there are clusters).
     """
     table = torch.tensor([list(column) for column in columns], dtype=torch.float64)
     n = int((~table.isnan()).all(0).sum()) if table.numel() else 0
@@ -130,8 +146,16 @@ def jointly(
     mean = float(combine([row.nanmean() for row in table]))
     if n < 2:
         return Estimate(mean, math.nan, math.nan, n)
-    means = combine(list(_resampled_means(table, torch.Generator().manual_seed(seed))))
-    at = tail(n)
+    drawn, units = torch.Generator().manual_seed(seed), n
+    if clusters is None:
+        means = combine(list(_resampled_means(table, drawn)))
+    else:
+        known = (~table.isnan()).all(0)
+        units = len({each for each, yes in zip(clusters, known.tolist(), strict=True) if yes})
+        if units < 2:
+            return Estimate(mean, math.nan, math.nan, n)
+        means = combine(list(_resampled_by_cluster(table, clusters, drawn)))
+    at = tail(units)
     low, high = torch.nanquantile(means, torch.tensor([at, 1 - at], dtype=means.dtype)).tolist()
     # Of a ratio whose lower part may be 0 some resamples are infinite, and so may an end be.
     return Estimate(mean, -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high, n)
@@ -232,6 +256,17 @@ def _resampled_means(table: Tensor, generator: torch.Generator) -> Tensor:
     pieces = torch.arange(DRAWS).split(max(1, AT_ONCE // n))
     draws = (torch.randint(n, (len(piece), n), generator=generator) for piece in pieces)
     return torch.cat([torch.stack([row[draw].nanmean(-1) for row in table]) for draw in draws], dim=1)
+
+
+def _resampled_by_cluster(table: Tensor, clusters: Sequence[object], generator: torch.Generator) -> Tensor:
+    """The mean of each row over the facts of clusters drawn with replacement, [row draw]."""
+    place = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    of_fact = torch.tensor([place[cluster] for cluster in clusters])
+    picked = torch.randint(len(place), (DRAWS, len(place)), generator=generator)
+    times = torch.zeros(DRAWS, len(place), dtype=table.dtype)
+    times = times.scatter_add_(1, picked, torch.ones_like(picked).to(table))[:, of_fact]
+    known = ~table.isnan()
+    return ((times @ torch.where(known, table, 0.0).T) / (times @ known.to(table).T)).T
 
 
 def wilson_low(share: float, n: int, z: float) -> float:

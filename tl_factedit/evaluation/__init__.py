@@ -7,6 +7,12 @@ from tl_factedit.evaluation.coverage import Coverage, gain_coverage
 from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.evaluation.edit_gains import Gains, gains
 from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
+from tl_factedit.evaluation.further_scores import (
+    ThreeScores,
+    compare_scores,
+    magnitudes,
+    rewrite_scores,
+)
 from tl_factedit.evaluation.in_words import Answer, Answers
 from tl_factedit.evaluation.mediation import Mediation, mediate
 from tl_factedit.evaluation.ripple_effects import Ripples, ripples
@@ -20,6 +26,10 @@ __all__ = [
     "EditCase",
     "Query",
     "Question",
+    "ThreeScores",
+    "compare_scores",
+    "magnitudes",
+    "rewrite_scores",
     "Ripples",
     "ripples",
     "PositionAttribution",

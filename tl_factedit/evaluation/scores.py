@@ -53,6 +53,8 @@ class Answer:
         nll_true: Mean negative log-likelihood of a token of `true`, in nats.
         nll_new: The same of `new`.
         same_first_token: Whether both begin with one token: comparing them says little then.
+        tokens_true: How many tokens `true` has there.
+        tokens_new: How many `new` has.
     """
 
     fact: int
@@ -63,6 +65,8 @@ class Answer:
     nll_true: float
     nll_new: float
     same_first_token: bool
+    tokens_true: int
+    tokens_new: int
 
     @property
     def compared(self) -> bool:
@@ -214,6 +218,8 @@ def evaluate(
             nll_true=-float(found[2 * j].mean()),
             nll_new=-float(found[2 * j + 1].mean()),
             same_first_token=bool(requests[2 * j][1][0] == requests[2 * j + 1][1][0]),
+            tokens_true=len(requests[2 * j][1]),
+            tokens_new=len(requests[2 * j + 1][1]),
         )
         for j, row in enumerate(asked)
     )
