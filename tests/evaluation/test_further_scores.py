@@ -88,7 +88,7 @@ def test_a_comparison_is_paired_and_its_p_is_that_of_all_swaps(model):
     swaps = list(itertools.product((1, -1), repeat=8))
     far = [abs(sum(s * (x - y) for s, x, y in zip(sign, a, b, strict=True))) >= 5 for sign in swaps]
     assert row.p == pytest.approx(sum(far) / len(swaps), abs=0.01)
-    paired = over_facts([x - y for x, y in zip(a, b, strict=True)], span=(-1.0, 1.0))
+    paired = over_facts([float(x - y) for x, y in zip(a, b, strict=True)], span=(-1.0, 1.0))
     assert (row.low, row.high) == (paired.low, paired.high)
     # Who differs nowhere differs by nothing; by how much others might, of eight facts, isn't known.
     alike = fe.evaluation.compare_scores({"b": yes_and_no(model, b), "a": yes_and_no(model, b)}).iloc[0]
