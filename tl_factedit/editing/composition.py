@@ -36,8 +36,8 @@ def compose(edits: Sequence[Edit]) -> Edit:
     changes = [digest for edit in edits for digest in edit.changes]
     if len(set(changes)) < len(changes):
         raise ValueError(
-            "one change is in several of the edits, needed it once: leave it out of the others; for more of it scale it "
-            "(edit.scaled(1.5), not the edit and half of it)"
+            "one change is in several of the edits, needed it once: leave it out of the others; for more of it scale "
+            "it (edit.scaled(1.5), not the edit and half of it)"
         )
     held = [digest for edit in edits for digest in (edit.digest, *edit.parts)]
     scaled_from = sorted(set(changes).difference(held))
@@ -73,14 +73,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
         fits=fits if alone else unmeasured(fits),
         provenance=replace(
             first.provenance,
-            edits=tuple(
-                dict.fromkeys(
-                    below
-                    for edit in edits
-                    for below in edit.provenance.edits
-                    if below not in held
-                )
-            ),
+            edits=tuple(dict.fromkeys(below for edit in edits for below in edit.provenance.edits if below not in held)),
         ),
     )
 

@@ -160,7 +160,7 @@ class Edit:
 
     @property
     def changes(self) -> frozenset[str]:
-        """The digests of all changes that are in it, at whatever strength: its own, its parts', what it was scaled from."""
+        """The digests of all changes that it holds, at whatever strength: its own, its parts', what it was scaled from."""
         return frozenset((self.digest, *self.parts, *self.editor.get("scaled_from", ())))
 
     @cached_property
