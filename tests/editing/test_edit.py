@@ -480,6 +480,42 @@ def test_a_w_out_that_two_layers_share_is_refused_and_stays(monkeypatch):
             laws.rome(model, 1)(model, [laws.FACT])
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("how", ["one parameter", "one memory"])
+def test_a_w_out_that_is_another_weight_too_is_refused_and_stays(kind, arch, how):
+    model = tiny.model(kind, arch, d_mlp=32)
+    edit = made(model, 1)
+    if kind == "hooked":
+        mlp = model.blocks[1].mlp
+        mlp.W_in = mlp.W_out if how == "one parameter" else torch.nn.Parameter(mlp.W_out.detach()[:])
+        other = r"blocks\.1\.mlp\.W_in"
+    else:
+        up = getattr(model.blocks[1].mlp, "in").original_component
+        weight = model.blocks[1].mlp.out.original_component.weight
+        up.weight = weight if how == "one parameter" else torch.nn.Parameter(weight.detach().T)
+        other = rf"blocks\.1\.mlp\.{'c_fc' if arch == 'gpt2' else 'up_proj'}\.weight"
+    tied = dataclasses.replace(edit, provenance=fe.editing.Provenance.of(model, True, weights=base_fingerprint(model)))
+    with laws.untouched(model):
+        for call in (lambda: tied.apply_(model), lambda: laws.rome(model, 1)(model, [laws.FACT])):
+            with pytest.raises(
+                fe.UnsupportedModelError, match=rf"W_out of layer 1 is one piece of memory with {other}"
+            ):
+                call()
+        with made(model, 2).applied(model):
+            pass
+
+
+def test_weights_side_by_side_in_one_piece_of_memory_are_apart(kind):
+    """As a file leaves them that is mapped into memory."""
+    model = tiny.model(kind, "gpt2")
+    params = list({id(param): param for param in model.parameters()}.values())
+    memory = torch.cat([param.detach().flatten() for param in params])
+    for param, piece in zip(params, memory.split([param.numel() for param in params]), strict=True):
+        param.data = piece.view(param.shape)
+    with laws.untouched(model), made(model, 1).applied(model):
+        pass
+
+
 def test_a_copy_of_an_edited_model_has_a_ledger_of_its_own(model):
     edit, clean = made(model), w_out(model)
     edit.apply_(model)

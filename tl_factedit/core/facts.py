@@ -320,8 +320,8 @@ def _warn_of_others(fact: Fact) -> None:
     if others:
         more = f" (and {len(others) - 1} more)" if others[1:] else ""
         tell(
-            f"paraphrase {others[0]!r}{more} of fact {fact.name!r} doesn't name its subject {fact.subject!r}: make it a "
-            'neighbour if it asks about another; if it is to ask about this one, put "{}" where the subject goes',
+            f"paraphrase {others[0]!r}{more} of fact {fact.name!r} doesn't name its subject {fact.subject!r}: make it "
+            'a neighbour if it asks about another; if it is to ask about this one, put "{}" where the subject goes',
             once="paraphrases without their subject",
         )
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.sharing import check_own
 from tl_factedit.backend.state import one_thread, plain_torch
-from tl_factedit.backend.weights import check_own, down_proj
+from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.kinds import as_finite
@@ -160,7 +161,7 @@ class Edit:
 
     @property
     def changes(self) -> frozenset[str]:
-        """The digests of all changes that it holds, at whatever strength: its own, its parts', what it was scaled from."""
+        """The digests of all changes in it, at whatever strength: its own, its parts', what it was scaled from."""
         return frozenset((self.digest, *self.parts, *self.editor.get("scaled_from", ())))
 
     @cached_property

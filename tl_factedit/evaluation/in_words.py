@@ -241,8 +241,9 @@ def answers(
         aliases or {}, {wanted.strip() for *_, wanted in asked} | {str(f.target_true).strip() for f in facts}
     )
     with frozen(model), torch.no_grad():
+        runner = Runner(model)  # which refuses what can't be run here before anything is said
         said = _say(model, rows, [wanted for *_, wanted in asked], n_tokens, batch_tokens, progress=progress)
-        right = comes_first(Runner(model), rows, batch_tokens)
+        right = comes_first(runner, rows, batch_tokens)
 
     def stands(in_text: str, obj: str, test: Callable[[str, str], bool]) -> bool:
         return any(test(in_text, name) for name in (obj.strip(), *names.get(obj.strip(), ())))
