@@ -250,6 +250,73 @@ def test_a_transformers_model_of_masked_words_has_no_way_in():
         inspect.unwrap(kind)(transformers.BertForMaskedLM(config))
 
 
+def calls_of(model: fe.Model, fact: fe.Fact) -> list:
+    return [
+        lambda: fe.causal_trace(model, fact, progress=False),
+        lambda: fe.evaluate(model, fact),
+        lambda: fe.known(model, fact),
+        lambda: fe.answers(model, fact, progress=False),
+        lambda: fe.alignable(model, fact),
+        lambda: fe.key_stats(model, [1], ["Paris is"], n_tokens=2, progress=False),
+        lambda: fe.KeyStats.identity(model, 1),
+        lambda: fe.FineTune(1, steps=1, progress=False)(model, [fact]),
+    ]
+
+
+def test_a_bridge_of_a_masked_model_is_refused_by_every_call():
+    config = transformers.BertConfig(
+        vocab_size=len(tiny.tokenizer()),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = fe.models.from_hf(transformers.BertForMaskedLM(config).eval(), tiny.tokenizer())
+    for call in calls_of(model, laws.FACT):
+        with pytest.raises(UnsupportedModelError, match=r"BertForMaskedLM.*isn't causal.*left to right"):
+            call()
+
+
+def test_a_bridge_of_an_encoder_decoder_is_refused_by_every_call():
+    config = transformers.T5Config(
+        vocab_size=len(tiny.tokenizer()),
+        d_model=16,
+        num_layers=2,
+        num_heads=2,
+        d_ff=32,
+        d_kv=8,
+        decoder_start_token_id=0,
+    )
+    model = fe.models.from_hf(transformers.T5ForConditionalGeneration(config).eval(), tiny.tokenizer())
+    for call in calls_of(model, laws.FACT):
+        with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration.*no blocks.*encoder-decoder"):
+            call()
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_hooked_transformer_that_attends_both_ways_is_refused_by_every_call():
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    tok = tiny.tokenizer()
+    config = HookedTransformerConfig(
+        n_layers=2,
+        d_model=16,
+        n_ctx=64,
+        d_head=8,
+        n_heads=2,
+        d_mlp=32,
+        act_fn="gelu",
+        d_vocab=len(tok),
+        attention_dir="bidirectional",
+        seed=0,
+        device="cpu",
+    )
+    model = HookedTransformer(config, tok, move_to_device=False).eval()
+    for call in calls_of(model, laws.FACT):
+        with pytest.raises(UnsupportedModelError, match="isn't causal"):
+            call()
+
+
 HEADS = ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
 
 

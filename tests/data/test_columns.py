@@ -224,6 +224,14 @@ def test_a_reader_of_json_sends_tables_to_the_one_that_reads_them(tmp_path):
             data.known_facts(path)
 
 
+@pytest.mark.parametrize("end", ["jsonl", "ndjson", "jsonl.gz"])
+def test_a_file_of_one_line_of_json_is_a_list_of_one_record(end, tmp_path):
+    row = {"known_id": 1, "subject": "France", "prompt": "The capital of France is", "attribute": "Paris"}
+    raw = json.dumps(row).encode()
+    (tmp_path / f"x.{end}").write_bytes(gzip.compress(raw) if end.endswith("gz") else raw)
+    assert list(data.facts(tmp_path / f"x.{end}")) == data.known_facts(tmp_path / f"x.{end}") == data.known_facts([row])
+
+
 def test_other_kinds_are_refused(tmp_path):
     for given in (3, None, {1, 2}):
         with pytest.raises(TypeError, match="needed a list of dicts"):

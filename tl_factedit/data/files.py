@@ -11,6 +11,7 @@ from typing import Any
 
 GZIP = b"\x1f\x8b"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+LINES = (".jsonl", ".ndjson")
 
 
 def is_table(path: str | Path) -> bool:
@@ -108,7 +109,8 @@ def read_json(path: str | Path) -> Any:
             raw = gzip.decompress(raw)
         text = raw.decode("utf-8-sig")  # Windows puts a byte-order mark in front
         try:
-            return json.loads(text)
+            found = json.loads(text)
+            return [found] if isinstance(found, dict) and _end(file) in LINES else found
         except json.JSONDecodeError:
             lines = [line for line in text.split("\n") if line.strip()]
             if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):
