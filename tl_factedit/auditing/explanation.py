@@ -26,12 +26,12 @@ SAYS = {
 }
 
 
-def explain(verdict: Verdict, *, most: int | None = None) -> str:
+def explain(verdict: Verdict, *, first: int | None = None) -> str:
     """What was found, by which question, and what was foreseeable from the unedited model.
 
     Args:
         verdict: The verdict.
-        most: Where no label is supported, of how many things that are missing to tell; None for all.
+        first: Where no label is supported, of how many things that are missing to tell; None for all.
     """
     if verdict.label == "ERASED":
         covers = any(finding.covers for finding in verdict.findings.showing("elsewhere"))
@@ -39,8 +39,8 @@ def explain(verdict: Verdict, *, most: int | None = None) -> str:
         return SAYS["ERASED"] + how + " It speaks of the wordings and contexts that were tried."
     if verdict.label != "INSERTED":
         lacks = verdict.missing if verdict.label == "INCONCLUSIVE" else ()
-        what = "First of what is missing" if len(lacks[:most]) < len(lacks) else "What is missing"
-        return SAYS[verdict.label] + (f" {what}: {'; '.join(map(_brief, lacks[:most]))}." if lacks else "")
+        what = "First of what is missing" if len(lacks[:first]) < len(lacks) else "What is missing"
+        return SAYS[verdict.label] + (f" {what}: {'; '.join(map(_brief, lacks[:first]))}." if lacks else "")
     sentences = [_off(verdict)] if "elsewhere" in verdict.by else []
     under = _strongest(verdict, "underneath")
     if under is not None and under.best is not None:
