@@ -59,6 +59,11 @@ def scores():
     return fe.evaluate(small(), [laws.FACT, laws.OTHER])
 
 
+def answers():
+    said = fe.answers(small(), laws.FACT, n_tokens=2, progress=False)
+    return fe.answers(small(), laws.FACT, n_tokens=2, before=said, progress=False)
+
+
 def verdict():
     model = small()
     changed = edit()
@@ -98,6 +103,8 @@ EDIT["removed"] += f"|{LESS}"
 EITHER = r"(mean|low|high)"
 UNKNOWN = rf".*\.{EITHER}|.*\.nll_(true|new)"  # NaN where nothing, or too little, was there to be measured
 SCORES = HERE | {"NaN": UNKNOWN}
+ANSWERS = {what: rf"{where}|before\.({where})" for what, where in HERE.items()}
+ANSWERS["None"] += r"|before|(before\.)?each\.0\.names_old"
 FOUND = r"findings\.(neighbour_loss|perplexity)|drift|upstream|dose|.*\.cases\.0\.key|.*\.counted"
 TENSORS = (
     r"verdict\..*\.(values|mean|low|high|extra\[.*|counted\[.*)|verdict\.(dose|drift|gains).*|verdict\..*details.*"
@@ -122,6 +129,7 @@ SAVED: dict[str, Saved] = {
     "lens": Saved(lens, "tuned lens", fe.probes.TunedLens.load, OLDER),
     "stats": Saved(stats, "key statistics", fe.KeyStats.load, STATS),
     "scores": Saved(scores, "scores", fe.Scores.load, SCORES),
+    "answers": Saved(answers, "answers", fe.evaluation.Answers.load, ANSWERS),
     "verdict": Saved(verdict, "verdict", fe.Verdict.load, VERDICT),
 }
 

@@ -61,6 +61,43 @@ def test_the_model_knows_where_the_eiffel_tower_stands(models, kind):
     assert models[kind].tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_prompt_is_run_with_the_bos_that_it_brings_and_no_other(models, kind):
+    """With two, the probability is 0.0110, and the answer "L'Étoile"."""
+    model = models[kind]
+    fact = fe.Fact("France", fe.chat_prompt(model, "What is the capital of {}?"), "Paris", "Rome")
+    with pytest.warns(UserWarning, match=r"begins with the BOS token '<\|im_start\|>' itself .*no second one"):
+        assert float(fe.known(model, fact).p[0]) == pytest.approx(0.0165, abs=5e-4)
+    with pytest.warns(UserWarning, match="no second one"):
+        said = fe.answers(
+            model, FACT.but(subject="France", prompt="What is the capital of {}?"), chat=True, n_tokens=10
+        )
+    assert said.each[0].said == "The capital of France is Paris." and said.provenance.bos_in_prompt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_space_at_the_end_of_a_prompt_makes_no_other_text(models, kind):
+    """Run as it was given, with two spaces, Paris has 0.0074."""
+    with pytest.warns(UserWarning, match="white space of fact"):
+        fact = fe.Fact(FACT.subject, FACT.prompt + " ", " Paris", " Rome")
+    assert float(fe.known(models[kind], fact).p[0]) == pytest.approx(0.304, abs=5e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_that_the_tokenizer_cannot_align_are_sorted_out_and_named(models, kind):
+    bad = [
+        fe.Fact("Liverpool F.C.", "{}'s home is the city of", " Liverpool", " Rome"),
+        fe.Fact("Apple Inc.", "{}, which is in", " Cupertino", " Rome"),
+        fe.Fact("It (film)", "What is {}? It is a", " film", " city"),
+    ]
+    good, left = fe.alignable(models[kind], [FACT, *bad])
+    assert good == [FACT] and [fact for fact, _ in left] == bad
+    for (_, why), piece in zip(left, (".'", ".,", ")?"), strict=True):
+        assert f'ends inside token "{piece}"' in why or f"ends inside token '{piece}'" in why
+    with pytest.raises(ValueError, match=r"3 of 4 facts can't be asked .*Liverpool F\.C\..*Apple Inc\..*It \(film\)"):
+        fe.causal_trace(models[kind], [FACT, *bad], progress=False)
+
+
 def test_the_fact_is_recalled_within_the_subject_and_carried_to_the_end(traces, kind):
     trace = traces[kind]
     start, stop = trace.subject[0]

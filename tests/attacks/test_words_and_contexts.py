@@ -171,7 +171,8 @@ def test_an_object_that_is_said_to_everybody_is_no_sign_of_the_old_fact(attack):
 def test_facts_are_asked_about_others_in_their_own_words():
     model, facts = audits.organism(KIND), audits.ASKED[:3]
     facts = [facts[0], facts[1].but(paraphrases=(facts[1].fill(facts[1].paraphrases[0]),)), facts[2]]
-    facts[2] = facts[2].but(paraphrases=("He lives in the city of",))  # which doesn't name him
+    with pytest.warns(UserWarning, match="doesn't name its subject"):
+        facts[2] = facts[2].but(paraphrases=("He lives in the city of",))
     others, of_fact = about_strangers(measured.population(model, model, facts, reference=audits.REFERENCE[:40]), most=5)
     assert [len(places) for places in of_fact] == [5, 5, 0]
     assert sorted(place for places in of_fact for place in places) == list(range(10))

@@ -401,3 +401,37 @@ def test_all_attacks_are_corrected_together(case):
 def test_of_one_fact_nothing_is_bounded_and_no_bound_is_told(case):
     model, fact, edit = case
     assert "nan" not in fe.audit(model, edit, [fact], progress=False).explain()
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_facts_whose_objects_begin_with_one_token_are_told_where_nothing_can_be_said(kind, shared):
+    model = fe.models.organism(kind)
+    facts = fe.models.organism_facts("city")[:2]
+    for i, fact in enumerate(facts[:shared]):
+        facts[i] = fact.but(
+            target_true=f"{fact.target_true} {str(fact.target_new).strip()}", target_new=fact.target_true
+        )
+    edits = [fe.FineTune(1, steps=12, lr=3e-3, progress=False)(model, fact) for fact in facts]
+    verdict = fe.audit(model, edits, facts, progress=False)
+    first = facts[0]
+    which = "all facts" if shared == 2 else "1 of 2 facts"
+    said = (
+        f"the objects of {which} begin with one token ({first.target_true!r} and {first.target_new!r}), which is what"
+    )
+    assert verdict.label == "INCONCLUSIVE" and verdict.missing[0].startswith(said)
+    assert said in verdict.explain() and said in repr(verdict) and "begin with one token" in verdict._repr_html_()
+    assert "begin with one token" not in repr(fe.audit(model, edits[1:], facts[1:], progress=False)) or shared == 2
+
+
+def test_where_nothing_can_be_said_all_that_is_missing_is_told_in_short(case):
+    model, fact, edit = case
+    verdict = fe.audit(model, edit, [fact], progress=False)
+    lacks = ("no paraphrases", "a decoder: " + "long " * 60, "texts.")
+    lost = dataclasses.replace(verdict, label="INCONCLUSIVE", by=frozenset(), missing=lacks)
+    assert "What is missing: no paraphrases; a decoder: long" in lost.explain()
+    assert lost.explain().endswith(" …; texts.") and len(lost.explain()) < 300
+    assert "First of what is missing: no paraphrases." in repr(lost) and lacks[1].strip() in repr(lost)
+    alone = dataclasses.replace(lost, missing=lacks[:1])
+    assert alone.explain().endswith("no stronger label. What is missing: no paraphrases.")
+    nothing = dataclasses.replace(lost, missing=())
+    assert nothing.explain() == "What was measured supports no stronger label."

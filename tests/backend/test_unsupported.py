@@ -1,6 +1,8 @@
 """Models that aren't what the rest takes them for: refused by what they do, with a way out."""
 
+import copy
 import inspect
+import warnings
 
 import laws
 import numpy as np
@@ -246,3 +248,184 @@ def test_a_transformers_model_of_masked_words_has_no_way_in():
     )
     with pytest.raises(UnsupportedModelError, match="neither"):
         inspect.unwrap(kind)(transformers.BertForMaskedLM(config))
+
+
+def calls_of(model: fe.Model, fact: fe.Fact) -> list:
+    return [
+        lambda: fe.causal_trace(model, fact, progress=False),
+        lambda: fe.evaluate(model, fact),
+        lambda: fe.known(model, fact),
+        lambda: fe.answers(model, fact, progress=False),
+        lambda: fe.alignable(model, fact),
+        lambda: fe.key_stats(model, [1], ["Paris is"], n_tokens=2, progress=False),
+        lambda: fe.KeyStats.identity(model, 1),
+        lambda: fe.FineTune(1, steps=1, progress=False)(model, [fact]),
+    ]
+
+
+def test_a_bridge_of_a_masked_model_is_refused_by_every_call():
+    config = transformers.BertConfig(
+        vocab_size=len(tiny.tokenizer()),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = fe.models.from_hf(transformers.BertForMaskedLM(config).eval(), tiny.tokenizer())
+    for call in calls_of(model, laws.FACT):
+        with pytest.raises(UnsupportedModelError, match=r"BertForMaskedLM.*isn't causal.*left to right"):
+            call()
+
+
+def test_a_bridge_of_an_encoder_decoder_is_refused_by_every_call():
+    config = transformers.T5Config(
+        vocab_size=len(tiny.tokenizer()),
+        d_model=16,
+        num_layers=2,
+        num_heads=2,
+        d_ff=32,
+        d_kv=8,
+        decoder_start_token_id=0,
+    )
+    model = fe.models.from_hf(transformers.T5ForConditionalGeneration(config).eval(), tiny.tokenizer())
+    for call in calls_of(model, laws.FACT):
+        with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration.*no blocks.*encoder-decoder"):
+            call()
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_hooked_transformer_that_attends_both_ways_is_refused_by_every_call():
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    tok = tiny.tokenizer()
+    config = HookedTransformerConfig(
+        n_layers=2,
+        d_model=16,
+        n_ctx=64,
+        d_head=8,
+        n_heads=2,
+        d_mlp=32,
+        act_fn="gelu",
+        d_vocab=len(tok),
+        attention_dir="bidirectional",
+        seed=0,
+        device="cpu",
+    )
+    model = HookedTransformer(config, tok, move_to_device=False).eval()
+    for call in calls_of(model, laws.FACT):
+        with pytest.raises(UnsupportedModelError, match="isn't causal"):
+            call()
+
+
+HEADS = ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_transformers_model_without_a_head_over_words_is_refused_as_it_is_wrapped(which, arch, head):
+    config = tiny.hf_model(arch).config
+    model = getattr(transformers, head).from_config(config)
+    with pytest.raises(UnsupportedModelError, match=rf"{type(model).__name__} has no head that says words.*CausalLM"):
+        fe.models.from_hf(model, tiny.tokenizer(), kind=which)
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    """Linear layers in int8, as ``torch.ao`` makes them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is going away
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_layers_that_pytorch_quantised_are_refused_as_they_are_wrapped(which, arch):
+    model = quantised(tiny.hf_model(arch))
+    with pytest.raises(UnsupportedModelError, match=r"of \w+ForCausalLM|LMHeadModel is quantised by PyTorch"):
+        fe.models.from_hf(model, tiny.tokenizer(), kind=which)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_bridge_that_was_quantised_later_is_traced_but_not_edited(arch, monkeypatch):
+    model = quantised(tiny.bridge(arch))
+    stats = fe.KeyStats.identity(model, 1)
+    assert fe.causal_trace(model, laws.FACT, corruption=fe.GaussianNoise(samples=2), progress=False).effect.any()
+    with laws.no_forward(monkeypatch, model):
+        for editor in (fe.Rome(stats, progress=False), fe.FineTune(1, progress=False)):
+            with pytest.raises(
+                UnsupportedModelError, match=r"unembed .*is quantised by PyTorch \(torch.ao.*unquantised"
+            ):
+                editor(model, [laws.FACT])
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+@pytest.mark.parametrize("arch", ["mixtral", "olmoe"])
+def test_a_mixture_of_experts_is_traced_but_not_edited(which, arch, monkeypatch):
+    if which == "hooked" and arch not in tiny.HOOKED:
+        pytest.skip("builds as a bridge only")
+    model = tiny.model(which, arch)
+    found = fe.causal_trace(model, laws.FACT, component="mlp", corruption=fe.GaussianNoise(samples=2), progress=False)
+    assert found.effect.isfinite().any() and len(fe.known(model, laws.FACT)) == 1
+    with laws.no_forward(monkeypatch, model):
+        for call in (
+            lambda: fe.key_stats(model, [1], ["Paris is"], n_tokens=2, progress=False),
+            lambda: fe.KeyStats.identity(model, 1),
+            lambda: fe.FineTune(1, progress=False)(model, [laws.FACT]),
+            lambda: fe.KnowledgeNeurons(progress=False)(model, [laws.FACT]),
+        ):
+            with pytest.raises(UnsupportedModelError, match=r"no single W_out: mixture-of-experts.*dense layer"):
+                call()
+
+
+# ---------------------------------------------------------------------------------------- another tokenizer
+
+
+def with_tokenizer(which: tiny.Kind, tok: transformers.PreTrainedTokenizerFast) -> fe.Model:
+    """A model of the usual 121 tokens with another tokenizer."""
+    model = tiny.model(which, "llama")
+    model.tokenizer = tok
+    return model
+
+
+def asking(model: fe.Model, fact: fe.Fact) -> dict:
+    """Calls that would run a text."""
+    return {
+        "trace": lambda: fe.causal_trace(model, fact, progress=False),
+        "known": lambda: fe.known(model, fact),
+        "evaluate": lambda: fe.evaluate(model, fact),
+        "answers": lambda: fe.answers(model, fact, progress=False),
+        "edit": lambda: fe.FineTune(1, progress=False)(model, [fact]),
+        "audit": lambda: fe.audit(model, copy.deepcopy(model), [fact], progress=False),
+    }
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+def test_a_tokenizer_with_words_that_the_model_has_no_embedding_for_is_refused(which, monkeypatch):
+    tok = tiny.tokenizer()
+    first = len(tok)
+    tok.add_tokens(["Zorp", "Blurk"])
+    model = with_tokenizer(which, tok)
+    said = rf"has 2 tokens that \S+ has no embedding for, such as 'Zorp' \(token {first} of {first}\).*resize"
+    with laws.no_forward(monkeypatch, model):
+        calls = asking(model, laws.FACT)
+        calls["stats"] = lambda: fe.key_stats(model, [1], ["Paris is"], n_tokens=2, progress=False)
+        calls["alignable"] = lambda: fe.alignable(model, laws.FACT)
+        for call in calls.values():
+            with pytest.raises(UnsupportedModelError, match=said):
+                call()
+
+
+@pytest.mark.parametrize("which", tiny.KINDS)
+def test_a_control_token_without_an_embedding_is_refused_where_a_text_holds_it(which, monkeypatch):
+    tok = tiny.tokenizer()
+    tok.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    model = with_tokenizer(which, tok)
+    assert fe.known(model, laws.FACT).equals(fe.known(tiny.model(which, "llama"), laws.FACT))
+    held = laws.FACT.but(prompt="<extra> " + laws.FACT.prompt, paraphrases=(), neighbours=(), neighbour_targets=())
+    good, ((fact, why),) = fe.alignable(model, [laws.FACT, held])
+    assert good == [laws.FACT] and fact == held and "holds '<extra>', a token that" in why
+    for call in asking(model, held).values():
+        with pytest.raises(ValueError, match=r"holds '<extra>', a token that .* has no embedding for"):
+            call()
+    with pytest.raises(ValueError, match="holds '<extra>'"):
+        fe.key_stats(model, [1], ["Paris is <extra> in"], n_tokens=4, progress=False)

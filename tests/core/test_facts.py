@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 
+from tl_factedit import data
 from tl_factedit.core.facts import Fact, as_facts, check_distinct, need_old_object
 
 EIFFEL = ("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
@@ -55,7 +56,26 @@ def test_one_string_where_several_are_meant_is_refused_and_not_split_into_letter
 def test_a_paraphrase_with_two_slots_is_refused_and_one_with_none_is_a_whole_text():
     with pytest.raises(ValueError, match=r'paraphrase .* holds 2 "{}"'):
         Fact(*EIFFEL, paraphrases=["{} and {} are in"])
-    assert Fact(*EIFFEL, paraphrases=["That tower is in"]).paraphrases == ("That tower is in",)
+    assert Fact(*EIFFEL, paraphrases=["Where is the  EIFFEL Tower? In"]).paraphrases[0].startswith("Where is the")
+
+
+@pytest.mark.parametrize("text", ["The Colosseum is in", "In which city is it?", "The tower of Eiffel is in"])
+def test_a_paraphrase_that_names_another_subject_is_told(text):
+    with pytest.warns(UserWarning, match=r"of fact 'The Eiffel Tower' doesn't name its subject .* make it a neighbour"):
+        assert Fact(*EIFFEL, paraphrases=[text]).paraphrases == (text,)
+    with pytest.warns(UserWarning, match=r"is in' \(and 1 more\) of fact"):
+        Fact(*EIFFEL, paraphrases=["{} is in", "Big Ben is in", "The Eiffel Tower is in", "It is in"])
+
+
+def test_a_file_tells_once_of_paraphrases_about_others():
+    rows = [{"subject": who, "prompt": "{} is in", "answer": "Rome", "rephrase": "Nero lived in"} for who in "XY"]
+    with pytest.warns(UserWarning, match="doesn't name its subject 'X'") as said:
+        assert len(data.facts(rows)) == 2
+    assert len(said) == 1
+
+
+def test_a_subject_is_found_however_its_accents_are_spelt():
+    Fact("Sa\u0303o Paulo", "{} is in", " Brazil", paraphrases=["In which country is São Paulo? It is in"])
 
 
 def test_neighbour_targets_are_as_many_as_neighbours_or_none():

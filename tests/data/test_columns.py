@@ -195,6 +195,43 @@ def test_what_is_no_table_of_facts_is_refused(given, columns, says):
         data.facts(given, columns)
 
 
+HEADLESS = "France,The capital of {} is,Paris,Rome\nItaly,The capital of {} is,Rome,Oslo\n"
+
+
+@pytest.mark.parametrize("columns", [None, {"subject": "who"}])
+def test_a_table_without_a_line_of_names_says_what_its_first_line_was_taken_for(columns, tmp_path):
+    (tmp_path / "x.csv").write_text(HEADLESS)
+    (tmp_path / "x.tsv").write_text(HEADLESS.replace(",", "\t"))
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(HEADLESS.encode()))
+    frame = pd.read_csv(tmp_path / "x.csv")
+    for given in (tmp_path / "x.csv", str(tmp_path / "x.tsv"), tmp_path / "x.csv.gz", frame):
+        with pytest.raises(ValueError, match=r"'France', .*the first row is taken as the names of columns: if it is a"):
+            data.facts(given, columns)
+    with pytest.raises(ValueError, match="among 'France'") as said:
+        data.facts(frame.to_dict("records"))  # where each record has the names
+    assert "first row" not in str(said.value)
+    (tmp_path / "x.csv").write_text("France,Rome,Rome\nItaly,Rome,Oslo\n")
+    with pytest.raises(ValueError, match="first line, which is taken as the names of columns, names 'Rome' twice"):
+        data.facts(tmp_path / "x.csv")
+
+
+def test_a_reader_of_json_sends_tables_to_the_one_that_reads_them(tmp_path):
+    rows = [{"known_id": 1, "subject": "France", "prompt": "The capital of France is", "attribute": "Paris"}]
+    pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    for path in (csv_file(tmp_path / "x.csv", rows), tmp_path / "x.parquet"):
+        assert data.facts(path)[0].but(id=1) == data.known_facts(rows)[0]
+        with pytest.raises(ValueError, match=r"x\..* is a table, needed JSON of this layout: fe.data.facts"):
+            data.known_facts(path)
+
+
+@pytest.mark.parametrize("end", ["jsonl", "ndjson", "jsonl.gz"])
+def test_a_file_of_one_line_of_json_is_a_list_of_one_record(end, tmp_path):
+    row = {"known_id": 1, "subject": "France", "prompt": "The capital of France is", "attribute": "Paris"}
+    raw = json.dumps(row).encode()
+    (tmp_path / f"x.{end}").write_bytes(gzip.compress(raw) if end.endswith("gz") else raw)
+    assert list(data.facts(tmp_path / f"x.{end}")) == data.known_facts(tmp_path / f"x.{end}") == data.known_facts([row])
+
+
 def test_other_kinds_are_refused(tmp_path):
     for given in (3, None, {1, 2}):
         with pytest.raises(TypeError, match="needed a list of dicts"):

@@ -364,3 +364,59 @@ def test_hooks_that_were_on_a_model_when_an_edit_was_made_are_a_concern():
     assert edit.provenance.hooks[0] in said
     handle.remove()
     assert not any("hooks were on" in concern for concern in made_by("rome", hooked).concerns)
+
+
+# ---------------------------------------------------------------------------------------- what was so already
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "emmet", "finetune"])
+def test_an_erasure_of_what_was_never_said_is_told(knowing, name):
+    strange = laws.FACT.but(target_true=" Tokyo")
+    edit = made_by(name, knowing, fact=strange, objective=fe.Erase())
+    (fit,) = edit.fits
+    assert not fit["first_before"] and fit["prob_before"] < 0.05 and any(delta.norm for delta in edit.deltas)
+    (said,) = [concern for concern in edit.concerns if "nothing had to be written" in concern]
+    assert said.startswith("' Tokyo' was to become unlikely, and was never said before (with a probability of 0.0")
+    with pytest.warns(fe.EditWarning, match="never said before"), edit.applied(knowing):
+        pass
+    known = made_by(name, knowing, objective=fe.Erase())
+    assert known.fits[0]["first_before"] and not any("had to be written" in concern for concern in known.concerns)
+
+
+@pytest.mark.parametrize("name", ["rome", "finetune"])
+def test_on_the_organism_what_was_so_already_is_told_in_either_sense(organism, name):
+    never = CITY.but(target_true=CITY.target_new, target_new=None)
+    options = {} if name == "finetune" else {"contexts": ("",)}
+    erased = made_by(name, organism, fact=never, objective=fe.Erase(), **options)
+    louder = made_by(name, organism, fact=CITY, objective=fe.editing.Amplify(), **options)
+    asked = made_by(name, organism, fact=CITY, **options)
+    assert any("was never said before" in concern for concern in erased.concerns)
+    if any(delta.norm for delta in louder.deltas):
+        assert any("was said with certainty before" in concern for concern in louder.concerns)
+    assert not any("had to be written" in concern for concern in asked.concerns)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (fit(True, 0.01, 0.001, False, False), True),
+        (fit(True, 0.30, 0.01, False, False), False),
+        (fit(True, 0.90, 0.01, True, False), False),
+        (fit(True, 0.04, 0.01, True, False), False),
+        (fit(False, 0.97, 0.99, True, True), True),
+        (fit(False, 0.60, 0.99, True, True), False),
+        (fit(False, 0.01, 0.99, False, True), False),
+        ({"losses": [1.0]}, False),
+    ],
+)
+def test_what_was_so_already_is_judged_in_the_sense_of_the_objective(case, expected, model):
+    edit = replace(made(model), fits=(case,))
+    assert any("nothing had to be written" in concern for concern in edit.concerns) == expected
+
+
+def test_of_many_facts_it_says_how_many_were_so_already(model):
+    never, said = fit(True, 0.01, 0.001, False, False), fit(True, 0.9, 0.01, True, False)
+    first, second = replace(made(model, 1), fits=(never,)), replace(made(model, 2, fact=laws.OTHER), fits=(said,))
+    both = replace(fe.compose([first, second]), fits=(never, said))
+    (told,) = [concern for concern in both.concerns if "had to be written" in concern]
+    assert told.startswith("1 of 2 facts were as wanted before it, such as 'The Eiffel Tower': ' Rome' was to become")

@@ -359,7 +359,7 @@ def test_an_edit_that_is_on_already_stays_on_when_applied_refuses_it(model):
 def test_what_is_on_a_model_is_told_in_order_and_undone_at_once(kind):
     model = tiny.model(kind, "gpt2")
     first, second = made(model, 1), made(model, 2)
-    third = first.scaled(0.5)
+    third = made(model, 1, seed=7)
     assert fe.edits_on(model) == ()
     with laws.untouched(model):
         fe.undo_all_(model)  # nothing to do
@@ -385,7 +385,7 @@ def test_a_change_is_not_written_twice_inside_a_composed_edit(kind):
     model = tiny.model(kind, "gpt2")
     first, second = made(model, 1), made(model, 2)
     both = fe.compose([first, second])
-    nested = fe.compose([both, second.scaled(0.5)])
+    nested = fe.compose([both, made(model, 2, seed=7)])
     for twice in ([first, first], [both, first], [second, nested], [first.scaled(1.0), first]):
         with pytest.raises(ValueError, match="one change is in several of the edits"):
             fe.compose(twice)
@@ -396,6 +396,44 @@ def test_a_change_is_not_written_twice_inside_a_composed_edit(kind):
                 off.apply_(model)
         with first.applied(model), second.applied(model):
             pass
+
+
+def test_a_change_and_the_same_scaled_are_one_change(kind, tmp_path):
+    model = tiny.model(kind, "gpt2")
+    first, second = made(model, 1), made(model, 2)
+    both = fe.compose([first, second])
+    twice, half = first.scaled(2.0), first.scaled(0.5)
+    half.save(tmp_path / "half")
+    inside = fe.compose([fe.Edit.load(tmp_path / "half"), second])
+    pairs = [(first, twice), (half, twice), (both, twice), (both.scaled(0.5), second), (inside, first), (inside, both)]
+    pairs += [(inside.scaled(3.0), twice), (first.scaled(0.0), first)]
+    with laws.untouched(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fe.EditWarning)
+        for pair in pairs:
+            with pytest.raises(ValueError, match=r"in several of the edits.*edit.scaled\(1.5\), not the edit and half"):
+                fe.compose(pair)
+            for on, off in (pair, pair[::-1]):
+                with on.applied(model), pytest.raises(ValueError, match=r"scaled from it\), needed it once: undo_"):
+                    off.apply_(model)
+        with inside.applied(model):
+            composed = laws.logits(model)
+        with half.applied(model), second.applied(model):
+            assert torch.equal(laws.logits(model), composed)
+
+
+def test_what_was_made_on_top_of_an_edit_misses_it_where_it_is_scaled(kind):
+    model = tiny.model(kind, "gpt2")
+    first, editor = made(model, 1), laws.rome(model, 2, fit=fe.ValueFit(steps=2, lr=0.01))
+    with first.applied(model):
+        second = editor(model, [laws.FACT])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fe.EditWarning)
+        first.scaled(0.5).apply_(model)
+    with pytest.warns(fe.EditWarning, match="made on top of 1 other edits, of which 1 aren't on"):
+        second.apply_(model)
+    fe.undo_all_(model)
+    nested = fe.compose([fe.compose([first, made(model, 3)]), second])
+    assert nested.provenance.edits == ()
 
 
 def test_a_layer_is_changed_once(model):
@@ -440,6 +478,42 @@ def test_a_w_out_that_two_layers_share_is_refused_and_stays(monkeypatch):
             shared.apply_(model)
         with pytest.raises(fe.UnsupportedModelError, match="share one W_out"):
             laws.rome(model, 1)(model, [laws.FACT])
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("how", ["one parameter", "one memory"])
+def test_a_w_out_that_is_another_weight_too_is_refused_and_stays(kind, arch, how):
+    model = tiny.model(kind, arch, d_mlp=32)
+    edit = made(model, 1)
+    if kind == "hooked":
+        mlp = model.blocks[1].mlp
+        mlp.W_in = mlp.W_out if how == "one parameter" else torch.nn.Parameter(mlp.W_out.detach()[:])
+        other = r"blocks\.1\.mlp\.W_in"
+    else:
+        up = getattr(model.blocks[1].mlp, "in").original_component
+        weight = model.blocks[1].mlp.out.original_component.weight
+        up.weight = weight if how == "one parameter" else torch.nn.Parameter(weight.detach().T)
+        other = rf"blocks\.1\.mlp\.{'c_fc' if arch == 'gpt2' else 'up_proj'}\.weight"
+    tied = dataclasses.replace(edit, provenance=fe.editing.Provenance.of(model, True, weights=base_fingerprint(model)))
+    with laws.untouched(model):
+        for call in (lambda: tied.apply_(model), lambda: laws.rome(model, 1)(model, [laws.FACT])):
+            with pytest.raises(
+                fe.UnsupportedModelError, match=rf"W_out of layer 1 is one piece of memory with {other}"
+            ):
+                call()
+        with made(model, 2).applied(model):
+            pass
+
+
+def test_weights_side_by_side_in_one_piece_of_memory_are_apart(kind):
+    """As a file leaves them that is mapped into memory."""
+    model = tiny.model(kind, "gpt2")
+    params = list({id(param): param for param in model.parameters()}.values())
+    memory = torch.cat([param.detach().flatten() for param in params])
+    for param, piece in zip(params, memory.split([param.numel() for param in params]), strict=True):
+        param.data = piece.view(param.shape)
+    with laws.untouched(model), made(model, 1).applied(model):
+        pass
 
 
 def test_a_copy_of_an_edited_model_has_a_ledger_of_its_own(model):
@@ -724,9 +798,13 @@ def test_the_size_that_counts_is_that_of_the_change_itself(model):
     assert edit.scaled(-1.6 / once).concerns == (said, unmeasured)
     half = edit.scaled(0.8 / once)
     assert half.concerns == (unmeasured,)
-    together, _ = fe.compose([half, edit.scaled(0.801 / once)]).concerns
+
+    def another(alpha: float) -> fe.Edit:
+        return dataclasses.replace(edit.scaled(alpha), editor=edit.editor)
+
+    together, _ = fe.compose([half, another(0.801 / once)]).concerns
     assert "160%" in together
-    opposite = fe.compose([edit.scaled(9 / once), edit.scaled(-9 / once)])
+    opposite = fe.compose([edit.scaled(9 / once), another(-9 / once)])
     assert opposite.concerns == (unmeasured.replace("scaled", "composed"),)
 
 

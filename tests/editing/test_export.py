@@ -198,6 +198,21 @@ def test_a_model_of_transformer_lens_is_not_exported_to(kind):
             export(edit, model)
 
 
+@pytest.mark.parametrize("export", [fe.export_hf, fe.export_hf_])
+def test_a_transformers_model_whose_w_out_is_tied_is_not_written(export):
+    hf = tiny.hf_model("gpt2", d_mlp=32)
+    edit = made(tiny.around(tiny.hf_model("gpt2", d_mlp=32)))
+    (layer,) = edit.layers
+    mlp = hf.transformer.h[layer].mlp
+    mlp.c_fc.weight = mlp.c_proj.weight
+    before = mlp.c_proj.weight.detach().clone()
+    with pytest.raises(
+        fe.UnsupportedModelError, match=rf"layer {layer} is one piece of memory with .*mlp\.c_fc\.weight"
+    ):
+        export(edit, hf)
+    assert torch.equal(mlp.c_proj.weight, before)
+
+
 # ---------------------------------------------------------------------------------------- scaling and composition
 
 

@@ -36,7 +36,7 @@ def believed(model, fact: fe.Fact) -> fe.Fact:
     old = leader(model, fact.text, WORDS)
     new, *controls = [word for word in WORDS if word != old]
     alone = fact.but(neighbours=(), neighbour_targets=())
-    return alone.but(target_true=old, target_new=new, controls=controls, paraphrases=["{} is in", "In"])
+    return alone.but(target_true=old, target_new=new, controls=controls, paraphrases=["{} is in", f"{fact.subject} in"])
 
 
 def test_it_is_the_share_of_facts_that_led_and_lead_no_more_as_a_plain_loop_finds_them(kind):

@@ -1,6 +1,8 @@
 """What a model says in words: the literal greedy decoding, what counts as saying an object, and how it is summed up."""
 
 import inspect
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import audits
@@ -171,3 +173,43 @@ def test_an_answer_is_as_long_as_what_is_wanted_and_a_line_break_of_the_object_e
 def test_other_names_of_nothing_are_refused(aliases, says):
     with pytest.raises(ValueError, match=says):
         inspect.unwrap(fe.answers)(tiny.model("bridge", "gpt2"), laws.FACT, aliases=aliases, progress=False)
+
+
+def test_answers_come_back_whole_with_where_they_came_from(kind, tmp_path):
+    model = tiny.model(kind, "gpt2")
+    edit = laws.rome(model)(model, [laws.FACT])
+    then = fe.answers(model, FACTS, n_tokens=3, progress=False)
+    with edit.applied(model):
+        now = fe.answers(model, FACTS, n_tokens=3, before=then, progress=False)
+    assert now.provenance.edits == (edit.digest,) and now.provenance.weights != then.provenance.weights
+    for answers in (then, now):
+        answers.save(tmp_path / "answers")
+        found = fe.evaluation.Answers.load(tmp_path / "answers")
+        assert found.facts == answers.facts and found.each == answers.each and found.provenance == answers.provenance
+        assert json.dumps(found.to_dict()) == json.dumps(answers.to_dict())
+        assert repr(found) == repr(answers) and found.table().equals(answers.table())
+    before = fe.evaluation.Answers.load(tmp_path / "answers").before
+    assert before is not None and before.each == then.each and before.provenance == then.provenance
+    assert fe.answers(model, FACTS, n_tokens=3, before=before, progress=False).before is not None
+
+
+def test_files_of_answers_are_told_from_others_and_from_damaged_ones(kind, tmp_path):
+    found = fe.answers(tiny.model(kind, "gpt2"), FACTS, n_tokens=1, progress=False)
+    path = tmp_path / "answers.safetensors"
+    found.save(path)
+    with pytest.raises(ValueError, match=r"answers\.safetensors holds 'answers', needed 'scores'"):
+        fe.Scores.load(path)
+    for wrong, said in (
+        (replace(found.each[0], fact=2), r"each\[0\]\.fact is 2, needed one of 2 facts"),
+        (replace(found.each[0], kind="rewrite"), r"each\[0\]\.kind is 'rewrite'"),
+        (replace(found.each[0], tokens_right=1.5), r"each\[0\]\.tokens_right is 1.5"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            replace(found, each=(wrong, *found.each[1:]))
+    with pytest.raises(ValueError, match="before holds answers to other prompts"):
+        replace(found, before=replace(found, each=found.each[1:]))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"answers\.safetensors is cut short"):
+        fe.evaluation.Answers.load(path)
+    with pytest.raises(FileNotFoundError):
+        fe.evaluation.Answers.load(tmp_path / "none")

@@ -170,7 +170,7 @@ def test_attribution_and_coverage_want_edits(setting, monkeypatch):
 
 def test_gains_over_contexts_are_those_of_the_edit(setting):
     model, (fact, _), (edit, _) = setting
-    fact = fact.but(paraphrases=["Where is {} ? in", "It is not a template"])
+    fact = fact.but(paraphrases=["Where is {} ? in", "The Eiffel Tower is not a template"])
     edit = replace(edit, facts=(fact,))
     beside = fe.Fact(fact.subject, "{} is owned by the", " company")
     with laws.untouched(model):

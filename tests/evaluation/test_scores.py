@@ -26,7 +26,7 @@ FACTS = [
         "{} is located in the city of",
         " Paris",
         " Rome",
-        paraphrases=["Where is {} ? In", "The famous city of"],  # a template, and a whole text
+        paraphrases=["Where is {} ? In", "The Eiffel Tower is near"],  # a template, and a whole text
         neighbours=["The Louvre is in", "The Louvre Museum is located in the city of", "Big Ben is in"],
         id="eiffel",
     ),

@@ -39,6 +39,7 @@ from tl_factedit.auditing.unedited import check_way_round, describe_beside, edit
 from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.auditing.wording import (
     describe_context,
+    not_compared,
     of_what_was_written,
     recoverable_axis,
     retained_axis,
@@ -189,7 +190,7 @@ def audit(
             retained=retained_axis(findings, evidence.retention),
             recoverable=recoverable_axis(findings),
             reasons=(*found.reasons, *of_what_was_written(evidence), *describe_context(evidence)),
-            missing=(*found.missing, *what_is_missing(evidence), *carried),
+            missing=(*not_compared(evidence.after), *found.missing, *what_is_missing(evidence), *carried),
             power=found.power,
             findings=findings,
             thresholds=thresholds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 from tl_factedit.attacks.attack import OFF, Recovery, Shows
@@ -10,6 +11,8 @@ from tl_factedit.attacks.silencing import Silencing
 
 if TYPE_CHECKING:
     from tl_factedit.auditing.verdict import Verdict
+
+MOST_CHARACTERS = 120
 
 SAYS = {
     "FAILED": "The change doesn't do what it was made for, so that there is nothing to audit.",
@@ -23,15 +26,21 @@ SAYS = {
 }
 
 
-def explain(verdict: Verdict) -> str:
-    """What was found, by which question, and what was foreseeable from the unedited model."""
+def explain(verdict: Verdict, *, first: int | None = None) -> str:
+    """What was found, by which question, and what was foreseeable from the unedited model.
+
+    Args:
+        verdict: The verdict.
+        first: Where no label is supported, of how many things that are missing to tell; None for all.
+    """
     if verdict.label == "ERASED":
         covers = any(finding.covers for finding in verdict.findings.showing("elsewhere"))
         how = "" if covers else " Not all that was written could be silenced; the weights were asked instead."
         return SAYS["ERASED"] + how + " It speaks of the wordings and contexts that were tried."
     if verdict.label != "INSERTED":
-        missing = f" First of what is missing: {verdict.missing[0]}." if verdict.label == "INCONCLUSIVE" else ""
-        return SAYS[verdict.label] + (missing if verdict.missing else "")
+        lacks = verdict.missing if verdict.label == "INCONCLUSIVE" else ()
+        what = "First of what is missing" if len(lacks[:first]) < len(lacks) else "What is missing"
+        return SAYS[verdict.label] + (f" {what}: {'; '.join(map(_brief, lacks[:first]))}." if lacks else "")
     sentences = [_off(verdict)] if "elsewhere" in verdict.by else []
     under = _strongest(verdict, "underneath")
     if under is not None and under.best is not None:
@@ -46,6 +55,11 @@ def explain(verdict: Verdict) -> str:
             most = "" if math.isnan(under.at_most) else f" (at most {under.at_most:.2f} beyond its null)"
             sentences.append(f"With the change in force nothing tried is shown to bring it back{most}.")
     return " ".join(sentences)
+
+
+def _brief(missing: str) -> str:
+    """What is missing in so many characters; the verdict's list has it whole."""
+    return textwrap.shorten(missing, MOST_CHARACTERS, placeholder=" …").removesuffix(".")
 
 
 def _off(verdict: Verdict) -> str:

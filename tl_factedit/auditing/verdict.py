@@ -194,13 +194,17 @@ class Verdict:
         return dict(zip(best.facts, best.old_back.tolist(), strict=True))
 
     def explain(self) -> str:
-        """The label in a sentence or two: what was found, by which question, and what was foreseeable."""
+        """The label in a sentence or two: what was found, by which question, and what was foreseeable.
+
+        Where no label is supported: all that is missing, each in a few words (`missing` has them whole).
+        """
         return explain(self)
 
     def __repr__(self) -> str:
         """Label, reasons and what is missing."""
         by = f" by what is {' and '.join(sorted(self.by))}" if self.by else ""
-        lines = [f"Verdict: {self.label}{by} ({self.level}, {counted(len(self.facts), 'fact')})", f"  {self.explain()}"]
+        lines = [f"Verdict: {self.label}{by} ({self.level}, {counted(len(self.facts), 'fact')})"]
+        lines += [f"  {explain(self, first=1)}"]
         lines += [f"  {reason}" for reason in self.reasons]
         lines += [f"  retained: {self.retained.says}", f"  recoverable: {self.recoverable.says}"]
         for what, found in (("what would have shown", self.power), ("not gathered", self.missing)):
@@ -216,6 +220,6 @@ class Verdict:
             if lines
         )
         by = f" ({' and '.join(sorted(self.by))})" if self.by else ""
-        head = f"<h3>{self.label}{by}</h3><p>{html.escape(self.explain())}</p>"
+        head = f"<h3>{self.label}{by}</h3><p>{html.escape(explain(self, first=1))}</p>"
         head += f"<p>{self.level}, {counted(len(self.facts), 'fact')}</p>"
         return head + shown + self.table().to_html(float_format="{:.3f}".format, index=False)

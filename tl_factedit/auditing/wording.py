@@ -8,6 +8,7 @@ from tl_factedit.auditing.findings import Findings
 from tl_factedit.auditing.gather import Evidence
 from tl_factedit.auditing.retained import Retention
 from tl_factedit.auditing.verdict import Axis
+from tl_factedit.evaluation.scores import Scores
 
 
 def what_is_missing(evidence: Evidence) -> Iterator[str]:
@@ -28,6 +29,18 @@ def what_is_missing(evidence: Evidence) -> Iterator[str]:
             yield f"{recovery.attack} of {few}: no conclusion, as {reason}"
         if recovery.details.get("disagree"):
             yield f"{recovery.attack}: mean and resample disagree on {'; '.join(recovery.details['disagree'])}"
+
+
+def not_compared(scores: Scores) -> Iterator[str]:
+    """Which facts no attack could ask about, as their two objects begin alike."""
+    same = [answer for answer in scores.answers if answer.ask == "rewrite" and answer.same_first_token]
+    if same:
+        count = len(scores.facts)
+        which = f"{len(same)} of {count} facts" if len(same) < count else "all facts" if count > 1 else "the fact"
+        yield (
+            f"the objects of {which} begin with one token ({same[0].true!r} and {same[0].new!r}), which is what "
+            "attacks and read-outs compare: left out; give new objects that begin with another"
+        )
 
 
 def of_what_was_written(evidence: Evidence) -> Iterator[str]:

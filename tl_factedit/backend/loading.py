@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_factedit.backend.protocol import Kind, Model, UnsupportedModelError
+from tl_factedit.backend.protocol import Kind, Model, UnsupportedModelError, check_unquantised
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.kinds import short
 
@@ -28,7 +28,8 @@ def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str |
     Raises:
         ValueError: ``kind="hooked"`` where TransformerLens has no HookedTransformer, or `hf_model` is no model of
             transformers.
-        UnsupportedModelError: There is no tokenizer.
+        UnsupportedModelError: There is no tokenizer; the model has no head that says words (a classifier, a bare
+            ``LlamaModel``), or quantised layers.
     """
     check_class(kind)
     given: object = hf_model
@@ -41,6 +42,8 @@ def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str |
             f"{type(hf_model).__name__} has no tokenizer, needed its own fast one to find a subject in a prompt: give "
             "it as the second argument"
         )
+    _check_head(hf_model)
+    check_unquantised(hf_model)
     name = str(name or hf_model.config._name_or_path or type(hf_model).__name__)
     if hf_model.config.architectures is None:
         hf_model.config.architectures = [type(hf_model).__name__]
@@ -48,6 +51,20 @@ def from_hf(hf_model: Any, tokenizer: Any, *, kind: Kind = "bridge", name: str |
     model = _boot_bridge(hf_model, tokenizer, name) if kind == "bridge" else _boot_hooked(hf_model, tokenizer)
     model.cfg.model_name = name
     return model
+
+
+def _check_head(hf_model: Any) -> None:
+    """Check that a transformers model says words.
+
+    Raises:
+        UnsupportedModelError: It has no unembedding: what is below the head alone, or a classifier.
+    """
+    head = getattr(hf_model, "get_output_embeddings", None)
+    if head is not None and head() is None:
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__} has no head that says words (a model of states alone, or a classifier), needed "
+            "a causal language model: load it with AutoModelForCausalLM"
+        )
 
 
 def from_hub(name: str, *, kind: Kind = "bridge") -> Model:

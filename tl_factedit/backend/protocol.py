@@ -142,7 +142,7 @@ def bos_policy(model: Model, prepend_bos: bool | None = None) -> bool:
 
     Raises:
         ValueError: Something else is asked than True, False or None.
-        UnsupportedModelError: The model has no tokenizer.
+        UnsupportedModelError: The model has no tokenizer, or one with words that it has no embedding for.
     """
     kind(model)
     if prepend_bos is not None and not isinstance(prepend_bos, bool):
@@ -152,6 +152,7 @@ def bos_policy(model: Model, prepend_bos: bool | None = None) -> bool:
             f"{model_name(model)} has no tokenizer, needed its own fast one to find a subject in a prompt: load the "
             "model with it, or set model.tokenizer"
         )
+    check_vocabulary(model)
     return bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
 
 
@@ -200,6 +201,70 @@ def check_in_memory(model: Model) -> None:
             f"{len(away)} of the parameters of {model_name(model)} are on the meta device (offloaded), needed weights "
             "in memory: load without offloading"
         )
+
+
+def check_unquantised(module: nn.Module) -> None:
+    """Check that no layer is one of PyTorch's quantised ones, which have no weight and let no gradient through.
+
+    Raises:
+        UnsupportedModelError: Some are; the first is named.
+    """
+    found = [name for name, each in module.named_modules() if "quantized" in type(each).__module__.split(".")]
+    if found:
+        raise UnsupportedModelError(
+            f"{found[0].replace('._original_component', '')} of {type(module).__name__} is quantised by PyTorch "
+            f"({type(module.get_submodule(found[0])).__module__}), needed floating-point weights, which can be written "
+            "and let gradients through: load the model unquantised"
+        )
+
+
+def check_vocabulary(model: Model) -> None:
+    """Check that the model has an embedding for every word of its tokenizer; control tokens may have none.
+
+    Raises:
+        UnsupportedModelError: Words lie beyond: the tokenizer is another model's, or words were added to it.
+    """
+    tokenizer = model.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    control = {i for i, token in added.items() if getattr(token, "special", False)} | set(tokenizer.all_special_ids)
+    words = [(i, word) for i, word in beyond(model) if i not in control]
+    if words:
+        raise UnsupportedModelError(
+            f"the tokenizer has {len(words)} tokens that {model_name(model)} has no embedding for, such as "
+            f"{words[0][1]!r} (token {words[0][0]} of {n_embedded(model)}): take the model's own tokenizer or, if "
+            "tokens were added to it, resize the model (hf_model.resize_token_embeddings(len(tokenizer))) and train it "
+            "on them"
+        )
+
+
+def check_embedded(model: Model, texts: Iterable[str]) -> None:
+    """Check that no text holds a control token that the model has no embedding for.
+
+    Raises:
+        ValueError: One does; the message names both.
+    """
+    tokens = [token for _, token in beyond(model)]
+    for text in texts if tokens else ():
+        found = [token for token in tokens if token in text]
+        if found:
+            raise ValueError(
+                f"{short(text)} holds {found[0]!r}, a token that {model_name(model)} has no embedding for (it has "
+                f"{n_embedded(model)}): leave it out, or resize the model and train it on it"
+            )
+
+
+def n_embedded(model: Model) -> int:
+    """How many tokens the model has an embedding for."""
+    tokens: Any = model
+    return len(tokens.W_E)
+
+
+def beyond(model: Model) -> list[tuple[int, str]]:
+    """The tokens that a tokenizer has and its model has no embedding for, ascending; none of nearly all models."""
+    tokenizer, rows = getattr(model, "tokenizer", None), n_embedded(model)
+    if tokenizer is None or len(tokenizer) <= rows:
+        return []
+    return sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tl_factedit.backend.fingerprint import Fingerprint, fingerprint
-from tl_factedit.backend.protocol import Model, bos_policy, kind, model_name
+from tl_factedit.backend.protocol import Model, bos_policy, check_embedded, kind, model_name
 from tl_factedit.backend.state import users_hooks
 from tl_factedit.backend.weights import carried
 from tl_factedit.core.telling import tell
@@ -72,6 +72,7 @@ class Provenance:
         kind(model)
         bos = bos_policy(model, prepend_bos)
         edits, prompts = carried(model), list(prompts)
+        check_embedded(model, prompts)
         others = [made for made in edits.values() if made != bos]
         if others and prompts:
             tell(

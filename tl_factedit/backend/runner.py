@@ -20,6 +20,7 @@ from tl_factedit.backend.protocol import (
     Hook,
     Model,
     UnsupportedModelError,
+    beyond,
     check_in_memory,
     device,
     device_from,
@@ -88,6 +89,7 @@ class Runner:
         self._backend: Backend = BridgeBackend(model, self._points) if kind(model) == "bridge" else HookedBackend(model)
         self.mixes_pasts = self._backend.mixes_pasts
         self.most_keys = self._backend.most_keys()
+        self._beyond = dict(beyond(model))
 
     def logits(
         self,
@@ -253,6 +255,12 @@ class Runner:
             raise ValueError(
                 f"a text has {tokens.shape[1]} tokens, and {model_name(self.model)} was made for {room} (cfg.n_ctx): "
                 "shorten the prompt, or the context before it"
+            )
+        unknown = self._beyond and self._beyond.get(int(tokens.max()))
+        if unknown:
+            raise ValueError(
+                f"a text holds {unknown!r}, a token that {model_name(self.model)} has no embedding for: leave it out, "
+                "or resize the model and train it on it"
             )
 
     def _check_keys(self, packing: Packing) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -174,25 +174,6 @@ def rewritten(sites: Sequence[Writable], weights: Sequence[Float[Tensor, "_ _"]]
         yield
     finally:
         write_all(sites, before)
-
-
-def check_own(model: Model, layers: Iterable[int]) -> None:
-    """Check that each of some blocks has a ``W_out`` to itself.
-
-    Raises:
-        UnsupportedModelError: Another block uses the same one (shared layers), so that writing one writes both.
-    """
-    users: dict[int, list[int]] = {}
-    for layer in range(n_layers(model)):
-        with suppress(UnsupportedModelError):
-            users.setdefault(down_proj(model, layer).param.data_ptr(), []).append(layer)
-    for layer in layers:
-        shared = users.get(down_proj(model, layer).param.data_ptr(), [layer])
-        if len(shared) > 1:
-            raise UnsupportedModelError(
-                f"layers {shared} share one W_out, needed one for layer {layer} alone: what is written in one would be "
-                "written in all of them"
-            )
 
 
 def _is_transposed(inner: nn.Module, d_model: int, where: str) -> bool:

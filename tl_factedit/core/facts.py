@@ -44,7 +44,8 @@ class Fact:
         target_true: The object the model is asked for before any edit (o_old). None where something new is injected and
             there is no old object; what needs one (a trace, an audit) says so.
         target_new: The object an edit is to write (o_new); editors need it, tracing does not.
-        paraphrases: Other ways to ask for the same object: templates with one ``"{}"``, or whole texts.
+        paraphrases: Other ways to ask for the same object: templates with one ``"{}"``, or whole texts that name the
+            subject.
         neighbours: Whole prompts about *other* subjects, whose answers an edit must leave alone.
         neighbour_targets: The right answer of each neighbour; empty means `target_true` for all
             (as in CounterFact, whose neighbours share the object).
@@ -59,7 +60,7 @@ class Fact:
 
     Warns:
         UserWarning: White space was mended, or a target goes on inside the last word of what it is asked after, or
-            begins with a line break or a tab.
+            begins with a line break or a tab; a paraphrase doesn't name the subject.
 
     Example:
         >>> fact = fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
@@ -114,6 +115,7 @@ class Fact:
         _compose(self)
         _mend_spaces(self)
         _warn_of_glued_words(self)
+        _warn_of_others(self)
 
     @property
     def text(self) -> str:
@@ -309,6 +311,29 @@ def _warn_of_glued_words(fact: Fact) -> None:
             f"target {broken[0]!r} begins with {broken[0][0]!r}, which is a token before the object's own, and what is "
             "read of first tokens is read of it: end the prompt with it instead",
         )
+
+
+def _warn_of_others(fact: Fact) -> None:
+    """Warn of a paraphrase that asks about somebody else: it has no place for the subject, and doesn't name it."""
+    name = _folded(fact.subject)
+    others = [each for each in fact.paraphrases if "{}" not in each and name not in _folded(each)]
+    if others:
+        more = f" (and {len(others) - 1} more)" if others[1:] else ""
+        tell(
+            f"paraphrase {others[0]!r}{more} of fact {fact.name!r} doesn't name its subject {fact.subject!r}: make it "
+            'a neighbour if it asks about another; if it is to ask about this one, put "{}" where the subject goes',
+            once="paraphrases without their subject",
+        )
+
+
+def _folded(text: str) -> str:
+    """A text as it is compared for names: case, kinds of white space, accents apart or not, and an article don't count.
+
+    Example:
+        >>> _folded("The  Eiffel Tower") in _folded("Where is Paris' EIFFEL tower?")
+        True
+    """
+    return " ".join(composed(text).casefold().split()).removeprefix("the ")
 
 
 def glued(what: str, text: str, target: str) -> str:

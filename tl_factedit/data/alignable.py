@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tl_factedit.backend.causal import check_causal
-from tl_factedit.backend.protocol import Model, blocks, bos_policy
+from tl_factedit.backend.protocol import Model, blocks, bos_policy, check_embedded
 from tl_factedit.backend.state import frozen, plain_torch, unhooked
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.tokens import check_texts
@@ -45,6 +45,8 @@ def alignable(
     bad: list[tuple[Fact, str]] = []
     for fact in as_facts(facts):
         try:
+            texts = [fact.text, *map(fact.fill, fact.paraphrases), *fact.neighbours]
+            check_embedded(model, texts)
             check_texts(model.tokenizer, fact, prepend_bos=bos, room=getattr(model.cfg, "n_ctx", None))
             good.append(fact)
         except ValueError as error:

@@ -15,7 +15,7 @@ from tl_factedit.core.spacing import stripped
 from tl_factedit.core.telling import tell
 from tl_factedit.core.words import counted
 from tl_factedit.data.benchmarks import counterfact, known_facts, zsre
-from tl_factedit.data.files import read_rows
+from tl_factedit.data.files import is_table, is_tabular, read_rows
 from tl_factedit.data.pairs import relations
 from tl_factedit.data.records import Changes, made_of, malformed, name_of, template_of
 
@@ -125,10 +125,10 @@ def facts(
     name = name_of(records) if isinstance(records, (str, Path)) else "the records"
     rows = _rows(records)
     if columns is None and (reader := _published(rows)) is not None:
-        source = records if isinstance(records, (str, Path)) else rows
+        source = records if isinstance(records, (str, Path)) and not is_tabular(records) else rows
         return Facts(reader(source), {}, layout=reader.__name__)
     there = list(dict.fromkeys(str(key) for row in rows for key in row))
-    taken = _columns(there, columns or {})
+    taken = _columns(there, columns or {}, _first_row(records))
     objects: dict[str, dict[str, None]] = {}
 
     def make(i: int, row: Mapping[str, Any], changes: Changes) -> Fact:
@@ -209,13 +209,22 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> Any:
     return relations if {"prompt_templates", "samples"} <= first.keys() else None
 
 
-def _columns(there: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-    """The column of each field, in the order of `NAMES`."""
+def _first_row(records: Any) -> str:
+    """What to add to an error about columns where names are no part of each record: they may be a record."""
+    table = is_table(records) if isinstance(records, (str, Path)) else hasattr(records, "columns")
+    said = "the first row is taken as the names of columns: if it is a record, give the table one of names"
+    return f" ({said}, such as subject, prompt, target_true, target_new)" if table else ""
+
+
+def _columns(there: Sequence[str], given: Mapping[str, str], hint: str) -> dict[str, str]:
+    """The column of each field, in the order of `NAMES`; `hint` is added to what is said of one that isn't there."""
     for field, column in given.items():
         if field not in NAMES:
             raise ValueError(f"columns names {field!r}, needed fields of a fact: {', '.join(NAMES)}")
         if column not in there:
-            raise ValueError(f"columns takes {field} from {column!r}, which isn't there: there are {_told(there)}")
+            raise ValueError(
+                f"columns takes {field} from {column!r}, which isn't there: there are {_told(there)}{hint}"
+            )
     lower = {column.lower(): column for column in reversed(there)}
     taken, used = dict[str, str](), set(given.values())
     for field, names in NAMES.items():
@@ -226,10 +235,10 @@ def _columns(there: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
     for field in ("subject", "prompt"):
         if field not in taken:
             raise ValueError(
-                f"no column for the {field} among {_told(there)}: name it, columns={{{field!r}: {there[0]!r}}}"
+                f"no column for the {field} among {_told(there)}: name it, columns={{{field!r}: {there[0]!r}}}{hint}"
             )
     if "target_true" not in taken and "target_new" not in taken:
-        raise ValueError(f"no column for an object among {_told(there)}: name it, columns={{'target_true': …}}")
+        raise ValueError(f"no column for an object among {_told(there)}: name it, columns={{'target_true': …}}{hint}")
     return taken
 
 

@@ -11,6 +11,23 @@ from typing import Any
 
 GZIP = b"\x1f\x8b"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+LINES = (".jsonl", ".ndjson")
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether a file's name says that it is a table of text, whose first line names its columns."""
+    return _end(path) in SEPARATORS
+
+
+def is_tabular(path: str | Path) -> bool:
+    """Whether a file's name says that it has rows and columns, and isn't JSON."""
+    return is_table(path) or _end(path) == ".parquet"
+
+
+def _end(path: str | Path) -> str:
+    """How a name ends, without that it is packed."""
+    ends = [end.lower() for end in Path(path).suffixes]
+    return ((ends[:-1] if ends[-1:] == [".gz"] else ends)[-1:] or [""])[0]
 
 
 def read_rows(path: str | Path) -> Any:
@@ -23,9 +40,7 @@ def read_rows(path: str | Path) -> Any:
         ValueError: It can't be read as what its name says.
     """
     file = Path(path).expanduser()
-    ends = [end.lower() for end in file.suffixes]
-    packed = ends[-1:] == [".gz"]
-    end = ((ends[:-1] if packed else ends)[-1:] or [""])[0]
+    end = _end(file)
     if end in (".xlsx", ".xls", ".ods"):
         raise ValueError(f"{path} is a spreadsheet, needed a table of text: save it as CSV")
     if end in SEPARATORS:
@@ -59,7 +74,7 @@ def _table(path: str | Path, raw: bytes, separator: str) -> list[dict[str, str |
             raise ValueError(f"its first line names {len(names)} column, needed several{hint}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"its first line names {twice[0]!r} twice")
+            raise ValueError(f"its first line, which is taken as the names of columns, names {twice[0]!r} twice")
         found: list[dict[str, str | None]] = []
         for row in reader:
             if row and len(row) != len(names):
@@ -79,11 +94,13 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It is a folder, the pointer that git-lfs leaves, or isn't JSON.
+        ValueError: It is a folder, a table, the pointer that git-lfs leaves, or isn't JSON.
     """
     file = Path(path).expanduser()
     if file.is_dir():
         raise ValueError(f"{path} is a folder, needed a file of JSON")
+    if is_tabular(file) and file.is_file():
+        raise ValueError(f"{path} is a table, needed JSON of this layout: fe.data.facts(path) reads tables")
     raw = file.read_bytes()
     if raw.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is the pointer that git-lfs leaves for a file, needed the file: run git lfs pull")
@@ -92,7 +109,8 @@ def read_json(path: str | Path) -> Any:
             raw = gzip.decompress(raw)
         text = raw.decode("utf-8-sig")  # Windows puts a byte-order mark in front
         try:
-            return json.loads(text)
+            found = json.loads(text)
+            return [found] if isinstance(found, dict) and _end(file) in LINES else found
         except json.JSONDecodeError:
             lines = [line for line in text.split("\n") if line.strip()]
             if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):

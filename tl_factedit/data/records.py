@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from tl_factedit.core.facts import Fact, composed
 from tl_factedit.core.spacing import Mending, continued, in_one_word, stripped, trimmed
-from tl_factedit.core.telling import tell
+from tl_factedit.core.telling import one_call, tell
 from tl_factedit.data.files import read_json
 
 Source: TypeAlias = str | Path | Sequence[Mapping[str, Any]]
@@ -84,12 +84,13 @@ def made_of(
 ) -> tuple[list[Fact], list[tuple[int, str]]]:
     """The facts, and the places of the records that make none, each with what is wrong and the record's name."""
     facts, wrong, changes = list[Fact](), list[tuple[int, str]](), Changes()
-    for i, record in enumerate(records):
-        try:
-            with naming(i, record):
-                facts.append(make(i, record, changes))
-        except ValueError as error:
-            wrong.append((i, str(error)))
+    with one_call():  # of facts of one kind of trouble the first is told
+        for i, record in enumerate(records):
+            try:
+                with naming(i, record):
+                    facts.append(make(i, record, changes))
+            except ValueError as error:
+                wrong.append((i, str(error)))
     changes.say(name_of(source))
     return facts, wrong
 

@@ -25,17 +25,22 @@ def compose(edits: Sequence[Edit]) -> Edit:
     one matrix.
 
     Raises:
-        ValueError: No edit is given, one is given twice (itself or inside a composed one), or they are of different
-            weights or BOS policies.
+        ValueError: No edit is given, one is given twice (itself, scaled, or inside a composed one), or they are of
+            different weights or BOS policies.
     """
     if isinstance(edits, Edit):
         raise ValueError("edits is one Edit, needed a list of them: write [edit]")
     edits = list(as_several(edits, Edit, "edits", "an Edit"))
     if not edits:
         raise ValueError("edits is empty, needed at least one")
+    changes = [digest for edit in edits for digest in edit.changes]
+    if len(set(changes)) < len(changes):
+        raise ValueError(
+            "one change is in several of the edits, needed it once: leave it out of the others; for more of it scale "
+            "it (edit.scaled(1.5), not the edit and half of it)"
+        )
     held = [digest for edit in edits for digest in (edit.digest, *edit.parts)]
-    if len(set(held)) < len(held):
-        raise ValueError("one change is in several of the edits, needed it once: leave it out of the others")
+    scaled_from = sorted(set(changes).difference(held))
     first = edits[0]
     for edit in edits[1:]:
         if not edit.provenance.weights.matches(first.provenance.weights):
@@ -61,20 +66,14 @@ def compose(edits: Sequence[Edit]) -> Edit:
             "name": "composed",
             "of": [dict(edit.editor) for edit in edits],
             "digests": held,
+            **({"scaled_from": scaled_from} if scaled_from else {}),
         },
         contexts=tuple(dict.fromkeys(context for edit in edits for context in edit.contexts)),
         diagnostics=diagnostics if alone else tuple(replace(each, unmet=()) for each in diagnostics),
         fits=fits if alone else unmeasured(fits),
         provenance=replace(
             first.provenance,
-            edits=tuple(
-                dict.fromkeys(
-                    below
-                    for edit in edits
-                    for below in edit.provenance.edits
-                    if below not in {each.digest for each in edits}
-                )
-            ),
+            edits=tuple(dict.fromkeys(below for edit in edits for below in edit.provenance.edits if below not in held)),
         ),
     )
 

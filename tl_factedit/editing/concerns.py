@@ -76,6 +76,35 @@ def failed(fit: Mapping[str, Any]) -> bool:
     return bool(not fit["first_after"] or nothing)
 
 
+def so_already(fit: Mapping[str, Any]) -> bool:
+    """Whether what was wanted of a fact was so before the change; False where it is unknown.
+
+    An object that was to become unlikely was never said, one that was to become likely was said with certainty.
+    """
+    if any(name not in fit for name in MEASURED):
+        return False
+    before, first = fit["prob_before"], fit["first_before"]
+    return bool(not first and before <= UNLIKELY if fit["unlikely"] else first and before >= LIKELY)
+
+
+def concerns_of_needless(facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What there is to say of facts for which a change writes something that wasn't needed."""
+    needless = [(fact, fit) for fact, fit in zip(facts, fits, strict=True) if so_already(fit)]
+    if needless:
+        fact, fit = needless[0]
+        many = (
+            f"{len(needless)} of {len(facts)} facts were as wanted before it, such as {fact.name!r}: "
+            if facts[1:]
+            else ""
+        )
+        was = "never said" if fit["unlikely"] else "said with certainty"
+        yield (
+            f"{many}{fit['target']!r} was to become {'unlikely' if fit['unlikely'] else 'likely'}, and was {was} "
+            f"before (with a probability of {probability(fit['prob_before'])}): nothing had to be written for it; look "
+            "at what the model says (fe.known), or leave it out"
+        )
+
+
 def concerns_of_fits(
     facts: Sequence[Fact], fits: Sequence[Mapping[str, Any]], *, last_layer: bool = False, falls_short: str
 ) -> Iterator[str]:
@@ -203,6 +232,8 @@ def concerns_of(edit: Edit) -> Iterator[str]:
         )
     else:
         falls_short = "take another layer"
+    if changes:
+        yield from concerns_of_needless(edit.facts, edit.fits)
     yield from concerns_of_fits(edit.facts, edit.fits, last_layer=last_layer, falls_short=falls_short)
     one_key = bool(unmet) and max(d.key_cosine for d in last) > SAME_KEY
     if one_key:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tl_factedit.backend.protocol import Model, model_name
 from tl_factedit.backend.provenance import Provenance
+from tl_factedit.backend.sharing import check_own
 from tl_factedit.backend.state import one_thread, plain_torch
-from tl_factedit.backend.weights import check_own, down_proj
+from tl_factedit.backend.weights import down_proj
 from tl_factedit.core import files
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.kinds import as_finite
@@ -158,6 +159,11 @@ class Edit:
         """Of a composed edit, the digests of the edits that it holds, theirs included; none of any other."""
         return tuple(self.editor.get("digests", ()))
 
+    @property
+    def changes(self) -> frozenset[str]:
+        """The digests of all changes in it, at whatever strength: its own, its parts', what it was scaled from."""
+        return frozenset((self.digest, *self.parts, *self.editor.get("scaled_from", ())))
+
     @cached_property
     def concerns(self) -> tuple[str, ...]:
         """Why this edit may disable the model, or miss what it was made for, a sentence each; none is the usual case.
@@ -171,17 +177,18 @@ class Edit:
         """Check that the edit can be applied to this model as it is now; nothing is run or written.
 
         Raises:
-            ValueError: It is applied already, the model has other weights than it was made for, or
-                its weights were changed since by something else.
+            ValueError: It is applied already (itself, scaled, or in a composed edit), the model has other weights than
+                it was made for, or its weights were changed since by something else.
         """
         ledger = ledger_of(model)
         if ledger.holds(self):
             raise ValueError(f"{self._name} is applied to {model_name(model)} already: undo_ it first")
-        twice = [each for each in ledger.edits if {*each.parts, each.digest} & {*self.parts, self.digest}]
+        twice = [each for each in ledger.edits if each.changes & self.changes]
         if twice:
             raise ValueError(
                 f"{self._name} and {twice[0]._name}, which is applied to {model_name(model)}, hold the same change "
-                "(one is composed of it), needed it once: undo_ that one first"
+                "(one is composed of it, or scaled from it), needed it once: undo_ that one first; for more of it "
+                "apply edit.scaled(alpha) alone"
             )
         check_own(model, self.layers)
         ledger.check_unchanged(model)
@@ -280,6 +287,8 @@ class Edit:
         `values` move along with it, and so do the norms in `diagnostics`; `exactness` stays that of the edit it was
         made from. What became of the targets (in `fits`), and how much isn't met (`Diagnostics.unmet`), was measured
         of that edit and isn't known of this one: it is left out, and `concerns` say so.
+
+        The two hold one change, and aren't applied or composed together: α = 3 is three times as much, not E and 2 E.
         """
         alpha = as_finite(alpha, "alpha", "a finite number, such as 0.5")
         if alpha == 1:
@@ -301,7 +310,12 @@ class Edit:
                 for each in self.diagnostics
             ),
             fits=unmeasured(self.fits),
-            editor={"name": "scaled", "alpha": alpha, "of": dict(self.editor)},
+            editor={
+                "name": "scaled",
+                "alpha": alpha,
+                "of": dict(self.editor),
+                "scaled_from": sorted(self.changes),
+            },
         )
 
     @plain_torch()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tl_factedit.backend.hashing import hash_one
 from tl_factedit.backend.protocol import UnsupportedModelError, kind_of
+from tl_factedit.backend.sharing import check_untied, places_of
 from tl_factedit.backend.state import finish_despite_interrupt, plain_torch
 from tl_factedit.backend.unwrapped import is_wrapped
 from tl_factedit.editing.edit import Edit
@@ -43,7 +44,7 @@ def export_hf(edit: Edit, hf_model: Any) -> Any:
     Raises:
         ValueError: The model is one of TransformerLens or lives inside one, has other weights, holds an edit already,
             or the edited weights would not be finite in their type.
-        UnsupportedModelError: The model's MLPs weren't found.
+        UnsupportedModelError: The model's MLPs weren't found, or one of those to be written is tied to another weight.
 
     Example:
         >>> edited = fe.export_hf(edit, hf_model)                 # doctest: +SKIP
@@ -108,8 +109,12 @@ def _changed(edits: Sequence[Edit], hf_model: Any) -> list[tuple[Tensor, Tensor]
                 "edited before: several edits are written as one, compose(edits)): nothing was written"
             )
     found: dict[int, tuple[Tensor, Tensor]] = {}
+    places = places_of(hf_model)
     for delta in (delta for edit in edits for delta in edit.deltas):
-        param, transposed = _down(blocks[delta.layer], delta.layer)
+        owner, transposed = _down(blocks[delta.layer], delta.layer)
+        param = owner.weight
+        if delta.layer not in found:
+            check_untied(param, owner, delta.layer, places)
         live, weight = found.get(delta.layer, (param.detach().T if transposed else param.detach(),) * 2)
         changed = delta.on(weight)
         if not bool(changed.isfinite().all()):
@@ -144,13 +149,13 @@ def _blocks(hf_model: Any) -> list[nn.Module]:
     raise UnsupportedModelError(f"{type(hf_model).__name__} keeps its blocks in none of {list(BLOCKS)}")
 
 
-def _down(block: Any, layer: int) -> tuple[nn.Parameter, bool]:
-    """The parameter, and whether it is stored as [d_model, d_mlp]."""
+def _down(block: Any, layer: int) -> tuple[Any, bool]:
+    """The module that has the weight, and whether that is stored as [d_model, d_mlp]."""
     for name in DOWN:
         found = _walk(block, name)
         if found is not None:
             # GPT-2's Conv1D stores [d_mlp, d_model].
-            return found.weight, type(found).__name__ != "Conv1D"
+            return found, type(found).__name__ != "Conv1D"
     raise UnsupportedModelError(f"layer {layer} ({type(block).__name__}) has none of {list(DOWN)}")
 
 
@@ -162,8 +167,9 @@ def _walk(module: Any, path: str) -> Any:
     return module
 
 
-def _same(stored: tuple[nn.Parameter, bool], digest: str) -> bool:
-    param, transposed = stored
+def _same(stored: tuple[Any, bool], digest: str) -> bool:
+    owner, transposed = stored
+    param: nn.Parameter = owner.weight
     weight: Float[Tensor, "d_mlp d_model"] = param.detach().T if transposed else param.detach()
     # Processing may have centred what is written to the stream, and nothing else.
     return digest in (hash_one(weight), hash_one(weight - weight.mean(-1, keepdim=True)))

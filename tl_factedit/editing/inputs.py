@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
+from typing import cast
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_factedit.backend.fingerprint import Fingerprint
-from tl_factedit.backend.protocol import Model, bos_policy
+from tl_factedit.backend.protocol import Model, bos_policy, check_unquantised
+from tl_factedit.backend.sharing import check_own
 from tl_factedit.backend.state import plain_torch
-from tl_factedit.backend.weights import check_own, down_proj
+from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact, as_facts
 from tl_factedit.core.kinds import check_one, short
 from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
@@ -84,6 +86,7 @@ class EditInputs:
         facts, layers, stats = check_facts(facts, objective), list(layers), list(stats)
         for layer in layers:
             down_proj(model, layer)
+        check_unquantised(cast(nn.Module, model))
         if writes:
             check_own(model, layers)
         base = base_fingerprint(model)

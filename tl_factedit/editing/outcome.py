@@ -72,8 +72,9 @@ def as_editor(said: Mapping[str, Any]) -> Mapping[str, Any]:
     fitting(said.get("name"), str, "editor.name")
     if said["name"] == "scaled":
         fitting(said.get("alpha"), Finite, "editor.alpha")
-    if "digests" in said:
-        fitting(said["digests"], tuple[str, ...], "editor.digests", plain=True)
+    for name in ("digests", "scaled_from"):
+        if name in said:
+            fitting(said[name], tuple[str, ...], f"editor.{name}", plain=True)
     return said
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from tl_factedit.backend.protocol import Model, device, told_where_it_is
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import frozen, plain_torch
+from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
 from tl_factedit.core.spacing import continued, in_one_word
@@ -90,6 +92,50 @@ class Answers:
     n_tokens: int
     provenance: Provenance
     before: Answers | None = None
+
+    def __post_init__(self) -> None:
+        """Check that answers are of the facts and of known kinds, and go with those before."""
+        for i, answer in enumerate(self.each):
+            if not 0 <= answer.fact < len(self.facts):
+                raise ValueError(f"each[{i}].fact is {answer.fact}, needed one of {len(self.facts)} facts")
+            if answer.kind not in KINDS:
+                raise ValueError(f"each[{i}].kind is {answer.kind!r}, needed one of {KINDS}")
+            if not 0 <= answer.tokens_right <= 1:
+                raise ValueError(f"each[{i}].tokens_right is {answer.tokens_right}, needed a share from 0 to 1")
+        then = self.before
+        if then is not None and (
+            [a.asked for a in then.each] != [a.asked for a in self.each] or then.chat != self.chat
+        ):
+            raise ValueError(
+                "before holds answers to other prompts, needed those to the same facts, asked in the same way"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything into one safetensors file, those `before` too.
+
+        Raises:
+            OSError: The file can't be written; what was there is as it was.
+
+        Example:
+            >>> fe.answers(model, facts).save("answers.safetensors")                       # doctest: +SKIP
+            >>> fe.evaluation.Answers.load("answers.safetensors").table()                  # doctest: +SKIP
+        """
+        saved.save(self, path, "answers")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Answers:
+        """Read a file of `save`; no model is needed.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is cut short or changed, holds another kind of thing, or what it holds doesn't fit
+                together; the message names it.
+        """
+        return saved.load(path, "answers", cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON: dataclasses as dicts."""
+        return saved.as_plain(self, "answers")
 
     @property
     @plain_torch()
@@ -241,10 +287,11 @@ def answers(
         aliases or {}, {wanted.strip() for *_, wanted in asked} | {str(f.target_true).strip() for f in facts}
     )
     with frozen(model), torch.no_grad():
+        runner = Runner(model)  # which refuses what can't be run here before anything is said
         most = [max(n_tokens, len(target)) for _, target in rows]
         objects = [wanted for *_, wanted in asked]
         said = say(model, [ids for ids, _ in rows], most, batch_tokens, wanted=objects, progress=progress)
-        right = comes_first(Runner(model), rows, batch_tokens)
+        right = comes_first(runner, rows, batch_tokens)
 
     def stands(in_text: str, obj: str, test: Callable[[str, str], bool]) -> bool:
         return any(test(in_text, name) for name in (obj.strip(), *names.get(obj.strip(), ())))
