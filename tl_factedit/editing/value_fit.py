@@ -24,7 +24,7 @@ class ValueFit:
 
     Attributes:
         steps: Evaluations of the loss; one fewer updates (the last one is only read).
-        lr: Adam's step size.
+        lr: Adam's step size; says nothing to `LineSearch`.
         kl_weight: a, the weight of what the subject is said to be staying as it was.
         decay: b, the weight of ‖δ‖ / ‖v‖².
         clamp: ‖δ‖ is kept at or below this many ‖v‖.
@@ -35,7 +35,7 @@ class ValueFit:
         ease: What the first term counts at the step after one at which the new object came first everywhere (each of
             its tokens, in every context): 1 for the same as always, 0.1 in PMET's code.
         stop_kl: Stop early at such a step if a · KL is at most this (0.01 in PMET's code); None: don't.
-        method: How δ is moved: `AdamSteps`, or `LineSearch`, which needs half as many steps for a loss as small.
+        method: How δ is moved: `AdamSteps`, or `LineSearch`, which needs half as many steps for most facts.
     """
 
     steps: int = 20
@@ -75,7 +75,7 @@ class Fitted:
             bare prompt is the first.
         outputs: What stands there now where δ is added, [context d_model], float64: the answer of ``W_out``, or the
             residual stream after the block.
-        losses: The loss before each step.
+        losses: The loss at each evaluation. Of `LineSearch` some are of steps that were taken back; δ has the least.
         target_prob: Mean probability of a token of the object over contexts, before each step.
         stopped: Why it ended: ``"loss"``, ``"kl"`` or ``"steps"``.
         clamped: At how many steps δ had to be projected back.

@@ -1,4 +1,4 @@
-"""How δ is moved to make its loss small: by Adam, as published, or by a search that asks the model half as often.
+"""How δ is moved to make its loss small: by Adam, as published, or by a search that asks the model less often.
 
 A method is a value; `begin` makes of it a search for some facts at once. A search says where the loss is asked next
 (`Search.at`), is told what it is there, and knows which δ it found. All of it stays where δ is: nothing is fetched.
@@ -118,7 +118,7 @@ class _AdamSearch:
 
 @dataclass(frozen=True)
 class LineSearch:
-    """A quasi-Newton search in the ball: the same loss, as small in half of `AdamSteps`' evaluations or fewer.
+    """A quasi-Newton search in the ball: of most facts a loss as small in half of `AdamSteps`' evaluations.
 
     Each fact has its own history and step, and is moved only to where its loss is lower. `ValueFit.lr` is Adam's, and
     says nothing here.
