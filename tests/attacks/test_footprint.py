@@ -11,6 +11,7 @@ import torch
 
 import tl_factedit as fe
 from tl_factedit.attacks import Cell, footprint
+from tl_factedit.backend import hashing
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import align
 
@@ -22,6 +23,20 @@ FACTS = [laws.FACT, laws.OTHER]
 def rome(model, layer=1):
     stats = fe.KeyStats.identity(model, layer)
     return fe.Rome(stats, fit=laws.QUICK, contexts=("",), progress=False)(model, [laws.FACT])
+
+
+def test_of_several_edits_the_weights_are_read_once(monkeypatch):
+    model, read, sums = tiny.bridge("gpt2"), [], hashing.sums
+    rome_of = fe.Rome(fe.KeyStats.identity(model, 1), fit=laws.QUICK, contexts=("",), progress=False)
+    edits = rome_of.each(model, FACTS)
+
+    def reading(weights):
+        read.append(sum(weight.numel() for weight in weights))
+        return sums(weights)
+
+    monkeypatch.setattr("tl_factedit.backend.fingerprint.sums", reading)
+    footprint(model, edits, FACTS, progress=False)
+    assert len(read) > 1 and sum(read) < 1.2 * sum(param.numel() for param in model.parameters())
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)

@@ -22,6 +22,7 @@ import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,14 +127,19 @@ def editors(stats: dict[int, fe.KeyStats], model: Any) -> Makers:
     few = fe.Memit(stats).contexts.draw(model)
     rome = {"contexts": drawn, "progress": False}
     silent = {"progress": False}
+    # Half as many evaluations of the loss.
+    lines = {"method": fe.editing.LineSearch()}
+    rome_fit, memit_fit = fe.ValueFit(steps=10, **lines), replace(fe.Memit(stats).fit, steps=12, **lines)
     return {
         "rome": lambda: fe.Rome(five, **rome),
         # With as many contexts as MEMIT has, for a thousand edits one after the other.
         "rome-few": lambda: fe.Rome(five, contexts=few, **silent),
+        "rome-few-lines": lambda: fe.Rome(five, contexts=few, fit=rome_fit, **silent),
         "rome-bare": lambda: fe.Rome(five, target_ref="bare", **rome),
         "rome-original": lambda: fe.Rome(five, variant="original", **rome),
         "plain": lambda: fe.Rome(fe.KeyStats.identity(model, ROME_LAYER), prepend_bos=BOS, **rome),
         "memit": lambda: fe.Memit(stats, weight=1_500.0, contexts=few, **silent),
+        "memit-lines": lambda: fe.Memit(stats, weight=1_500.0, contexts=few, fit=memit_fit, **silent),
         "memit-15000": lambda: fe.Memit(stats, weight=15_000.0, contexts=few, **silent),
         "emmet": lambda: fe.Emmet(stats, contexts=few, **silent),
         "alphaedit": lambda: fe.AlphaEdit(stats, contexts=few, **silent),
@@ -159,7 +165,7 @@ def share_values(model: Any, out: Path) -> None:
     kept: dict[Any, Fitted] = {}
     for path in sorted(folder.glob("*.safetensors")):
         header, tensors = files.read(path, "fitted values")
-        kept |= files.decode(header["fitted"], tensors, KINDS)
+        kept |= dict(files.decode(header["fitted"], "fitted", tensors, KINDS))
 
     def shared(_: Any, targets: Sequence[Any], layer: int, contexts: Sequence[str], **how: Any) -> list[Fitted]:
         same = (layer, tuple(contexts), how.get("where", "mlp"), repr(how["fit"]))

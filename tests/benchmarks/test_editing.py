@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -194,6 +194,32 @@ def test_a_value_needs_little_more_than_the_least(smollm2, contexts, name, place
             f"{ours / our_time / 1e9:.0f} GFLOP/s, published {literal / literal_time / 1e9:.0f}"
         )
     assert literal / ours > 0.8 * literal / (in_steps + once)
+
+
+FEW = {"ROME": 10, "MEMIT": 12}
+"""Evaluations of `LineSearch` for the published 20 and 25."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("place", PROMPTS)
+def test_a_line_search_brings_the_loss_as_low_in_half_the_evaluations(smollm2, contexts, name, place, capsys):
+    method, fact = METHODS[name], PROMPTS[place]
+
+    def fit(chosen: ValueFit) -> tuple[float, float]:
+        """The least loss, and the CPU-seconds."""
+        how = {"where": method.where, "fit": chosen, "prepend_bos": False, "progress": False}
+        before = time.process_time()
+        (found,) = fit_values(smollm2, [fact], method.layer, contexts[name], **how)
+        return min(found.losses), time.process_time() - before
+
+    adam, adam_time = fit(method.fit)
+    few, few_time = fit(replace(method.fit, steps=FEW[name], method=fe.editing.LineSearch()))
+    with capsys.disabled():
+        print(
+            f"\n{name}, {type(smollm2).__name__}, {place}: loss {adam:.3f} in {method.fit.steps} evaluations, "
+            f"{adam_time:.1f} CPU-s; line search {few:.3f} in {FEW[name]}, {few_time:.1f} CPU-s"
+        )
+    assert few < adam + 0.1
 
 
 def test_one_of_32_facts_costs_no_more_than_one_alone(smollm2, contexts, capsys):

@@ -32,15 +32,16 @@ def waits(call):
     return seen.count["sync"] + seen.count["d2h"]
 
 
-def fitted(model, facts, steps=STEPS):
-    fit = fe.ValueFit(steps=steps, stop_below=0.0)
+def fitted(model, facts, steps=STEPS, **how):
+    fit = fe.ValueFit(steps=steps, stop_below=0.0, **how)
     return lambda: fe.editing.fit_values(model, facts, 2, ("",), fit=fit, prepend_bos=True, progress=False)
 
 
-def test_a_step_of_a_value_fit_waits_once_for_all_facts(model):
-    few, many = (waits(fitted(model, PEOPLE[:n])) for n in (1, 6))
+@pytest.mark.parametrize("method", [fe.editing.AdamSteps(), fe.editing.LineSearch()], ids=["adam", "lines"])
+def test_a_step_of_a_value_fit_waits_once_for_all_facts(model, method):
+    few, many = (waits(fitted(model, PEOPLE[:n], method=method)) for n in (1, 6))
     assert few == many
-    assert waits(fitted(model, PEOPLE, steps=2 * STEPS)) - many == STEPS
+    assert waits(fitted(model, PEOPLE, steps=2 * STEPS, method=method)) - many == STEPS
 
 
 def test_a_step_of_fine_tuning_waits_once_for_all_facts(model):

@@ -272,7 +272,7 @@ def test_no_graph_is_kept_so_that_the_model_can_still_be_copied(kind, arch, fail
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("tl_factedit.editing.descent.Adam.step", interrupt)
+        monkeypatch.setattr("tl_factedit.editing.adam.Adam.step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(model, steps=2)
     else:

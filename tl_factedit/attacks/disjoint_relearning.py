@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery
-from tl_factedit.attacks.learner import LEARNT, Group, Learner, Pupil, adding_hooks, check_one_change, learning_layers
+from tl_factedit.attacks.learner import LEARNT, Learner, Lesson, Pupil, adding_hooks, check_one_change, learning_layers
 from tl_factedit.attacks.relearning import relearning_rate
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
@@ -29,7 +29,7 @@ from tl_factedit.backend.state import detach_caches, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.facts import Fact
 from tl_factedit.core.settings import check_settings
-from tl_factedit.core.tokens import batches, continuation, encode
+from tl_factedit.core.tokens import continuation, encode
 from tl_factedit.core.words import counted
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
@@ -163,16 +163,14 @@ class DisjointRelearning:
         learner = Learner(runner, sites, 1, lr)
         lengths = [len(ids) + len(target) - 1 for ids, target in pupils]
         try:
-            groups = [
-                Group(runner, [pupils[i] for i in batch], layers[0]) for batch in batches(lengths, self.batch_tokens)
-            ]
+            lesson = Lesson(runner, pupils, lengths, layers[0], self.batch_tokens)
             due: dict[int, int] = {}
             for when in range(self.most + 1):
                 for time in [time for time, update in due.items() if update == when]:
                     self._look(found[:, time], runner, learner, strangers, float(when))
                 if due and when >= max(due.values()):
                     break
-                share = float((learner.update(groups).exp() > LEARNT).double().mean())
+                share = float((learner.update(lesson).exp() > LEARNT).double().mean())
                 if not due and share >= ENOUGH:
                     due = {t: min(self.most, (when + 1) * times) for t, times in enumerate(TIMES)}
         finally:

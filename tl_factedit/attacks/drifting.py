@@ -16,12 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_factedit.attacks.attack import Case, Recovery, why_masked
-from tl_factedit.attacks.learner import Group, Learner, adding_hooks, check_one_change, learning_layers
+from tl_factedit.attacks.learner import Learner, Lesson, adding_hooks, check_one_change, learning_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, plain_torch
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.settings import check_settings
-from tl_factedit.core.tokens import batches
 from tl_factedit.measure.first_tokens import FIRST, with_new_objects
 from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.strangers import Strangers, firsts_with_strangers
@@ -94,12 +93,7 @@ class Drift:
                     if when < steps[-1]:
                         some = [lessons[(when * self.at_once + i) % len(lessons)] for i in range(self.at_once)]
                         widths = [len(target) for _, target in some]
-                        learner.update(
-                            [
-                                Group(runner, [some[i] for i in batch], chosen[0])
-                                for batch in batches(widths, self.batch_tokens)
-                            ]
-                        )
+                        learner.update(Lesson(runner, some, widths, chosen[0], self.batch_tokens))
             finally:
                 detach_caches(runner.model)
             return found

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_factedit.attacks.cells import COMPONENTS, PLACES, Cell, Cells, Place, in_order, positions
+from tl_factedit.backend.fingerprint import hashed_once
 from tl_factedit.backend.halving import that_fit
 from tl_factedit.backend.hook_names import component_hook, resid_post, resid_pre
 from tl_factedit.backend.protocol import Hook, HookFn, Model, n_layers
@@ -271,22 +272,25 @@ def footprint_of(population: Population, *, batch_tokens: int = BATCH_TOKENS) ->
     )
     length = max(len(row.ids) for row in rows)
     found = torch.full((2, len(rows), len(components), length), math.nan)
-    for part in population.parts:
-        if isinstance(part.changed, Model) and n_layers(part.changed) != layers:
-            raise ValueError(f"the changed model has {n_layers(part.changed)} layers, and the unedited one {layers}")
+    with hashed_once(population.model):
+        for part in population.parts:
+            if isinstance(part.changed, Model) and n_layers(part.changed) != layers:
+                raise ValueError(
+                    f"the changed model has {n_layers(part.changed)} layers, and the unedited one {layers}"
+                )
 
-        def compute(part: Part = part) -> Tensor:
-            mine = torch.full((2, len(part.indices), len(components), length), math.nan)
-            for attempt in that_fit([len(rows[i].ids) for i in part.indices], batch_tokens):
-                with attempt as some:
-                    here = [rows[part.indices[j]] for j in some]
-                    width = max(len(row.ids) for row in here)
-                    mine[:, some, :, :width] = _writes(part, here)
-            return mine
+            def compute(part: Part = part) -> Tensor:
+                mine = torch.full((2, len(part.indices), len(components), length), math.nan)
+                for attempt in that_fit([len(rows[i].ids) for i in part.indices], batch_tokens):
+                    with attempt as some:
+                        here = [rows[part.indices[j]] for j in some]
+                        width = max(len(row.ids) for row in here)
+                        mine[:, some, :, :width] = _writes(part, here)
+                return mine
 
-        kept = population.keep("footprint", part, compute, settings=batch_tokens)
-        for place, i in enumerate(part.indices):
-            found[:, i] = kept[:, place]
+            kept = population.keep("footprint", part, compute, settings=batch_tokens)
+            for place, i in enumerate(part.indices):
+                found[:, i] = kept[:, place]
     return Footprint(
         facts=population.facts,
         components=components,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_factedit.backend.halving import Attempt, halving, that_fit
 from tl_factedit.backend.hook_names import resid_pre
-from tl_factedit.backend.memory import GIB, budget
+from tl_factedit.backend.memory import GIB, NUMBER, budget, graph_bytes, logits_bytes
 from tl_factedit.backend.protocol import Hook, Model, n_layers
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches
@@ -89,6 +90,41 @@ class Group:
         return torch.zeros(len(self.length), device=log_p.device).index_add(0, self.at[0].to(log_p.device), log_p)
 
 
+class Lesson:
+    """The pupils of an update, in groups that are run at once; those that the device has no memory for are halved.
+
+    Args:
+        runner: Runs the model.
+        pupils: Who is taught.
+        widths: What each costs, in tokens.
+        first: The first layer that learns.
+        batch_tokens: Most tokens in one pass.
+    """
+
+    def __init__(
+        self, runner: Runner, pupils: Sequence[Pupil], widths: Sequence[int], first: int, batch_tokens: int
+    ) -> None:
+        self.pupils = tuple(pupils)
+        self._runner, self._widths, self._first, self._most = runner, widths, first, batch_tokens
+        self._groups: dict[tuple[int, ...], Group] = {}
+
+    def attempts(self) -> Iterator[Attempt[int]]:
+        """The pupils, some at a time: as many as had room when they were last run."""
+        if not self._groups:
+            yield from that_fit(self._widths, self._most)
+            return
+        known = [list(some) for some in self._groups]
+        yield from halving(known, len, "texts in one pass", "a smaller batch_tokens")
+
+    def group(self, some: list[int]) -> Group:
+        """Run these up to the first layer that learns, if that isn't done yet; none of them is kept twice."""
+        if tuple(some) not in self._groups:
+            for other in [each for each in self._groups if set(each) & set(some)]:
+                del self._groups[other]
+            self._groups[tuple(some)] = Group(self._runner, [self.pupils[i] for i in some], self._first)
+        return self._groups[tuple(some)]
+
+
 class Learner:
     """Changes of some ``W_out`` that are learnt by Adam: one for each row, or one for all.
 
@@ -106,24 +142,37 @@ class Learner:
         ]
         self.adam = Adam(self.learnt, lr)
 
-    def update(self, groups: Sequence[Group]) -> Float[Tensor, "pupil"]:
-        """One update towards all targets; log p of each from before it, group after group."""
+    def update(self, lesson: Lesson) -> Float[Tensor, "pupil"]:
+        """One update towards all targets; log p of each from before it."""
         total = [torch.zeros_like(each) for each in self.learnt]
-        count = 1 if len(self.learnt[0]) > 1 else sum(len(group.length) for group in groups)
-        found = []
-        for group in groups:
-            leaves = [each.detach().requires_grad_() for each in self.learnt]
-            with torch.enable_grad():
-                log_p = group.log_p(self.runner, adding_hooks(self.sites, leaves))
-                loss = (-log_p / group.length.to(log_p.device)).sum() / count
-                for sum_, part in zip(total, torch.autograd.grad(loss, leaves), strict=True):
+        count = 1 if len(self.learnt[0]) > 1 else len(lesson.pupils)
+        log_p = torch.empty(len(lesson.pupils))
+        for attempt in lesson.attempts():
+            with attempt as some:
+                found, gradients = self._gradients(lesson.group(some), count)
+                log_p[some] = found
+                for sum_, part in zip(total, gradients, strict=True):
                     sum_ += part
-            found.append(log_p.detach().cpu())
-        log_p = torch.cat(found)
+        return self._step(log_p, total)
+
+    def update_group(self, group: Group) -> Float[Tensor, "pupil"]:
+        """The same towards the targets of one group, whole or not at all."""
+        log_p, gradients = self._gradients(group, 1 if len(self.learnt[0]) > 1 else len(group.length))
+        return self._step(log_p, gradients)
+
+    def _step(self, log_p: Float[Tensor, "pupil"], gradients: Sequence[Tensor]) -> Float[Tensor, "pupil"]:
         if not bool(log_p.isfinite().all()):
             raise RuntimeError(f"a log-probability is not finite after {self.adam.updates} updates: lower lr")
-        self.adam.step(total)
+        self.adam.step(gradients)
         return log_p
+
+    def _gradients(self, group: Group, count: int) -> tuple[Float[Tensor, "pupil"], tuple[Tensor, ...]]:
+        """Log p of each pupil's target, and the gradients of their losses' sum over `count`."""
+        leaves = [each.detach().requires_grad_() for each in self.learnt]
+        with torch.enable_grad():
+            log_p = group.log_p(self.runner, adding_hooks(self.sites, leaves))
+            loss = (-log_p / group.length.to(log_p.device)).sum() / count
+            return log_p.detach().cpu(), torch.autograd.grad(loss, leaves)
 
 
 def adding_hooks(sites: Sequence[DownProj], learnt: Sequence[Tensor]) -> list[Hook]:
@@ -144,13 +193,14 @@ def updates_until_learnt(
     sites = [down_proj(model, layer) for layer in layers]
     runner = Runner(model)
     numbers = sum(site.W.numel() for site in sites)
-    per_token = (runner.n_layers - layers[0]) * (12 * model.cfg.d_model + 6 * len(sites[0].W)) + 4 * model.cfg.d_vocab
+    token, read = graph_bytes(model, layers[0]), logits_bytes(model)
     # Of each change there are the sum, the gradient, two moments and a step.
-    cost = [4 * (6 * numbers + per_token * (len(ids) + len(target))) for ids, target in pupils]
+    cost = [NUMBER * 6 * numbers + token * (len(ids) + len(target)) + read * len(target) for ids, target in pupils]
     taken = torch.full((len(pupils),), steps + 1.0)
     try:
-        for some in batches(cost, int(room * GIB)):
-            taken[some] = _learn(runner, sites, [pupils[i] for i in some], lr, steps)
+        for attempt in halving(batches(cost, int(room * GIB)), len, "facts that learn at once", "less memory"):
+            with attempt as some:
+                taken[some] = _learn(runner, sites, [pupils[i] for i in some], lr, steps)
     finally:
         detach_caches(model)
     return taken
@@ -165,7 +215,7 @@ def _learn(
     wanted, before = math.log(LEARNT), torch.full((len(pupils),), math.nan)
     for update in range(steps + 1):
         if update < steps:
-            now = learner.update([group])
+            now = learner.update_group(group)
         else:
             with torch.no_grad():
                 now = group.log_p(runner, adding_hooks(sites, learner.learnt)).cpu()

@@ -16,8 +16,7 @@ MOST_TOKENS = 1024
 """In one forward pass without gradients: beyond it a processor gains nothing."""
 
 NUMBER = 4
-"""Bytes of a number; activations of half precision are reckoned as dearly, as losses are in float32."""
-
+"""Bytes of a number of float32, in which norms and losses are taken whatever the weights are in."""
 
 SHARE = 0.5
 """Of what is free on a device: the rest is for kernels' own needs, and for what is reckoned too small."""
@@ -65,20 +64,40 @@ def pass_tokens(model: Model, memory: float) -> int:
 
     The other half is for what is kept of other passes. At least 16, and at most `MOST_TOKENS`.
     """
+    # Nearly every token of a packed row that ends a cell is unembedded, and a metric makes one more of its logits.
+    each = pass_bytes(model) + (NUMBER + _size(model)) * model.cfg.d_vocab
+    return int(max(16, min(MOST_TOKENS, memory * GIB / 2 / each)))
+
+
+def pass_bytes(model: Model) -> int:
+    """Bytes that a token takes on its way through a pass without gradients, without its logits."""
     cfg = model.cfg
-    wide = 4 * (cfg.d_mlp or 4 * cfg.d_model) + 16 * cfg.d_model
-    # Nearly every token of a packed row that ends a cell is unembedded, and a metric makes two more of its logits.
-    return int(max(16, min(MOST_TOKENS, memory * GIB / 2 / (NUMBER * (wide + 3 * cfg.d_vocab)))))
+    return _size(model) * (4 * (cfg.d_mlp or 4 * cfg.d_model) + 12 * cfg.d_model)
 
 
 def graph_bytes(model: Model, layer: int) -> int:
-    """Bytes that the graph of one token takes from a block to the last one."""
-    return (n_layers(model) - layer) * (12 * model.cfg.d_model + 6 * len(down_proj(model, layer).W)) * NUMBER
+    """Bytes that the graph of one token takes from a block to the last one; none from behind the last."""
+    d_model, d_mlp = model.cfg.d_model, len(down_proj(model, min(layer, n_layers(model) - 1)).W)
+    # Of the 12 streams, norms and heads of a block four are in float32.
+    a_block = _size(model) * (4 * d_mlp + 8 * d_model) + NUMBER * 4 * d_model
+    return (n_layers(model) - layer) * a_block
+
+
+def past_bytes(model: Model) -> int:
+    """Bytes that a token's attention keys and values take in all blocks, half of them twice, and two streams."""
+    cfg = model.cfg
+    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    return _size(model) * (3 * n_layers(model) * heads * cfg.d_head + 2 * cfg.d_model)
 
 
 def logits_bytes(model: Model) -> int:
     """Bytes that the logits of one position take with their graph: themselves, their softmax, a loss, a gradient."""
     return 4 * model.cfg.d_vocab * NUMBER
+
+
+def _size(model: Model) -> int:
+    """Bytes of a number of the weights' own type."""
+    return next(param.element_size() for param in model.parameters())
 
 
 def together(needs: Sequence[int], memory: float, alike: Sequence[int] | None = None) -> Iterator[list[int]]:

@@ -42,7 +42,8 @@ def cholesky(moment: Float[Tensor, "d_mlp d_mlp"], *, ridge: float = 0.0) -> Flo
     """
     c = moment.double()
     if ridge:
-        c = c + ridge * torch.trace(c) / len(c) * torch.eye(len(c), dtype=c.dtype, device=c.device)
+        c = c.clone()  # the one copy: C is a large part of the memory
+        c.diagonal().add_(ridge * torch.trace(c) / len(c))
     factor, info = torch.linalg.cholesky_ex(c)
     if int(info) != 0:
         raise NotPositiveDefiniteError(f"not positive definite (Cholesky fails at row {int(info)})")

@@ -13,6 +13,7 @@ from tl_factedit.editing.ledger import forget_edits_
 from tl_factedit.editing.objectives import Amplify, EditTarget, Force, Objective, Reverse
 from tl_factedit.editing.off_target import off_target_share
 from tl_factedit.editing.value_fit import Fitted
+from tl_factedit.editing.value_methods import AdamSteps, LineSearch
 from tl_factedit.editing.values import fit_values
 from tl_factedit.measure.change import Change
 
@@ -34,6 +35,8 @@ __all__ = [
     "Reverse",
     "off_target_share",
     "Fitted",
+    "AdamSteps",
+    "LineSearch",
     "fit_values",
     "Change",
 ]

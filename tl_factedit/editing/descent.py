@@ -18,7 +18,6 @@ from tl_factedit.backend.protocol import Hook, Model, Place
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.weights import down_proj
 from tl_factedit.core.tokens import Aligned, align, pad
-from tl_factedit.editing.adam import Adam
 from tl_factedit.editing.objectives import EditTarget, set_subjects
 from tl_factedit.editing.value_fit import Fitted, ValueFit, Where
 
@@ -263,13 +262,12 @@ class Descent:
         counts = [1.0] * count  # what the first term of each loss does
         rows = self._active(list(range(count)))
         # Of the facts that are still moving; what is to be known of them on the CPU is fetched once a step.
-        moving = found.clone()
-        adam = Adam([moving], fit.lr)
+        search = fit.method.begin(found.clone(), fit.clamp * rows.norms, fit.lr)
         moved = torch.tensor([[1.0, 0.0]], device=where).expand(count, 2)  # finite, and clamped
         before: list[Tensor | None] = [None] * count  # the KL prompts' log-probabilities without δ
         for step in range(fit.steps):
             with torch.enable_grad():
-                own = moving.clone().requires_grad_()
+                own = search.at.clone().requires_grad_()
                 now = self._loss(rows, own, [counts[i] for i in rows.facts], before)
                 total = now.loss.sum()
                 if step == 0:
@@ -296,22 +294,20 @@ class Descent:
                 elif fit.stop_kl is not None and first and kl <= fit.stop_kl:
                     stopped[i] = "kl"
             going = [k for k, i in enumerate(rows.facts) if stopped[i] == "steps"]
-            if step == fit.steps - 1 or not going:
+            last = step == fit.steps - 1 or not going
+            if last or len(going) < len(rows.facts):
+                with torch.no_grad():
+                    found[torch.tensor(rows.facts)] = search.found(now.loss.detach())
+            if last:
                 break
             (gradient,) = torch.autograd.grad(total, own)
             with torch.no_grad():
+                loss = now.loss.detach()
                 if len(going) < len(rows.facts):
-                    found[torch.tensor(rows.facts)] = moving
                     rows = self._active([rows.facts[k] for k in going])
                     left = torch.tensor(going, device=where)
-                    adam, gradient = adam.of(left), gradient[left]
-                    (moving,) = adam.tensors
-                adam.step([gradient])
-                norm, most = moving.norm(dim=-1), fit.clamp * rows.norms
-                beyond = norm > most
-                moved = torch.stack([(norm < math.inf).all(-1), beyond.any(-1)], 1).float()
-                moving *= torch.where(beyond, most / norm, 1.0)[..., None]
-        found[torch.tensor(rows.facts)] = moving
+                    search, loss, gradient = search.of(left), loss[left], gradient[left]
+                moved = search.step(loss, gradient)
         delta, keys, outputs = found.double().cpu(), self.keys.cpu(), self.outputs.detach().cpu()
         return [
             Fitted(

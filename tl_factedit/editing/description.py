@@ -8,6 +8,7 @@ from typing import Any
 
 from tl_factedit.editing.edit import Edit
 from tl_factedit.editing.value_fit import ValueFit
+from tl_factedit.editing.value_methods import ValueMethod
 from tl_factedit.stats.key_stats import KeyStats
 from tl_factedit.stats.sampling import SampledContexts
 
@@ -42,7 +43,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, Edit):
         return value.digest
     if isinstance(value, (ValueFit, SampledContexts)):
-        return plain(asdict(value))
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, ValueMethod) and is_dataclass(value):
+        return {"name": type(value).__name__, **plain(asdict(value))}
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, range)):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_factedit.core.kinds import check_one
 from tl_factedit.core.settings import check_settings
+from tl_factedit.editing.value_methods import AdamSteps, ValueMethod
 
 Where = Literal["mlp", "resid", "modules"]
 """Where δ is added: to what ``W_out`` answers, to the stream after the block, or (PMET) one δ to what the attention and
@@ -22,7 +24,7 @@ class ValueFit:
 
     Attributes:
         steps: Evaluations of the loss; one fewer updates (the last one is only read).
-        lr: Adam's step size.
+        lr: Adam's step size; says nothing to `LineSearch`.
         kl_weight: a, the weight of what the subject is said to be staying as it was.
         decay: b, the weight of ‖δ‖ / ‖v‖².
         clamp: ‖δ‖ is kept at or below this many ‖v‖.
@@ -33,6 +35,7 @@ class ValueFit:
         ease: What the first term counts at the step after one at which the new object came first everywhere (each of
             its tokens, in every context): 1 for the same as always, 0.1 in PMET's code.
         stop_kl: Stop early at such a step if a · KL is at most this (0.01 in PMET's code); None: don't.
+        method: How δ is moved: `AdamSteps`, or `LineSearch`, which needs half as many steps for most facts.
     """
 
     steps: int = 20
@@ -45,6 +48,7 @@ class ValueFit:
     kl_at: Literal["subject", "end"] = "subject"
     ease: float = 1.0
     stop_kl: float | None = None
+    method: ValueMethod = field(default_factory=AdamSteps)
 
     def __post_init__(self) -> None:
         """Check the numbers and choices."""
@@ -53,6 +57,12 @@ class ValueFit:
             least={"steps": 1, "kl_weight": 0, "decay": 0, "ease": 0},  # one step only reads the loss
             above={"lr": 0, "clamp": 0},
         )
+        check_one(self.method, ValueMethod, "method", "fe.editing.AdamSteps() or fe.editing.LineSearch()")
+        if not isinstance(self.method, AdamSteps) and (self.ease != 1 or self.stop_kl is not None):
+            raise ValueError(
+                f"ease is {self.ease} and stop_kl {self.stop_kl}, which change what is descended on from step to step: "
+                "needed 1 and None with any method but AdamSteps()"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Fitted:
             bare prompt is the first.
         outputs: What stands there now where δ is added, [context d_model], float64: the answer of ``W_out``, or the
             residual stream after the block.
-        losses: The loss before each step.
+        losses: The loss at each evaluation. Of `LineSearch` some are of steps that were taken back; δ has the least.
         target_prob: Mean probability of a token of the object over contexts, before each step.
         stopped: Why it ended: ``"loss"``, ``"kl"`` or ``"steps"``.
         clamped: At how many steps δ had to be projected back.

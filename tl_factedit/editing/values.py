@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.halving import halving
-from tl_factedit.backend.memory import budget, graph_bytes, logits_bytes, together
+from tl_factedit.backend.memory import budget, graph_bytes, logits_bytes, past_bytes, together
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import detach_caches, frozen, plain_torch
@@ -92,7 +92,8 @@ def fit_values(
         with torch.no_grad():
             longest = max((row for each in asked for row in each.rows), key=len)
             packed = not runner.why_not_packed(longest[:TRIAL], len(longest))
-        groups = _batches(model, asked, layer, room, mixed=packed and runner.mixes_pasts)
+        first = layer if where == "modules" else layer + 1  # of the blocks that a gradient goes through
+        groups = _batches(model, asked, first, room, mixed=packed and runner.mixes_pasts)
         for attempt in halving(groups, len, "facts at once", "less memory"):
             with attempt as batch:
                 some, begun = [asked[i] for i in batch], bar.n
@@ -105,11 +106,14 @@ def fit_values(
     return [found[i] for i in range(len(asked))]
 
 
-def _batches(model: Model, asked: Sequence[FitRows], layer: int, memory: float, *, mixed: bool) -> Iterator[list[int]]:
+def _batches(model: Model, asked: Sequence[FitRows], first: int, memory: float, *, mixed: bool) -> Iterator[list[int]]:
     """As many facts at a time as their graphs leave room for; those of one width, if shorter rows can't be joined."""
-    token, read = graph_bytes(model, layer), logits_bytes(model)
+    token, read, past = graph_bytes(model, first), logits_bytes(model), past_bytes(model)
     widths = [0 if mixed else max(rows.queries) for rows in asked]
     order = sorted(range(len(asked)), key=lambda i: widths[i])
-    needs = [sum(asked[i].queries) * token + sum(map(len, asked[i].read)) * read for i in order]
+    needs = [
+        sum(asked[i].queries) * token + sum(map(len, asked[i].read)) * read + sum(map(len, asked[i].rows)) * past
+        for i in order
+    ]
     for batch in together(needs, memory, [widths[i] for i in order]):
         yield [order[i] for i in batch]

@@ -7,7 +7,7 @@ layers everything is run once. Above it every token moves, those before the subj
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.halving import halving
 from tl_factedit.backend.memory import budget, graph_bytes, logits_bytes, together
 from tl_factedit.backend.protocol import Hook
 from tl_factedit.backend.runner import Runner
@@ -100,16 +101,16 @@ class WeightDescent:
         """Step until the loss is small, or the steps are over."""
         schedule, count = self.schedule, len(self.asked)
         starts = range(0, count, schedule.batch)
-        batches = [list(self._pieces(range(i, min(i + schedule.batch, count)))) for i in starts]
+        batches = [self._pieces(range(i, min(i + schedule.batch, count))) for i in starts]
         losses: list[list[float]] = [[] for _ in range(count)]
         probs: list[list[float]] = [[] for _ in range(count)]
         stopped: Literal["loss", "steps"] = "steps"
         with tqdm(total=schedule.steps, unit="step", desc="fine-tuning", delay=1, disable=not schedule.progress) as bar:
             for _ in range(schedule.steps):
                 done = True
-                for pieces in batches:
+                for facts, pieces in batches:
                     gradients = self._gradients(pieces, losses, probs)
-                    if not self._below(pieces, losses):
+                    if not self._below(facts, losses):
                         done = False
                         self._update(gradients)
                 bar.update()
@@ -122,7 +123,7 @@ class WeightDescent:
                 raise RuntimeError(f"the weights of layer {site.layer} are not finite after fine-tuning: lower lr")
         if stopped == "steps":
             with torch.no_grad():
-                for pieces in batches:
+                for _, pieces in batches:
                     self._gradients(pieces, losses, probs, only_losses=True)
         held = {} if schedule.epsilon is None else {"held": self._held(weights)}
         return Tuned(
@@ -138,40 +139,50 @@ class WeightDescent:
             ),
         )
 
-    def _pieces(self, facts: Sequence[int]) -> Iterator[TrainingBatch]:
-        """As many facts at a time as their graphs leave room for."""
+    def _pieces(self, facts: Sequence[int]) -> tuple[Sequence[int], list[_Piece]]:
+        """The facts of an update: as many at a time as their graphs leave room for."""
         token, read = graph_bytes(self.runner.model, self.first), logits_bytes(self.runner.model)
-        for some in together([self.asked[i].need(token, read) for i in facts], self.memory):
-            yield TrainingBatch.of(self.runner, self.asked, [facts[i] for i in some], self.first)
+        needs = [self.asked[i].need(token, read) for i in facts]
+        return facts, [_Piece([facts[i] for i in some]) for some in together(needs, self.memory)]
 
     def _gradients(
-        self,
-        pieces: Sequence[TrainingBatch],
-        losses: list[list[float]],
-        probs: list[list[float]],
-        *,
-        only_losses: bool = False,
+        self, pieces: list[_Piece], losses: list[list[float]], probs: list[list[float]], *, only_losses: bool = False
     ) -> list[Tensor]:
-        """Of the mean loss of a batch, by each weight; its facts' losses are noted."""
+        """Of the mean loss of a batch, by each weight; its facts' losses are noted.
+
+        Pieces that the device has no memory for are halved, for good: their gradients are summed either way.
+        """
         total = [torch.zeros_like(weight) for weight in self.weights]
         count = sum(len(piece.facts) for piece in pieces)
-        for piece in pieces:
-            leaves = [weight.detach().requires_grad_(not only_losses) for weight in self.weights]
-            with torch.set_grad_enabled(not only_losses):
-                loss, prob = self._loss(piece, leaves)
-                if not only_losses:
-                    for sum_, part in zip(total, torch.autograd.grad(loss.sum() / count, leaves), strict=True):
-                        sum_ += part
-            table = torch.stack([loss.detach(), prob.detach()], 1).tolist()  # fetched at once
-            for i, (of_fact, likely) in zip(piece.facts, table, strict=True):
-                losses[i].append(of_fact)
-                probs[i].append(likely)
-                if not math.isfinite(of_fact):
-                    raise RuntimeError(
-                        f"the loss of {self.asked[i].edit_target.fact.name!r} is {losses[i][-1]} after "
-                        f"{self.adam.updates} updates: lower lr, or load the model in float32"
-                    )
+        kept = {tuple(piece.facts): piece for piece in pieces}
+        pieces.clear()
+        groups = [list(facts) for facts in kept]
+        for attempt in halving(groups, len, "facts at once", "less memory"):
+            with attempt as facts:
+                piece = kept.pop(tuple(facts), None) or _Piece(facts)
+                table = self._add(piece.batch(self), count, total, only_losses=only_losses)
+                pieces.append(piece)
+                for i, (of_fact, likely) in zip(facts, table, strict=True):
+                    losses[i].append(of_fact)
+                    probs[i].append(likely)
+                    if not math.isfinite(of_fact):
+                        raise RuntimeError(
+                            f"the loss of {self.asked[i].edit_target.fact.name!r} is {losses[i][-1]} after "
+                            f"{self.adam.updates} updates: lower lr, or load the model in float32"
+                        )
         return total
+
+    def _add(
+        self, batch: TrainingBatch, count: int, total: Sequence[Tensor], *, only_losses: bool
+    ) -> list[list[float]]:
+        """Add what some facts say of the gradient; each one's loss and probability, fetched at once."""
+        leaves = [weight.detach().requires_grad_(not only_losses) for weight in self.weights]
+        with torch.set_grad_enabled(not only_losses):
+            loss, prob = self._loss(batch, leaves)
+            if not only_losses:
+                for sum_, part in zip(total, torch.autograd.grad(loss.sum() / count, leaves), strict=True):
+                    sum_ += part
+        return torch.stack([loss.detach(), prob.detach()], 1).tolist()
 
     def _loss(
         self, piece: TrainingBatch, leaves: Sequence[Tensor]
@@ -189,8 +200,7 @@ class WeightDescent:
             fact.index_add(0, piece.fact, token_prob * piece.share),
         )
 
-    def _below(self, pieces: Sequence[TrainingBatch], losses: Sequence[Sequence[float]]) -> bool:
-        facts = [i for piece in pieces for i in piece.facts]
+    def _below(self, facts: Sequence[int], losses: Sequence[Sequence[float]]) -> bool:
         if any(self.asked[i].edit_target.unlikely for i in facts):
             return False
         return sum(losses[i][-1] for i in facts) / len(facts) < self.schedule.stop_below
@@ -210,6 +220,19 @@ class WeightDescent:
             if box is not None
         ]
         return float(torch.stack(at_end).mean())
+
+
+class _Piece:
+    """Facts that are run at once; their rows are run up to the first layer that is changed when they first are."""
+
+    def __init__(self, facts: list[int]) -> None:
+        self.facts = facts
+        self._batch: TrainingBatch | None = None
+
+    def batch(self, descent: WeightDescent) -> TrainingBatch:
+        if self._batch is None:
+            self._batch = TrainingBatch.of(descent.runner, descent.asked, self.facts, descent.first)
+        return self._batch
 
 
 def bounds(

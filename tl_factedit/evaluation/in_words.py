@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_factedit.backend.chat import chat_prompt
+from tl_factedit.backend.halving import halving
 from tl_factedit.backend.protocol import Model, device, told_where_it_is
 from tl_factedit.backend.provenance import Provenance
 from tl_factedit.backend.runner import Runner
@@ -430,21 +431,32 @@ def say(
         for at in range(0, len(mine), step)
     ]
     said = [""] * len(prompts)
-    with told_where_it_is(model), warnings.catch_warnings():
+
+    def tokens_of(group: list[int]) -> int:
+        return len(group) * (len(prompts[group[0]]) + max(most[i] for i in group))
+
+    with (
+        told_where_it_is(model),
+        warnings.catch_warnings(),
+        tqdm(total=len(prompts), desc="answers", delay=1, disable=not progress, leave=False) as bar,
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # what TransformerLens' generate asks of transformers
-        for group in tqdm(groups, desc="answers", unit="batch", delay=1, disable=not progress, leave=False):
-            tokens = torch.stack([prompts[i] for i in group]).to(device(model))
-            told: Any = model.generate(
-                tokens,
-                max_new_tokens=max(most[i] for i in group),
-                stop_at_eos=False,  # one row's end mustn't depend on the others'
-                do_sample=False,
-                prepend_bos=False,
-                return_type="tokens",
-                verbose=False,
-            )
-            for i, ids in zip(group, told[:, tokens.shape[1] :].tolist(), strict=True):
-                said[i] = _up_to_the_end(model.tokenizer, ids[: most[i]], "" if wanted is None else wanted[i].strip())
+        for attempt in halving(groups, tokens_of, "tokens in one pass", "a smaller batch_tokens"):
+            with attempt as group:
+                tokens = torch.stack([prompts[i] for i in group]).to(device(model))
+                told: Any = model.generate(
+                    tokens,
+                    max_new_tokens=max(most[i] for i in group),
+                    stop_at_eos=False,  # one row's end mustn't depend on the others'
+                    do_sample=False,
+                    prepend_bos=False,
+                    return_type="tokens",
+                    verbose=False,
+                )
+                for i, ids in zip(group, told[:, tokens.shape[1] :].tolist(), strict=True):
+                    wants = "" if wanted is None else wanted[i].strip()
+                    said[i] = _up_to_the_end(model.tokenizer, ids[: most[i]], wants)
+                bar.update(len(group))
     return said
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_factedit.backend.halving import halving
 from tl_factedit.backend.hook_names import resid_post
 from tl_factedit.backend.protocol import device
 from tl_factedit.backend.runner import Runner
@@ -87,25 +89,27 @@ def token_streams(
     """The streams after some blocks and, as the last column, after the last one; piece by piece, without BOS."""
     names = [resid_post(layer) for layer in (*layers, runner.n_layers - 1)]
     streams: list[Tensor] = []
-    missing = training.n_tokens
 
-    def run(rows: Sequence[Piece]) -> None:
-        caught = runner.capture(pad([piece.ids for piece in rows], fill=0), list(dict.fromkeys(names)))
-        stacked = torch.stack([caught[name] for name in names], 2).float().cpu()
-        streams.extend(row[int(bos) : len(piece.ids)] for row, piece in zip(stacked, rows, strict=True))
+    def together() -> Iterator[list[Piece]]:
+        missing = training.n_tokens
+        waiting: list[Piece] = []
+        for piece in pieces(runner.model, reader, bos, training.context):
+            ids = piece.ids[: missing + bos]
+            if waiting and max(len(ids), *(len(other.ids) for other in waiting)) * (len(waiting) + 1) > batch_tokens:
+                yield waiting
+                waiting = []
+            waiting.append(replace(piece, ids=ids))
+            missing -= len(ids) - bos
+            if missing <= 0:
+                break
+        if waiting:
+            yield waiting
 
-    waiting: list[Piece] = []
-    for piece in pieces(runner.model, reader, bos, training.context):
-        ids = piece.ids[: missing + bos]
-        if waiting and max(len(ids), *(len(other.ids) for other in waiting)) * (len(waiting) + 1) > batch_tokens:
-            run(waiting)
-            waiting = []
-        waiting.append(replace(piece, ids=ids))
-        missing -= len(ids) - bos
-        if missing <= 0:
-            break
-    if waiting:
-        run(waiting)
+    for attempt in halving(together(), len, "pieces of text in one pass", "a shorter context"):
+        with attempt as rows:
+            caught = runner.capture(pad([piece.ids for piece in rows], fill=0), list(dict.fromkeys(names)))
+            stacked = torch.stack([caught[name] for name in names], 2).float().cpu()
+            streams.extend(row[int(bos) : len(piece.ids)] for row, piece in zip(stacked, rows, strict=True))
     if not streams:
         raise ValueError("the texts hold no tokens: give some text")
     return streams
@@ -141,22 +145,64 @@ def descend(
     inner, bias = rest[0] if len(rest) == 2 else None, rest[-1]
     optimiser = torch.optim.Adam([part.requires_grad_(True) for part in parts], lr=training.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / training.steps)
-    rows = _draws(len(streams), training)
-    for _ in tqdm(range(training.steps), desc="tuned lens", unit="step", delay=1, disable=not progress):
-        batch = streams[next(rows)].to(where)
-        final = unembed(runner, batch[:, -1]).log_softmax(-1)
-        optimiser.zero_grad()
-        for layers in _layers_at_once(len(matrix), final.numel()):
-            with torch.enable_grad():
-                within = None if inner is None else inner[layers]
-                moved = translate(batch[:, layers], matrix[layers], within, bias[layers])
-                loss = _kl(final[:, None], unembed(runner, moved).log_softmax(-1)).mean(0).sum()
-                loss.backward()
-        optimiser.step()
-        schedule.step()
+    draws = _draws(len(streams), training)
+
+    def work() -> Iterator[list[_Share]]:
+        """Of each step the tokens, for some layers at a time."""
+        for step in range(training.steps):
+            rows = next(draws).tolist()
+            for layers in _layers_at_once(len(matrix), len(rows) * runner.model.cfg.d_vocab):
+                yield [_Share(step, layers, row, len(rows)) for row in rows]
+
+    now, known = 0, _Known((), torch.empty(0), torch.empty(0))
+    with tqdm(total=training.steps, desc="tuned lens", unit="step", delay=1, disable=not progress) as bar:
+        for attempt in halving(work(), len, "tokens at once", "a smaller LensTraining.batch"):
+            with attempt as shares:
+                step, layers, _, count = shares[0]
+                if step > now:
+                    _move(optimiser, schedule, bar)
+                    now = step
+                rows = tuple(share.row for share in shares)
+                if rows != known.rows:  # of another step, or fewer
+                    some = streams[list(rows)].to(where)
+                    known = _Known(rows, some, unembed(runner, some[:, -1]).log_softmax(-1))
+                batch, final = known.streams, known.final
+                with torch.enable_grad():
+                    within = None if inner is None else inner[layers]
+                    moved = translate(batch[:, layers], matrix[layers], within, bias[layers])
+                    loss = _kl(final[:, None], unembed(runner, moved).log_softmax(-1)).sum(0).div(count).sum()
+                    gradients = torch.autograd.grad(loss, parts)
+                for part, gradient in zip(parts, gradients, strict=True):
+                    part.grad = gradient if part.grad is None else part.grad.add_(gradient)
+        _move(optimiser, schedule, bar)
     for part in parts:
         part.requires_grad_(False)
         part.data = part.data.cpu()
+
+
+class _Share(NamedTuple):
+    """A token's part of a step, for some of the layers; `of` tokens in all."""
+
+    step: int
+    layers: slice
+    row: int
+    of: int
+
+
+class _Known(NamedTuple):
+    """Some tokens' streams, and what the model says of them at its end, which no layer changes."""
+
+    rows: tuple[int, ...]
+    streams: Tensor
+    final: Tensor
+
+
+def _move(optimiser: torch.optim.Optimizer, schedule: Any, bar: Any) -> None:
+    """A step of Adam, at its learning rate."""
+    optimiser.step()
+    optimiser.zero_grad()
+    schedule.step()
+    bar.update()
 
 
 def _draws(count: int, training: LensTraining) -> Iterator[Int[Tensor, "row"]]:
@@ -180,10 +226,14 @@ def divergence(
 ) -> Float[Tensor, "layer"]:
     """Mean KL divergence of translators at every layer; the streams' last column is that of the last block."""
     total = torch.zeros(len(bias), dtype=torch.float64)
-    for batch in streams.split(256):
-        final = unembed(runner, batch[:, -1]).log_softmax(-1)
-        for layers in _layers_at_once(len(bias), final.numel()):
-            within = None if inner is None else inner[layers]
-            moved = translate(batch[:, layers], matrix[layers], within, bias[layers])
-            total[layers] += _kl(final[:, None], unembed(runner, moved).log_softmax(-1)).double().sum(0).cpu()
+    groups = (rows.tolist() for rows in torch.arange(len(streams)).split(256))
+    for attempt in halving(groups, len, "tokens at once", "more room on the device"):
+        with attempt as rows:
+            batch = streams[rows]
+            final, own = unembed(runner, batch[:, -1]).log_softmax(-1), torch.zeros_like(total)
+            for layers in _layers_at_once(len(bias), final.numel()):
+                within = None if inner is None else inner[layers]
+                moved = translate(batch[:, layers], matrix[layers], within, bias[layers])
+                own[layers] = _kl(final[:, None], unembed(runner, moved).log_softmax(-1)).double().sum(0).cpu()
+            total += own
     return (total / len(streams)).float()
