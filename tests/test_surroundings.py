@@ -228,6 +228,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "chat_prompt": lambda w: fe.chat_prompt(w.model, "Where is {} ?"),
     "known": lambda w: fe.known(w.model, w.facts),
     "answers": lambda w: fe.answers(w.model, w.facts, n_tokens=3, progress=False),
+    "evaluation.elicit": lambda w: fe.evaluation.elicit(w.model, w.edit, [w.fact], samples=3, n_tokens=3),
     "evaluation.ripples": lambda w: fe.evaluation.ripples(w.model, w.edit, a_case(w), n_tokens=3, progress=False),
     "causal_trace": lambda w: fe.causal_trace(w.model, w.facts[:2], progress=False),
     "causal_trace, replaced": lambda w: fe.causal_trace(

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import tl_factedit as fe
-from tl_factedit.evaluation.in_words import _up_to_the_end, begins_with, names_it
+from tl_factedit.evaluation.in_words import begins_with, names_it, up_to_the_end
 
 FORMS = [("bridge", arch) for arch in ("gpt2", "llama", "gemma2")]
 FORMS += [("hooked", arch) for arch in ("gpt2", "llama") if arch in tiny.HOOKED]
@@ -156,10 +156,10 @@ def test_an_answer_is_as_long_as_what_is_wanted_and_a_line_break_of_the_object_e
     assert found.each[0].said == said and found.autoregressive.mean == 1.0 == found.teacher_forced.mean
     ids = model.tokenizer("Rome is Paris", add_special_tokens=False)["input_ids"]
     text = model.tokenizer.decode(ids)
-    assert _up_to_the_end(model.tokenizer, ids, "Rome") == text
+    assert up_to_the_end(model.tokenizer, ids, "Rome") == text
     broken = SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: " Rome\nor so\nmore")
-    assert _up_to_the_end(broken, ids, "Rome") == " Rome"
-    assert _up_to_the_end(broken, ids, "Rome\nor so") == " Rome\nor so"
+    assert up_to_the_end(broken, ids, "Rome") == " Rome"
+    assert up_to_the_end(broken, ids, "Rome\nor so") == " Rome\nor so"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from tl_factedit.evaluation.cases import EditCase, Query, Question
 from tl_factedit.evaluation.coverage import Coverage, gain_coverage
 from tl_factedit.evaluation.dose import Dose, dose_curve
 from tl_factedit.evaluation.edit_gains import Gains, gains
+from tl_factedit.evaluation.elicitation import Elicited, elicit
 from tl_factedit.evaluation.erasure import ErasureSuccess, erasure_success
 from tl_factedit.evaluation.further_scores import (
     ThreeScores,
@@ -40,6 +41,8 @@ __all__ = [
     "dose_curve",
     "Gains",
     "gains",
+    "Elicited",
+    "elicit",
     "ErasureSuccess",
     "erasure_success",
     "Mediation",

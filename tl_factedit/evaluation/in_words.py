@@ -455,12 +455,12 @@ def say(
                 )
                 for i, ids in zip(group, told[:, tokens.shape[1] :].tolist(), strict=True):
                     wants = "" if wanted is None else wanted[i].strip()
-                    said[i] = _up_to_the_end(model.tokenizer, ids[: most[i]], wants)
+                    said[i] = up_to_the_end(model.tokenizer, ids[: most[i]], wants)
                 bar.update(len(group))
     return said
 
 
-def _up_to_the_end(tokenizer: Any, ids: list[int], wanted: str) -> str:
+def up_to_the_end(tokenizer: Any, ids: list[int], wanted: str) -> str:
     """An answer's text, up to the token that ends it, or to the first line break that the wanted object hasn't got."""
     end = getattr(tokenizer, "eos_token_id", None)
     text = str(tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True))
