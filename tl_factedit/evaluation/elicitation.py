@@ -1,9 +1,9 @@
 """What comes when a model is asked again and again: sampled answers, before and after a change.
 
 Greedy decoding gives one answer. An old object that an edit put second is still said now and then, and somebody who
-asks often enough gets it. So each prompt and paraphrase is answered many times, and it is counted how often the old object
-is named, and in how many facts *ever*, beside how often other objects of the relation (`controls`) are: whoever samples
-long enough hears any object.
+asks often enough gets it. So each prompt and paraphrase is answered many times, and it is counted how often the old
+object is named, and in how many facts *ever*, beside how often other objects of the relation (`controls`) are: whoever
+samples long enough hears any object.
 """
 
 from __future__ import annotations

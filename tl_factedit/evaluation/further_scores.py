@@ -96,7 +96,7 @@ def rewrite_scores(before: Scores, after: Scores) -> ThreeScores:
     return ThreeScores(
         *(
             over_facts(
-                _by_fact(after, ask, lambda answer: found[id(answer)]), span=None if ask != "neighbour" else (0, 1)
+                _by_fact(after, ask, lambda answer: found[id(answer)]), span=(0.0, 1.0) if ask == "neighbour" else None
             )
             for ask in KINDS
         )
