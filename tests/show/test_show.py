@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from jaxtyping import TypeCheckError
 
-from tl_factedit import show
+from tl_factedit import evaluation, show
 from tl_factedit.auditing.audit import audit
 from tl_factedit.core.estimate import Estimate
 from tl_factedit.core.facts import Fact
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.editors.rome import Rome
 from tl_factedit.evaluation.edit_gains import gains
+from tl_factedit.evaluation.in_words import answers
 from tl_factedit.evaluation.scores import evaluate
 from tl_factedit.locate.corruption import GaussianNoise, GivenNoise
 from tl_factedit.locate.trace import causal_trace
@@ -117,7 +119,27 @@ def made(request: pytest.FixtureRequest):
         "edit": edit,
         "verdict": audit(model, edit, [FACT]),
         "scores": evaluate(model, [FACT]),
+        "answers": said_by(model, edit),
+        "ripples": evaluation.ripples(model, edit, A_CASE, n_tokens=3),
+        "elicited": evaluation.elicit(model, edit, FACT, samples=3, n_tokens=3),
     }
+
+
+A_CASE = evaluation.EditCase(
+    [FACT],
+    [
+        evaluation.Question("near", [evaluation.Query("Big Ben is in", ["Rome"], old=["Paris"])]),
+        evaluation.Question(
+            "far", [evaluation.Query("Big", ["x"])], conditions=[evaluation.Query("Ben", ["<nothing>"])]
+        ),
+    ],
+)
+
+
+def said_by(model, edit):
+    before = answers(model, FACT, n_tokens=3)
+    with edit.applied(model):
+        return answers(model, FACT, n_tokens=3, before=before)
 
 
 def pictures(made) -> dict[str, show.Picture]:
@@ -126,6 +148,9 @@ def pictures(made) -> dict[str, show.Picture]:
         "edit": show.edit(made["model"], made["edit"], FACT.text),
         "verdict": show.verdict(made["verdict"]),
         "scores": show.scores(made["verdict"].before, made["verdict"].after),
+        "answers": show.answers(made["answers"]),
+        "ripples": show.ripples(made["ripples"]),
+        "elicited": show.elicited(made["elicited"]),
     }
 
 
@@ -147,7 +172,7 @@ def test_every_picture_is_one_valid_page_that_fetches_nothing(made):
 
 def test_only_a_picture_of_tokens_brings_a_script_and_only_one(made):
     found = {name: len(Page(p.html).all("script")) for name, p in pictures(made).items()}
-    assert found == {"trace": 0, "edit": 1, "verdict": 0, "scores": 0}
+    assert {name for name, scripts in found.items() if scripts} == {"edit"} and found["edit"] == 1
 
 
 def test_what_a_notebook_shows_has_no_page_around_it_and_its_own_background(made):
@@ -504,6 +529,45 @@ def test_scores_of_one_model_have_one_column(made):
     assert "before" not in Page(show.scores(made["scores"]).html).words("th")
 
 
+# ------------------------------------------------------------------------------------------ what a model says
+
+
+def test_answers_stand_before_and_after_with_the_old_object_marked(made):
+    found = made["answers"]
+    old = FACT.target_true.strip()
+    first = replace(found.each[0], said=f" in {old}, of course", names_old=True)
+    page = Page(show.answers(replace(found, each=(first, *found.each[1:]))).html)
+    assert (
+        old in page.words("b")
+        and "in" in page.words("td")
+        and f"The gap after prompts is {found.gap:.2f}" in page.words()
+    )
+    for answer in found.before.each:
+        assert (answer.said.strip() or "(nothing)").split()[0] in page.words("td")
+    one = Page(show.answers(replace(found, before=None)).html)
+    assert "says before" in page.words("th") and "says before" not in one.words("th")
+
+
+def test_ripples_say_what_counts_and_what_was_said(made):
+    found = made["ripples"]
+    page = Page(show.ripples(found).html)
+    assert "none of 1 questions counts" in page.words("text") and "doesn't count" in page.words("td")
+    assert "near: right" in page.words("text") and "the old answer" in page.words("text")
+    right = replace(found.asked[0], right=True)
+    assert "yes" in Page(show.ripples(replace(found, asked=(right, found.asked[1]))).html).words("td")
+
+
+def test_what_is_sampled_stands_beside_its_null(made):
+    page = Page(show.elicited(made["elicited"]).html)
+    assert "a control, of the samples, after" in page.words("text") and "3 samples of each prompt" in page.words()
+
+
+@pytest.mark.parametrize("name", ["answers", "ripples", "elicited"])
+def test_another_kind_of_result_is_refused(made, name):
+    with pytest.raises((TypeError, TypeCheckError), match=r"needed|violates"):
+        getattr(show, name)(made["scores"])
+
+
 # -------------------------------------------------------------------------------------------------- report
 
 
@@ -517,6 +581,9 @@ def test_a_report_holds_everything_once_and_circuitsvis_once(made, tmp_path: Pat
         ("Again", edit),
         made["verdict"],
         made["scores"],
+        made["answers"],
+        made["ripples"],
+        made["elicited"],
     ]
     path = show.report(str(tmp_path / "report.html"), *items, title="A fact")
     assert path == tmp_path / "report.html"

@@ -14,11 +14,26 @@ from tl_factedit.show.footprints import footprint
 from tl_factedit.show.page import Picture
 from tl_factedit.show.redundancies import redundancy
 from tl_factedit.show.reports import report
+from tl_factedit.show.said import answers, elicited, ripples
 from tl_factedit.show.score_tables import scores
 from tl_factedit.show.trace_averages import average
 from tl_factedit.show.traces import trace
 from tl_factedit.show.verdicts import verdict
 
-__all__ = ["Picture", "attack", "average", "edit", "footprint", "redundancy", "report", "scores", "trace", "verdict"]
+__all__ = [
+    "Picture",
+    "answers",
+    "attack",
+    "average",
+    "edit",
+    "elicited",
+    "footprint",
+    "redundancy",
+    "report",
+    "ripples",
+    "scores",
+    "trace",
+    "verdict",
+]
 
 __dir__ = shows(__all__)

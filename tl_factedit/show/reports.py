@@ -10,18 +10,22 @@ from tl_factedit.auditing.verdict import Verdict
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core import files
 from tl_factedit.editing.edit import Edit
+from tl_factedit.evaluation.elicitation import Elicited
+from tl_factedit.evaluation.in_words import Answers
+from tl_factedit.evaluation.ripple_effects import Ripples
 from tl_factedit.evaluation.scores import Scores
 from tl_factedit.locate.trace_result import Trace
 from tl_factedit.show.attacks import attack
 from tl_factedit.show.markup import Html, join, tag
 from tl_factedit.show.page import Picture, document
 from tl_factedit.show.redundancies import redundancy
+from tl_factedit.show.said import answers, elicited, ripples
 from tl_factedit.show.score_tables import scores
 from tl_factedit.show.trace_averages import average
 from tl_factedit.show.traces import trace
 from tl_factedit.show.verdicts import verdict
 
-_Item = Picture | Trace | Verdict | Scores | Recovery | Redundancy | str
+_Item = Picture | Trace | Verdict | Scores | Recovery | Redundancy | Answers | Ripples | Elicited | str
 
 
 @plain_torch()
@@ -30,9 +34,9 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
 
     Args:
         path: The file to write; one that exists is replaced.
-        items: Pictures and results (a `Trace`, `Verdict`, `Scores` or `Redundancy` is drawn by the function of this
-            name, a `Recovery` by `attack`, a trace of several facts by `average`), plain text (an empty line begins a
-            paragraph), or ``(heading, item)``.
+        items: Pictures and results (a `Trace`, `Verdict`, `Scores`, `Redundancy`, `Answers`, `Ripples` or `Elicited` is
+            drawn by the function of this name, a `Recovery` by `attack`, a trace of several facts by `average`), plain
+            text (an empty line begins a paragraph), or ``(heading, item)``.
         title: Title of the page.
 
     Returns:
@@ -84,10 +88,16 @@ def _drawn(what: object) -> Picture:
         return attack(what)
     if isinstance(what, Redundancy):
         return redundancy(what)
+    if isinstance(what, Answers):
+        return answers(what)
+    if isinstance(what, Ripples):
+        return ripples(what)
+    if isinstance(what, Elicited):
+        return elicited(what)
     hint = ": draw it with fe.show.edit(model, edit, text)" if isinstance(what, Edit) else ""
     raise TypeError(
-        f"a report can't hold a {type(what).__name__}, needed a Picture, Trace, Verdict, Scores, Recovery, Redundancy "
-        f"or text{hint}"
+        f"a report can't hold a {type(what).__name__}, needed a Picture, text, or a result that has one: "
+        f"Trace, Verdict, Scores, Recovery, Redundancy, Answers, Ripples, Elicited{hint}"
     )
 
 

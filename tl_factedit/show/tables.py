@@ -40,7 +40,7 @@ def score_table(both: Sequence[Scores]) -> Html:
         for name, why, key, digits in kinds
     ]
     heads = [when if several else tag("th", when, class_="n") for when in _when(both)]
-    return join(_table(["", *heads], found), tag("small", note))
+    return join(table(["", *heads], found), tag("small", note))
 
 
 def prompt_table(both: Sequence[Scores]) -> Html:
@@ -67,7 +67,7 @@ def prompt_table(both: Sequence[Scores]) -> Html:
     return join(
         tag("h4", "Every prompt"),
         tag("small", "p: geometric mean over the object's tokens. In grey: true | new object."),
-        _table(heads, cells),
+        table(heads, cells),
     )
 
 
@@ -100,7 +100,7 @@ def fact_table(verdict: Verdict) -> Html:
         )
     return join(
         tag("h4", "Each fact"),
-        _table([heads[0], heads[1], *(tag("th", head, class_="n") for head in heads[2:7]), heads[7]], cells),
+        table([heads[0], heads[1], *(tag("th", head, class_="n") for head in heads[2:7]), heads[7]], cells),
     )
 
 
@@ -135,7 +135,8 @@ def _when(both: Sequence[Scores]) -> list[str]:
     return ["before", "after"] if len(both) == 2 else [""]
 
 
-def _table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> Html:
+def table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> Html:
+    """A table that may scroll; of very many rows the first."""
     more = len(cells) - _MOST_ROWS if len(cells) > 2 * _MOST_ROWS else 0
     return join(
         tag("div", _plain_table(heads, cells[:_MOST_ROWS] if more else cells), class_="tlf-wide"),
