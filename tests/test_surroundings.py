@@ -517,7 +517,7 @@ SURROUNDINGS: dict[str, Surrounding] = {
     "left padding": Surrounding(padding_left),
     # Rows aren't packed around a user's hooks, so that batches have other shapes: roundings of 1e-7, some tens of times
     # larger after a few steps of Adam. Results say so (`unpacked`), and which hooks there were.
-    "a user's hooks": Surrounding(hook_of_a_user, 1e-5, (".unpacked", ".digest", ".hooks[", ".concerns[")),
+    "a user's hooks": Surrounding(hook_of_a_user, 1e-5, (".unpacked", ".digest", ".changes", ".hooks[", ".concerns[")),
 }
 
 # Each alone where calls are quick; where each call's types are checked (see conftest.py), several at a time.

@@ -364,7 +364,7 @@ def test_a_class_is_no_objective(kind, which):
         "tl_factedit.editing.objectives.subject_of",
         "tl_factedit.editing.objectives.Runner.logits",
         "tl_factedit.editing.objectives.EditTarget.spelt",
-        "tl_factedit.editing.descent.Adam.step",
+        "tl_factedit.editing.adam.Adam.step",
     ],
 )
 @pytest.mark.parametrize("which", ["rome", "memit"])

@@ -82,7 +82,7 @@ def test_the_weights_stay_and_come_back_and_the_same_edit_comes_again(kind, arch
         "tl_factedit.editing.layerwise.prefixes",
         "tl_factedit.editing.layerwise.fit_values",
         "tl_factedit.editing.values.Runner.remember",
-        "tl_factedit.editing.descent.Adam.step",
+        "tl_factedit.editing.adam.Adam.step",
         "tl_factedit.editing.layerwise.Delta",
         "tl_factedit.editing.edit.measure_off_target",
         "tl_factedit.editing.edit.diagnose",

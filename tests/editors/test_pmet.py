@@ -79,7 +79,7 @@ def test_it_obeys_the_laws_of_every_editor(kind, arch, monkeypatch, tmp_path):
     [
         "tl_factedit.editing.layerwise.fit_values",
         "tl_factedit.editing.values.Runner.remember",
-        "tl_factedit.editing.descent.Adam.step",
+        "tl_factedit.editing.adam.Adam.step",
         "tl_factedit.editing.layerwise.Delta",
         "tl_factedit.backend.weights.DownProj.write_",
         "tl_factedit.editing.edit.diagnose",

@@ -350,7 +350,7 @@ STAGES = {
     "keys are captured": "tl_factedit.editing.values.Runner.capture",
     "the clean run is remembered": "tl_factedit.editing.values.Runner.remember",
     "the loss is taken": "torch.autograd.grad",
-    "a step is taken": "tl_factedit.editing.descent.Adam.step",
+    "a step is taken": "tl_factedit.editing.adam.Adam.step",
     "the moment is factored": "tl_factedit.editing.inputs.cholesky",
     "the key is whitened": "tl_factedit.editors.rome.whiten",
     "the update is solved": "tl_factedit.editors.rome.rank_one",
