@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import audits
 import laws
 import measured
 import pytest
@@ -17,6 +18,7 @@ from tl_factedit.attacks.reversal import QUANTITIES, _Directions, _without
 from tl_factedit.backend.matrices import matrices
 from tl_factedit.backend.state import frozen
 from tl_factedit.backend.weights import DownProj, down_proj, rewritten
+from tl_factedit.organism import text as told
 
 
 def _dropped(sites, directions, count):
@@ -268,3 +270,57 @@ def test_of_what_is_hooked_into_a_model_its_weights_say_nothing(setting):
         assert reversal(asked).asks_weights is None
     finally:
         handle.remove()
+
+
+def test_what_was_written_into_the_dropped_directions_is_undone_alone_as_with_the_weights_written(setting):
+    model, facts, _ = setting
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in (1, 2):
+            weight = down_proj(changed, layer).W
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    population = fe.Population.of(model, changed, facts, progress=False)
+    found = fe.attacks.WeightReversal(dropped=(2, 5), neighbours=0)(population)
+    undone, looked = QUANTITIES.index("undone"), 0
+    assert found.before.values[..., undone].isnan().all()
+    for key in found.keys:
+        cover = float(found.after.at(case=key)[0, QUANTITIES.index("cover")])
+        if cover >= 0.5:
+            assert found.after.at(case=key)[:, undone].isnan().all()
+            continue
+        (layer, count) = (None, key) if isinstance(key, int) else key
+        sites = [down_proj(changed, each) for each in (1, 2) if layer in (None, each)]
+        weights = []
+        for site in sites:
+            u, _, vh = torch.linalg.svd(site.W.double(), full_matrices=False)
+            change = site.W.double() - down_proj(model, site.layer).W.double()
+            gone = (
+                u[:, :count] @ u[:, :count].T @ change
+                if change.shape[0] < change.shape[1]
+                else (change @ vh[:count].T @ vh[:count])
+            )
+            weights.append((site.W.double() - gone).float())
+        with attacking.written(sites, weights):
+            expected = [attacking.firsts(changed, fact, attacking.ends(changed, fact.text))[0] for fact in facts]
+        assert found.after.at(case=key)[:, undone].tolist() == [float(each) for each in expected]
+        looked += 1
+    assert looked >= 4
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED, reason="ten seconds: TransformerLens 3 runs it")
+def test_what_one_layer_of_a_spread_edit_does_is_elsewhere_though_most_of_its_size_is_in_another():
+    """MEMIT of two layers: without its part in the first the old city leads, and little of its size is gone."""
+    model, facts = audits.organism("hooked"), audits.ASKED[:30]
+    stats = fe.key_stats(model, [1, 2], told.texts(1_000), n_tokens=10_000, progress=False)
+    spread = {"fit": replace(audits.FIT, steps=25, clamp=0.75), "contexts": audits.CONTEXTS, "progress": False}
+    edit = fe.Memit({i: each for i, each in zip((1, 2), stats.values(), strict=True)}, weight=1.0, **spread)(
+        model, facts
+    )
+    population = fe.Population.of(model, edit, facts, progress=False)
+    found = fe.attacks.WeightReversal(dropped=(64,), neighbours=0)(population)
+    cover = dict(zip(found.keys, found.extra["cover"].tolist(), strict=True))
+    asks = {case.key: case.shows for case in found.cases}
+    undone = {key: float(found.after.at(case=key)[:, QUANTITIES.index("undone")].nanmean()) for key in found.keys}
+    assert cover[1, 64] < 0.5 <= undone[1, 64] and asks[1, 64] == "elsewhere"
+    assert found.at((1, 64)).mean > 0.1 and set(asks.values()) == {"elsewhere"}

@@ -10,7 +10,9 @@ directions go too, so neighbours are read as well, and the unedited model under 
 fact, that nothing comes back says nothing.
 
 Each changed matrix loses its directions alone, and all of them together. How much of what was written goes with them
-(`written`) tells whether the change is still in force. W'_q stands in the model's weights while it is read, and is
+(`cover`) tells whether the change is still in force; and where that is less than half, whether the old object leads if
+nothing is dropped but what was *written* into these directions is undone (`undone`): one of several layers may hold
+what an edit consists of, though not most of its size. W'_q stands in the model's weights while it is read, and is
 taken back bit for bit; an override that is no weight, such as a router or a hook, keeps answering, and that nothing
 comes back says nothing of it.
 """
@@ -27,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_factedit.attacks.attack import Case, Recovery, why_masked
+from tl_factedit.attacks.attack import OFF, Case, Recovery, Shows, why_masked
 from tl_factedit.attacks.written import Written, question
 from tl_factedit.backend.matrices import Matrix, matrices
 from tl_factedit.backend.runner import Runner
@@ -42,7 +44,7 @@ from tl_factedit.measure.population import BATCH_TOKENS, Population
 from tl_factedit.measure.reading import Reading
 from tl_factedit.measure.strangers import Strangers
 
-QUANTITIES = ("old_first", "new_first", "control_first", "neighbours", "cover", "common_first")
+QUANTITIES = ("old_first", "new_first", "control_first", "neighbours", "cover", "common_first", "undone")
 DROPPED = (16, 32, 64)
 
 MOST_ALONE = 32
@@ -60,12 +62,14 @@ class WeightReversal:
     The cases are the numbers of directions that all matrices lose together and, where a change wrote several for all
     facts, pairs of a matrix (of a ``W_out`` its layer, of others the name) and a number that it loses alone. A case in
     which the unedited model doesn't know the facts either is masked. Cases that take away half or more of what was
-    written ask what lies elsewhere, the others what lies underneath.
+    written, or what it does, ask what lies elsewhere, the others what lies underneath; facts for which a case does the
+    other don't count in it.
 
     ``before`` and ``after`` also hold the case 0 (nothing dropped), and the quantities ``neighbours``, the share of
     neighbours that are answered rightly, ``cover``, the share of the squared change that lies in what is dropped (of
-    the unedited model NaN), and ``common_first``, how often the old object comes first for references who don't have it
-    (the larger of this and of the controls' mean is the null);
+    the unedited model NaN), ``undone``, whether the old object leads if only what was written into the dropped
+    directions is taken back (NaN where they hold half of it or more), and ``common_first``, how often the old object
+    comes first for references who don't have it (the larger of this and of the controls' mean is the null);
     ``extra`` has ``survives``, the share of the known facts whose old object is still
     first in the unedited model under the same loss, ``neighbours`` and ``cover``; ``details`` has ``neighbours`` with
     its intervals (`Estimates`, [case]), ``matrices``, those that lost directions for each fact, and ``layers``, those
@@ -138,8 +142,15 @@ class WeightReversal:
         near = over_facts_each(counted[..., 3], seed=self.seed)
         survives = torch.where(known[:, None], before[:, 1:, 0], math.nan).nanmean(0)
         keys = [_key(loss, written) for loss in losses]
+        asks: list[Shows] = [question(counted[:, c, 4]) for c in range(len(losses))]
+        asked_of = torch.ones(len(facts), len(losses), dtype=torch.bool)
+        for c in (c for c, shows in enumerate(asks) if shows == "underneath"):
+            # Where the old object leads with nothing dropped, the change does nothing in any case.
+            off_for = (after[:, 1 + c, QUANTITIES.index("undone")] >= OFF) & (after[:, 0, 0] != 1)
+            is_off = float(off_for[known].double().mean()) >= OFF
+            asks[c], asked_of[:, c] = "elsewhere" if is_off else "underneath", off_for == is_off
         cases = [
-            Case(key, _label(loss), question(counted[:, c, 4]), why_masked(float(survives[c])))
+            Case(key, _label(loss), asks[c], why_masked(float(survives[c])))
             for c, (key, loss) in enumerate(zip(keys, losses, strict=True))
         ]
         return Recovery.of(
@@ -149,6 +160,7 @@ class WeightReversal:
             _reading(facts, keys, before),
             _reading(facts, keys, after),
             known=known,
+            asked=asked_of,
             common=after[:, 1:, QUANTITIES.index("common_first")],
             subjects=strangers.fewest,
             extra={"survives": survives, "neighbours": near.mean, "cover": counted[..., 4].nanmean(0)},
@@ -283,6 +295,15 @@ def _read(
                     best = max((answer, fact.old, fact.new, *fact.controls), key=lambda token: float(logits[token]))
                     right.setdefault(i, []).append(float(best == answer))
         out[:, q, QUANTITIES.index("common_first")] = strangers.common(indices, said)
+        if count and 0 < float(out[0, q, 4]) < OFF:
+            chosen = [site for site in sites if name in (None, site.name)]
+            weights = [
+                (site.W.double() - directions[site.name].part(written.change(site), count)).to(site.W.dtype)
+                for site in chosen
+            ]
+            with rewritten(chosen, weights):
+                for row, logits in at_the_ends(Runner(runner.model), [one.fact.ids for one in asked], batch_tokens):
+                    out[row, q, QUANTITIES.index("undone")] = asked[row].fact.first(logits)[0]
         for i, of_fact in right.items():
             out[i, q, 3] = sum(of_fact) / len(of_fact)
     return out
