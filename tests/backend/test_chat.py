@@ -77,7 +77,7 @@ def test_facts_are_sorted_into_those_that_can_be_asked_and_those_that_cannot(kin
     ] * 3
     assert fe.alignable(model, good) == ([good], [])
     with pytest.raises(ValueError, match="2 of 3 facts can't be asked"):
-        fe.causal_trace(model, [good, inside, inside.but(id=2)])
+        fe.causal_trace(model, [good, inside, inside.but(target_new=" Bonn", id=2)])
 
 
 @pytest.mark.filterwarnings("ignore:a prompt begins with the BOS token")

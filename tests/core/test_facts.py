@@ -182,7 +182,9 @@ def test_what_is_no_fact_is_refused_at_the_door(given):
 def test_one_fact_and_many_come_through_the_door():
     fact = Fact(*EIFFEL)
     assert as_facts(fact) == as_facts([fact]) == as_facts(iter([fact])) == (fact,)
-    check_distinct([fact, fact.but(id=8)])
+    check_distinct([fact, fact.but(target_new=" Bonn")])
+    with pytest.raises(ValueError, match=r"given twice \(as"):
+        check_distinct([fact, fact.but(id=8)])
     with pytest.raises(ValueError, match="given twice"):
         check_distinct([fact, fact])
 

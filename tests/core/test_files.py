@@ -339,3 +339,21 @@ def test_the_mode_of_the_file_that_is_replaced_is_kept(tmp_path):
         path.chmod(mode)
         write(path, "thing", {"n": mode}, {})
         assert path.stat().st_mode & 0o777 == mode and read(path, "thing")[0] == {"n": mode}
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path, path):
+    """The edit that a verdict is of, or the facts that a trace is of: two paths are easily mixed up."""
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="isn't a file with scores"):
+        write(path, "scores", {}, {})
+    facts = tmp_path / "facts.json"
+    facts.write_text("[1, 2, 3, 4, 5]")
+    with pytest.raises(FileExistsError, match="isn't a file with edit"):
+        write(facts, "edit", {}, {})
+    assert path.read_bytes() == before and facts.read_text() == "[1, 2, 3, 4, 5]"
+    write(path, "edit", {"again": 1}, {})  # its own kind, also where it is damaged, and an empty file
+    path.write_bytes(path.read_bytes()[:-1])
+    write(path, "edit", {"again": 2}, {})
+    assert read(path, "edit")[0] == {"again": 2}
+    facts.write_text("")
+    write(facts, "edit", {}, {})

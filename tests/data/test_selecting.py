@@ -4,6 +4,7 @@ import audits
 import laws
 import pytest
 import tiny
+from jaxtyping import TypeCheckError
 
 import tl_factedit as fe
 
@@ -57,3 +58,6 @@ def test_what_has_no_old_object_is_not_known_and_nothing_is_an_error(kind):
     assert list(fe.data.select(model, new, known=False)) == [new]
     with pytest.raises(ValueError, match="facts is empty"):
         fe.data.select(model, [])
+    for name in ("known", "apart", "one_a_subject"):  # a text that says no would turn a filter on
+        with pytest.raises((ValueError, TypeCheckError), match=name):
+            fe.data.select(model, new, **{name: "no"})

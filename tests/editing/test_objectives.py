@@ -259,6 +259,7 @@ def test_every_editor_takes_every_objective(kind, which, name, tmp_path):
         edit = editor(model, [fact])
     assert edit.facts == (fact,)
     assert edit.editor["objective"] == repr(OBJECTIVES[name])
+    assert f"{OBJECTIVES[name]!r} of " in repr(edit) or name == "inject"
     assert edit.fits[0]["unlikely"] is (name == "erase")
     assert edit.fits[0]["target"] == {"inject": " Rome", "reverse": edit.fits[0]["target"]}.get(name, " Paris")
     laws.makes_the_same_edit_twice(lambda: editor(model, [fact]))

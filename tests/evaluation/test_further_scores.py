@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 import tiny
 import torch
+from jaxtyping import TypeCheckError
 
 import tl_factedit as fe
 from tl_factedit.core.estimate import jointly, over_facts
@@ -156,3 +157,11 @@ def test_resampled_clusters_are_the_literal_ones():
     assert found.low <= means.quantile(0.025) and found.high >= means.quantile(0.975)
     assert means.min() <= found.low and found.high <= means.max()
     assert math.isnan(jointly([values], lambda means: means[0], clusters=["a"] * 5).low)
+
+
+def test_what_is_of_another_kind_is_told_so(model):
+    one = yes_and_no(model, [1, 0])
+    with pytest.raises((ValueError, TypeCheckError), match=r"needed scores by name|Type-check"):
+        fe.evaluation.compare_scores([one, one])
+    with pytest.raises((ValueError, TypeCheckError), match="seed"):
+        fe.evaluation.compare_scores({"a": one, "b": one}, seed="x")

@@ -10,6 +10,7 @@ import laws
 import pytest
 import tiny
 import torch
+from jaxtyping import TypeCheckError
 
 import tl_factedit as fe
 from tl_factedit.evaluation.in_words import begins_with, names_it, up_to_the_end
@@ -213,3 +214,27 @@ def test_files_of_answers_are_told_from_others_and_from_damaged_ones(kind, tmp_p
         fe.evaluation.Answers.load(path)
     with pytest.raises(FileNotFoundError):
         fe.evaluation.Answers.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"aliases": ["x"]}, "aliases is"),
+        ({"before": "x"}, "before is 'x'"),
+        ({"n_tokens": "5"}, "n_tokens is '5'"),
+        ({"chat": "no"}, "chat is 'no'"),
+    ],
+)
+def test_what_is_of_another_kind_is_told_before_anything_is_said(more, why, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("tl_factedit.evaluation.in_words.say", never)
+    with pytest.raises(ValueError, match=why):
+        inspect.unwrap(fe.answers)(tiny.model("bridge", "gpt2"), laws.FACT, progress=False, **more)
+
+
+def test_a_share_is_of_what_makes_a_number():
+    found = fe.answers(tiny.model("bridge", "gpt2"), laws.FACT, n_tokens=2, progress=False)
+    with pytest.raises((ValueError, TypeCheckError), match="names_old"):
+        found.share("prompt", "names_old")

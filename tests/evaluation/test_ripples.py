@@ -171,6 +171,9 @@ def test_what_is_wrong_is_said(kind):
         ([one], {"n_tokens": 0}, "n_tokens"),
         ([one], {"n_tokens": 1_000}, "longer|more than the"),
         (["x"], {}, "'x'"),
+        ([one, one], {}, "given twice"),
+        ([one], {"frame": None}, "frame"),
+        ([one], {"force": "no"}, "force"),
         ([EditCase(FACTS, one.questions)], {}, "served by several changes"),
     ):
         with pytest.raises((ValueError, TypeCheckError), match=why):
@@ -191,6 +194,7 @@ def test_what_is_wrong_is_said(kind):
         (lambda: Query("It is", []), "answers is"),
         (lambda: Query("It is", [["x"], []]), "answers is"),
         (lambda: Query("It is", [3]), "answers"),
+        (lambda: Query("It is", None), "answers"),
         (lambda: Question("a", []), "queries is empty"),
         (lambda: Question("a", ["It is"]), "queries"),
         (lambda: EditCase([], [Question("a", [Query("It is", "x")])]), "facts is empty"),

@@ -3,11 +3,13 @@
 import functools
 import math
 
+import laws
 import pytest
 import tiny
 import torch
 from oracles import untouched
 
+import tl_factedit as fe
 from tl_factedit.backend.bridge import BridgeBackend
 from tl_factedit.backend.hooked import HookedBackend
 from tl_factedit.backend.runner import Runner
@@ -183,7 +185,7 @@ ONE = FACTS[0]
 
 
 def test_a_model_that_always_says_the_new_object_has_no_neighbourhood_and_so_no_score(kind):
-    scores = evaluate(written(kind, ONE, " Rome"), [ONE, ONE.but(id="again")])
+    scores = evaluate(written(kind, ONE, " Rome"), [ONE, ONE.but(prompt="{} stands in", id="again")])
     assert (scores.efficacy.mean, scores.paraphrase.mean, scores.neighbourhood.mean) == (1, 1, 0)
     assert scores.score.mean == 0
     assert scores.score.low == 0 < scores.score.high < 0.9  # two facts say little
@@ -230,7 +232,7 @@ def test_facts_without_a_kind_of_prompt_do_not_count_for_it(kind, without, score
     assert math.isnan(scores.score.mean)
     assert scores.score.n == 0
     assert scores.efficacy.n == 1
-    both = evaluate(model, [bare, ONE])
+    both = evaluate(model, [bare.but(prompt="{} stands in"), ONE])
     assert getattr(both, scored_as).n == 1
     assert getattr(both, scored_as).mean == getattr(evaluate(model, [ONE]), scored_as).mean
     assert both.efficacy.n == 2
@@ -381,3 +383,16 @@ def test_a_score_without_spread_has_the_ends_of_what_it_is_made_of():
     assert all_right.score.low == pytest.approx(all_right.efficacy.low) and 0.6 < all_right.score.low < 0.7
     none = of(False)
     assert none.score.mean == none.score.low == 0.0 and none.score.high == pytest.approx(none.efficacy.high)
+
+
+def test_a_fact_under_two_ids_or_cut_in_two_ways_is_one(kind):
+    model = tiny.model(kind, "gpt2")
+    for again in (
+        laws.FACT.but(id="another"),
+        laws.FACT.but(subject="Eiffel Tower", prompt="The {} is located in the city of", id="another"),
+    ):
+        for call in (fe.evaluate, fe.evaluation.token_accuracy, fe.answers):
+            with pytest.raises(ValueError, match=r"fact 'another' is given twice \(as"):
+                call(model, [laws.FACT, again])
+        with pytest.raises(ValueError, match="given twice"):
+            fe.causal_trace(model, [laws.FACT, again], progress=False)

@@ -1013,3 +1013,30 @@ def test_an_interrupt_while_it_is_put_back_leaves_nothing_behind(kind, monkeypat
             traced(model, asking(model))
         monkeypatch.undo()
     assert calls
+
+
+def test_a_metric_of_ones_own_returns_one_real_number_for_each_run(kind, tmp_path):
+    model = shared(kind, "gpt2")
+    fact = asking(model)
+    view = traced(model, fact, metric=lambda logits, _: logits[..., -1, 5], folder=tmp_path)  # not contiguous
+    assert (
+        view.clean.tolist() == traced(model, fact, metric=lambda logits, _: logits[..., -1, 5].clone()).clean.tolist()
+    )
+    yes = traced(model, fact, metric=lambda logits, _: logits[..., -1, 5] > -1e9)
+    assert yes.clean.tolist() == [1.0] and yes.effect.abs().max() == 0
+    for wrong in (
+        lambda *_: None,
+        lambda logits, _: logits[..., -1, 5].cpu().numpy(),
+        lambda logits, _: 1j * logits[..., 0, 0],
+    ):
+        with pytest.raises(ValueError, match="needed a tensor of one real number"):
+            traced(model, fact, metric=wrong)
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="mlp"):
+        traced(model, fact, component=["mlp"])
+
+
+def test_a_run_that_nothing_corrupts_says_so(kind):
+    model = shared(kind, "gpt2")
+    said = "nothing was corrupted"
+    assert said in repr(traced(model, asking(model), corruption=fe.GaussianNoise(0.0, samples=2)))
+    assert said not in repr(traced(model, asking(model)))

@@ -606,6 +606,18 @@ def test_a_report_without_tokens_brings_no_script(made, tmp_path: Path):
     assert not Page(path.read_text("utf-8")).all("script") and path.stat().st_size < 200_000
 
 
+def test_a_page_takes_the_place_of_a_page_alone(made, tmp_path: Path):
+    path = tmp_path / "edit.safetensors"
+    made["edit"].save(path)
+    before = path.read_bytes()
+    for write in (lambda: show.report(path, made["scores"]), lambda: show.scores(made["scores"]).save(path)):
+        with pytest.raises(FileExistsError, match="isn't a page"):
+            write()
+    assert path.read_bytes() == before
+    for _ in range(2):
+        show.report(tmp_path / "report.html", made["scores"])
+
+
 def test_a_report_refuses_what_it_cannot_draw(made, tmp_path: Path):
     path = tmp_path / "report.html"
     with pytest.raises(ValueError, match="the report is empty"):

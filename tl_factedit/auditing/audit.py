@@ -49,7 +49,7 @@ from tl_factedit.backend.fingerprint import hashed_once
 from tl_factedit.backend.protocol import Model
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
-from tl_factedit.core.kinds import as_several, check_one
+from tl_factedit.core.kinds import as_several, check_flags, check_one
 from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import check_all
 from tl_factedit.editing.edit import Edit
@@ -145,6 +145,7 @@ def audit(
         >>> verdict.label, verdict.table()                        # doctest: +SKIP
     """
     facts = as_facts(facts)
+    check_flags(full=full, force=force, progress=progress)
     if objective is not None:
         check_objective(objective)
     if calibration is not None:

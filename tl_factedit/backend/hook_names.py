@@ -24,7 +24,7 @@ def component_hook(component: Component, layer: int) -> str:
         "mlp": "hook_mlp_out",
         "attn": "hook_attn_out",
     }
-    if component not in names:
+    if not isinstance(component, str) or component not in names:
         raise ValueError(f"component {component!r} is unknown, needed one of {sorted(names)}")
     return f"blocks.{layer}.{names[component]}"
 

@@ -391,15 +391,18 @@ def need_old_object(facts: Iterable[Fact], what: str) -> tuple[str, ...]:
 def check_distinct(facts: Sequence[Fact]) -> None:
     """Check that there are facts, each once: an interval over facts takes them for different ones.
 
+    Facts are one if the same text is asked after the same objects, whatever their ids are and wherever a subject ends.
+
     Raises:
         ValueError: None is given, or one twice.
     """
     if not facts:
         raise ValueError("facts is empty, needed at least one")
-    seen: list[Fact] = []
-    known: set[str] = set()
+    seen: dict[tuple[str, str | None, str | None], Fact] = {}
     for fact in facts:
-        if fact.text in known and fact in seen:
-            raise ValueError(f"fact {fact.name!r} is given twice, needed each once: it would count as two facts")
-        known.add(fact.text)
-        seen.append(fact)
+        key = (fact.text, fact.target_true, fact.target_new)
+        if key in seen:
+            first = seen[key]
+            also = "" if first.name == fact.name else f" (as {first.name!r})"
+            raise ValueError(f"fact {fact.name!r} is given twice{also}, needed each once: it would count as two facts")
+        seen[key] = fact

@@ -15,7 +15,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,6 +127,27 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
+def check_replaceable(path: Path, what: str, begins: Callable[[bytes], bool], how: str) -> None:
+    """Check that what stands at a path may be replaced: nothing, an empty file, or one of the same kind.
+
+    Args:
+        path: Where something is to be written.
+        what: What is to be written, in words.
+        begins: Whether the first bytes of a file are those of this kind.
+        how: What else to do.
+
+    Raises:
+        FileExistsError: Something else is there, such as the facts that a trace was made of.
+    """
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            head = file.read(64)
+        if not begins(head):
+            raise FileExistsError(
+                errno.EEXIST, f"a file that isn't {what} is there, and isn't replaced: {how}", str(path)
+            )
+
+
 def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a file in one move: a kill leaves either the old file or the new one.
 
@@ -137,8 +158,12 @@ def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str
         tensors: Named tensors.
 
     Raises:
+        FileExistsError: A file of another kind is there, such as the edit that a verdict is of.
         OSError: It can't be written, e.g. as the disk is full; the old file is as it was.
     """
+    check_replaceable(
+        pinned(path), f"a file with {what}", lambda head: _may_hold(path, head, what), "give another path, or remove it"
+    )
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, default=plain_number)
     metadata = {"format": FORMAT, "what": what, "header": text, "sha256": digest(what, text, kept)}
@@ -147,6 +172,17 @@ def write(path: Path, what: str, header: Mapping[str, Any], tensors: Mapping[str
             save_file(kept, draft, metadata=metadata)
         except SafetensorError as error:
             raise as_os_error(error) from error
+
+
+def _may_hold(path: Path, head: bytes, what: str) -> bool:
+    """Whether a file is a safetensors file that holds a kind of content, or that was cut short or damaged."""
+    if head[8:9] != b"{":
+        return False
+    try:
+        with safe_open(pinned(path), framework="pt") as file:
+            return (file.metadata() or {}).get("what") == what
+    except SafetensorError:
+        return True
 
 
 def as_os_error(error: SafetensorError, path: Path | None = None) -> OSError:
@@ -289,7 +325,7 @@ def digest(what: str, header: str, tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(f"{what}\n{header}\n".encode())
     for name in sorted(tensors):
         found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        found.update(tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

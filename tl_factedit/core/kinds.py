@@ -64,6 +64,17 @@ def as_whole(given: Any, name: str, least: int | None = 1, what: str = "a whole 
     return number
 
 
+def check_flags(**given: object) -> None:
+    """Check that switches are True or False: what only counts as one, such as ``"no"``, would turn something on.
+
+    Raises:
+        ValueError: One is something else; the message names it.
+    """
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {short(value)}, needed True or False")
+
+
 def as_finite(given: Any, name: str, what: str = "a finite number") -> float:
     """A finite number.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tl_factedit.backend.protocol import Model, bos_policy
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.kinds import check_flags
 from tl_factedit.core.words import counted
 from tl_factedit.data.alignable import alignable
 from tl_factedit.evaluation.knowledge import known as which_are_known
@@ -85,6 +86,7 @@ def select(
         16 facts of 500; alignable: 1 set aside; known: 483 set aside
     """
     given = as_facts(facts)
+    check_flags(known=known, apart=apart, one_a_subject=one_a_subject)
     if not given:
         raise ValueError("facts is empty, needed at least one")
     bos = bos_policy(model, prepend_bos)

@@ -32,7 +32,7 @@ from tl_factedit.editing.delta import Delta, LayerUpdate
 from tl_factedit.editing.diagnostics import Diagnostics, diagnose, value_norm
 from tl_factedit.editing.inputs import EditInputs
 from tl_factedit.editing.ledger import base_fingerprint, commit_all, ledger_of, made_on
-from tl_factedit.editing.objectives import EditTarget
+from tl_factedit.editing.objectives import EditTarget, Inject
 from tl_factedit.editing.off_target import adding_hooks, measure_off_target
 from tl_factedit.editing.outcome import as_editor, check_fits, outcomes, unmeasured
 
@@ -422,7 +422,13 @@ class Edit:
 
     @property
     def _line(self) -> str:
-        facts = "; ".join(f"{f.subject!r}:{f.target_true}→{f.target_new}" for f in self.facts[:3])
+        objective = str(self.editor.get("objective", repr(Inject())))
+        written = objective == repr(Inject())  # what others are about is their own
+        facts = "; ".join(
+            f"{f.subject!r}:{f.target_true}→{f.target_new}" if written else f"{f.subject!r}:{f.target_true}"
+            for f in self.facts[:3]
+        )
+        facts = facts if written else f"{objective} of {facts}"
         more = f" and {len(self.facts) - 3} more" if len(self.facts) > 3 else ""
         weight = {d.layer: d.weight_norm for d in self.diagnostics}  # of a composed edit one layer may have several
         where = ", ".join(

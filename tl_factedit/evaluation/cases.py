@@ -46,6 +46,8 @@ class Query:
         """Check the texts, and freeze the lists."""
         _check(self.text, "text")
         given: Any = self.answers
+        if not isinstance(given, (str, list, tuple)):
+            raise ValueError(f"answers is {given!r}, needed names")
         several = [given] if isinstance(given, str) else list(given)
         groups = several if several and all(isinstance(each, (list, tuple)) for each in several) else [several]
         object.__setattr__(self, "answers", tuple(_named(group, "answers") for group in groups))

@@ -27,7 +27,7 @@ from tl_factedit.backend.state import plain_torch
 from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate, over_facts
 from tl_factedit.core.facts import Fact, as_facts, need_old_object
-from tl_factedit.core.kinds import as_finite, as_whole
+from tl_factedit.core.kinds import as_finite, as_whole, check_flags
 from tl_factedit.core.tokens import check_subject, encode
 from tl_factedit.core.words import counted
 from tl_factedit.evaluation.in_words import names_it, up_to_the_end
@@ -214,6 +214,8 @@ def elicit(
     """
     facts = as_facts(facts)
     need_old_object(facts, "elicit")
+    check_flags(force=force, progress=progress)
+    as_whole(seed, "seed", least=None)
     for name, value in (("samples", samples), ("n_tokens", n_tokens)):
         as_whole(value, name)
     if top_k is not None:

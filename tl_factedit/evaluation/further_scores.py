@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
-from tl_factedit.core.kinds import check_one
+from tl_factedit.core.kinds import as_whole, check_one, short
 from tl_factedit.evaluation.scores import Answer, Ask, Scores
 
 if TYPE_CHECKING:
@@ -132,6 +132,9 @@ def compare_scores(
     """
     import pandas as pd
 
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores is {short(scores)}, needed scores by name: {{'ROME': a, 'MEMIT': b}}")
+    as_whole(seed, "seed", least=None)
     if len(scores) < 2:
         raise ValueError(f"there are {len(scores)} scores, needed two at least")
     _check_alike(scores)

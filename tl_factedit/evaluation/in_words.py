@@ -34,6 +34,7 @@ from tl_factedit.backend.state import frozen, plain_torch
 from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
 from tl_factedit.core.facts import Fact, as_facts, check_distinct
+from tl_factedit.core.kinds import as_whole, check_flags, check_one, short
 from tl_factedit.core.spacing import continued, in_one_word
 from tl_factedit.core.tokens import check_room, check_subject, continuation, encode, of_all
 from tl_factedit.evaluation.teacher_forced import comes_first
@@ -170,6 +171,8 @@ class Answers:
         """
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}, needed one of {KINDS}")
+        if not callable(of):
+            raise ValueError(f"of is {short(of)}, needed what makes a number of an answer: lambda answer: answer.names")
         return over_facts(self._by_fact(kind, of))
 
     @plain_torch()
@@ -272,8 +275,10 @@ def answers(
     if not facts:
         raise ValueError("facts is empty, needed at least one")
     check_distinct(facts)
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens is {n_tokens}, needed 1 at least")
+    as_whole(n_tokens, "n_tokens")
+    check_flags(chat=chat, progress=progress)
+    if before is not None:
+        check_one(before, Answers, "before", "what fe.answers returned of another state of the model")
     if system is not None and not chat:
         raise ValueError("system is given, but chat=False: only a chat has what the system says")
 
@@ -282,6 +287,17 @@ def answers(
 
     asked = [(i, *each) for i, fact in enumerate(facts) for each in _asked(fact)]
     provenance = Provenance.of(model, prepend_bos, prompts=(framed(text) for _, _, text, _ in asked))
+    if before is not None:
+        if [answer.asked for answer in before.each] != [text for _, _, text, _ in asked] or before.chat != chat:
+            raise ValueError(
+                "before holds answers to other prompts, needed those to the same facts, asked in the same way"
+            )
+        for name, then, now in (
+            ("prepend_bos", before.provenance.prepend_bos, provenance.prepend_bos),
+            ("n_tokens", before.n_tokens, n_tokens),
+        ):
+            if then != now:
+                raise ValueError(f"before was asked with {name}={then} and this with {now}, needed the same for both")
     requests = of_all(facts, lambda fact: _requests(model, fact, framed, provenance.prepend_bos, n_tokens))
     rows = [request for of_fact in requests for request in of_fact]
     names = _names(
@@ -321,19 +337,13 @@ def answers(
     )
     if before is None:
         return found
-    if [answer.asked for answer in before.each] != [answer.asked for answer in found.each] or before.chat != chat:
-        raise ValueError("before holds answers to other prompts, needed those to the same facts, asked in the same way")
-    for name, then, now in (
-        ("prepend_bos", before.provenance.prepend_bos, provenance.prepend_bos),
-        ("n_tokens", before.n_tokens, n_tokens),
-    ):
-        if then != now:
-            raise ValueError(f"before was asked with {name}={then} and this with {now}, needed the same for both")
     return replace(found, before=replace(before, before=None))
 
 
 def _names(aliases: Mapping[str, Any], objects: set[str]) -> dict[str, list[str]]:
     """Other names by object, without white space around either."""
+    if not isinstance(aliases, Mapping):
+        raise ValueError(f"aliases is {short(aliases)}, needed other names by object: {{' New York': ['NYC']}}")
     found = dict[str, list[str]]()
     for name, others in aliases.items():
         if not isinstance(others, (list, tuple)) or not all(isinstance(each, str) and each.strip() for each in others):

@@ -23,7 +23,7 @@ from tl_factedit.backend.runner import Runner
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core import saved
 from tl_factedit.core.estimate import Estimate, over_facts
-from tl_factedit.core.kinds import as_several, as_whole
+from tl_factedit.core.kinds import as_several, as_whole, check_flags
 from tl_factedit.core.tokens import encode
 from tl_factedit.core.words import counted
 from tl_factedit.evaluation.cases import EditCase, Query
@@ -261,12 +261,16 @@ def ripples(
     if not cases:
         raise ValueError("cases is empty, needed at least one")
     as_whole(n_tokens, "n_tokens")
-    if frame.count("{}") != 1:
+    check_flags(chat=chat, force=force, progress=progress)
+    if not isinstance(frame, str) or frame.count("{}") != 1:
         raise ValueError(f'frame is {frame!r}, needed one "{{}}", where the question goes')
     if chat and frame != FRAME:
         raise ValueError("frame and chat are two ways to put a question, needed one")
     if system is not None and not chat:
         raise ValueError("system is given, but chat=False: only a chat has what the system says")
+    for i, case in enumerate(cases):
+        if (case.facts, case.questions) in [(other.facts, other.questions) for other in cases[:i]]:
+            raise ValueError(f"case {case.name!r} is given twice, needed each once: it would count as two cases")
     facts = {identity(fact): fact for case in cases for fact in case.facts}
     population = Population.of(
         model, changed, tuple(facts.values()), prepend_bos=prepend_bos, folder=folder, force=force, progress=progress

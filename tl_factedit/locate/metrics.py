@@ -114,7 +114,11 @@ def identity(metric: str | Metric) -> str:
 
 def _checked(name: str, metric: Metric) -> Metric:
     def checked(logits: Float[Tensor, "row sample target vocab"], asked: MetricInput) -> Float[Tensor, "row sample"]:
-        found = metric(logits, asked)
+        found: object = metric(logits, asked)
+        if not isinstance(found, Tensor) or found.is_complex():
+            what = f"a {type(found).__name__}" if not isinstance(found, Tensor) else f"{found.dtype} numbers"
+            raise ValueError(f"metric {name!r} returned {what}, needed a tensor of one real number for each run")
+        found = found.contiguous() if found.is_floating_point() else found.float()
         if found.shape != logits.shape[:2]:
             raise ValueError(
                 f"metric {name!r} returned {tuple(found.shape)} of logits {tuple(logits.shape)}, needed "

@@ -325,11 +325,16 @@ class Trace:
         severed = f" with severed {self.severed}" if self.severed else ""
         window = f"window {self.window}" + (", noising" if self.direction == "noise" else "")
         peak = float(self._mean(self.at_last_subject_token).max())
+        found = (
+            "nothing was corrupted: both runs score the same"
+            if torch.equal(self.clean, self.corrupted)
+            else f"last subject token {'peaks' if self.carries_subject else 'carries nothing: its largest is'} at "
+            f"layer {self.peak_layer} with {peak:.3f}{self._elsewhere(peak)}"
+        )
         return (
             f"Trace({what!r}{missing}{self._unknown()}, {self.component}{severed}, {window}: "
             f"clean {float(self._mean(self.clean)):.3f}, corrupted {float(self._mean(self.corrupted)):.3f}; "
-            f"last subject token {'peaks' if self.carries_subject else 'carries nothing: its largest is'} at layer "
-            f"{self.peak_layer} with {peak:.3f}{self._elsewhere(peak)}"
+            f"{found}"
             f"{f'; cells run as whole sequences: {self.unpacked}' if self.unpacked else ''})"
         )
 

@@ -24,6 +24,17 @@ POSITIVE, NEGATIVE = "#0072b2", "#d55e00"
 """Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart."""
 
 
+def check_page(path: Path) -> None:
+    """Check that what is at a path is a page or nothing.
+
+    Raises:
+        FileExistsError: Something else is there, such as a saved edit.
+    """
+    files.check_replaceable(
+        path, "a page", lambda head: head.lstrip().lower().startswith(b"<!doctype html"), "give another path"
+    )
+
+
 @dataclass(frozen=True, repr=False)
 class Picture:
     """Something to look at: displayed by a notebook, saved as a file with `save`, put on a page by `report`.
@@ -51,6 +62,7 @@ class Picture:
     def save(self, path: str | Path) -> Path:
         """Write `html` to a file; returns its path."""
         path = files.pinned(path)
+        check_page(path)
         with files.replacing(path) as draft:
             draft.write_text(self.html, encoding="utf-8")
         return path

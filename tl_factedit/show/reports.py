@@ -17,7 +17,7 @@ from tl_factedit.evaluation.scores import Scores
 from tl_factedit.locate.trace_result import Trace
 from tl_factedit.show.attacks import attack
 from tl_factedit.show.markup import Html, join, tag
-from tl_factedit.show.page import Picture, document
+from tl_factedit.show.page import Picture, check_page, document
 from tl_factedit.show.redundancies import redundancy
 from tl_factedit.show.said import answers, elicited, ripples
 from tl_factedit.show.score_tables import scores
@@ -33,7 +33,7 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
     """Write one HTML file that needs nothing else: no network, no other file.
 
     Args:
-        path: The file to write; one that exists is replaced.
+        path: The file to write; a page that is there is replaced.
         items: Pictures and results (a `Trace`, `Verdict`, `Scores`, `Redundancy`, `Answers`, `Ripples` or `Elicited` is
             drawn by the function of this name, a `Recovery` by `attack`, a trace of several facts by `average`), plain
             text (an empty line begins a paragraph), or ``(heading, item)``.
@@ -45,6 +45,7 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
     Raises:
         ValueError: There is nothing to write.
         TypeError: An item is none of these.
+        FileExistsError: Something else than a page is there.
 
     Example:
         >>> fe.show.report("report.html", "What I did.", ("Where it is", trace), verdict)  # doctest: +SKIP
@@ -68,6 +69,7 @@ def report(path: str | Path, *items: _Item | tuple[str, _Item], title: str = "Fa
             )
         )
     path = files.pinned(path)
+    check_page(path)
     provenance = [one for picture in pictures for one in picture.provenance]
     page = document(title, join(*sections, between="\n"), provenance, live=any(p.live for p in pictures))
     with files.replacing(path) as draft:
