@@ -159,7 +159,7 @@ EDIT = ("edit", "--out", "e.safetensors")
         (("trace", "--facts", "FACTS", "--subject", "Rome"), "--facts and --subject are both given"),
         (
             ("trace", "--facts", "FACTS", "--id", "Nobody"),
-            "no fact has the id or subject 'Nobody'; there are '0' (The Eiffel",
+            "no fact has the id or subject 'Nobody'; there are 'The Eiffel",
         ),
         (("trace", "--facts", "FACTS", "--first", "0"), "--first is 0, needed 1 or more"),
         (("trace", *words(laws.FACT), "--first", "1"), "--id and --first choose from a file"),

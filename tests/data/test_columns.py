@@ -4,6 +4,7 @@ import csv
 import gzip
 import inspect
 import json
+import warnings
 
 import datasets
 import pandas as pd
@@ -41,9 +42,8 @@ FACTS = [
         paraphrases=["France's capital is", "The seat of government of France is"],
         controls=[" Windhoek"],
         relation="capital",
-        id=0,
     ),
-    Fact("Namibia", "What is the capital of {}?", " Windhoek", " Paris", controls=[" Rome"], relation="capital", id=1),
+    Fact("Namibia", "What is the capital of {}?", " Windhoek", " Paris", controls=[" Rome"], relation="capital"),
 ]
 
 
@@ -88,7 +88,7 @@ def test_every_kind_of_table_gives_the_same_facts_and_says_from_what(tmp_path):
 def test_columns_may_be_named_and_the_usual_names_give_way():
     rows = [{"subject": "no", "who": "France", "prompt": "{} has the capital", "target_true": "Rome", "is": "Paris"}]
     found = data.facts(rows, {"subject": "who", "target_true": "is"})
-    assert list(found) == [Fact("France", "{} has the capital", " Paris", id=0)]
+    assert list(found) == [Fact("France", "{} has the capital", " Paris")]
     assert found.unused == ("subject", "target_true")
 
 
@@ -264,6 +264,25 @@ def test_facts_are_written_as_tables_and_read_back_as_they_were(tmp_path):
         found = [fact.but(id=None) for fact in data.facts(given)]
         assert found == [fact.but(id=None) for fact in facts], given
     assert list(data.facts([fact.to_dict() for fact in facts])) == facts
+
+
+def test_a_table_tells_of_objects_that_it_reads_as_words():
+    inside = pytest.warns(UserWarning, match="goes on inside")
+    with inside:
+        year = Fact("X", "{} was born in 18", "89")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frame = data.to_frame(year)
+    with inside:
+        assert list(data.facts(frame)) == [year], "a digit goes on inside a number"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        glued = year.but(neighbours=["Y was Peter"], neighbour_targets=["Z"])
+    with pytest.warns(UserWarning, match=r"'Z' goes on inside the last word of 'Y was Peter' .* reads it as ' Z'"):
+        data.to_frame([year, glued])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert Fact(**glued.to_dict()) == glued
 
 
 @pytest.mark.parametrize(
