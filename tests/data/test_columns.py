@@ -304,6 +304,38 @@ def test_a_row_of_other_length_is_named_and_never_shifted(tmp_path, text, says):
         data.facts(tmp_path / "x.csv")
 
 
+@pytest.mark.parametrize(("text", "held"), [("null", "null"), ("5", "5, a int"), ('"x"', "'x', a str")])
+def test_a_file_that_holds_no_records_says_what_it_holds(tmp_path, text, held):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"x\.json holds {held}: needed a list of records"):
+        data.facts(tmp_path / "x.json")
+
+
+def test_spaces_after_the_commas_of_a_table_are_left_out_and_that_is_told(tmp_path):
+    text = 'subject, prompt , target_true\nFrance, "In short, the capital of {} is", Paris\nSpain, {} has, Madrid\n'
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.warns(
+        UserWarning, match=r"x\.csv has spaces around the names of its columns: they are left out"
+    ) as said:
+        found = data.facts(tmp_path / "x.csv")
+    assert len(said) == 1
+    assert list(found) == [
+        Fact("France", "In short, the capital of {} is", " Paris"),
+        Fact("Spain", "{} has", " Madrid"),
+    ]
+
+
+@pytest.mark.parametrize("nothing", ["None", "nan", " NaN"])
+def test_objects_that_are_what_programs_print_for_nothing_are_told(tmp_path, nothing):
+    lines = [f"France,The capital of {{}} is,Paris,{nothing}", f"Spain,The capital of {{}} is,{nothing},Rome"]
+    (tmp_path / "x.csv").write_text("\n".join(["subject,prompt,target_true,target_new", *lines]))
+    with pytest.warns(
+        UserWarning, match=rf"the 'target_new' of record 0 of .* '{nothing}' \(and 1 more\).*empty"
+    ) as said:
+        assert data.facts(tmp_path / "x.csv")[0].target_new == f" {nothing.strip()}"
+    assert len(said) == 1
+
+
 def test_a_spreadsheet_is_told_what_it_is(tmp_path):
     (tmp_path / "x.xlsx").write_bytes(b"PK")
     with pytest.raises(ValueError, match="save it as CSV"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tl_factedit.core.facts import Fact, as_facts
+from tl_factedit.core.kinds import short
 from tl_factedit.core.spacing import continued, ending, stripped
 from tl_factedit.core.telling import tell
 from tl_factedit.core.words import counted
@@ -50,6 +51,9 @@ SLOTS = ("{subject}", "[X]", "{}")
 
 GAP = re.compile(r"\[Y\]|\[MASK\]|<mask>|_{2,}|\{[A-Za-z_]+\}")
 """What stands for the object, at a prompt's end."""
+
+NOTHING_IN_WORDS = ("None", "nan", "NaN", "null", "NULL", "<NA>")
+"""What programs write into a table where there is nothing; "NA" isn't among them, as it may be a name."""
 
 
 class Facts(list[Fact]):
@@ -131,6 +135,7 @@ def facts(
     there = list(dict.fromkeys(str(key) for row in rows for key in row))
     taken = _columns(there, columns or {}, _first_row(records))
     objects: dict[str, dict[str, None]] = {}
+    _tell_of_nothing_in_words(name, rows, taken)
 
     def make(_: int, row: Mapping[str, Any], changes: Changes) -> Fact:
         return _fact({field: row.get(column) for field, column in taken.items()}, changes)
@@ -205,6 +210,9 @@ def _rows(records: Any) -> list[Mapping[str, Any]]:
         splits = ", ".join(map(repr, list(given)[:6]))
         raise ValueError(f"the records are a mapping of {splits}, needed a list of records: take one of its values")
     if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        if isinstance(records, (str, Path)):
+            held = "null" if given is None else f"{short(given)}, a {type(given).__name__}"
+            raise ValueError(f"{records} holds {held}: needed a list of records")
         raise TypeError(
             f"records is a {type(records).__name__}, needed a list of dicts, a DataFrame, a dataset or a path"
         )
@@ -237,6 +245,24 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> Any:
     if {"known_id", "attribute"} <= first.keys():
         return known_facts
     return relations if {"prompt_templates", "samples"} <= first.keys() else None
+
+
+def _tell_of_nothing_in_words(name: str, rows: Sequence[Mapping[str, Any]], taken: Mapping[str, str]) -> None:
+    """Warn of objects such as "None" and "nan", which are what programs print where there is none."""
+    columns = [taken[field] for field in ("target_true", "target_new") if field in taken]
+    found = [
+        (i, column, row[column])
+        for i, row in enumerate(rows)
+        for column in columns
+        if isinstance(row.get(column), str) and row[column].strip() in NOTHING_IN_WORDS
+    ]
+    if found:
+        i, column, value = found[0]
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        tell(
+            f"the {column!r} of record {i} of {name} is the text {value!r}{more}, and is read as an object of that "
+            "name: leave the cell empty where there is none"
+        )
 
 
 def _first_row(records: Any) -> str:
