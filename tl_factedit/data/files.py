@@ -63,7 +63,7 @@ def read_rows(path: str | Path) -> Any:
 def _table(path: str | Path, raw: bytes, separator: str) -> list[dict[str, str | None]]:
     """The rows of a table of text whose first line names its columns; each has as many fields as there are names.
 
-    Where names have spaces around them, as after ", ", these and those in front of fields are left out, and that is told.
+    Where names have spaces around them, as after ", ", these and those in front of fields are left out; that is told.
 
     Raises:
         ValueError: It isn't one; the message gives the line.
