@@ -148,7 +148,7 @@ def test_files_of_other_kinds_and_damaged_ones_are_named(verdicts, kind, tmp_pat
     verdicts["model"].save(path)
     with pytest.raises(ValueError, match=r"verdict\.safetensors holds 'verdict', needed 'scores'"):
         fe.Scores.load(path)
-    with pytest.raises(ValueError, match=r"verdict\.safetensors holds 'verdict' of format 1, needed 'edit'"):
+    with pytest.raises(ValueError, match=r"verdict\.safetensors holds 'verdict', needed 'edit'"):
         fe.Edit.load(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"verdict\.safetensors is cut short"):

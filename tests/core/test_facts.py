@@ -77,8 +77,9 @@ def test_a_file_tells_once_of_paraphrases_about_others():
 @pytest.mark.parametrize("text", ["The Eiffel Tower is in", "People who saw the  Eiffel tower's top said: it is in"])
 def test_a_neighbour_that_names_the_facts_own_subject_is_told(text):
     fact = Fact(*EIFFEL, neighbours=["The Louvre is in"])
-    with pytest.warns(UserWarning, match=r"of fact 'The Eiffel Tower' names its subject .* make it a paraphrase"):
+    with pytest.warns(UserWarning, match=r"of fact 'The Eiffel Tower' names its subject .* a paraphrase") as said:
         assert fact.but(neighbours=[text]).neighbours == (text,)
+    assert said[0].filename == __file__, "at the line that made the fact"
     with pytest.warns(UserWarning, match=r"\(and 1 more\) of fact"):
         fact.but(neighbours=[text, "Big Ben is in", fact.text])
 

@@ -115,7 +115,7 @@ def test_a_whole_file_with_other_content_is_refused_by_its_name(header, said, tm
 def test_damage_and_other_kinds_of_files_are_told(tmp_path):
     path = tmp_path / "a.safetensors"
     saved.save(Estimate(0.5, 0.25, 0.75, 4), path, "thing")
-    with pytest.raises(ValueError, match=r"a\.safetensors holds 'thing' of format 1, needed 'edit'"):
+    with pytest.raises(ValueError, match=r"a\.safetensors holds 'thing', needed 'edit'"):
         saved.load(path, "edit", Estimate)
     whole = path.read_bytes()
     for damaged in (whole[:-3], whole[:20], b"", whole.replace(b"0.25", b"0.26")):
