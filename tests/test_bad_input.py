@@ -333,6 +333,8 @@ def test_too_few_tokens(model, refuse):
     words = ("layer 1 is over 200 tokens", "wanted 10 tokens for each of 64 dimensions = 640", "collect more text")
     refuse(lambda: rome(few)(model, [FACT]), *words)
     assert rome(few, ridge=1e-2)(model, [FACT]).diagnostics[0].exactness < 1e-5
+    with pytest.warns(fe.EditWarning, match=r"too few tokens for ridge=1e-09, .* wanted 10 tokens .* pass ridge=1e-2"):
+        rome(few, ridge=1e-9)(model, [FACT])
 
 
 def test_a_singular_moment_of_many_tokens(model, refuse):

@@ -111,7 +111,9 @@ def test_a_real_edit_that_works_is_inconclusive_and_one_of_nothing_has_failed(ca
 def test_a_real_edit_that_moves_its_neighbours_has_damaged_the_model(case):
     model, fact, edit = case
     # The fact asked as its own neighbour: what the edit moves for certain.
-    verdict = fe.audit(model, edit, [fact.but(neighbours=[fact.text], neighbour_targets=[fact.target_true])])
+    with pytest.warns(UserWarning, match="names its subject"):
+        asked = fact.but(neighbours=[fact.text], neighbour_targets=[fact.target_true])
+    verdict = fe.audit(model, edit, [asked])
     assert (verdict.before.neighbourhood.mean, verdict.after.neighbourhood.mean) == (1, 0)
     assert verdict.label == "DAMAGED"
     assert "the change isn't local" in repr(verdict)

@@ -122,7 +122,7 @@ def test_every_editor_is_had_by_its_name(name, tiny_model, tl_factedit, tmp_path
 
 def test_several_edits_are_audited_each_alone(tiny_model, tl_factedit, facts, tmp_path):
     saved = [tmp_path / f"{i}.safetensors" for i in range(2)]
-    for name, out in zip((laws.FACT.subject, "1"), saved, strict=True):
+    for name, out in zip((laws.FACT.subject, laws.OTHER.subject), saved, strict=True):
         assert tl_factedit("edit", "--facts", facts, "--id", name, *ROME, "--out", out)[0] == 0
     found = json.loads(tl_factedit("audit", "--edit", *saved, "--json")[1])
     assert [fact["subject"] for fact in found["verdict"]["facts"]] == [laws.FACT.subject, laws.OTHER.subject]
@@ -150,6 +150,43 @@ def test_statistics_are_collected_once_and_kept(tiny_model, tl_factedit, tmp_pat
 EDIT = ("edit", "--out", "e.safetensors")
 
 
+@pytest.fixture
+def no_model(monkeypatch):
+    """No model can be loaded for the length of a test."""
+
+    def load(name, kind):
+        raise AssertionError(f"{name} ({kind}) was loaded")
+
+    monkeypatch.setattr(fe.models, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("audit", "--edit", "EDIT", "--texts", "nowhere"), "no such file of texts: nowhere"),
+        (("audit", "--edit", "EDIT", "--reference", "nowhere.json"), "nowhere.json"),
+        (("report", *words(laws.FACT), *ROME, "--texts", "nowhere"), "no such file of texts: nowhere"),
+        (("trace", *words(laws.FACT), "--samples", "0"), "samples"),
+        (("trace", "--facts", "UNNAMED"), "among 'who', 'prompt', 'answer': rename one of them in the file"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "",
+)
+def test_what_cant_be_done_is_told_before_a_model_is_loaded(given, told, no_model, tl_factedit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "UNNAMED").write_text('[{"who": "Rome", "prompt": "Rome is in", "answer": "Italy"}]')
+    model = tiny.model(tiny.ONE_KIND[0], "gpt2")
+    laws.rome(model, ridge=1e-2)(model, [laws.FACT]).save(tmp_path / "EDIT")
+    status, stdout, stderr = tl_factedit(*given)
+    assert (status, stdout) == (2, "") and told in stderr
+
+
+def test_a_fact_in_words_is_called_by_its_subject_and_its_objects_by_their_options(tiny_model, tl_factedit, tmp_path):
+    one = laws.FACT
+    status, _, stderr = tl_factedit("trace", "--subject", one.subject, "--prompt", one.prompt, "--new", "Rome")
+    assert status == 2 and "fact 'The Eiffel Tower' has no target_true" in stderr
+    assert "give --old, or the column target_true of the file" in stderr and "fact.but" not in stderr
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -159,7 +196,7 @@ EDIT = ("edit", "--out", "e.safetensors")
         (("trace", "--facts", "FACTS", "--subject", "Rome"), "--facts and --subject are both given"),
         (
             ("trace", "--facts", "FACTS", "--id", "Nobody"),
-            "no fact has the id or subject 'Nobody'; there are '0' (The Eiffel",
+            "no fact has the id or subject 'Nobody'; there are 'The Eiffel",
         ),
         (("trace", "--facts", "FACTS", "--first", "0"), "--first is 0, needed 1 or more"),
         (("trace", *words(laws.FACT), "--first", "1"), "--id and --first choose from a file"),

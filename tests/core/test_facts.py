@@ -74,6 +74,26 @@ def test_a_file_tells_once_of_paraphrases_about_others():
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("text", ["The Eiffel Tower is in", "People who saw the  Eiffel tower's top said: it is in"])
+def test_a_neighbour_that_names_the_facts_own_subject_is_told(text):
+    fact = Fact(*EIFFEL, neighbours=["The Louvre is in"])
+    with pytest.warns(UserWarning, match=r"of fact 'The Eiffel Tower' names its subject .* a paraphrase") as said:
+        assert fact.but(neighbours=[text]).neighbours == (text,)
+    assert said[0].filename == __file__, "at the line that made the fact"
+    with pytest.warns(UserWarning, match=r"\(and 1 more\) of fact"):
+        fact.but(neighbours=[text, "Big Ben is in", fact.text])
+
+
+def test_a_name_inside_a_longer_word_is_another_and_a_file_tells_once():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Fact("Ann", "{} lives in", " Rome", neighbours=["Annapolis lies in", "JoAnn lives in", "McAnn lives in"])
+    rows = [{"subject": who, "prompt": "{} is in", "answer": "Rome", "neighbours": [f"{who} lies in"]} for who in "XY"]
+    with pytest.warns(UserWarning, match="names its subject 'X'") as said:
+        assert len(data.facts(rows)) == 2
+    assert len(said) == 1
+
+
 def test_a_subject_is_found_however_its_accents_are_spelt():
     Fact("Sa\u0303o Paulo", "{} is in", " Brazil", paraphrases=["In which country is São Paulo? It is in"])
 

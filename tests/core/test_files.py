@@ -139,6 +139,12 @@ def test_a_file_of_another_kind_is_refused_with_both_kinds(path):
     assert "holds 'edit', needed 'key statistics'" in refused(path, "key statistics")
 
 
+def test_a_file_of_another_format_is_refused_with_both_formats(path, monkeypatch):
+    monkeypatch.setattr(files, "FORMAT", "7")
+    assert "holds 'edit' of format 1, needed 'edit' of format 7" in refused(path)
+    assert "holds 'edit' of format 1, needed 'key statistics' of format 7" in refused(path, "key statistics")
+
+
 def test_a_safetensors_file_of_someone_else_is_refused(tmp_path):
     from safetensors.torch import save_file
 

@@ -49,6 +49,14 @@ from tl_factedit.core.spacing import before_prompts, continued, ending, gap, in_
         ("中国的首都是什么?", "北京", ""),
         ("It opens at 12:", "30", ""),
         ("By J.", "R. R. Tolkien", ""),
+        ("He was born in 18", "89", ""),
+        ("She lives in district 9", "Paris", " "),
+        ("They are non‑", "aligned", ""),
+        ("They are non", "‐aligned", ""),
+        ("בירת ישראל היא ב־", "ירושלים", ""),
+        ("Sie nannten es ‚", "Rom", ""),
+        ("It was at −", "5 degrees", ""),
+        ("It costs ¥", "5", ""),
         ("See www.", "example.org", ""),
         ("Where is it? [/INST]", "Paris", ""),
         ("<assistant>", "Paris", ""),
@@ -96,6 +104,8 @@ def test_objects_of_files_become_continuations(target, found):
         ("Where is it?", "Paris", " Paris"),
         ("It is in…", "Paris", " Paris"),
         ("The city —", "Paris", " Paris"),
+        ("was born in 18", "89", "89"),
+        ("was born in 18", " 89", " 89"),
     ],
 )
 def test_files_and_facts_treat_white_space_alike(text, target, found):
@@ -129,6 +139,15 @@ def test_a_break_in_front_of_an_object_is_left_and_said(target):
         assert Fact("X", "{} said:", " a", target).target_new == target
     with pytest.warns(UserWarning, match="end the prompt with it"):
         Fact("X", "{} is in", " a", controls=[target])
+
+
+def test_a_space_behind_a_tab_is_said():
+    with pytest.warns(UserWarning, match="' Paris' begins with a space behind the tab"):
+        fact = Fact("France", "The capital of {} is\t", " Paris", " Rome")
+    assert (fact.prompt, fact.target_true) == ("The capital of {} is\t", " Paris")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Fact("France", "The capital of {} is\t", "Paris", "Rome")
 
 
 @pytest.mark.parametrize(("text", "target"), [("está en Bogotá", "Perú"), ("의 수도는", "서울"), ("is Anna'", "s")])
@@ -248,6 +267,8 @@ def test_what_cannot_be_meant_is_mended_and_said(prompt, target, prompt_now, tar
     ("prompt", "target"),
     [
         ("{} opens at 12:", "30"),
+        ("They say that {} is non‑", "aligned"),
+        ("בירת {} היא ב־", "ירושלים"),
         ("{} is 3.", "14"),
         ("See {} at www.", "example.org"),
         ("See {} at https://x.org/?", "page"),

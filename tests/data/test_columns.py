@@ -4,6 +4,7 @@ import csv
 import gzip
 import inspect
 import json
+import warnings
 
 import datasets
 import pandas as pd
@@ -41,9 +42,8 @@ FACTS = [
         paraphrases=["France's capital is", "The seat of government of France is"],
         controls=[" Windhoek"],
         relation="capital",
-        id=0,
     ),
-    Fact("Namibia", "What is the capital of {}?", " Windhoek", " Paris", controls=[" Rome"], relation="capital", id=1),
+    Fact("Namibia", "What is the capital of {}?", " Windhoek", " Paris", controls=[" Rome"], relation="capital"),
 ]
 
 
@@ -88,7 +88,7 @@ def test_every_kind_of_table_gives_the_same_facts_and_says_from_what(tmp_path):
 def test_columns_may_be_named_and_the_usual_names_give_way():
     rows = [{"subject": "no", "who": "France", "prompt": "{} has the capital", "target_true": "Rome", "is": "Paris"}]
     found = data.facts(rows, {"subject": "who", "target_true": "is"})
-    assert list(found) == [Fact("France", "{} has the capital", " Paris", id=0)]
+    assert list(found) == [Fact("France", "{} has the capital", " Paris")]
     assert found.unused == ("subject", "target_true")
 
 
@@ -266,6 +266,25 @@ def test_facts_are_written_as_tables_and_read_back_as_they_were(tmp_path):
     assert list(data.facts([fact.to_dict() for fact in facts])) == facts
 
 
+def test_a_table_tells_of_objects_that_it_reads_as_words():
+    inside = pytest.warns(UserWarning, match="goes on inside")
+    with inside:
+        year = Fact("X", "{} was born in 18", "89")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frame = data.to_frame(year)
+    with inside:
+        assert list(data.facts(frame)) == [year], "a digit goes on inside a number"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        glued = year.but(neighbours=["Y was Peter"], neighbour_targets=["Z"])
+    with pytest.warns(UserWarning, match=r"'Z' goes on inside the last word of 'Y was Peter' .* reads it as ' Z'"):
+        data.to_frame([year, glued])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert Fact(**glued.to_dict()) == glued
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -283,6 +302,38 @@ def test_a_row_of_other_length_is_named_and_never_shifted(tmp_path, text, says):
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(ValueError, match=says):
         data.facts(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize(("text", "held"), [("null", "null"), ("5", "5, a int"), ('"x"', "'x', a str")])
+def test_a_file_that_holds_no_records_says_what_it_holds(tmp_path, text, held):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"x\.json holds {held}: needed a list of records"):
+        data.facts(tmp_path / "x.json")
+
+
+def test_spaces_after_the_commas_of_a_table_are_left_out_and_that_is_told(tmp_path):
+    text = 'subject, prompt , target_true\nFrance, "In short, the capital of {} is", Paris\nSpain, {} has, Madrid\n'
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.warns(
+        UserWarning, match=r"x\.csv has spaces around the names of its columns: they are left out"
+    ) as said:
+        found = data.facts(tmp_path / "x.csv")
+    assert len(said) == 1
+    assert list(found) == [
+        Fact("France", "In short, the capital of {} is", " Paris"),
+        Fact("Spain", "{} has", " Madrid"),
+    ]
+
+
+@pytest.mark.parametrize("nothing", ["None", "nan", " NaN"])
+def test_objects_that_are_what_programs_print_for_nothing_are_told(tmp_path, nothing):
+    lines = [f"France,The capital of {{}} is,Paris,{nothing}", f"Spain,The capital of {{}} is,{nothing},Rome"]
+    (tmp_path / "x.csv").write_text("\n".join(["subject,prompt,target_true,target_new", *lines]))
+    with pytest.warns(
+        UserWarning, match=rf"the 'target_new' of record 0 of .* '{nothing}' \(and 1 more\).*empty"
+    ) as said:
+        assert data.facts(tmp_path / "x.csv")[0].target_new == f" {nothing.strip()}"
+    assert len(said) == 1
 
 
 def test_a_spreadsheet_is_told_what_it_is(tmp_path):

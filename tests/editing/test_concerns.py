@@ -187,6 +187,22 @@ def test_where_the_prompt_ends_with_its_subject_the_last_layer_will_do(knowing):
     assert edit.fits[0]["first_after"]
 
 
+def test_of_several_facts_those_are_named_whose_answer_cant_change(knowing, monkeypatch):
+    ends = laws.OTHER.but(prompt="This is about {}", paraphrases=(), neighbours=(), neighbour_targets=(), id="ends")
+    stats = fe.KeyStats.identity(knowing, LAST)
+    for steps, named in ((3, "'mid'"), (1, "'ends', 'mid'")):
+        with (
+            laws.no_forward(monkeypatch, knowing),
+            warnings.catch_warnings(),
+            pytest.raises(
+                fe.EditWarning, match=f"the edit of {named} can't change the answer: layer 3 .* of 'mid' ends"
+            ),
+        ):
+            warnings.simplefilter("error", fe.EditWarning)
+            editor = fe.Memit({LAST: stats}, fit=fe.ValueFit(steps=steps), contexts=(), progress=False)
+            editor(knowing, [ends, laws.FACT.but(id="mid")])
+
+
 def test_a_fit_of_one_step_says_first_that_it_writes_nothing(knowing, monkeypatch):
     stats = fe.KeyStats.identity(knowing, 1)
     with (

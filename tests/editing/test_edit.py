@@ -780,6 +780,17 @@ def test_what_may_disable_a_model_or_miss_a_fact_is_said_once_with_what_to_do(mo
         pass
 
 
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [("bfloat16", "load the model in float32"), ("float32", "whether anything had to be written")]
+)
+def test_what_is_so_already_is_no_remedy_for_what_rounding_loses(model, dtype, remedy):
+    edit = two_layers(model)
+    lost = dataclasses.replace(edit.diagnostics[1], exactness=0.3)
+    provenance = dataclasses.replace(edit.provenance, dtype=dtype)
+    (said,) = dataclasses.replace(edit, diagnostics=(edit.diagnostics[0], lost), provenance=provenance).concerns
+    assert said.endswith(remedy if dtype == "bfloat16" else f"{remedy} (see fits)")
+
+
 def test_bounds_are_not_crossed_by_less(model):
     edit = two_layers(model)
     fine = {"division_factor": 0.06, "exactness": 0.09, "off_target": (0.9,), "unmet": (0.9, 0.0)}

@@ -17,7 +17,7 @@ FIT = fe.ValueFit(steps=4)
 
 def made(model) -> fe.Edit:
     stats = laws.stats(model, 1)
-    return fe.Rome(stats, ridge=1e-4, fit=FIT, contexts=laws.CONTEXTS, progress=False)(model, [laws.FACT])
+    return fe.Rome(stats, ridge=1e-2, fit=FIT, contexts=laws.CONTEXTS, progress=False)(model, [laws.FACT])
 
 
 def booted(hf, kind: str):

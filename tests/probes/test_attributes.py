@@ -156,6 +156,10 @@ def test_sets_follow_from_the_objects():
     assert some[FACT.name] == Attributes(WORDS[" Paris"], (), (WORDS[" Rome"],))
     with pytest.raises(ValueError, match="' Oslo' of fact 'Big Ben' has no attributes"):
         attributes_by_object([OTHER.but(target_true=" Oslo")], WORDS)
+    twice = [FACT, FACT.but(target_true=" Berlin")]
+    with pytest.raises(ValueError, match=r"two facts are called 'The Eiffel Tower', .*fact.but\(id="):
+        attributes_by_object(twice, WORDS)
+    assert len(attributes_by_object([fact.but(id=i) for i, fact in enumerate(twice)], WORDS)) == 2
 
 
 def test_errors_say_what_was_given_and_needed(kind):

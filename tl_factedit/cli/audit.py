@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tl_factedit.auditing.audit import audit
 from tl_factedit.auditing.verdict import Verdict
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> Output:
     out = None if args.out is None else writable(args.out, "--out")
     edits = [Edit.load(path) for path in args.edit]
     facts = facts_of(args, [fact for edit in edits for fact in edit.facts])
-    verdict = audit_of(args, load_model(args), edits, facts)
+    beside = read_beside(args)
+    verdict = audit_of(args, load_model(args), edits, facts, beside)
     if out is not None:
         verdict.save(out)
     return Output(
@@ -66,16 +68,34 @@ def run(args: argparse.Namespace) -> Output:
     )
 
 
-def audit_of(args: argparse.Namespace, model: Model, edits: Sequence[Edit], facts: Sequence[Fact]) -> Verdict:
-    """The verdict on one edit for all facts, or on one for each."""
+def read_beside(args: argparse.Namespace) -> dict[str, Any]:
+    """What else the audit looks at, read before a model is loaded.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A file without facts, or without texts.
+    """
+    return {
+        "reference": None if args.reference is None else read_facts(args.reference),
+        "same_subject": () if args.same_subject is None else read_facts(args.same_subject),
+        "texts": () if args.texts is None else list(texts_of(args.texts)),
+    }
+
+
+def audit_of(
+    args: argparse.Namespace,
+    model: Model,
+    edits: Sequence[Edit],
+    facts: Sequence[Fact],
+    beside: Mapping[str, Any],
+) -> Verdict:
+    """The verdict on one edit for all facts, or on one for each, with what `read_beside` gave."""
     step(args, "auditing")
     return audit(
         model,
         edits[0] if len(edits) == 1 else list(edits),
         list(facts),
-        reference=None if args.reference is None else read_facts(args.reference),
-        same_subject=() if args.same_subject is None else read_facts(args.same_subject),
-        texts=() if args.texts is None else list(texts_of(args.texts)),
+        **beside,
         full=args.full,
         seed=args.audit_seed,
         folder=args.folder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,22 @@ def _finite(value: Any) -> Any:
     return value
 
 
+IN_PYTHON = (
+    (re.compile(r": name it, columns=\{[^}]*\}"), ": rename one of them in the file"),
+    (re.compile(r"fact\.but\(target_true=[^)]*\)"), "give --old, or the column target_true of the file"),
+    (re.compile(r"fact\.but\(target_new=[^)]*\)"), "give --new, or the column target_new of the file"),
+    (re.compile(r" \(wrong='leave out' leaves them out\)"), ""),
+)
+"""What messages advise who writes Python, and what does the same here."""
+
+
+def in_options(message: str) -> str:
+    """A message of the package, with the options of the command line in place of arguments in Python."""
+    for python, option in IN_PYTHON:
+        message = python.sub(option, message)
+    return message
+
+
 def say(text: str, *, result: bool = False) -> None:
     """Print a text on stderr, or the result on stdout; what the stream's encoding lacks is printed as "?"."""
     stream = sys.stdout if result else sys.stderr
@@ -68,7 +85,7 @@ def warnings_in_words() -> Iterator[None]:
 
 
 def _show(message: Warning | str, *_where: Any, **_more: Any) -> None:
-    say(f"warning: {message}")
+    say(f"warning: {in_options(str(message))}")
 
 
 def writable(path: Path, what: str) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from tl_factedit.cli import audit, edit, report, trace
-from tl_factedit.cli.output import say, warnings_in_words
+from tl_factedit.cli.output import in_options, say, warnings_in_words
 
 PROGRAM = "tl-factedit"
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except REFUSED as error:
         if args.debug:
             raise
-        say(f"{PROGRAM} {args.command}: error: {error}\n(--debug shows where it was raised)")
+        say(f"{PROGRAM} {args.command}: error: {in_options(str(error))}\n(--debug shows where it was raised)")
         return 2
     say(output.as_json(args.command) if args.json else output.text, result=True)
     return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tl_factedit import show
-from tl_factedit.cli.audit import add_audit_options, audit_of
+from tl_factedit.cli.audit import add_audit_options, audit_of, read_beside
 from tl_factedit.cli.edit import before_and_after, description
 from tl_factedit.cli.editors import add_editor_options, check_editor_options, make_edit
 from tl_factedit.cli.given import add_fact_options, add_model_options, facts_of, load_model
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> Output:
     need_old_object(facts, "a report")
     if edit is None:
         check_editor_options(args, facts)
+    beside = read_beside(args)
     model = load_model(args)
     edit = make_edit(args, model, facts) if edit is None else edit
     step(args, "tracing")
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> Output:
     step(args, "scoring the model before and after")
     before, after = before_and_after(model, edit, facts)
     assert before is not None and after is not None
-    verdict = audit_of(args, model, [edit], facts)
+    verdict = audit_of(args, model, [edit], facts, beside)
     first = facts[0]
     show.report(
         out,

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> Output:
     """Trace the facts."""
     out = None if args.out is None else writable(args.out, "--out")
     facts = facts_of(args)
+    noise = GaussianNoise(scale=args.noise, samples=args.samples, seed=args.seed)
     model = load_model(args)
     step(args, f"tracing {len(facts)} fact{'s' * (len(facts) > 1)}")
     trace = causal_trace(
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> Output:
         component=args.component,
         window=args.window,
         metric=args.metric,
-        corruption=GaussianNoise(scale=args.noise, samples=args.samples, seed=args.seed),
+        corruption=noise,
         folder=args.folder,
         progress=not args.quiet,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
@@ -15,6 +16,7 @@ from tl_factedit.core.spacing import (
     all_spaced,
     ending,
     goes_on_inside,
+    in_one_word,
     moved,
     starts_with_a_break,
     stripped,
@@ -60,7 +62,7 @@ class Fact:
 
     Warns:
         UserWarning: White space was mended, or a target goes on inside the last word of what it is asked after, or
-            begins with a line break or a tab; a paraphrase doesn't name the subject.
+            begins with a line break or a tab; a paraphrase doesn't name the subject, or a neighbour does.
 
     Example:
         >>> fact = fe.Fact("The Eiffel Tower", "{} is located in the city of", " Paris", " Rome")
@@ -167,7 +169,7 @@ class Fact:
         return told
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, by field; ``fe.data.facts([fact.to_dict()])`` is the fact again."""
+        """Plain data for JSON, by field; ``Fact(**fact.to_dict())`` is the fact again."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}
 
@@ -305,6 +307,12 @@ def _warn_of_glued_words(fact: Fact) -> None:
     if inside:
         more = f"; so do {len(inside) - 1} more" if inside[1:] else ""
         tell(glued(*inside[0]) + more)
+    wide = [target for target in objects if fact.text.endswith("\t") and target.startswith(" ")]
+    if wide:
+        tell(
+            f"target {wide[0]!r} begins with a space behind the tab that {ending(fact.text)!r} ends with: leave one of "
+            "the two out",
+        )
     broken = [target for target in answers if starts_with_a_break(target)]
     if broken:
         tell(
@@ -314,7 +322,7 @@ def _warn_of_glued_words(fact: Fact) -> None:
 
 
 def _warn_of_others(fact: Fact) -> None:
-    """Warn of a paraphrase that asks about somebody else: it has no place for the subject, and doesn't name it."""
+    """Warn of a paraphrase that doesn't name the subject and has no place for it, and of a neighbour that names it."""
     name = _folded(fact.subject)
     others = [each for each in fact.paraphrases if "{}" not in each and name not in _folded(each)]
     if others:
@@ -324,6 +332,23 @@ def _warn_of_others(fact: Fact) -> None:
             'a neighbour if it asks about another; if it is to ask about this one, put "{}" where the subject goes',
             once="paraphrases without their subject",
         )
+    named = [each for each in fact.neighbours if _names(_folded(each), name)]
+    if named:
+        more = f" (and {len(named) - 1} more)" if named[1:] else ""
+        tell(
+            f"neighbour {named[0]!r}{more} of fact {fact.name!r} names its subject {fact.subject!r}: an edit may "
+            "rightly change its answer; make it a paraphrase if it asks the same, or else leave it out",
+            once="neighbours that name their fact's subject",
+        )
+
+
+def _names(text: str, name: str) -> bool:
+    """Whether a text holds a name as words of its own: "Annapolis" doesn't name Ann."""
+    ends = [(found.start(), found.end()) for found in re.finditer(re.escape(name), text)] if name else []
+    return any(
+        not (a and in_one_word(text[a - 1], text[a])) and not (b < len(text) and in_one_word(text[b - 1], text[b]))
+        for a, b in ends
+    )
 
 
 def _folded(text: str) -> str:

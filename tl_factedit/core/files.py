@@ -218,7 +218,10 @@ def read(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short or no safetensors file ({error}): make it again") from error
     if meta.get("format") != FORMAT or meta.get("what") != what:
-        raise ValueError(f"{path} holds {meta.get('what', 'something else')!r}, needed {what!r} of format {FORMAT}")
+        other = f" of format {meta['format']}" if meta.get("format", FORMAT) != FORMAT else ""
+        raise ValueError(
+            f"{path} holds {meta.get('what', 'something else')!r}{other}, needed {what!r} of format {FORMAT}"
+        )
     if meta.get("sha256") != digest(what, meta.get("header", ""), tensors):
         raise ValueError(f"{path} was changed since it was written (its checksum differs): make it again")
     return json.loads(meta["header"]), tensors

@@ -10,8 +10,8 @@ Whether a space belongs there depends on the script, on what the prompt ends wit
 - none before a closing bracket, a comma, or a clitic ("'s"), unless one was given;
 - one space everywhere else, in front of the target and never at the end of the prompt.
 
-Files hold objects, which are words of their own. What somebody writes by hand may be the rest of a word ("18" + "89"):
-that alone is left, and warned of.
+Files hold objects, which are words of their own. What somebody writes by hand may be the rest of a word ("super" +
+"man"): that alone is left, and warned of.
 
 What was written to continue one text and is asked after another (`moved`) gets the gap that belongs there.
 """
@@ -30,9 +30,11 @@ IDEOGRAPHIC = re.compile(
     "[\u3000-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
 )
 WITHOUT_SPACES = re.compile(f"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]|{IDEOGRAPHIC.pattern}")
-OPENING = "([{“‘„¿¡"
-JOINING = "<>«/-–—_#@$€£\\|=*~^+&"
-CLOSING = ")]}>»”,;:!?%…</_|=\\^"
+OPENING = "([{“‘„‚¿¡"
+HYPHENS = "‐‑־-"
+"""Inside a word, the maqaf of Hebrew too."""
+JOINING = f"<>«‹/{HYPHENS}–—_#@$€£¥₪₹\\|=*~^+−±&"
+CLOSING = ")]}>»›”,;:!?%…</_|=\\^"
 QUOTES = "\"'`"
 TAG = re.compile(r"\[/?[A-Z_]+\]$")
 """How some chat templates end: "[/INST]"."""
@@ -42,11 +44,11 @@ ELISION = re.compile(
 )
 """A word that lost its last vowel to the next one, without a space between: French "l'" and "qu'", Italian "dell'"; and
 the "O'" and "D'" of names."""
-BINDING = "#@$€£<*_"
+BINDING = "#@$€£¥₪₹<*_"
 """Signs that stand before what they belong to, as a line break does."""
-WITHIN = "-–/\\@"
+WITHIN = f"{HYPHENS}–/\\@"
 """Signs inside a word or an address: what stands behind them without a space goes on with it."""
-CLITIC = re.compile(r"['’][^\W\d_]|-[^\W\d_]|\.(?!\w)")
+CLITIC = re.compile(rf"['’{HYPHENS}][^\W\d_]|\.(?!\w)")
 """What hangs on to the word before it: "'s", "-based", a full stop."""
 
 ENDS_A_PHRASE = "?!:;,."
@@ -177,8 +179,8 @@ class Mending:
                 where it would go on inside the text's last word.
         """
         bare, given = _bare(target), text != was or _spaced(target)
-        inside = not given and not spaced and goes_on_inside(text, bare)
-        found = bare if inside else gap(text, bare, spaced=given) + bare
+        inside = not given and goes_on_inside(text, bare)
+        found = bare if inside and not spaced else gap(text, bare, spaced=given or inside) + bare
         if found != target and text + found != was + target:
             self.said.append(f"{target!r} after {ending(was)!r} became {found!r}")
         elif text + found != was + target:
@@ -248,9 +250,9 @@ def _joined(text: str, target: str) -> bool:
     """Whether a text and what continues it stand side by side, where no space was given."""
     if BLANK.match(text[-1]) or BLANK.match(target) or target[0] in CLOSING or CLITIC.match(target):
         return True
-    if re.search(r"\s[–—]$", text) or (re.search(r"\s-$", text) and target[0].isalpha()):
+    if re.search(r"\s[–—]$", text) or (re.search(rf"\s[{HYPHENS}]$", text) and target[0].isalpha()):
         return False  # a dash between words
-    if text[-1] in JOINING or TAG.search(text):
+    if text[-1] in JOINING or TAG.search(text) or (text[-1].isdecimal() and target[0].isdecimal()):
         return True
     said = text.rstrip(ENDS_A_PHRASE)
     if WITHOUT_SPACES.match((said or text)[-1]):

@@ -12,7 +12,7 @@ from types import FrameType
 _told: ContextVar[set[str] | None] = ContextVar("_told", default=None)
 """What the public call that is running has said; nothing is kept when it ends."""
 
-OURS = {"tl_factedit", contextlib.__name__, "functools", "jaxtyping", "beartype"}
+OURS = {"tl_factedit", contextlib.__name__, "dataclasses", "functools", "jaxtyping", "beartype"}
 """Whose frames stand between a warning and the line of whoever called this package."""
 
 

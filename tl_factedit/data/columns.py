@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tl_factedit.core.facts import Fact, as_facts
-from tl_factedit.core.spacing import stripped
+from tl_factedit.core.kinds import short
+from tl_factedit.core.spacing import continued, ending, stripped
 from tl_factedit.core.telling import tell
 from tl_factedit.core.words import counted
 from tl_factedit.data.benchmarks import counterfact, known_facts, zsre
@@ -50,6 +51,9 @@ SLOTS = ("{subject}", "[X]", "{}")
 
 GAP = re.compile(r"\[Y\]|\[MASK\]|<mask>|_{2,}|\{[A-Za-z_]+\}")
 """What stands for the object, at a prompt's end."""
+
+NOTHING_IN_WORDS = ("None", "nan", "NaN", "null", "NULL", "<NA>")
+"""What programs write into a table where there is nothing; "NA" isn't among them, as it may be a name."""
 
 
 class Facts(list[Fact]):
@@ -99,7 +103,8 @@ def facts(
     A prompt spells its subject, or has ``{}``, ``{subject}`` or ``[X]`` in its place, and may end with a gap for the
     object (``[Y]``, ``[MASK]``, ``____``). Objects get the space that continues their prompt. A list may be one text,
     or be spelt as JSON in a table.
-    Where there is no column of controls, a fact's are the other objects that were read for its relation.
+    Where there is no column of controls, a fact's are the other objects that were read for its relation. Where there
+    is none of ids, a fact is called by its subject.
 
     Args:
         records: A list of dicts; a pandas ``DataFrame``; a ``datasets.Dataset``; or a path to JSON, JSONL, CSV, TSV or
@@ -130,9 +135,10 @@ def facts(
     there = list(dict.fromkeys(str(key) for row in rows for key in row))
     taken = _columns(there, columns or {}, _first_row(records))
     objects: dict[str, dict[str, None]] = {}
+    _tell_of_nothing_in_words(name, rows, taken)
 
-    def make(i: int, row: Mapping[str, Any], changes: Changes) -> Fact:
-        return _fact(i, {field: row.get(column) for field, column in taken.items()}, changes)
+    def make(_: int, row: Mapping[str, Any], changes: Changes) -> Fact:
+        return _fact({field: row.get(column) for field, column in taken.items()}, changes)
 
     found, left = made_of(records if isinstance(records, (str, Path)) else rows, rows, make)
     if left and wrong == "refuse":
@@ -153,13 +159,42 @@ def facts(
 def to_frame(facts: Fact | Iterable[Fact]) -> pd.DataFrame:
     """A table of facts, one row each and a column a field of `Fact`, which `facts` reads as they were.
 
+    But for an object that goes on inside its prompt's last word ("super" + "man"): `facts` takes it for a word.
+
+    Warns:
+        UserWarning: There is such an object.
+
     Example:
         >>> list(fe.data.to_frame(fe.data.world()[:3]).columns[:3])
         ['subject', 'prompt', 'target_true']
     """
     import pandas as pd
 
-    return pd.DataFrame([fact.to_dict() for fact in as_facts(facts)])
+    given = as_facts(facts)
+    _tell_of_words_to_be(given)
+    frame = pd.DataFrame([fact.to_dict() for fact in given])
+    frame["id"] = pd.Series([fact.id for fact in given], dtype=object)  # whole numbers beside None would become floats
+    return frame
+
+
+def _tell_of_words_to_be(facts: Iterable[Fact]) -> None:
+    """Warn of objects that `facts` reads as words of their own, and that are none where they stand."""
+    found = []
+    for fact in facts:
+        asked = [(fact.text, target) for target in (fact.target_true, fact.target_new, *fact.controls)]
+        if fact.neighbour_targets:
+            asked += zip(fact.neighbours, fact.neighbour_targets, strict=True)
+        for text, target in asked:
+            if target is not None and continued(text, target) != target:
+                found.append((fact, text, target))
+    if found:
+        fact, text, target = found[0]
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        tell(
+            f"{target!r}{more} goes on inside the last word of {ending(text)!r} in fact {fact.name!r}: fe.data.facts "
+            f"takes objects for words, and reads it as {continued(text, target)!r}; where it is to be read as it is, "
+            "keep fact.to_dict(), of which fe.Fact(**row) is the fact again"
+        )
 
 
 def _rows(records: Any) -> list[Mapping[str, Any]]:
@@ -175,6 +210,9 @@ def _rows(records: Any) -> list[Mapping[str, Any]]:
         splits = ", ".join(map(repr, list(given)[:6]))
         raise ValueError(f"the records are a mapping of {splits}, needed a list of records: take one of its values")
     if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        if isinstance(records, (str, Path)):
+            held = "null" if given is None else f"{short(given)}, a {type(given).__name__}"
+            raise ValueError(f"{records} holds {held}: needed a list of records")
         raise TypeError(
             f"records is a {type(records).__name__}, needed a list of dicts, a DataFrame, a dataset or a path"
         )
@@ -207,6 +245,24 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> Any:
     if {"known_id", "attribute"} <= first.keys():
         return known_facts
     return relations if {"prompt_templates", "samples"} <= first.keys() else None
+
+
+def _tell_of_nothing_in_words(name: str, rows: Sequence[Mapping[str, Any]], taken: Mapping[str, str]) -> None:
+    """Warn of objects such as "None" and "nan", which are what programs print where there is none."""
+    columns = [taken[field] for field in ("target_true", "target_new") if field in taken]
+    found = [
+        (i, column, row[column])
+        for i, row in enumerate(rows)
+        for column in columns
+        if isinstance(row.get(column), str) and row[column].strip() in NOTHING_IN_WORDS
+    ]
+    if found:
+        i, column, value = found[0]
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        tell(
+            f"the {column!r} of record {i} of {name} is the text {value!r}{more}, and is read as an object of that "
+            "name: leave the cell empty where there is none"
+        )
 
 
 def _first_row(records: Any) -> str:
@@ -246,7 +302,7 @@ def _told(columns: Sequence[str]) -> str:
     return ", ".join(map(repr, columns))
 
 
-def _fact(i: int, row: Mapping[str, Any], changes: Changes) -> Fact:
+def _fact(row: Mapping[str, Any], changes: Changes) -> Fact:
     subject, prompt, text = _asked(row, changes)
     neighbours, answers = _neighbours(row)
     return Fact(
@@ -259,8 +315,13 @@ def _fact(i: int, row: Mapping[str, Any], changes: Changes) -> Fact:
         neighbour_targets=[changes.continued(n, a) for n, a in zip(neighbours, answers, strict=bool(answers))],
         controls=[changes.continued(text, each) for each in _several(row, "controls")],
         relation=None if row.get("relation") is None else str(row["relation"]),
-        id=i if row.get("id") is None else row["id"],
+        id=_whole(row.get("id")),
     )
+
+
+def _whole(value: Any) -> Any:
+    """A whole number that a table holds as a float, as it does beside missing ones; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _asked(row: Mapping[str, Any], changes: Changes) -> tuple[str, str, str]:

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tl_factedit.core.telling import tell
+
 GZIP = b"\x1f\x8b"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 LINES = (".jsonl", ".ndjson")
@@ -61,6 +63,8 @@ def read_rows(path: str | Path) -> Any:
 def _table(path: str | Path, raw: bytes, separator: str) -> list[dict[str, str | None]]:
     """The rows of a table of text whose first line names its columns; each has as many fields as there are names.
 
+    Where names have spaces around them, as after ", ", these and those in front of fields are left out; that is told.
+
     Raises:
         ValueError: It isn't one; the message gives the line.
     """
@@ -68,6 +72,13 @@ def _table(path: str | Path, raw: bytes, separator: str) -> list[dict[str, str |
         text = (gzip.decompress(raw) if raw.startswith(GZIP) else raw).decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         names = next(reader, [])
+        if any(name != name.strip() for name in names):
+            table = io.StringIO(text, newline="")
+            reader = csv.reader(table, delimiter=separator, strict=True, skipinitialspace=True)
+            names = [name.strip() for name in next(reader)]
+            tell(
+                f"{path} has spaces around the names of its columns: they are left out, as are those in front of fields"
+            )
         if len(names) < 2:
             other = next((mark for mark in (";", "\t", ",", "|") if mark != separator and mark in "".join(names)), None)
             hint = f": is {other!r} what stands between them?" if other else ""

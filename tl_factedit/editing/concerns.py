@@ -157,17 +157,19 @@ def warn_before(model: Model, facts: Sequence[Fact], prompts: Sequence[Aligned],
         layer: Where values are fitted, at the last subject token.
         fit: How.
     """
-    name = f"the edit of {', '.join(repr(fact.name) for fact in facts[:3])}"
     why = []
-    deaf = [fact.name for fact, row in zip(facts, prompts, strict=True) if row.last < len(row.ids) - 1]
+    deaf = [fact for fact, row in zip(facts, prompts, strict=True) if row.last < len(row.ids) - 1]
     if layer == n_layers(model) - 1 and deaf:
         why.append(
             f"layer {layer} is the last, where no token reads what is written at another, and the subject of "
-            f"{deaf[0]!r} ends before its prompt does: choose a lower layer"
+            f"{deaf[0].name!r} ends before its prompt does: choose a lower layer"
         )
     if fit.steps == 1:
         why.append("a fit of steps=1 only reads the loss: take more")
     if why:
+        idle = facts if fit.steps == 1 else deaf
+        more = f" and {len(idle) - 3} more" if idle[3:] else ""
+        name = f"the edit of {', '.join(repr(fact.name) for fact in idle[:3])}{more}"
         tell(f"{name} can't change the answer: {'; '.join(why)}", EditWarning)
 
 
@@ -212,9 +214,14 @@ def concerns_of(edit: Edit) -> Iterator[str]:
                 "statistics (of more text, or at all instead of the identity), an ε in fine-tuning, or another layer"
             )
         if d.exactness > INEXACT:
+            remedy = (
+                "it is that small beside the weights; look at whether anything had to be written (see fits)"
+                if edit.provenance.dtype in ("float32", "float64")
+                else "load the model in float32"
+            )
             yield (
                 f"{of_part}rounding to the weights' type loses {d.exactness:.0%} of the update of layer {d.layer}: "
-                "load the model in float32"
+                f"{remedy}"
             )
     last_layer = (
         max(edit.layers, default=-1) == len(edit.provenance.weights.w_out) - 1

@@ -21,12 +21,15 @@ from tl_factedit.core.solve import NotPositiveDefiniteError, cholesky
 from tl_factedit.core.spacing import before_prompts
 from tl_factedit.core.telling import tell
 from tl_factedit.core.tokens import Aligned, align, align_all, brings_bos
-from tl_factedit.editing.concerns import warn_before
+from tl_factedit.editing.concerns import EditWarning, warn_before
 from tl_factedit.editing.ledger import base_fingerprint
 from tl_factedit.editing.objectives import Inject, Objective
 from tl_factedit.editing.value_fit import ValueFit
 from tl_factedit.stats.key_stats import TOKENS_PER_DIMENSION, KeyStats
 from tl_factedit.stats.sampling import SampledContexts
+
+SMALL_RIDGE = 1e-3
+"""Of a ridge: below, it makes up for little where tokens are few (the table of docs/statistics.md)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +158,18 @@ def check_stats(stats: Sequence[KeyStats], model: Model, base: Fingerprint, ridg
         model: To be edited.
         base: Fingerprint of its weights before any edit.
         ridge: What is added before C is inverted; None where it isn't inverted.
+
+    Warns:
+        EditWarning: They are of fewer tokens than an inverse wants, and the ridge is too small to make up for it.
     """
     for each in stats:
         each.check(model, base)
-        if each.is_identity or ridge or each.n_tokens >= each.wanted_tokens:
+        if each.is_identity or each.n_tokens >= each.wanted_tokens:
+            continue
+        if ridge:
+            if ridge < SMALL_RIDGE:
+                why = f"too few tokens for ridge={ridge:g}, with which an edit writes where the sample has little"
+                tell(too_few(each, why), EditWarning, once="too few tokens for a ridge")
             continue
         if ridge is None:
             raise ValueError(

@@ -68,12 +68,16 @@ def attributes_by_object(facts: Sequence[Fact], words: Mapping[str, Sequence[str
         The attributes by the fact's name, as `AttributeRate` takes them.
 
     Raises:
-        ValueError: An old or new object isn't in `words`.
+        ValueError: An old or new object isn't in `words`, or two facts with different objects have one name.
     """
+    asked: dict[str, tuple[str | None, str | None]] = {}
     for fact in facts:
         for target in (fact.target_true, fact.target_new):
             if target is not None and target not in words:
                 raise ValueError(f"object {target!r} of fact {fact.name!r} has no attributes, needed some in words")
+        objects = (fact.target_true, fact.target_new)
+        if asked.setdefault(fact.name, objects) != objects:
+            raise ValueError(f"two facts are called {fact.name!r}, needed one each: give them an id, fact.but(id=...)")
     return {
         fact.name: Attributes(
             tuple(words[fact.old]),
