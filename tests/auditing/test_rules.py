@@ -264,16 +264,12 @@ def test_what_asks_the_weights_must_find_an_override_that_is_known_to_be_one():
     teaching = replace(directions, attack="another", asks_weights="teaching")
     bare = replace(bare, attacks=(*bare.attacks, directions, teaching))
     found, blind = about(0.2, 0.1), about(0.1, 0.11)
-    changed = "mine (in the changed model)"
     for control, label in (
-        ({"mine": found, "another": found}, "INCONCLUSIVE"),
-        ({"mine": found, "another": found, changed: blind}, "INCONCLUSIVE"),  # hidden by what was written
-        ({"another": found, changed: found}, "INCONCLUSIVE"),
-        ({"mine": found, "another": found, changed: found}, "ERASED"),
-        ({"mine": found, changed: found, "another": blind, "another (layer 1)": found}, "ERASED"),
-        ({changed: found, "mine": found, "another": blind}, "INCONCLUSIVE"),
-        ({changed: found, "mine": found, "another": blind, "another one (layer 1)": found}, "INCONCLUSIVE"),
-        ({changed: found, "mine": blind, "another": found}, "INCONCLUSIVE"),
+        ({"mine": found, "another": found}, "ERASED"),
+        ({"mine": found, "another": blind, "another (layer 1)": found}, "ERASED"),
+        ({"mine": found, "another": blind}, "INCONCLUSIVE"),
+        ({"mine": found, "another": blind, "another one (layer 1)": found}, "INCONCLUSIVE"),
+        ({"mine": blind, "another": found}, "INCONCLUSIVE"),
         ({"route-old": found, "readout": found}, "INCONCLUSIVE"),  # what others find is no matter
         ({}, "INCONCLUSIVE"),
     ):

@@ -555,6 +555,7 @@ def test_a_damaged_edit_file_is_refused_by_name(kind, tmp_path, damage):
     elif damage == "changed":
         data[-100] ^= 1
     else:
+        file.unlink()
         fe.KeyStats.identity(model, 1).save(file)
         data = file.read_bytes()
     file.write_bytes(data)

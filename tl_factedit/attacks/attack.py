@@ -301,6 +301,17 @@ class Recovery:
         return replace(self, corrected=_excess(*self.counted, self.shared, tests=max(1, tests), seed=self.seed))
 
     @property
+    @plain_torch()
+    def undivided(self) -> Recovery:
+        """The same over all known facts, whichever question a case asks of them: what comes back at all."""
+        if self.unsplit is None:
+            return self
+        whole = replace(self, counted=self.unsplit, unsplit=None)
+        return replace(whole, excess=_excess(*self.unsplit, self.shared, seed=self.seed)).among(
+            max(1, int(self.tested.sum()))
+        )
+
+    @property
     def keys(self) -> tuple[Hashable, ...]:
         """The cases' keys."""
         return tuple(case.key for case in self.cases)

@@ -41,10 +41,6 @@ OF_ONE_CHANGE = frozenset({"disjoint relearning", "drift"})
 """Those of them that ask one change for all facts alone."""
 
 
-IN_CHANGED = " (in the changed model)"
-"""Behind the name of an attack that drops directions: what it finds of an override in the changed model itself."""
-
-
 @dataclass(frozen=True)
 class Thresholds:
     """What counts as how much: declared beforehand, and part of a verdict.
@@ -168,16 +164,13 @@ class Findings:
         """Whether the facts are too few to speak of a population: nothing is claimed beyond what shows."""
         return (self.facts or self.efficacy.n) < LEAST_FACTS
 
-    def finds_control(self, attack: AttackFinding) -> bool:
-        """Whether an attack is shown to find an override that is known to be one.
-
-        One of these facts in the unedited model, in either layer; and what drops directions, one of other facts in the
-        changed model, where what was written may stand in their place.
-        """
-        name = attack.attack
-        found = {each for each, value in (self.control or {}).items() if value.low > 0}
-        unedited = any(each == name or each.startswith(f"{name} (layer ") for each in found)
-        return unedited and (attack.asks_weights != "directions" or name + IN_CHANGED in found)
+    def finds_control(self, attack: str) -> bool:
+        """Whether an attack is shown to find an override of these facts that is known to be one, in either layer."""
+        return any(
+            value.low > 0
+            for name, value in (self.control or {}).items()
+            if name == attack or name.startswith(f"{attack} (layer ")
+        )
 
     def showing(self, *shows: Shows) -> tuple[AttackFinding, ...]:
         """The attacks' findings on some of the questions."""

@@ -42,8 +42,7 @@ def power_of(findings: Findings, thresholds: Thresholds) -> tuple[str, ...]:
     if findings.control:
         each = "; ".join(f"{name} {value:.2f}" for name, value in findings.control.items())
         lines.append(
-            "of an override made as a control, of the same facts or in the changed model of others, attacks bring the "
-            f"old object back in: {each}"
+            f"of an override of the same facts, made as a control, attacks bring the old object back in: {each}"
         )
     for what, rho in (("native", findings.native), ("adaptive", findings.adaptive)):
         if rho is not None and rho.n > 1:

@@ -350,13 +350,13 @@ def _no_way_back(f: Findings, t: Thresholds, found: Ruling) -> bool:
         found.missing.append(f"attacks that an absence needs (full=True, routes=, texts=): {', '.join(f.untried)}")
     if f.control is not None and not switched_off:
         # Silencing all that was written would show any override; where that can't be, those that ask the weights must.
-        asking = [finding for finding in tested if finding.asks_weights is not None]
-        blind = sorted({finding.attack for finding in asking if not f.finds_control(finding)})
+        asking = sorted({finding.attack for finding in tested if finding.asks_weights is not None})
+        blind = [name for name in asking if not f.finds_control(name)]
         if blind:
             shown = False
             found.missing.append(
-                f"{' and '.join(blind)} isn't shown to find an override that was made as a control, of these facts in "
-                "the unedited model and of others in the changed one: what it doesn't find may be there"
+                f"{' and '.join(blind)} isn't shown to find an override of these facts that was made as a control: "
+                "what it doesn't find may be there"
             )
     for finding in tested:
         if not finding.at_most <= t.absent:

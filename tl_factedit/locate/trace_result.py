@@ -327,7 +327,7 @@ class Trace:
         peak = float(self._mean(self.at_last_subject_token).max())
         found = (
             "nothing was corrupted: both runs score the same"
-            if torch.equal(self.clean, self.corrupted)
+            if torch.allclose(self.clean, self.corrupted, rtol=1e-6, atol=1e-9)
             else f"last subject token {'peaks' if self.carries_subject else 'carries nothing: its largest is'} at "
             f"layer {self.peak_layer} with {peak:.3f}{self._elsewhere(peak)}"
         )
