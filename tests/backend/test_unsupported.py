@@ -429,3 +429,14 @@ def test_a_control_token_without_an_embedding_is_refused_where_a_text_holds_it(w
             call()
     with pytest.raises(ValueError, match="holds '<extra>'"):
         fe.key_stats(model, [1], ["Paris is <extra> in"], n_tokens=4, progress=False)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_read_and_not_edited(kind):
+    with torch.inference_mode():
+        made = tiny.model(kind, "gpt2")
+    plain = tiny.model(kind, "gpt2")
+    assert fe.evaluate(made, laws.FACT).p_new == fe.evaluate(plain, laws.FACT).p_new
+    traces = [fe.causal_trace(model, laws.FACT, progress=False) for model in (made, plain)]
+    assert torch.equal(traces[0].effect, traces[1].effect)
+    with pytest.raises(fe.UnsupportedModelError, match="inference_mode"):
+        fe.Rome(fe.KeyStats.identity(plain, 1), contexts=("",), progress=False)(made, [laws.FACT])

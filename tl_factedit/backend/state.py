@@ -218,6 +218,7 @@ def frozen(model: Model) -> Iterator[None]:
         roots = _roots(model)
         modules: list[nn.Module] = list(dict.fromkeys(m for root in roots for m in root.modules()))
         params: list[nn.Parameter] = list({id(p): p for root in roots for p in root.parameters()}.values())
+        params = [p for p in params if not p.is_inference()]  # made in inference mode: they keep no gradients anyway
         training = [m.training for m in modules]
         wanted = [p.requires_grad for p in params]
         try:
