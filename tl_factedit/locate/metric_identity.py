@@ -37,7 +37,7 @@ def identity_of(value: Any, name: str, seen: tuple[int, ...] = ()) -> str:
         return f"{type(value).__name__} {value!r}"
     if isinstance(value, Tensor):
         plain = value.detach().cpu().contiguous()
-        bits = plain.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+        bits = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
         return f"tensor {plain.dtype} {tuple(plain.shape)} {hashlib.sha256(bits).hexdigest()}"
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__} {[identity_of(each, f'{name}[{i}]', seen) for i, each in enumerate(value)]}"
