@@ -15,7 +15,7 @@ are averaged within a fact first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Ask = Literal["rewrite", "paraphrase", "neighbour"]
+KINDS: tuple[Ask, ...] = ("rewrite", "paraphrase", "neighbour")
 
 
 @dataclass(frozen=True)
@@ -261,34 +262,34 @@ def _requests(model: Model, fact: Fact, bos: bool) -> list[tuple[Int[Tensor, "po
     return found
 
 
-def _harmonic(means: Sequence[Tensor]) -> Tensor:
+def harmonic(means: Sequence[Tensor]) -> Tensor:
+    """The harmonic mean of several means, of any shape."""
     return len(means) / torch.stack([1 / mean for mean in means]).sum(0)
 
 
 def _score(each: Sequence[Estimate], shares: Sequence[Sequence[float]]) -> Estimate:
     """S; where resampling shows no spread at all, its ends are those of the ends of the three (Wilson's)."""
-    found = jointly(shares, _harmonic)
+    found = jointly(shares, harmonic)
     if found.n < 2 or found.low < found.high:
         return found
     low, high = (
-        _harmonic([torch.tensor(end) for end in ends]) for ends in ([e.low for e in each], [e.high for e in each])
+        harmonic([torch.tensor(end) for end in ends]) for ends in ([e.low for e in each], [e.high for e in each])
     )
     return Estimate(found.mean, float(low), float(high), found.n)
 
 
+def by_fact(facts: int, answers: Sequence[Answer], ask: Ask, of: Callable[[Answer], float]) -> list[float]:
+    """The mean of a number of each fact's answers of a kind; NaN where it has none on which objects are compared."""
+    found: list[list[float]] = [[] for _ in range(facts)]
+    for answer in answers:
+        if answer.ask == ask and answer.compared and not math.isnan(value := of(answer)):
+            found[answer.fact].append(value)
+    return [sum(mine) / len(mine) if mine else math.nan for mine in found]
+
+
 def scores_of(facts: tuple[Fact, ...], answers: tuple[Answer, ...], provenance: Provenance) -> Scores:
     """The scores that some answers come to; an answer's `fact` is its place in `facts`."""
-
-    def by_fact(ask: Ask) -> list[float]:
-        """Share of successes of each fact; NaN where it has no such prompt, or none on which objects are compared."""
-        found: list[list[bool]] = [[] for _ in facts]
-        for answer in answers:
-            if answer.ask == ask and answer.compared:
-                found[answer.fact].append(answer.success)
-        return [sum(f) / len(f) if f else float("nan") for f in found]
-
-    kinds: tuple[Ask, ...] = ("rewrite", "paraphrase", "neighbour")
-    shares = {ask: by_fact(ask) for ask in kinds}
+    shares = {ask: by_fact(len(facts), answers, ask, lambda answer: float(answer.success)) for ask in KINDS}
     rewrites = [answer for answer in answers if answer.ask == "rewrite"]
     return Scores(
         efficacy=over_facts(shares["rewrite"]),

@@ -13,7 +13,7 @@ from jaxtyping import TypeCheckError
 
 import tl_factedit as fe
 from tl_factedit.core.estimate import jointly, over_facts
-from tl_factedit.evaluation.further_scores import holm
+from tl_factedit.evaluation.score_comparison import holm
 from tl_factedit.evaluation.scores import Answer, scores_of
 
 

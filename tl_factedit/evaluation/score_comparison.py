@@ -1,14 +1,9 @@
-"""More of what the answers behind `Scores` come to, and two models' scores side by side.
-
-`magnitudes` are Meng et al.'s EM, PM and NM; `rewrite_scores` those of Hase et al.; `compare_scores` sets several
-models' scores on the same facts against one another, fact by fact.
-"""
+"""Several models' scores on the same facts, set against one another fact by fact."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,91 +11,15 @@ from torch import Tensor
 
 from tl_factedit.backend.state import plain_torch
 from tl_factedit.core.estimate import Estimate, jointly, over_facts
-from tl_factedit.core.kinds import as_whole, check_one, short
-from tl_factedit.evaluation.scores import Answer, Ask, Scores
+from tl_factedit.core.kinds import as_whole, short
+from tl_factedit.evaluation.published_scores import check_alike
+from tl_factedit.evaluation.scores import KINDS, Scores, by_fact, harmonic
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS: tuple[Ask, ...] = ("rewrite", "paraphrase", "neighbour")
 FLIPS = 10_000
 Cluster = Literal["fact", "relation"]
-
-
-@dataclass(frozen=True)
-class ThreeScores:
-    """A score of the edits' prompts, their paraphrases and their neighbours, each over facts.
-
-    Attributes:
-        rewrite: After the edits' own prompts.
-        paraphrase: After their paraphrases.
-        neighbourhood: After their neighbours.
-    """
-
-    rewrite: Estimate
-    paraphrase: Estimate
-    neighbourhood: Estimate
-
-    def __repr__(self) -> str:
-        """The three in a line."""
-        return f"rewrite {self.rewrite:.3f}, paraphrase {self.paraphrase:.3f}, neighbourhood {self.neighbourhood:.3f}"
-
-
-@plain_torch()
-def magnitudes(scores: Scores) -> ThreeScores:
-    """EM, PM and NM (Meng et al. 2022): by how much the wanted object is likelier than the other.
-
-    ``p(new) − p(true)`` after prompts and paraphrases, ``p(true) − p(new)`` after neighbours, p the geometric mean of
-    the probabilities of an object's tokens. Averaged within a fact first.
-
-    Example:
-        >>> fe.evaluation.magnitudes(fe.evaluate(model, facts)).rewrite           # doctest: +SKIP
-    """
-    check_one(scores, Scores, "scores", "what fe.evaluate returns")
-    signs = {"rewrite": 1.0, "paraphrase": 1.0, "neighbour": -1.0}
-
-    def of(answer: Answer) -> float:
-        return signs[answer.ask] * (math.exp(-answer.nll_new) - math.exp(-answer.nll_true))
-
-    return ThreeScores(*(over_facts(_by_fact(scores, ask, of), span=(-1.0, 1.0)) for ask in KINDS))
-
-
-@plain_torch()
-def rewrite_scores(before: Scores, after: Scores) -> ThreeScores:
-    """The scores of Hase et al. 2023 (section 4): how far the new object's probability moved, of how far it could.
-
-    ``(p* − p) / (1 − p)`` after prompts and paraphrases, ``1 − |p* − p| / (½ + |p − ½|)`` after neighbours, p and p*
-    the probability of the *whole* new object before and after. All paraphrases and neighbours count, averaged within a
-    fact; their code takes the first of each, and cuts at 0.
-
-    Args:
-        before: Of the unedited model.
-        after: Of the edited one, on the same facts.
-
-    Raises:
-        ValueError: They are of different prompts.
-    """
-    _check_alike({"before": before, "after": after})
-
-    def p(answer: Answer) -> float:
-        return math.exp(-answer.nll_new * answer.tokens_new)
-
-    def score(was: Answer, now: Answer) -> float:
-        one, other = p(was), p(now)
-        if was.ask == "neighbour":
-            return 1 - abs(other - one) / (0.5 + abs(one - 0.5))
-        return (other - one) / (1 - one) if one < 1 else math.nan
-
-    then = iter(before.answers)
-    found = {id(now): score(next(then), now) for now in after.answers}
-    return ThreeScores(
-        *(
-            over_facts(
-                _by_fact(after, ask, lambda answer: found[id(answer)]), span=(0.0, 1.0) if ask == "neighbour" else None
-            )
-            for ask in KINDS
-        )
-    )
 
 
 @plain_torch()
@@ -137,7 +56,7 @@ def compare_scores(
     as_whole(seed, "seed", least=None)
     if len(scores) < 2:
         raise ValueError(f"there are {len(scores)} scores, needed two at least")
-    _check_alike(scores)
+    check_alike(scores)
     against = next(iter(scores)) if against is None else against
     if against not in scores:
         raise ValueError(f"against is {against!r}, needed one of {', '.join(map(repr, scores))}")
@@ -187,30 +106,17 @@ def holm(p: Sequence[float]) -> list[float]:
     return out
 
 
-def _by_fact(scores: Scores, ask: Ask, of: Callable[[Answer], float]) -> list[float]:
-    """The mean of a number of each fact's answers of a kind that compare two objects; NaN where there are none."""
-    found: list[list[float]] = [[] for _ in scores.facts]
-    for answer in scores.answers:
-        if answer.ask == ask and answer.compared and not math.isnan(value := of(answer)):
-            found[answer.fact].append(value)
-    return [sum(mine) / len(mine) if mine else math.nan for mine in found]
-
-
 def _columns(scores: Scores) -> dict[str, list[list[float]]]:
     """What each score is made of: one column of facts, or for S three."""
-    shares = [_by_fact(scores, ask, lambda answer: float(answer.success)) for ask in KINDS]
-    p_new = _by_fact(scores, "rewrite", lambda answer: math.exp(-answer.nll_new))
+    shares = [by_fact(len(scores.facts), scores.answers, ask, lambda answer: float(answer.success)) for ask in KINDS]
+    p_new = by_fact(len(scores.facts), scores.answers, "rewrite", lambda answer: math.exp(-answer.nll_new))
     names = ("efficacy", "paraphrase", "neighbourhood")
     return {**{name: [column] for name, column in zip(names, shares, strict=True)}, "score": shares, "p_new": [p_new]}
 
 
-def _harmonic(means: Sequence[Tensor]) -> Tensor:
-    return len(means) / torch.stack([1 / mean for mean in means]).sum(0)
-
-
 def _combined(columns: Tensor) -> Tensor:
     """The score that columns [kind fact] or [flip kind fact] come to: their mean, of several the harmonic one."""
-    return _harmonic(list(columns.nanmean(-1).movedim(-1, 0)))
+    return harmonic(list(columns.nanmean(-1).movedim(-1, 0)))
 
 
 def _paired(
@@ -221,7 +127,7 @@ def _paired(
         return over_facts(apart, span=(-1.0, 1.0), clusters=clusters, seed=seed)
     return jointly(
         [*mine, *other],
-        lambda means: _harmonic(means[: len(mine)]) - _harmonic(means[len(mine) :]),
+        lambda means: harmonic(means[: len(mine)]) - harmonic(means[len(mine) :]),
         clusters=clusters,
         seed=seed,
     )
@@ -243,14 +149,3 @@ def _permuted(
         one, two = torch.where(swap, both[1], both[0]), torch.where(swap, both[0], both[1])
         least += int(((_combined(one) - _combined(two)).abs() >= seen - 1e-12).sum())
     return least / (FLIPS + 1)
-
-
-def _check_alike(scores: Mapping[str, Scores]) -> None:
-    """Check that all scores are of the same prompts and objects."""
-    for name, each in scores.items():
-        check_one(each, Scores, repr(name), "what fe.evaluate returns")
-    asked = {name: [(a.fact, a.ask, a.prompt, a.true, a.new) for a in each.answers] for name, each in scores.items()}
-    first = next(iter(asked))
-    for name, mine in asked.items():
-        if mine != asked[first]:
-            raise ValueError(f"{name!r} and {first!r} are scores of different prompts, needed the same facts for both")
